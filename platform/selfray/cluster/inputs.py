@@ -1,0 +1,153 @@
+"""--data.path -> the data sets of a run: whatever the user has, as Parquet shards to read."""
+
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfray.cluster import shards as shard_builder
+from selfray.experiment import DataConfig
+from selfray.shards import ShardSet, open_shards, parquet_files, sample_rows, split_files
+from selfray.source import Sample
+from selfray.storage import Location
+
+EMBEDDED = "embedded:"
+"""Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
+HELD_OUT = 0.2
+"""Share of the labelled images that probes test on where the data names no test images."""
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """What is trained on, and what probes test on (None where nothing bears a label)."""
+
+    train: ShardSet
+    test: ShardSet | None
+
+    @property
+    def can_probe(self) -> bool:
+        return self.train.has_labels and (self.test is None or self.test.has_labels)
+
+    def samples(self, size: int, train_limit: int, test_limit: int) -> tuple[Sample, Sample]:
+        """(train, test) rows for the probes, disjoint and the same in every call.
+
+        Without test images of their own, a fifth of the train images is held out for the test:
+        the encoder has seen them, unlabelled; the probe has not.
+        """
+        if self.test is not None:
+            train = Sample(self.train, *sample_rows(self.train, train_limit), size)
+            return train, Sample(self.test, *sample_rows(self.test, test_limit), size)
+        groups, rows = sample_rows(self.train, train_limit + test_limit)
+        test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
+        test = Sample(self.train, groups[:test_rows], rows[:test_rows], size)
+        return Sample(self.train, groups[test_rows:], rows[test_rows:], size), test
+
+
+def open_data(data: DataConfig, output: Location, say: Callable[[str], None]) -> DataSets:
+    """Open a run's data. A folder of images or tars is converted to shards once, under `output`.
+
+    FileNotFoundError or ValueError of one line names the path and the way out. Ray must run where
+    something is to be converted.
+    """
+    if not data.path:
+        raise ValueError(
+            "--data.path is missing: give a folder of images, a folder of shards or Parquet "
+            "files, local, s3:// or gs://"
+        )
+    train_files, test_files, folder = _files(data.path, "data.path", output, say)
+    train = open_shards(train_files, folder, data.image_column)
+    if data.test_path:
+        files, more, folder = _files(data.test_path, "data.test_path", output, say)
+        return DataSets(train, open_shards([*files, *more], folder, data.image_column))
+    test = open_shards(test_files, folder, data.image_column) if test_files else None
+    return DataSets(train, test)
+
+
+def _files(
+    path: str, field: str, output: Location, say: Callable[[str], None]
+) -> tuple[list[str], list[str], str]:
+    """(train files, test files, folder) at a path, after a conversion where one is needed."""
+    if path.startswith(EMBEDDED):
+        folder = _write_embedded(path.removeprefix(EMBEDDED), output)
+        return *split_files(parquet_files(folder), folder), folder.uri
+    root = path if "*" in path else Location.of(path).uri
+    found = parquet_files(root)
+    if found:
+        return *split_files(found, root.rpartition("/")[0] if "*" in path else root), root
+    if "*" in path:
+        raise FileNotFoundError(f"--{_flag(field)} {path} matches no Parquet file")
+    location = Location.of(path)
+    if not location.exists():
+        raise FileNotFoundError(
+            f"--{_flag(field)} {path} does not exist: give a folder of images or Parquet files, "
+            "local, s3:// or gs://"
+        )
+    shards = _converted(location, field, output, say)
+    return parquet_files(shards), [], shards.uri
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _converted(
+    source: Location, field: str, output: Location, say: Callable[[str], None]
+) -> Location:
+    """Shards of a folder of images, built under `output` on first use."""
+    name = re.sub(r"[^\w-]", "-", source.name) or "images"
+    digest = hashlib.sha256(source.uri.encode()).hexdigest()[:8]
+    target = output / "shards" / f"{name}-{digest}"
+    is_new = not (target / shard_builder.MANIFEST).exists()
+    if is_new:
+        say(f"converting {source} to shards in {target}, once")
+    try:
+        manifest = shard_builder.build(source, target)
+    except ValueError as error:
+        raise ValueError(f"--{_flag(field)}: {error}") from None
+    if is_new or manifest.quarantined.count:
+        say(
+            f"{manifest.images:,} images in {len(manifest.shards)} shards"
+            + (
+                f"; {manifest.quarantined.count:,} files left out, see {target}/quarantine.jsonl"
+                if manifest.quarantined.count
+                else ""
+            )
+        )
+    return target
+
+
+def _write_embedded(name: str, output: Location) -> Location:
+    """The shards of an embedded data set, written on first use."""
+    if name != "digits":
+        raise ValueError(f"there is no embedded data set {name!r}; there is embedded:digits")
+    folder = output / "data" / name
+    if all((folder / part / shard_builder.MANIFEST).exists() for part in ("train", "test")):
+        return folder
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
+    order = np.random.default_rng(0).permutation(len(images))
+    for part, chosen in (("test", order[:360]), ("train", order[360:])):
+        shard_builder.write_arrays(
+            folder / part,
+            [_png(images[i]) for i in chosen],
+            [int(labels[i]) for i in chosen],
+            [f"digit-{i:04d}.png" for i in chosen],
+            [str(digit) for digit in range(10)],
+            rows_per_shard=512,
+            source="sklearn.datasets.load_digits",
+        )
+    return folder
+
+
+def _png(values: np.ndarray) -> bytes:
+    """A digit [8, 8] in 0..16 as a gray PNG of 8 x 8 pixels."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray((values * (255 / 16)).round().astype(np.uint8)).save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,391 @@
+"""Experiment -> TorchTrainer -> result: the life of a run as its driver sees it."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfray import checkpoint, config
+from selfray.cluster import runtime
+from selfray.cluster.inputs import DataSets, open_data
+from selfray.cluster.monitor import Monitor
+from selfray.cluster.probe_jobs import ProbeJob
+from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.tracking import Tracker, environment_tags, tracking_uri
+from selfray.cluster.worker import (
+    FAILURE,
+    WorkerTask,
+    recorded_failure,
+    root_cause,
+    train_worker,
+)
+from selfray.experiment import Experiment
+from selfray.plan import ReadPlan
+from selfray.probes.features import ProbeResult
+from selfray.storage import Location
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+PROBE_CPUS = 0.2
+"""Probes run beside training and must never wait for a CPU that training holds."""
+SMALLEST_DATA_CPUS = 0.5
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
+    """A run that ended before its time; the message is the cause in one line."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each part of a run gets of the cluster."""
+
+    cpus_per_worker: float
+    gpus_per_worker: float
+    data_cpus: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves, also in its run.json."""
+
+    folder: str
+    seconds: float
+    """Wall time of all attempts, from the command to the last checkpoint."""
+    images_per_second: float
+    """Images trained in a second, median over the run."""
+    first_step_seconds: float
+    """From the command to the first optimizer step."""
+    probes: dict[int, ProbeResult]
+    """By step; 0 is the untrained encoder."""
+
+    @property
+    def final_probe(self) -> ProbeResult | None:
+        return self.probes[max(self.probes)] if self.probes else None
+
+
+def launch(
+    experiment: Experiment,
+    console: Console,
+    tracking: str | None = None,
+    started: float | None = None,
+    with_tracker: Callable[[Tracker, DataSets], None] | None = None,
+) -> RunResult:
+    """Carry out a run on the Ray that is running, or go on with it where it stopped.
+
+    Args:
+        experiment: what to run.
+        console: where progress is shown.
+        tracking: MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else a SQLite store in the
+            output folder.
+        started: time.time() of the command, for the time to the first step.
+        with_tracker: called once training is done and before the MLflow run is closed, to add
+            pictures to it.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input, before any worker is started.
+        RunFailed: the cause in one line; the last good checkpoint stays.
+    """
+    started = started or time.time()
+    output = Location.of(experiment.output)
+    run = output / experiment.run_name
+    check_output(run, checkpoint_bytes(experiment))
+    data = open_data(experiment.data, output, console.say)
+    plan = ReadPlan(
+        data.train.group_rows,
+        experiment.batch_size,
+        experiment.epochs,
+        experiment.seed,
+        experiment.data.window_rows,
+    )
+    placement = place(experiment, runtime.cluster_resources())
+    _say_plan(console, experiment, plan, data, run)
+    with _alone(run):
+        finished = _finished_result(run)
+        if finished is not None:
+            console.say(
+                f"this run is complete, nothing to do: {run}; change a setting, such as --seed "
+                f"{experiment.seed + 1}, for another"
+            )
+            return finished
+        return _carry_out(
+            experiment, console, run, data, plan, placement, tracking, started, with_tracker
+        )
+
+
+def _carry_out(
+    experiment: Experiment,
+    console: Console,
+    run: Location,
+    data: DataSets,
+    plan: ReadPlan,
+    placement: Placement,
+    tracking: str | None,
+    started: float,
+    with_tracker: Callable[[Tracker, DataSets], None] | None,
+) -> RunResult:
+    found = checkpoint.latest(run)
+    if found is not None:
+        console.say(
+            f"continuing from step {found.step:,} of {plan.total_steps:,} "
+            f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
+        )
+    (run / RUN_FILE).write_json(
+        {"status": "running", "name": experiment.run_name, "experiment": config.to_json(experiment)}
+    )
+    tracker = Tracker(
+        tracking_uri(Location.of(experiment.output), tracking),
+        "selfray",
+        experiment.run_name,
+        run,
+        {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None},
+        {
+            **environment_tags(),
+            "method": experiment.method.name,
+            "recipe": experiment.name,
+            "augmentation.backend": _augmentation_backend(),
+            "data.images": str(plan.rows),
+            "run.folder": run.uri,
+        },
+        say=console.say,
+    )
+    job = _probe_job(experiment, data) if experiment.probe.times else None
+    monitor = Monitor(console, run, experiment, plan, tracker, job, started)
+    monitor.start()
+    status: Any = "FAILED"
+    try:
+        _fit(experiment, run, data, placement)
+        monitor.training_ended()
+        if with_tracker is not None:
+            with_tracker(tracker, data)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        monitor.stop(status)
+    result = RunResult(
+        run.uri,
+        monitor.seconds,
+        monitor.images_per_second,
+        monitor.first_step_seconds,
+        monitor.probes,
+    )
+    (run / RUN_FILE).write_json(
+        {
+            "status": "finished",
+            "name": experiment.run_name,
+            "experiment": config.to_json(experiment),
+            "result": asdict(result),
+        }
+    )
+    console.say(monitor.summary())
+    console.say(tracker.describe())
+    return result
+
+
+def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Placement) -> None:
+    """Train on Ray Train workers. RunFailed has the cause where it is not to be mended by trying."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
+    if placement.gpus_per_worker:
+        resources["GPU"] = placement.gpus_per_worker
+    launch_id = f"{time.time_ns()}"
+    placed = replace(experiment, cpus_per_worker=placement.cpus_per_worker)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "task": WorkerTask(
+                config.dumps(placed), data.train, run.uri, placement.data_cpus, launch_id
+            )
+        },
+        scaling_config=ScalingConfig(
+            num_workers=experiment.workers,
+            use_gpu=placement.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A new name for each start: selfray resumes from its own checkpoints, which survive
+            # a full disk and a crash between two polls of Ray's controller.
+            name=f"{experiment.run_name}-{launch_id}",
+            storage_path=ray_storage(run),
+            failure_config=FailureConfig(max_failures=experiment.max_failures),
+            logging_config=LoggingConfig("ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        log.exception("training failed")
+        raise RunFailed(_cause(error)) from error
+    failure = recorded_failure(run / FAILURE, launch_id)
+    if failure is not None:
+        raise RunFailed(failure)
+
+
+def ray_storage(run: Location) -> str:
+    """Where Ray Train keeps its own bookkeeping: beside the checkpoints, out of sight."""
+    return (run / "ray").uri
+
+
+def _cause(error: Exception) -> str:
+    """The first worker's own error, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    root = root_cause(next(iter(failures.values())) if failures else error)
+    lines = [line for line in str(root).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(root).__name__
+
+
+def place(experiment: Experiment, cluster: Resources) -> Placement:
+    """Share the cluster among train workers and data tasks. ValueError says what is missing.
+
+    Ray would wait forever for a worker that fits nowhere.
+    """
+    workers = experiment.workers
+    gpus = experiment.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if cluster.gpus >= 1 else 0.0
+    if gpus * workers > cluster.gpus:
+        raise ValueError(
+            f"--workers {workers} x --gpus-per-worker {gpus:g} need {gpus * workers:g} GPUs and "
+            f"the cluster has {cluster.gpus:g}: give fewer workers, or add GPU nodes"
+        )
+    cpus = experiment.cpus_per_worker
+    if cpus is None:
+        # Data tasks and probes need some too, or the workers would wait for them forever.
+        spare = SMALLEST_DATA_CPUS + PROBE_CPUS
+        cpus = min(1.0, int((cluster.cpus - spare) / workers * 100) / 100)
+        if cluster.cpus < workers:
+            raise ValueError(
+                f"--workers {workers} need {workers} CPUs and the cluster has {cluster.cpus:g}: "
+                f"give --workers {max(1, int(cluster.cpus))} or fewer, or add nodes"
+            )
+    left = cluster.cpus - cpus * workers - PROBE_CPUS
+    if left < SMALLEST_DATA_CPUS:
+        raise ValueError(
+            f"--workers {workers} x --cpus-per-worker {cpus:g} leave {max(0.0, left):g} of the "
+            f"cluster's {cluster.cpus:g} CPUs to read the data, which needs "
+            f"{SMALLEST_DATA_CPUS}: give less of either"
+        )
+    data_cpus = experiment.data_cpus or left
+    if data_cpus > left:
+        raise ValueError(
+            f"--data-cpus {data_cpus:g} is more than the {left:g} CPUs that the train workers "
+            f"leave of the cluster's {cluster.cpus:g}"
+        )
+    return Placement(cpus, gpus, data_cpus)
+
+
+def check_output(run: Location, needed_bytes: int) -> None:
+    """Make the run's folder and try to write in it. OSError of one line says what is wrong."""
+    probe = run / f".write-test-{os.getpid()}"
+    try:
+        run.make_folder()
+        probe.write_bytes(b"\0" * 2**20)
+        probe.filesystem.delete_file(probe.path)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        raise OSError(
+            f"--output: {run} cannot be written ({reason}): give --output another folder, or make "
+            "room or permission there"
+        ) from None
+    if run.is_local:
+        free = shutil.disk_usage(run.path).free
+        if free < needed_bytes:
+            raise OSError(
+                f"--output: the disk of {run} has {_megabytes(free)} free and this run's "
+                f"checkpoints need {_megabytes(needed_bytes)}: make room, give --output another "
+                "folder or --checkpoint.keep 1"
+            )
+
+
+def checkpoint_bytes(experiment: Experiment) -> int:
+    """About what a run's checkpoints take at their most, in bytes."""
+    import torch
+
+    with torch.device("meta"):
+        method = experiment.method.build(experiment.encoder.build())
+    weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
+    encoder = sum(p.numel() * p.element_size() for p in method.encoder.state_dict().values())
+    moments = 2 if experiment.optimizer.name == "adamw" else 1
+    # The kept ones, the best one, and the next while it is written.
+    return (experiment.checkpoint.keep + 2) * ((1 + moments) * weights + encoder)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+@contextmanager
+def _alone(run: Location) -> Iterator[None]:
+    """Two commands must not write into one run's folder. Only a local folder can be guarded."""
+    if not run.is_local:
+        yield
+        return
+    with open(Path(run.path) / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{run} is being written by another command (process {file.read().strip()}): wait "
+                "for it, or change a setting, such as --seed, for a run of its own"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _finished_result(run: Location) -> RunResult | None:
+    """The result of a run that has ended well before; None where it has not."""
+    try:
+        record = (run / RUN_FILE).read_json()
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if record.get("status") != "finished":
+        return None
+    result = record["result"]
+    probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
+    return RunResult(**result, probes=probes)
+
+
+def _probe_job(experiment: Experiment, data: DataSets) -> ProbeJob | None:
+    if not data.can_probe:
+        return None
+    train, test = data.samples(
+        experiment.encoder.image_size, experiment.probe.train_limit, experiment.probe.test_limit
+    )
+    return ProbeJob(train, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
+
+
+def _say_plan(
+    console: Console, experiment: Experiment, plan: ReadPlan, data: DataSets, run: Location
+) -> None:
+    tail = f" ({plan.tail:,} left over in each epoch)" if plan.tail else ""
+    console.say(
+        f"{experiment.run_name}: {plan.rows:,} images, {experiment.epochs:,} epochs of "
+        f"{plan.steps_per_epoch:,} steps of {experiment.batch_size:,}{tail}, "
+        f"{experiment.workers} worker{'s' if experiment.workers > 1 else ''}"
+    )
+    if not data.can_probe and experiment.probe.times:
+        console.say("the data has no labels: the encoder is not probed")
+    console.say(f"folder: {run}")
+
+
+def _augmentation_backend() -> str:
+    from selfray.augment import BACKEND
+
+    return BACKEND
+

@@ -1,0 +1,267 @@
+"""What the driver does while workers train: show progress, probe checkpoints, keep the best.
+
+It reads the run's spool, where rank 0 writes, so it needs no connection to the workers and sees
+the same after a restart.
+"""
+
+import logging
+import queue
+import statistics
+import threading
+import time
+from typing import Any
+
+from selfray import checkpoint
+from selfray.checkpoint import Checkpoint
+from selfray.cluster.probe_jobs import EncoderRef, ProbeJob, metrics_of, tags_of
+from selfray.cluster.runtime import Console
+from selfray.cluster.tracking import SPOOL, Status, Tracker
+from selfray.cluster.worker import even_steps
+from selfray.experiment import Experiment
+from selfray.plan import ReadPlan
+from selfray.probes.features import ProbeResult
+from selfray.spool import SpoolReader, SpoolWriter
+from selfray.storage import Location
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+LINES_WITHOUT_TERMINAL = 10
+"""Progress lines of a run whose output goes to a file."""
+
+
+class Monitor:
+    """Watches one run from its start to its end."""
+
+    def __init__(
+        self,
+        console: Console,
+        run: Location,
+        experiment: Experiment,
+        plan: ReadPlan,
+        tracker: Tracker,
+        probe_job: ProbeJob | None,
+        started: float,
+    ) -> None:
+        self.console = console
+        self.run = run
+        self.experiment = experiment
+        self.plan = plan
+        self.tracker = tracker
+        self.started = started
+        self.probes: dict[int, ProbeResult] = {}
+        self.first_step_seconds = 0.0
+        self._probe_job = probe_job
+        self._probe_steps = even_steps(plan.total_steps, experiment.probe.times)
+        self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
+        self._reader = SpoolReader(run / SPOOL)
+        self._offsets: dict[str, int] = {}
+        self._rates: list[float] = []
+        self._waits: list[float] = []
+        self._losses: dict[int, float] = {}
+        self._to_probe: queue.Queue[tuple[EncoderRef, int, int] | None] = queue.Queue()
+        self._pending: set[int] = set()
+        self._shown = 0
+        self._finished_at: float | None = None
+        self._tracking = False
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._watch, daemon=True, name="selfray-monitor"),
+            threading.Thread(target=self._probe_all, daemon=True, name="selfray-probes"),
+        ]
+
+    @property
+    def seconds(self) -> float:
+        return (self._finished_at or time.time()) - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        return statistics.median(self._rates) if self._rates else 0.0
+
+    def start(self) -> None:
+        # What earlier starts of this run wrote is known history: losses and probes are taken over,
+        # nothing is shown or probed again.
+        records, self._offsets = self._reader.read({})
+        for record in records:
+            self._remember(record)
+        for thread in self._threads:
+            thread.start()
+
+    def training_ended(self) -> None:
+        """Take in the last records and wait for the probes under way."""
+        self._ended.set()
+        self._threads[0].join()
+        self._finished_at = time.time()
+        self._to_probe.put(None)
+        if self._pending:
+            self.console.live("probing the last checkpoint")
+        self._threads[1].join()
+        self._retain()
+
+    def stop(self, status: Status) -> None:
+        """End watching and close the MLflow run."""
+        self._ended.set()
+        self._to_probe.put(None)
+        self._writer.close()
+        self._start_tracking()
+        self.tracker.finish(status)
+
+    def summary(self) -> str:
+        """What the run came to, in one line, with what held it up."""
+        waited = statistics.mean(self._waits) if self._waits else 0.0
+        line = (
+            f"trained in {self.seconds:.0f} s at {self.images_per_second:,.0f} images/s; "
+            f"first step after {self.first_step_seconds:.0f} s; waited for data {waited:.0%}"
+        )
+        if waited > 0.2:
+            line += ": more CPUs for data (--data-cpus, or CPU nodes) would speed it up"
+        return line
+
+    # --- the watching thread
+
+    def _watch(self) -> None:
+        while True:
+            ended = self._ended.is_set()
+            try:
+                records, self._offsets = self._reader.read(self._offsets)
+            except OSError:
+                log.exception("the spool cannot be read now")
+                records = []
+            for record in records:
+                self._remember(record)
+                self._react(record)
+            if ended:
+                return
+            self._ended.wait(POLL_SECONDS)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "metrics":
+            values = record["values"]
+            if "throughput/images_per_second" in values:
+                self._rates.append(values["throughput/images_per_second"])
+                self._waits.append(values["throughput/data_wait_fraction"])
+        elif record["kind"] == "probe":
+            result = {k: v for k, v in record.items() if k not in ("kind", "time", "step")}
+            protocols = {
+                name.removeprefix("protocol_"): result.pop(name)
+                for name in list(result)
+                if name.startswith("protocol_")
+            }
+            self.probes[record["step"]] = ProbeResult(**result, protocols=protocols)
+
+    def _react(self, record: dict[str, Any]) -> None:
+        match record["kind"]:
+            case "started":
+                self._on_started(record)
+            case "progress":
+                self._on_progress(record)
+            case "checkpoint":
+                self._on_checkpoint(record)
+            case "checkpoint_failed":
+                self.console.say(
+                    f"the checkpoint of step {record['step']:,} could not be written "
+                    f"({record['message']}): training goes on, earlier ones are whole"
+                )
+            case "broken_images":
+                self.console.say(f"cannot be read, left out: {record['names']}")
+
+    def _on_started(self, record: dict[str, Any]) -> None:
+        if self.first_step_seconds:
+            self.console.say(f"a worker died: started again from step {record['step']:,}")
+        if record["step"] == 0 and self._probe_job is not None and 0 not in self.probes:
+            self._ask_probe(EncoderRef.untrained(self.experiment), 0, 0)
+
+    def _on_progress(self, record: dict[str, Any]) -> None:
+        if not self.first_step_seconds:
+            self.first_step_seconds = time.time() - self.started
+        # MLflow's import takes seconds of CPU: not before training runs.
+        self._start_tracking()
+        seen, total = record["images_seen"], self.plan.total_images
+        epoch = min(self.experiment.epochs, seen // self.plan.images_per_epoch + 1)
+        rate = statistics.median(self._rates[-10:]) if self._rates else record["images_per_second"]
+        left = (total - seen) / rate if rate else 0.0
+        line = (
+            f"epoch {epoch}/{self.experiment.epochs}  step {record['step']:,}/"
+            f"{self.plan.total_steps:,}  loss {record['loss']:.3f}  {rate:,.0f} images/s  "
+            f"{_clock(left)} left"
+        )
+        if self.console.is_terminal:
+            self.console.live(line)
+        elif seen * LINES_WITHOUT_TERMINAL // total > self._shown:
+            self._shown = seen * LINES_WITHOUT_TERMINAL // total
+            self.console.say(line)
+
+    def _on_checkpoint(self, record: dict[str, Any]) -> None:
+        self._losses[record["step"]] = record["loss"]
+        if self._probe_job is not None and record["step"] in self._probe_steps:
+            encoder = EncoderRef.of(Checkpoint.open(record["path"]))
+            self._ask_probe(encoder, record["step"], record["images_seen"])
+        self._retain()
+
+    def _ask_probe(self, encoder: EncoderRef, step: int, images_seen: int) -> None:
+        self._pending.add(step)
+        self._to_probe.put((encoder, step, images_seen))
+
+    def _start_tracking(self) -> None:
+        if not self._tracking:
+            self._tracking = True
+            self.tracker.start()
+
+    def _retain(self) -> None:
+        try:
+            checkpoint.retain(
+                self.run, self.experiment.checkpoint.keep, self._best_step(), set(self._pending)
+            )
+        except OSError:
+            log.exception("old checkpoints could not be removed")
+
+    def _best_step(self) -> int | None:
+        """The checkpoint with the best probe; where there is no probe, with the lowest loss."""
+        judged = {step: result for step, result in self.probes.items() if step > 0}
+        if judged:
+            by = self.experiment.method.judged_by
+            return max(judged, key=lambda step: getattr(judged[step], by))
+        return min(self._losses, key=lambda step: self._losses[step], default=None)
+
+    # --- the probing thread
+
+    def _probe_all(self) -> None:
+        """One probe after the other, as they are asked for; None ends it."""
+        while (asked := self._to_probe.get()) is not None:
+            self._probe(*asked)
+
+    def _probe(self, encoder: EncoderRef, step: int, images_seen: int) -> None:
+        assert self._probe_job is not None
+        try:
+            result = self._probe_job.run(encoder)
+        except Exception as error:
+            # A probe is beside training: whatever goes wrong in it must not end the run.
+            log.exception("probe failed")
+            self.console.say(f"the probe of step {step:,} failed: {str(error).splitlines()[-1]}")
+            return
+        finally:
+            self._pending.discard(step)
+        self.probes[step] = result
+        self._writer.metrics(images_seen, metrics_of(result))
+        self._writer.tags(tags_of(result))
+        self._writer.event(
+            "probe",
+            step=step,
+            knn=result.knn,
+            linear=result.linear,
+            train_images=result.train_images,
+            test_images=result.test_images,
+            **{f"protocol_{name}": text for name, text in result.protocols.items()},
+        )
+        epoch = images_seen / self.plan.images_per_epoch
+        self.console.say(
+            f"epoch {epoch:g}: kNN {result.knn:.1%}, linear {result.linear:.1%}"
+            + (" (untrained)" if step == 0 else "")
+        )
+        self._retain()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

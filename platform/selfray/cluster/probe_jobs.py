@@ -1,0 +1,120 @@
+"""Encoder -> features -> numbers, as Ray tasks: beside training, or by `selfray probe`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import DataContext
+
+from selfray import config
+from selfray.checkpoint import Checkpoint
+from selfray.cluster.dataset import configure
+from selfray.experiment import Experiment
+from selfray.models.encoder import Encoder
+from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
+from selfray.source import LABEL, VIEWS, Arrays, Sample
+from selfray.train import TrainState
+
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class EncoderRef:
+    """An encoder that a task can load by itself: a checkpoint's, or the untrained one."""
+
+    experiment: str
+    """The Experiment as JSON."""
+    checkpoint: str | None
+    """A checkpoint's folder; None means the weights before the first step."""
+
+    @classmethod
+    def untrained(cls, experiment: Experiment) -> "EncoderRef":
+        return cls(config.dumps(experiment), None)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "EncoderRef":
+        return cls(config.dumps(checkpoint.experiment()), checkpoint.location.uri)
+
+    def load(self) -> Encoder:
+        if self.checkpoint is not None:
+            return Checkpoint.open(self.checkpoint).encoder()
+        experiment: Experiment = config.loads(self.experiment)
+        return TrainState.start(experiment, total_images=1).method.encoder.eval()
+
+
+@dataclass(frozen=True)
+class EmbedBlock:
+    """What one task does: a block of a sample, read and encoded."""
+
+    sample: Sample
+    encoder: EncoderRef | None
+    """None gives the raw pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def run(self, ids: Arrays) -> Arrays:
+        blocks = [self.sample.read(int(block)) for block in ids["id"]]
+        labels = np.concatenate([block[LABEL] for block in blocks])
+        views = np.concatenate([block[VIEWS] for block in blocks])
+        if self.encoder is None:
+            return {FEATURES: pixels(views), LABEL: labels}
+        features = embed(_loaded(self.encoder), views, self.mean, self.std)
+        return {FEATURES: features, LABEL: labels}
+
+
+@lru_cache(maxsize=2)
+def _loaded(ref: EncoderRef) -> Encoder:
+    """A process that works on several blocks loads the encoder once."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ref.load().to(device)
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """Where probes get their images and what they may use."""
+
+    train: Sample
+    test: Sample
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def features(self, sample: Sample, encoder: EncoderRef | None) -> LabelledFeatures:
+        """Features of a sample, computed once, in parallel: float32 [n, D], in its order."""
+        configure(DataContext.get_current())
+        dataset = ray.data.range(sample.blocks, override_num_blocks=sample.blocks).map_batches(
+            EmbedBlock(sample, encoder, self.mean, self.std).run,
+            batch_size=None,
+            num_cpus=self.cpus,
+            num_gpus=self.gpus or None,
+        )
+        # The linear probe's held-out part follows from the order.
+        dataset.context.execution_options.preserve_order = True
+        parts = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+        return LabelledFeatures(
+            torch.from_numpy(np.concatenate([part[FEATURES] for part in parts])),
+            torch.from_numpy(np.concatenate([part[LABEL] for part in parts])),
+        )
+
+    def run(self, encoder: EncoderRef | None) -> ProbeResult:
+        """Features of train and test, then every protocol, in a task of its own."""
+        train, test = self.features(self.train, encoder), self.features(self.test, encoder)
+        judge: Any = ray.remote(num_cpus=self.cpus)(probe)
+        return ray.get(judge.remote(train, test))
+
+
+def metrics_of(result: ProbeResult) -> dict[str, float]:
+    return {"probe/knn": result.knn, "probe/linear": result.linear}
+
+
+def tags_of(result: ProbeResult) -> dict[str, str]:
+    return {f"probe.{name}.protocol": text for name, text in result.protocols.items()}
+
+
+OnResult = Callable[[int, ProbeResult], None]

@@ -1,0 +1,106 @@
+"""Frozen dataclasses <-> JSON: how an Experiment travels to workers, checkpoints and MLflow."""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+TYPE_KEY = "type"
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value for a config: dataclasses become objects that name their type."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {TYPE_KEY: f"{kind.__module__}:{kind.__qualname__}", **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config holds plain values and dataclasses, not {type(value).__name__}")
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of to_json; validation in __post_init__ runs again.
+
+    Only frozen dataclasses inside `selfray` are built, so that a file from a stranger can name no
+    other code. ValueError names what is unknown.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {key: from_json(item) for key, item in value.items() if key != TYPE_KEY}
+    if TYPE_KEY not in value:
+        return fields
+    kind = _config_type(value[TYPE_KEY])
+    unknown = set(fields) - {f.name for f in dataclasses.fields(kind)}
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no field {', '.join(sorted(unknown))}: "
+            "the file was written by another version of selfray"
+        )
+    return kind(**fields)
+
+
+def _config_type(name: object) -> type:
+    module, _, qualname = str(name).partition(":")
+    if module.split(".")[0] != "selfray":
+        raise ValueError(f"a config may only name types of selfray, got {name}")
+    try:
+        kind = getattr(importlib.import_module(module), qualname)
+    except (ImportError, AttributeError):
+        raise ValueError(f"this version of selfray has no {name}") from None
+    if not (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise ValueError(f"{name} is not a config")
+    return kind
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(to_json(value), indent=1)
+
+
+def loads(text: str | bytes) -> Any:
+    return from_json(json.loads(text))
+
+
+def override(config: Any, **changes: Any) -> Any:
+    """A copy with dotted fields replaced: override(experiment, **{"method.mask_ratio": 0.6})."""
+    for path, value in changes.items():
+        head, _, rest = path.partition(".")
+        names = [f.name for f in dataclasses.fields(config)]
+        if head not in names:
+            raise ValueError(
+                f"{type(config).__name__} has no field {head!r}; it has {', '.join(names)}"
+            )
+        if rest:
+            value = override(getattr(config, head), **{rest: value})
+        config = dataclasses.replace(config, **{head: value})
+    return config
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """One line for each field that differs between two configs: `batch_size: 256, was 512`."""
+    left, right = flatten(to_json(ours)), flatten(to_json(theirs))
+    return [
+        f"{name}: {left.get(name, 'absent')}, was {right.get(name, 'absent')}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as dotted names; lists of plain values stay whole."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key == TYPE_KEY:
+            item = str(item).rpartition(":")[2]
+        flat |= flatten(item, name)
+    return flat

@@ -1,0 +1,159 @@
+"""What ranks do together. Everything here is a no-op, or the plain computation, in one process."""
+
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks whose gradient is summed over ranks.
+
+    Each rank computes a loss from what was gathered, so a local tensor's gradient is the sum of
+    what every rank's loss says of it. DDP then divides by the world size: the result is the
+    gradient of the mean of the ranks' losses, as in one process.
+    """
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.rows = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        first = rank() * ctx.rows
+        return total[first : first + ctx.rows]
+
+
+def gather(local: Tensor) -> Tensor:
+    """[b, ...] of each rank -> [W*b, ...] on every rank, in rank order, differentiable."""
+    if not is_distributed():
+        return local
+    return cast(Tensor, _Gather.apply(local))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[override]
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """The sum over ranks, differentiable: each rank's gradient is the sum of all ranks'."""
+    return cast(Tensor, _SumOverRanks.apply(local)) if is_distributed() else local
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over ranks, for numbers that are shown (no gradient)."""
+    if not is_distributed():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+class GlobalBatchNorm(nn.SyncBatchNorm):
+    """Batch norm with the statistics of the global batch; the plain one in a single process.
+
+    torch's SyncBatchNorm refuses CPU tensors, so nothing distributed could be proven without a
+    GPU: on the CPU this computes the same from differentiable sums. Parameters and buffers bear
+    the names of nn.BatchNorm, so checkpoints fit either.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        shared = self.training and is_distributed()
+        if shared and not input.is_cuda:
+            return self._forward_from_sums(input)
+        if shared:
+            return super().forward(input)
+        return _BatchNorm.forward(self, input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm needs at least 2 dimensions, got {input.dim()}")
+
+    def _forward_from_sums(self, input: Tensor) -> Tensor:
+        axes = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        values = input.float()
+        count = values.numel() / values.shape[1] * world_size()
+        mean = sum_over_ranks(values.sum(axes)) / count  # [C]
+        centered = values - mean.view(shape)
+        # Two passes: E[x^2] - E[x]^2 loses the digits that the equality tests ask for.
+        variance = sum_over_ranks(centered.square().sum(axes)) / count  # [C]
+        if self.track_running_stats and self.running_mean is not None:
+            self._update_running(mean.detach(), variance.detach() * count / (count - 1))
+        output = centered * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """The same for timm's fused batch norm, dropout and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def with_global_batchnorm(module: Module) -> Module:
+    """Replace every batch norm inside a module by the one that is shared among ranks."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
+            setattr(module, name, _global_twin(child))
+        else:
+            with_global_batchnorm(child)
+    return module
+
+
+def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
+    fused = hasattr(norm, "act")  # timm's BatchNormAct2d is known by nothing else
+    twin = (GlobalBatchNormAct if fused else GlobalBatchNorm)(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    if fused:
+        twin.drop, twin.act = norm.drop, norm.act  # type: ignore[assignment]
+    twin.load_state_dict(norm.state_dict())
+    return twin

@@ -1,0 +1,166 @@
+"""Experiment: every choice of a run in one frozen dataclass."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+from selfray import config
+from selfray.method import MethodConfig
+from selfray.models.encoder import EncoderConfig
+from selfray.optim import OptimizerConfig
+from selfray.plan import Share
+from selfray.views import Views, require
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Images: a folder of them, a folder of Parquet shards, Hugging Face Parquet files or a
+    pattern of them; local, s3:// or gs://. Files or folders named test or validation are kept for
+    the probes."""
+    test_path: str | None = None
+    """Labelled images for the probes' test, where `path` holds none of its own."""
+    image_column: str | None = None
+    """The Parquet column of the images; None finds it."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means of the data, in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    window_rows: int = 16_384
+    """Shuffle window: images of this many rows are mixed with one another in each epoch."""
+    max_broken_fraction: float = 0.01
+    """The run stops when more than this share of the images cannot be read."""
+
+    def __post_init__(self) -> None:
+        require(
+            all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}"
+        )
+        require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
+        require(
+            0 <= self.max_broken_fraction <= 1,
+            f"data.max_broken_fraction must lie in [0, 1], got {self.max_broken_fraction}",
+        )
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What is measured of the encoder, beside training and at its end."""
+
+    times: int = 4
+    """How often the encoder is probed over the run, evenly; the last is at its end. 0 never."""
+    train_limit: int = 50_000
+    """At most this many labelled train images are used."""
+    test_limit: int = 10_000
+    """At most this many test images are used."""
+
+    def __post_init__(self) -> None:
+        require(self.times >= 0, f"probe.times must be at least 0, got {self.times}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    times: int = 10
+    """How many checkpoints are written over the run, evenly, the last at its end."""
+    minutes: float = 30.0
+    """A checkpoint is also written when the last one is this old."""
+    keep: int = 2
+    """The last `keep` and the best one stay; earlier ones are removed."""
+
+    def __post_init__(self) -> None:
+        require(self.times >= 1, f"checkpoint.times must be at least 1, got {self.times}")
+        require(self.minutes > 0, f"checkpoint.minutes must be positive, got {self.minutes}")
+        require(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained, on what and how; and, last, where and on how many machines.
+
+    The unit of launching, sweeping, logging and loading: it goes whole into every checkpoint and
+    into MLflow. It is never rewritten; what follows from it is a property.
+    """
+
+    name: str
+    """The recipe's name: the first part of the run's folder."""
+    method: MethodConfig
+    encoder: EncoderConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    epochs: int = 100
+    batch_size: int = 256
+    """Images in one optimizer step, over all workers."""
+    accumulate: int = 1
+    """Micro-batches that each worker sums up before a step."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 is autocast; weights and losses stay float32."""
+    seed: int = 0
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    workers: int = 1
+    """Train workers: one process each, on one GPU or CPU."""
+    gpus_per_worker: float | None = None
+    """None takes one GPU for each worker where the cluster has any, else none."""
+    cpus_per_worker: float | None = None
+    """CPUs reserved for each train worker; None takes one, or less where the machine is small."""
+    data_cpus: int | None = None
+    """CPUs that decode and augment; None takes what the train workers leave."""
+    output: str = "runs"
+    """Folder of everything that is written; local, s3:// or gs://."""
+    max_failures: int = 3
+    """How often a run whose workers die is started again from its last checkpoint."""
+    log_every: int = 10
+    """Steps between two points of the metrics."""
+
+    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
+        "workers gpus_per_worker cpus_per_worker data_cpus output max_failures log_every".split()
+    )
+    """Fields that say where and how a run is carried out, not what is computed: they may change
+    when a run is continued."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        require(self.batch_size > 0, f"batch_size must be positive, got {self.batch_size}")
+        require(self.workers > 0, f"workers must be at least 1, got {self.workers}")
+        require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
+        require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
+        require(self.max_failures >= 0, f"max_failures must be at least 0, got {self.max_failures}")
+        require(
+            self.gpus_per_worker is None or self.gpus_per_worker >= 0,
+            f"gpus_per_worker must be at least 0, got {self.gpus_per_worker}",
+        )
+        require(
+            self.cpus_per_worker is None or self.cpus_per_worker > 0,
+            f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
+        )
+        reason = self.method.why_not_accumulate
+        if self.accumulate > 1 and reason:
+            raise ValueError(
+                f"accumulate {self.accumulate} would change the loss of {self.method.name}: "
+                f"{reason}; give --accumulate 1 and more --workers, or a smaller --batch-size"
+            )
+        Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)
+        self.views  # noqa: B018 - a method that cannot use this encoder says so here
+
+    @property
+    def views(self) -> Views:
+        return self.method.views(self.encoder)
+
+    @property
+    def identity(self) -> str:
+        """Eight characters that differ where two experiments compute something else."""
+        computed = {
+            f.name: config.to_json(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in self.PLACEMENT
+        }
+        text = json.dumps(computed, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def run_name(self) -> str:
+        """The run's folder under `output`: the same command finds the same folder again."""
+        return f"{self.name}-{self.identity}"

@@ -1,0 +1,66 @@
+"""The contract of a pretraining method: MethodConfig declares, Method computes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.schedules import Progress
+from selfray.views import View, Views
+
+Batch = dict[str, Tensor]
+"""Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
+`<group>_mask`, `label` int64 [B] where there are labels (never for a method's eyes)."""
+
+
+@dataclass(frozen=True)
+class MethodConfig(ABC):
+    """The hyper-parameters of a method, and what it asks to see."""
+
+    why_not_accumulate: ClassVar[str | None] = None
+    """Why summing the gradients of micro-batches would change this loss; None where it does not."""
+
+    judged_by: ClassVar[Literal["knn", "linear"]] = "knn"
+    """The probe that tells how good this method's encoder is."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def views(self, encoder: EncoderConfig) -> Views:
+        """The views of each image. Raises ValueError for an encoder that the method cannot use."""
+
+    @abstractmethod
+    def build(self, encoder: Encoder) -> "Method":
+        """The module that is trained."""
+
+
+class Method(nn.Module, ABC):
+    """A pretraining method as a module whose forward is its loss, so that DDP and FSDP wrap it.
+
+    Frozen parameters are teachers and must move; fixed targets are buffers; every trainable
+    parameter gets a gradient in every step.
+    """
+
+    encoder: Encoder
+    """What probes and users receive: the teacher's in self-distillation, else the trained one."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show."""
+
+    def before_step(self, progress: Progress) -> None:
+        """Called when gradients are complete, before the optimizer moves."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called when the optimizer has moved: teachers follow, queues move."""
+
+
+def fitted(view: View, encoder: EncoderConfig, **changes: Any) -> View:
+    """A view with its size and patch grid filled in from the encoder where it has none."""
+    size = view.size or encoder.image_size
+    grid = size // encoder.patch if encoder.is_vit else None
+    return replace(view, size=size, grid=grid, **changes)

@@ -1,0 +1,1 @@
+"""Encoders (timm underneath) and the heads that methods put on them."""

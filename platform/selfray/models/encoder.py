@@ -1,0 +1,215 @@
+"""EncoderConfig and Encoder: a timm backbone that answers with Features."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from selfray.models import resnet, vit
+from selfray.views import require
+
+
+class Features(NamedTuple):
+    """The one output of every encoder."""
+
+    cls: Tensor
+    """[B, D]: the image's feature: the class token, or the pooled map."""
+    patches: Tensor
+    """[B, N, D]: a feature for each patch (under a mask: for each visible one)."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A timm backbone by name, with the few changes that pretraining needs.
+
+    Fields left at None keep timm's own value. `options` is what `timm.create_model` receives.
+    """
+
+    name: str = "vit_small_patch16_224"
+    """Any ViT-like or ResNet-like name of timm."""
+    image_size: int = 224
+    """Side of the square images in pixels."""
+    patch_size: int | None = None
+    """Side of a ViT's patches in pixels; None keeps the one in the name."""
+    width: int | None = None
+    """A ViT's embedding dimension."""
+    depth: int | None = None
+    """A ViT's number of blocks."""
+    heads: int | None = None
+    """A ViT's number of attention heads."""
+    position: Literal["learned", "sincos"] = "learned"
+    """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+    small_stem: bool = False
+    """A ResNet's stem for small images: 3 x 3, stride 1, no max-pool (SimCLR, appendix B.9)."""
+    layers: tuple[int, ...] | None = None
+    """A ResNet's number of blocks in each stage."""
+    channels: tuple[int, ...] | None = None
+    """A ResNet's channels in each stage."""
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name):
+            close = difflib.get_close_matches(self.name, timm.list_models(), n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"encoder.name {self.name!r} is no timm model{hint}")
+        require(self.image_size > 0, f"encoder.image_size must be positive, got {self.image_size}")
+        require(
+            0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
+        )
+        if self.is_vit:
+            require(
+                self.image_size % self.patch == 0,
+                f"encoder.patch_size {self.patch} does not divide encoder.image_size "
+                f"{self.image_size}: give a divisor, such as --encoder.patch-size "
+                f"{_largest_divisor(self.image_size, self.patch)}",
+            )
+            if self.width and self.heads:
+                require(
+                    self.width % self.heads == 0,
+                    f"encoder.heads {self.heads} does not divide encoder.width {self.width}",
+                )
+            if self.position == "sincos" and self.width:
+                require(
+                    self.width % 4 == 0,
+                    f"encoder.width must be a multiple of 4 for sincos, got {self.width}",
+                )
+        require(
+            not self.small_stem or self.is_resnet,
+            f"encoder.small_stem is for ResNets, not for {self.name}",
+        )
+
+    @property
+    def is_vit(self) -> bool:
+        return self.name.startswith(("vit_", "deit_", "deit3_"))
+
+    @property
+    def is_resnet(self) -> bool:
+        return self.name.startswith(("resnet", "wide_resnet", "resnext"))
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels, for a ViT."""
+        if self.patch_size is not None:
+            return self.patch_size
+        found = re.search(r"patch(\d+)", self.name)
+        return int(found.group(1)) if found else 16
+
+    @property
+    def grid(self) -> int | None:
+        """Patches along a side, for a ViT; None for others."""
+        return self.image_size // self.patch if self.is_vit else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that make this backbone from timm's name."""
+        options: dict[str, Any] = {"num_classes": 0}
+        if self.is_vit:
+            options["img_size"] = self.image_size
+        named = {
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "layers": self.layers,
+            "channels": self.channels,
+            "drop_path_rate": self.drop_path or None,
+        }
+        return options | {key: value for key, value in named.items() if value is not None}
+
+    def build(self) -> "Encoder":
+        return Encoder(self)
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    return next(d for d in range(max(1, min(size, most)), 0, -1) if size % d == 0)
+
+
+class Encoder(nn.Module):
+    """What is pretrained, probed and exported. `backbone` is a plain timm model."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        try:
+            self.backbone = timm.create_model(config.name, pretrained=False, **config.options)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            what = unknown.group(1) if unknown else str(error)
+            raise ValueError(f"encoder {config.name} does not take the option {what}") from None
+        self.width: int = cast(int, self.backbone.num_features)
+        """D, the dimension of the features."""
+        if config.small_stem:
+            resnet.use_small_stem(self.backbone)
+        if config.is_vit and config.position == "sincos":
+            vit.fix_sincos_positions(self.backbone)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Features:
+        """Features of images.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
+                reach nothing. Only for ViTs. None shows all.
+
+        Returns:
+            Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
+        """
+        if self.config.is_vit:
+            return Features(*vit.encode(self.backbone, images, visible))
+        assert visible is None, f"{self.config.name} has no patch tokens to leave out"
+        return Features(*resnet.encode(self.backbone, images))
+
+
+def export_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """The backbone's weights under timm's names, so that plain timm loads them strictly."""
+    weights = {name: t.detach().cpu().contiguous() for name, t in encoder.backbone.state_dict().items()}
+    if encoder.config.small_stem:
+        weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])
+    return weights
+
+
+def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
+    """The inverse of export_weights. ValueError where the weights are of another encoder."""
+    weights = dict(weights)
+    if encoder.config.small_stem:
+        weights["conv1.weight"] = resnet.narrow_stem(weights["conv1.weight"])
+    try:
+        encoder.backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"these weights are not of encoder {encoder.config.name}: {first}") from None
+
+
+def timm_recipe(config: EncoderConfig, file: str) -> str:
+    """The Python lines that load an exported encoder into plain timm."""
+    options = ", ".join(f"{key}={value!r}" for key, value in config.options.items())
+    lines = ["import timm", ""]
+    if config.small_stem:
+        lines[0] = "import timm, torch"
+    lines.append(f"model = timm.create_model({config.name!r}, {options}, checkpoint_path={file!r})")
+    if config.small_stem:
+        lines.append(
+            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
+        )
+    lines.append("model.eval()")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def encode_uint8(
+    encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Features:
+    """Features of uint8 images [B, 3, H, W], normalised here."""
+    return encoder(normalize(images, mean, std))
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [..., 3, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
+    scale = torch.tensor(std, device=images.device, dtype=torch.float32) * 255
+    shift = torch.tensor(mean, device=images.device, dtype=torch.float32) * 255
+    return (images.float() - shift.view(3, 1, 1)) / scale.view(3, 1, 1)

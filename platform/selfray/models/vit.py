@@ -1,0 +1,49 @@
+"""ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def encode(backbone: Any, images: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, 3, H, W] -> the class token [B, D] and patch tokens [B, N or Nv, D].
+
+    Hidden patches are left out before the first block: this is where MAE's speed comes from.
+    """
+    tokens = backbone._pos_embed(backbone.patch_embed(images))  # [B, P + N, D]
+    prefix = backbone.num_prefix_tokens
+    if visible is not None:
+        index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
+    tokens = backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
+    patches = tokens[:, prefix:]
+    cls = tokens[:, 0] if backbone.has_class_token else patches.mean(1)
+    return cls, patches
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Two-dimensional sine-cosine position embedding [grid * grid, width].
+
+    Half of the width encodes the row, half the column, each by sines and cosines of frequencies
+    10000^(-i / (width / 4)) (Vaswani et al. 2017, in two dimensions as in MoCo v3 and MAE).
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # [grid, width / 4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    columns = axis.repeat(grid, 1)
+    rows = axis.repeat_interleave(grid, 0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def fix_sincos_positions(backbone: Any) -> None:
+    """Replace the learned position embedding by the fixed one, with zeros for prefix tokens.
+
+    A buffer, because it is never trained; under the same name, so that weights fit plain timm.
+    """
+    learned = backbone.pos_embed  # [1, P + N, D], or [1, N, D]
+    grid = backbone.patch_embed.grid_size[0]
+    positions = sincos_positions(learned.shape[-1], grid)
+    prefix = learned.new_zeros(learned.shape[1] - positions.shape[0], learned.shape[-1])
+    del backbone.pos_embed
+    backbone.register_buffer("pos_embed", torch.cat([prefix, positions]).unsqueeze(0))

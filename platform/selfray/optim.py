@@ -1,0 +1,130 @@
+"""Optimizers, parameter groups and the settings that follow the schedules."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from selfray.schedules import Constant, Progress, Schedule, WarmupCosine
+from selfray.views import require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    base_learning_rate: float = 1.5e-4
+    """Learning rate at the base batch size of the scaling rule."""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the peak learning rate follows the batch size B: base * B / 256, base * sqrt(B) (that is
+    SimCLR's rule for short runs), or base."""
+    schedule: WarmupCosine = field(default_factory=WarmupCosine)
+    """Factor on the peak learning rate over the run."""
+    weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
+    """Never applied to biases, norms and other vectors."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    momentum: float = 0.9
+    """SGD's and LARS's."""
+    trust_coefficient: float = 0.001
+    """LARS's eta."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; None does not clip."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.base_learning_rate > 0,
+            f"optimizer.base_learning_rate must be positive, got {self.base_learning_rate}",
+        )
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimizer.clip_norm must be positive, got {self.clip_norm}",
+        )
+        require(
+            0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}"
+        )
+
+    def peak_learning_rate(self, batch_size: int) -> float:
+        factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[self.scaling]
+        return self.base_learning_rate * factor
+
+    def build(self, module: nn.Module) -> Optimizer:
+        groups = parameter_groups(module)
+        if self.name == "adamw":
+            return AdamW(groups, lr=0.0, betas=self.betas)
+        if self.name == "sgd":
+            return SGD(groups, lr=0.0, momentum=self.momentum)
+        return LARS(groups, momentum=self.momentum, trust_coefficient=self.trust_coefficient)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: matrices, and vectors (biases, norms, tokens), which
+    get no weight decay and no LARS adaptation."""
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            is_vector = max(parameter.shape, default=1) == parameter.numel()
+            (vectors if is_vector else matrices).append(parameter)
+    return [
+        {"params": matrices, "is_vector": False},
+        {"params": vectors, "is_vector": True},
+    ]
+
+
+def follow_schedules(
+    optimizer: Optimizer, learning_rate: float, weight_decay: float
+) -> None:
+    """Write this step's learning rate and weight decay into the optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = 0.0 if group["is_vector"] else weight_decay
+
+
+def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:
+    return config.peak_learning_rate(batch_size) * config.schedule(progress)
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose step is scaled for each matrix by |w| / |gradient|.
+
+    You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888, in SimCLR's
+    form: weight decay joins the gradient before the ratio is taken; vectors are left alone.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], momentum: float = 0.9, trust_coefficient: float = 0.001
+    ) -> None:
+        defaults = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+            "is_vector": False,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                if not group["is_vector"]:
+                    update.mul_(_trust_ratio(parameter, update, group["trust_coefficient"]))
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.add_(velocity, alpha=-group["lr"])
+
+
+def _trust_ratio(parameter: Tensor, update: Tensor, coefficient: float) -> Tensor:
+    """coefficient * |w| / |update|, and 1 where either norm is zero; without a GPU sync."""
+    weight_norm, update_norm = parameter.norm(), update.norm()
+    ratio = coefficient * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))

@@ -1,0 +1,89 @@
+"""A linear classifier on frozen features, several learning rates in one pass."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfray.probes.protocol import Protocol
+
+
+class LinearResult(NamedTuple):
+    accuracy: float
+    """On the test images, 0..1."""
+    learning_rate: float
+    """The one that was best on the held-out part of train."""
+    held_out_accuracy: float
+
+
+@dataclass(frozen=True)
+class Linear(Protocol):
+    """Softmax regression by SGD (momentum 0.9, cosine to 0, no weight decay) on standardised
+    features; the learning rate is chosen on held-out train images, never on test."""
+
+    name: ClassVar[str] = "linear"
+    version: ClassVar[int] = 1
+
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    steps: int = 2000
+    batch_size: int = 256
+    held_out: float = 0.1
+    """Share of train kept out to choose the learning rate."""
+    seed: int = 0
+
+    def accuracy(
+        self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
+    ) -> float:
+        """Accuracy on test, 0..1. Features float [n, D] and [m, D], labels int64 [n] and [m]."""
+        return self.evaluate(train, train_labels, test, test_labels).accuracy
+
+    def evaluate(
+        self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
+    ) -> LinearResult:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(train), generator=generator)
+        held = max(1, int(len(train) * self.held_out))
+        held_out, kept = order[:held], order[held:]
+        mean, std = train[kept].float().mean(0), train[kept].float().std(0) + 1e-6
+        train, test = (train.float() - mean) / std, (test.float() - mean) / std
+        classes = int(max(train_labels.max(), test_labels.max())) + 1
+        weights = self._fit(train[kept], train_labels[kept], classes, generator)
+        held_out_accuracy = _accuracies(weights, train[held_out], train_labels[held_out])  # [R]
+        best = int(held_out_accuracy.argmax())
+        on_test = _accuracies([w[best : best + 1] for w in weights], test, test_labels)
+        return LinearResult(
+            float(on_test[0]), self.learning_rates[best], float(held_out_accuracy[best])
+        )
+
+    def _fit(
+        self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator
+    ) -> list[Tensor]:
+        """One classifier for each of R learning rates: weight [R, D, C] and bias [R, 1, C]."""
+        rates = torch.tensor(self.learning_rates).view(-1, 1, 1)
+        weight = torch.zeros(len(self.learning_rates), features.shape[1], classes)
+        parameters = [weight, torch.zeros(len(self.learning_rates), 1, classes)]
+        velocities = [torch.zeros_like(p) for p in parameters]
+        batch = min(self.batch_size, len(features))
+        order = torch.empty(0, dtype=torch.int64)
+        for step in range(self.steps):
+            if len(order) < batch:
+                order = torch.randperm(len(features), generator=generator)
+            chosen, order = order[:batch], order[batch:]
+            x, y = features[chosen], F.one_hot(labels[chosen], classes).float()
+            # The gradient of softmax cross entropy, written out: all learning rates in one
+            # product and no autograd.
+            error = ((x @ parameters[0] + parameters[1]).softmax(-1) - y) / batch  # [R, b, C]
+            gradients = [x.T @ error, error.sum(1, keepdim=True)]
+            rate = rates * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)))
+            for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(rate * velocity)
+        return parameters
+
+
+def _accuracies(parameters: list[Tensor], features: Tensor, labels: Tensor) -> Tensor:
+    """[R] for weights [R, D, C]."""
+    predicted = (features @ parameters[0] + parameters[1]).argmax(-1)  # [R, n]
+    return (predicted == labels).float().mean(1)

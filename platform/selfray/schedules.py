@@ -1,0 +1,90 @@
+"""Hyper-parameters that change during a run: pure functions of progress.
+
+A schedule has no state, so a resumed run needs none; it is keyed to images seen, so it survives a
+change of world size.
+"""
+
+import math
+from dataclasses import dataclass
+
+from selfray.views import require
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. One step is one optimizer step over the global batch."""
+
+    images_seen: int
+    total_images: int
+    step: int
+
+    @property
+    def fraction(self) -> float:
+        return self.images_seen / self.total_images
+
+    @property
+    def finished(self) -> bool:
+        return self.images_seen >= self.total_images
+
+    def advance(self, images: int) -> "Progress":
+        return Progress(self.images_seen + images, self.total_images, self.step + 1)
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+    def __call__(self, progress: Progress) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From start to end along half a cosine over the whole run."""
+
+    start: float
+    end: float
+
+    def __call__(self, progress: Progress) -> float:
+        remaining = 0.5 * (1 + math.cos(math.pi * min(1.0, progress.fraction)))
+        return self.end + (self.start - self.end) * remaining
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """In a straight line from start to end over the first `fraction` of the run, then constant."""
+
+    start: float
+    end: float
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, f"Ramp.fraction must lie in (0, 1], got {self.fraction}")
+
+    def __call__(self, progress: Progress) -> float:
+        return self.start + (self.end - self.start) * min(1.0, progress.fraction / self.fraction)
+
+
+Schedule = Constant | Cosine | Ramp
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """The learning rate's usual shape, as a factor: up in a line from 0 to 1, then a cosine down."""
+
+    warmup_fraction: float = 0.1
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.warmup_fraction < 1,
+            f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}",
+        )
+        require(0 <= self.final <= 1, f"the final factor must lie in [0, 1], got {self.final}")
+
+    def __call__(self, progress: Progress) -> float:
+        fraction = min(1.0, progress.fraction)
+        if fraction < self.warmup_fraction:
+            return fraction / self.warmup_fraction
+        cosine_fraction = (fraction - self.warmup_fraction) / (1 - self.warmup_fraction)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * cosine_fraction))

@@ -1,0 +1,114 @@
+"""What the data tasks do: rows of the plan -> augmented views. numpy and pyarrow, no torch, no ray.
+
+A data task's process starts in a second because of that; torch alone would take four.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from selfray.augment import augment_batch, evaluation_view
+from selfray.images import BrokenImage, decode
+from selfray.plan import ReadPlan, Share
+from selfray.shards import ShardSet, read_rows
+from selfray.views import Views
+
+POSITION, LABEL, BROKEN, VIEWS = "position", "label", "broken", "views"
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that the tasks of a stream need: the data set, the plan over it and the views."""
+
+    shards: ShardSet
+    plan: ReadPlan
+    views: Views
+
+    def draw(self, start: int, count: int) -> Arrays:
+        """The augmented images at positions [start, start + count): one micro-batch.
+
+        Each group of views as uint8 [count, V, 3, H, W], its masks as bool [count, V, N]; with
+        `position` int64, `label` int64 (-1 for none) and `broken` bool, all [count]. A broken
+        image's place is taken by a neighbour, so that counts stay what the plan says.
+        """
+        chosen = self.plan.read(start, count)
+        images, labels = read_rows(self.shards, chosen.groups, chosen.rows)
+        drawn = augment_batch(images, self.views, self.plan.seed, chosen.epoch)
+        return drawn.arrays | {POSITION: chosen.positions, LABEL: labels}
+
+    def name_of(self, position: int) -> str:
+        """The file and row at a position, for messages."""
+        chosen = self.plan.read(position, 1)
+        group, row = int(chosen.groups[0]), int(chosen.rows[0])
+        for file in self.shards.files:
+            if group < len(file.group_rows):
+                return f"{file.uri} row {sum(file.group_rows[:group]) + row}"
+            group -= len(file.group_rows)
+        raise AssertionError(f"position {position} lies in no file")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One rank's micro-batches of steps [first_step, last_step), in chunks of one task each."""
+
+    source: Source
+    share: Share
+    first_step: int
+    last_step: int
+    steps_per_chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-(self.last_step - self.first_step) // self.steps_per_chunk)
+
+    def starts(self, first_step: int, last_step: int) -> Iterator[int]:
+        """The first positions of this rank's micro-batches in some steps, in order."""
+        for step in range(first_step, last_step):
+            yield from self.share.starts(self.source.plan, step)
+
+    def draw(self, ids: Arrays) -> Iterator[Arrays]:
+        """The micro-batches of the chunks in ids["id"]: what one data task does."""
+        cv2.setNumThreads(1)  # a task has one CPU; a library that takes all would only fight
+        count = self.share.micro_batch(self.source.plan.batch_size)
+        for chunk in ids["id"]:
+            first = self.first_step + int(chunk) * self.steps_per_chunk
+            for start in self.starts(first, min(first + self.steps_per_chunk, self.last_step)):
+                yield self.source.draw(start, count)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a data set as probes see them: central views, in blocks of one task each."""
+
+    shards: ShardSet
+    groups: np.ndarray
+    rows: np.ndarray
+    size: int
+    block_rows: int = 512
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.rows) // self.block_rows)
+
+    def read(self, block: int) -> Arrays:
+        """`views` uint8 [n, 3, size, size] and `label` int64 [n]; unreadable images left out."""
+        cv2.setNumThreads(1)
+        chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
+        images, labels = read_rows(self.shards, self.groups[chosen], self.rows[chosen])
+        views, readable = evaluation_views(images, self.size)
+        return {VIEWS: views[readable], LABEL: labels[readable]}
+
+
+def evaluation_views(images: Sequence[bytes], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images' central views, uint8 [n, 3, size, size], and bool [n]: which could be read."""
+    views = np.zeros((len(images), 3, size, size), dtype=np.uint8)
+    readable = np.ones(len(images), dtype=bool)
+    for index, data in enumerate(images):
+        try:
+            views[index] = evaluation_view(decode(data), size).transpose(2, 0, 1)
+        except BrokenImage:
+            readable[index] = False
+    return views, readable

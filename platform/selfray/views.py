@@ -1,0 +1,116 @@
+"""What a method asks to see: augmented crops and masks, as data.
+
+A method's config declares views; the data path draws them (augment.py) and the batch mirrors the
+declaration: `{"global": (View(...), View(...))}` becomes `batch["global"]`, a uint8 tensor
+[B, V, 3, H, W], and `batch["global_mask"]` [B, V, N] where the views carry a mask.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds: validation of user input, one line each."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_probability(name: str, value: float) -> None:
+    require(0.0 <= value <= 1.0, f"{name} is a probability and must lie in [0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Random brightness, contrast, saturation (factors drawn in 1 ± strength) and hue shift.
+
+    The four are applied in random order (SimCLR, arXiv:2002.05709, appendix A).
+    """
+
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    """Largest shift of the hue circle, as a fraction of a full turn; at most 0.5."""
+    probability: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            require(value >= 0, f"color_jitter.{name} must be at least 0, got {value}")
+        require(0 <= self.hue <= 0.5, f"color_jitter.hue must lie in [0, 0.5], got {self.hue}")
+        _require_probability("color_jitter.probability", self.probability)
+
+
+class Mask(Protocol):
+    """A pattern of hidden patches, drawn where the views are drawn."""
+
+    def draw(self, rng: np.random.Generator, grid: int) -> np.ndarray:
+        """A bool array [grid * grid] in row-major order; True is a hidden patch."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """Uniform random masking of a fixed share of the patches (MAE, arXiv:2111.06377)."""
+
+    ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        require(0 < self.ratio < 1, f"mask_ratio must lie in (0, 1), got {self.ratio}")
+
+    def visible(self, patches: int) -> int:
+        """How many of the patches stay visible: the same number in every image, at least one."""
+        return min(patches - 1, max(1, int(patches * (1 - self.ratio))))
+
+    def draw(self, rng: np.random.Generator, grid: int) -> np.ndarray:
+        patches = grid * grid
+        mask = np.ones(patches, dtype=bool)
+        mask[rng.permutation(patches)[: self.visible(patches)]] = False
+        return mask
+
+
+@dataclass(frozen=True)
+class View:
+    """One augmented crop. Defaults are an unaugmented random crop of the encoder's size."""
+
+    size: int | None = None
+    """Side of the square crop in pixels; None means the encoder's image size."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the crop's area, as a fraction of the image's area; the aspect ratio is 3/4 to 4/3."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: ColorJitter | None = None
+    grayscale: float = 0.0
+    """Probability of dropping the colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur with sigma in [0.1, 2.0] pixels."""
+    solarize: float = 0.0
+    """Probability of inverting all values from 128 up."""
+    mask: Mask | None = None
+    grid: int | None = None
+    """Patches along a side, for the mask; None means the encoder's."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(
+            0 < low <= high <= 1,
+            f"crop_scale must be two fractions with 0 < low <= high <= 1, got {self.crop_scale}",
+        )
+        for name in ("flip", "grayscale", "blur", "solarize"):
+            _require_probability(name, getattr(self, name))
+        require(self.size is None or self.size > 0, f"view size must be positive, got {self.size}")
+
+
+Views = dict[str, tuple[View, ...]]
+"""Groups of views of one size each, such as {"global": 2 views, "local": 8 views}."""
+
+CROP_ASPECT = (3 / 4, 4 / 3)
+BLUR_SIGMA = (0.1, 2.0)
+
+
+def blur_kernel_size(view_size: int) -> int:
+    """An odd kernel width of a tenth of the view (SimCLR), at least 3 pixels."""
+    return max(3, 2 * math.floor(view_size / 20) + 1)
