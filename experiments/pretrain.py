@@ -9,12 +9,19 @@ The same command started again continues where it stopped.
 import sys
 import time
 
-from recipes import cifar10, digits, imagenet
+from selfray.cluster import runtime
 
-from selfray.cluster.command import run_experiment
 
-RECIPES = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+def main() -> int:
+    started = time.time()
+    ray = runtime.Starting()  # Ray's processes come up while torch is imported
+    from recipes import cifar10, digits, imagenet
+
+    from selfray.cluster.command import run_experiment
+
+    recipes = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+    return run_experiment(recipes, __doc__ or "", ray, started)
+
 
 if __name__ == "__main__":
-    started = time.time()
-    sys.exit(run_experiment(RECIPES, __doc__ or "", started))
+    sys.exit(main())

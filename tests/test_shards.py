@@ -28,24 +28,9 @@ from selfray.cluster.shards import BuildOptions, Manifest, build, check, write_a
 from selfray.storage import Location
 
 PLATFORM = str(Path(__file__).resolve().parents[1] / "platform")
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    if not ray.is_initialized():
-        ray.init(
-            num_cpus=2,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": PLATFORM}},
-        )
-        yield
-        ray.shutdown()
-    else:
-        yield
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16), kind: str = "JPEG") -> bytes:

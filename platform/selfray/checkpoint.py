@@ -147,11 +147,14 @@ def all_of(run: Location) -> list[Checkpoint]:
     found = []
     for info in (run / FOLDER).list():
         location = run / FOLDER / info.base_name
-        if _NAME.fullmatch(info.base_name) and (location / MANIFEST).exists():
+        name = _NAME.fullmatch(info.base_name)
+        if name and (location / MANIFEST).exists():
             try:
-                found.append(Checkpoint(location, _read_manifest(location)))
+                checkpoint = Checkpoint(location, _read_manifest(location))
             except ValueError:
                 continue
+            if checkpoint.step == int(name[1]):
+                found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -175,7 +178,7 @@ def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) ->
 
     Returns the steps that were removed.
     """
-    checkpoints = all_of(run)
+    checkpoints = [checkpoint for checkpoint in all_of(run) if _is_complete(checkpoint)]
     kept = {checkpoint.step for checkpoint in checkpoints[-keep:]} | needed
     removed = []
     for checkpoint in checkpoints:
@@ -187,6 +190,14 @@ def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) ->
     return removed
 
 
+def _is_complete(checkpoint: Checkpoint) -> bool:
+    """Whether its files have the sizes of its manifest: no proof, but no byte of them is read."""
+    sizes = {info.base_name: info.size for info in checkpoint.location.list()}
+    return all(
+        sizes.get(name) == entry.get("bytes") for name, entry in checkpoint.manifest["files"].items()
+    )
+
+
 def load_encoder(path: str | Location) -> Encoder:
     """The encoder of a checkpoint, or of a run's newest one, in eval mode."""
     return Checkpoint.open(path).encoder()
@@ -195,12 +206,14 @@ def load_encoder(path: str | Location) -> Encoder:
 def _read_manifest(location: Location) -> dict[str, Any]:
     try:
         manifest = (location / MANIFEST).read_json()
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no text at all
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != "selfray-checkpoint":
         raise ValueError(f"{location / MANIFEST} is not the manifest of a checkpoint")
     if manifest.get("version") != 1:
         raise ValueError(f"{location} was written by a newer version of selfray")
+    if not (isinstance(manifest.get("step"), int) and isinstance(manifest.get("files"), dict)):
+        raise ValueError(f"{location / MANIFEST} is not the manifest of a checkpoint: it is damaged")
     return manifest
 
 

@@ -44,6 +44,16 @@ def from_json(value: Any) -> Any:
             f"{kind.__name__} has no field {', '.join(sorted(unknown))}: "
             "the file was written by another version of selfray"
         )
+    needed = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := needed - set(fields):
+        raise ValueError(
+            f"{kind.__name__} lacks {', '.join(sorted(missing))}: "
+            "the file was written by another version of selfray"
+        )
     return kind(**fields)
 
 

@@ -78,20 +78,24 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-class GlobalBatchNorm(nn.SyncBatchNorm):
+class GlobalBatchNorm(_BatchNorm):
     """Batch norm with the statistics of the global batch; the plain one in a single process.
 
     torch's SyncBatchNorm refuses CPU tensors, so nothing distributed could be proven without a
-    GPU: on the CPU this computes the same from differentiable sums. Parameters and buffers bear
-    the names of nn.BatchNorm, so checkpoints fit either.
+    GPU: on the CPU this computes the same from differentiable sums. No subclass of SyncBatchNorm,
+    because DDP refuses those on the CPU. Parameters and buffers bear the names of nn.BatchNorm, so
+    checkpoints fit either.
     """
+
+    process_group = None  # what SyncBatchNorm.forward looks for: all ranks
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
         shared = self.training and is_distributed()
         if shared and not input.is_cuda:
             return self._forward_from_sums(input)
         if shared:
-            return super().forward(input)
+            return nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, self), input)
         return _BatchNorm.forward(self, input)
 
     def _check_input_dim(self, input: Tensor) -> None:

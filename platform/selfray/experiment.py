@@ -10,7 +10,7 @@ from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
 from selfray.plan import Share
-from selfray.views import Views, require
+from selfray.views import Views, require, require_one_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -136,6 +136,8 @@ class Experiment:
             self.cpus_per_worker is None or self.cpus_per_worker > 0,
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
+        require_one_of("precision", self.precision, ("float32", "bf16"))
+        require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         reason = self.method.why_not_accumulate
         if self.accumulate > 1 and reason:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from selfray.schedules import Constant, Progress, Schedule, WarmupCosine
-from selfray.views import require
+from selfray.views import require, require_one_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class OptimizerConfig:
     """Largest norm of all gradients together; None does not clip."""
 
     def __post_init__(self) -> None:
+        require_one_of("optimizer.name", self.name, ("adamw", "sgd", "lars"))
+        require_one_of("optimizer.scaling", self.scaling, ("linear", "sqrt", "none"))
         require(
             self.base_learning_rate > 0,
             f"optimizer.base_learning_rate must be positive, got {self.base_learning_rate}",

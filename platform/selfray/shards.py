@@ -82,7 +82,8 @@ def split_files(uris: Sequence[str], folder: str | Location) -> tuple[list[str],
 
     Where nothing bears such a name, all files are train.
     """
-    root = str(folder).rstrip("/")
+    root = str(folder) if "://" in str(folder) else Location.of(folder).uri
+    root = root.rstrip("/")
     train, test, other = [], [], []
     for uri in uris:
         inner = uri[len(root) + 1 :] if uri.startswith(root + "/") else _name(uri)
@@ -185,14 +186,14 @@ class RowGroupCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._tables: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._tables: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
 
     def read(self, shards: ShardSet, file: ShardFile, group: int) -> pa.Table:
-        key = (file.uri, group)
+        columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
+        key = (file.uri, group, tuple(columns))
         if key in self._tables:
             self._tables.move_to_end(key)
             return self._tables[key]
-        columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
         location = Location.of(file.uri)
         with location.filesystem.open_input_file(location.path) as stream:
             table = pq.ParquetFile(stream).read_row_group(group, columns=columns)
@@ -223,7 +224,8 @@ def read_rows(
         for index, value in zip(wanted, column.to_pylist(), strict=True):
             images[index] = value or b""
         if shards.label_column:
-            values = taken.column(shards.label_column).fill_null(NO_LABEL)
+            # Unsigned integers have no room for -1.
+            values = taken.column(shards.label_column).cast(pa.int64()).fill_null(NO_LABEL)
             labels[wanted] = values.to_numpy()
     return images, labels
 

@@ -39,6 +39,12 @@ class Source:
         drawn = augment_batch(images, self.views, self.plan.seed, chosen.epoch)
         return drawn.arrays | {POSITION: chosen.positions, LABEL: labels}
 
+    def originals(self, start: int, count: int, size: int) -> np.ndarray:
+        """The same images unaugmented: central views uint8 [count, 3, size, size]."""
+        chosen = self.plan.read(start, count)
+        images, _ = read_rows(self.shards, chosen.groups, chosen.rows)
+        return evaluation_views(images, size)[0]
+
     def name_of(self, position: int) -> str:
         """The file and row at a position, for messages."""
         chosen = self.plan.read(position, 1)

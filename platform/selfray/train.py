@@ -34,6 +34,9 @@ class TrainState:
         """The state before the first step, the same for the same seed on every rank."""
         torch.manual_seed(experiment.seed)
         method = experiment.method.build(experiment.encoder.build()).to(device)
+        if experiment.encoder.is_resnet:
+            # Convolutions run about twice as fast with the channels innermost, on CPUs and GPUs.
+            method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(method, experiment.optimizer.build(method), Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:

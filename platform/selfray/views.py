@@ -18,6 +18,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Flags are checked by tyro; a recipe in Python, or a file, is checked here."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def _require_probability(name: str, value: float) -> None:
     require(0.0 <= value <= 1.0, f"{name} is a probability and must lie in [0, 1], got {value}")
 

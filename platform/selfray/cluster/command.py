@@ -5,17 +5,25 @@ Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing wa
 """
 
 import logging
+import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
-from selfray.experiment import Experiment
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
+    from mlflow import MlflowClient
+
+    from selfray.experiment import Experiment
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -23,20 +31,28 @@ INTERRUPTED = 130
 log = logging.getLogger(__name__)
 
 
-def run_experiment(recipes: Mapping[str, Experiment], description: str, started: float) -> int:
+def run_experiment(
+    recipes: "Mapping[str, Experiment]",
+    description: str,
+    ray: runtime.Starting,
+    started: float,
+) -> int:
     """`pretrain.py`'s whole life: parse, launch, report. Returns the exit code."""
 
     def main() -> int:
-        experiment = parse(recipes, description)
-        return with_console(
-            Path(experiment.output if "://" not in experiment.output else "runs") / "logs",
-            lambda console: _launch(experiment, console, started),
-        )
+        try:
+            experiment = parse(recipes, description)
+            return with_console(
+                Path(experiment.output if "://" not in experiment.output else "runs") / "logs",
+                lambda console: _launch(experiment, console, ray, started),
+            )
+        finally:
+            ray.stop()
 
     return one_line_errors(main)
 
 
-def parse(recipes: Mapping[str, Experiment], description: str) -> Experiment:
+def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment":
     """The Experiment that the command line asks for; argparse's exit code 2 where it is wrong."""
     named = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
     command = tyro.extras.subcommand_type_from_defaults(
@@ -47,25 +63,25 @@ def parse(recipes: Mapping[str, Experiment], description: str) -> Experiment:
     return tyro.cli(command, description=description, config=settings)  # type: ignore[arg-type]
 
 
-def _first_line(experiment: Experiment) -> str:
+def _first_line(experiment: "Experiment") -> str:
     return (
         f"{experiment.method.name} on {experiment.encoder.name} at {experiment.encoder.image_size} "
         f"pixels, {experiment.epochs} epochs of batch {experiment.batch_size}"
     )
 
 
-def _launch(experiment: Experiment, console: Console, started: float) -> int:
+def _launch(
+    experiment: "Experiment", console: Console, ray: runtime.Starting, started: float
+) -> int:
     from selfray.cluster.launch import launch
 
-    with runtime.session():
+    with ray.session():
         launch(experiment, console, started=started)
     return 0
 
 
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:
     """Run `body` with everything but its own words going to a log file in `folder`."""
-    from selfray.cluster.launch import RunFailed
-
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.log"
     with runtime.quiet_console(folder / name) as console:
         logging.basicConfig(
@@ -76,7 +92,11 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         except KeyboardInterrupt:
             console.say("interrupted: the same command continues from the last checkpoint")
             return INTERRUPTED
-        except RunFailed as error:
+        except RuntimeError as error:
+            from selfray.cluster.launch import RunFailed
+
+            if not isinstance(error, RunFailed):
+                raise
             console.say(f"error: {error}")
             console.say(f"the full log: {console.log}")
             return 1
@@ -94,3 +114,57 @@ def one_line_errors(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
+
+
+def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
+    """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
+    there is no answer."""
+    with _asking_mlflow(uri) as (client, where):
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return client.get_run(run_id).data.tags
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+    raise ValueError(
+        f"there is no MLflow run {run_id} in {where}: name the store that has it with --tracking "
+        "or MLFLOW_TRACKING_URI"
+    )
+
+
+def count_mlflow_experiments(uri: str) -> tuple[str, int]:
+    """(the store without its password, how many experiments it has at most 1000). ConnectionError
+    where there is no answer."""
+    with _asking_mlflow(uri) as (client, where):
+        return where, len(client.search_experiments(max_results=1000))
+
+
+@contextmanager
+def _asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
+    """A client that asks once and does not wait for minutes."""
+    from selfray.cluster.tracking import _QUIET_AND_QUICK, _database_file, _without_password
+
+    for name, value in _QUIET_AND_QUICK.items():
+        os.environ.setdefault(name, value)
+    where = _without_password(uri)
+    database = _database_file(uri)
+    if database is not None and not Path(database).exists():  # MLflow would make an empty one
+        raise ConnectionError(
+            f"there is no MLflow store at {database}: name one with --tracking or "
+            "MLFLOW_TRACKING_URI"
+        )
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(tracking_uri=uri), where
+    except MlflowException as error:
+        log.exception("MLflow")
+        text = " ".join(str(error).replace(uri, where).split())
+        refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
+        cause = refused[1] if refused else text[:160]
+        raise ConnectionError(
+            f"the MLflow store {where} cannot be used ({cause}): is it running? name another with "
+            "--tracking or MLFLOW_TRACKING_URI"
+        ) from None

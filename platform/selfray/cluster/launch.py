@@ -6,19 +6,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfray import checkpoint, config
+from selfray import checkpoint, config, gallery
 from selfray.cluster import runtime
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
 from selfray.cluster.runtime import Console, Resources
-from selfray.cluster.tracking import Tracker, environment_tags, tracking_uri
+from selfray.cluster.tracking import ARTIFACTS, Tracker, environment_tags, tracking_uri
 from selfray.cluster.worker import (
     FAILURE,
     WorkerTask,
@@ -27,8 +27,10 @@ from selfray.cluster.worker import (
     train_worker,
 )
 from selfray.experiment import Experiment
+from selfray.gallery import History
 from selfray.plan import ReadPlan
 from selfray.probes.features import ProbeResult
+from selfray.source import Source
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,9 @@ class RunResult:
     probes: dict[int, ProbeResult]
     """By step; 0 is the untrained encoder."""
 
+    history: History
+    """The points of its curves."""
+
     @property
     def final_probe(self) -> ProbeResult | None:
         return self.probes[max(self.probes)] if self.probes else None
@@ -76,7 +81,6 @@ def launch(
     console: Console,
     tracking: str | None = None,
     started: float | None = None,
-    with_tracker: Callable[[Tracker, DataSets], None] | None = None,
 ) -> RunResult:
     """Carry out a run on the Ray that is running, or go on with it where it stopped.
 
@@ -86,8 +90,6 @@ def launch(
         tracking: MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else a SQLite store in the
             output folder.
         started: time.time() of the command, for the time to the first step.
-        with_tracker: called once training is done and before the MLflow run is closed, to add
-            pictures to it.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before any worker is started.
@@ -115,9 +117,7 @@ def launch(
                 f"{experiment.seed + 1}, for another"
             )
             return finished
-        return _carry_out(
-            experiment, console, run, data, plan, placement, tracking, started, with_tracker
-        )
+        return _carry_out(experiment, console, run, data, plan, placement, tracking, started)
 
 
 def _carry_out(
@@ -129,7 +129,6 @@ def _carry_out(
     placement: Placement,
     tracking: str | None,
     started: float,
-    with_tracker: Callable[[Tracker, DataSets], None] | None,
 ) -> RunResult:
     found = checkpoint.latest(run)
     if found is not None:
@@ -163,8 +162,7 @@ def _carry_out(
     try:
         _fit(experiment, run, data, placement)
         monitor.training_ended()
-        if with_tracker is not None:
-            with_tracker(tracker, data)
+        _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -177,6 +175,7 @@ def _carry_out(
         monitor.images_per_second,
         monitor.first_step_seconds,
         monitor.probes,
+        monitor.history,
     )
     (run / RUN_FILE).write_json(
         {
@@ -232,6 +231,34 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
     failure = recorded_failure(run / FAILURE, launch_id)
     if failure is not None:
         raise RunFailed(failure)
+
+
+def _log_pictures(
+    experiment: Experiment,
+    run: Location,
+    data: DataSets,
+    plan: ReadPlan,
+    monitor: Monitor,
+    tracker: Tracker,
+    console: Console,
+) -> None:
+    """Make the run's pictures and log them. They are no part of the result: a failure is told."""
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    console.live("drawing pictures")
+    try:
+        train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
+        source = Source(data.train, plan, experiment.views)
+        names = data.train.label_names
+        made = gallery.run_pictures(experiment, newest, source, train, test, names)
+        made["curves.png"] = gallery.curves({gallery.title_of(experiment): monitor.history})
+    except Exception as error:
+        log.exception("the pictures failed")
+        console.say(f"the pictures could not be made ({error}): the run is not touched by it")
+        return
+    for name, picture in made.items():
+        tracker.log_picture(picture, f"pictures/{name}")
+    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(made)}")
 
 
 def ray_storage(run: Location) -> str:
@@ -358,7 +385,8 @@ def _finished_result(run: Location) -> RunResult | None:
         return None
     result = record["result"]
     probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
-    return RunResult(**result, probes=probes)
+    history = History(**result.pop("history"))
+    return RunResult(**result, probes=probes, history=history)
 
 
 def _probe_job(experiment: Experiment, data: DataSets) -> ProbeJob | None:
@@ -368,6 +396,15 @@ def _probe_job(experiment: Experiment, data: DataSets) -> ProbeJob | None:
         experiment.encoder.image_size, experiment.probe.train_limit, experiment.probe.test_limit
     )
     return ProbeJob(train, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
+
+
+def baseline(experiment: Experiment, console: Console) -> ProbeResult:
+    """The probes on raw pixels, at the encoder's size: what an encoder has to beat."""
+    data = open_data(experiment.data, Location.of(experiment.output), console.say)
+    job = _probe_job(experiment, data)
+    if job is None:
+        raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
+    return job.run(None)
 
 
 def _say_plan(

@@ -18,6 +18,7 @@ from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
 from selfray.cluster.worker import even_steps
 from selfray.experiment import Experiment
+from selfray.gallery import History
 from selfray.plan import ReadPlan
 from selfray.probes.features import ProbeResult
 from selfray.spool import SpoolReader, SpoolWriter
@@ -56,6 +57,7 @@ class Monitor:
         self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
         self._reader = SpoolReader(run / SPOOL)
         self._offsets: dict[str, int] = {}
+        self.history = History()
         self._rates: list[float] = []
         self._waits: list[float] = []
         self._losses: dict[int, float] = {}
@@ -136,7 +138,9 @@ class Monitor:
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record["kind"] == "metrics":
-            values = record["values"]
+            values, images = record["values"], record["images_seen"]
+            if "loss" in values:
+                self.history.loss.append((images, values["loss"]))
             if "throughput/images_per_second" in values:
                 self._rates.append(values["throughput/images_per_second"])
                 self._waits.append(values["throughput/data_wait_fraction"])
@@ -147,7 +151,15 @@ class Monitor:
                 for name in list(result)
                 if name.startswith("protocol_")
             }
-            self.probes[record["step"]] = ProbeResult(**result, protocols=protocols)
+            images = result.pop("images_seen")
+            known = ProbeResult(**result, protocols=protocols)
+            if record["step"] not in self.probes:
+                self._keep_probe(record["step"], images, known)
+
+    def _keep_probe(self, step: int, images_seen: int, result: ProbeResult) -> None:
+        self.probes[step] = result
+        self.history.knn.append((images_seen, result.knn))
+        self.history.linear.append((images_seen, result.linear))
 
     def _react(self, record: dict[str, Any]) -> None:
         match record["kind"]:
@@ -168,14 +180,14 @@ class Monitor:
     def _on_started(self, record: dict[str, Any]) -> None:
         if self.first_step_seconds:
             self.console.say(f"a worker died: started again from step {record['step']:,}")
-        if record["step"] == 0 and self._probe_job is not None and 0 not in self.probes:
-            self._ask_probe(EncoderRef.untrained(self.experiment), 0, 0)
 
     def _on_progress(self, record: dict[str, Any]) -> None:
         if not self.first_step_seconds:
             self.first_step_seconds = time.time() - self.started
-        # MLflow's import takes seconds of CPU: not before training runs.
-        self._start_tracking()
+            # MLflow and the first probe take seconds of CPU: not before training runs.
+            self._start_tracking()
+            if self._probe_job is not None and 0 not in self.probes:
+                self._ask_probe(EncoderRef.untrained(self.experiment), 0, 0)
         seen, total = record["images_seen"], self.plan.total_images
         epoch = min(self.experiment.epochs, seen // self.plan.images_per_epoch + 1)
         rate = statistics.median(self._rates[-10:]) if self._rates else record["images_per_second"]
@@ -241,12 +253,13 @@ class Monitor:
             return
         finally:
             self._pending.discard(step)
-        self.probes[step] = result
+        self._keep_probe(step, images_seen, result)
         self._writer.metrics(images_seen, metrics_of(result))
         self._writer.tags(tags_of(result))
         self._writer.event(
             "probe",
             step=step,
+            images_seen=images_seen,
             knn=result.knn,
             linear=result.linear,
             train_images=result.train_images,

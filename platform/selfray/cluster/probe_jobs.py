@@ -1,6 +1,5 @@
 """Encoder -> features -> numbers, as Ray tasks: beside training, or by `selfray probe`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
 
 from selfray import config
 from selfray.checkpoint import Checkpoint
@@ -83,7 +82,11 @@ class ProbeJob:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     cpus: float = 1.0
+    """CPUs of one task."""
     gpus: float = 0.0
+    """GPUs of one task."""
+    tasks: int = 1
+    """Most tasks at a time: each is a process that imports torch."""
 
     def features(self, sample: Sample, encoder: EncoderRef | None) -> LabelledFeatures:
         """Features of a sample, computed once, in parallel: float32 [n, D], in its order."""
@@ -94,8 +97,11 @@ class ProbeJob:
             num_cpus=self.cpus,
             num_gpus=self.gpus or None,
         )
-        # The linear probe's held-out part follows from the order.
-        dataset.context.execution_options.preserve_order = True
+        options = dataset.context.execution_options
+        options.preserve_order = True  # the linear probe's held-out part follows from the order
+        options.resource_limits = ExecutionResources.for_limits(
+            cpu=self.tasks * self.cpus, gpu=self.tasks * self.gpus or None
+        )
         parts = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
         return LabelledFeatures(
             torch.from_numpy(np.concatenate([part[FEATURES] for part in parts])),
@@ -116,5 +122,3 @@ def metrics_of(result: ProbeResult) -> dict[str, float]:
 def tags_of(result: ProbeResult) -> dict[str, str]:
     return {f"probe.{name}.protocol": text for name, text in result.protocols.items()}
 
-
-OnResult = Callable[[int, ProbeResult], None]

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,18 +45,44 @@ class Resources:
 def session(address: str | None = None) -> Iterator[None]:
     """A Ray session: joined where one is given or already joined, else started and stopped here."""
     start(address)
-    import ray
-
-    ours = _started_here
     try:
         yield
     finally:
-        if ours:
-            ray.shutdown()
-            _forget()
+        stop()
 
 
 _started_here = False
+
+
+class Starting:
+    """A Ray session that starts in a thread while its owner imports torch and reads flags."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._start, args=(address,), name="ray-start")
+        self._thread.start()
+
+    def _start(self, address: str | None) -> None:
+        try:
+            start(address)
+        except BaseException as error:  # handed to whoever enters the session
+            self._error = error
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Wait for Ray; stop it at the end if it was started here."""
+        try:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+            yield
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop what was started here; may be called when nothing was."""
+        self._thread.join()
+        stop()
 
 
 def start(address: str | None = None) -> None:
@@ -88,18 +115,14 @@ def start(address: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _forget() -> None:
-    global _started_here
-    _started_here = False
-
-
 def stop() -> None:
     """Stop the local Ray, if start() started it."""
-    import ray
-
+    global _started_here
     if _started_here:
+        import ray
+
         ray.shutdown()
-        _forget()
+        _started_here = False
 
 
 def cluster_resources() -> Resources:

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -122,6 +124,8 @@ class Recorder:
                 images_seen=state.progress.images_seen,
                 world_size=distributed.world_size(),
                 device=str(device),
+                host=socket.gethostname(),
+                process=os.getpid(),
             )
 
     def broken_images(self, names: list[str], total: int) -> None:

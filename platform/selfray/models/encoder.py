@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfray.models import resnet, vit
-from selfray.views import require
+from selfray.views import require, require_one_of
 
 
 class Features(NamedTuple):
@@ -61,7 +61,13 @@ class EncoderConfig:
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
+        require_one_of("encoder.position", self.position, ("learned", "sincos"))
+        require(
+            self.is_vit or self.position == "learned",
+            f"encoder.position {self.position} is for ViTs, not for {self.name}",
+        )
         if self.is_vit:
+            require(self.patch > 0, f"encoder.patch_size must be positive, got {self.patch}")
             require(
                 self.image_size % self.patch == 0,
                 f"encoder.patch_size {self.patch} does not divide encoder.image_size "
@@ -176,7 +182,7 @@ def export_weights(encoder: Encoder) -> dict[str, Tensor]:
 def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
     """The inverse of export_weights. ValueError where the weights are of another encoder."""
     weights = dict(weights)
-    if encoder.config.small_stem:
+    if encoder.config.small_stem and "conv1.weight" in weights:
         weights["conv1.weight"] = resnet.narrow_stem(weights["conv1.weight"])
     try:
         encoder.backbone.load_state_dict(weights)

@@ -46,7 +46,7 @@ class Linear(Protocol):
         order = torch.randperm(len(train), generator=generator)
         held = max(1, int(len(train) * self.held_out))
         held_out, kept = order[:held], order[held:]
-        mean, std = train[kept].float().mean(0), train[kept].float().std(0) + 1e-6
+        mean, std = train[kept].float().mean(0), train[kept].float().std(0, correction=0) + 1e-6
         train, test = (train.float() - mean) / std, (test.float() - mean) / std
         classes = int(max(train_labels.max(), test_labels.max())) + 1
         weights = self._fit(train[kept], train_labels[kept], classes, generator)

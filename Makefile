@@ -1,0 +1,48 @@
+# The two commands that a fresh machine needs are `make quickstart` and `make test`; each makes the
+# virtual environment on first use. Needs Python 3.11 or later and make, nothing else.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUNS ?= runs
+
+.PHONY: quickstart test test-all lint ui bench clean help
+
+help:
+	@echo "make quickstart   pretrain SimCLR and MAE on embedded digits, probe them, show the result"
+	@echo "make ui           open the MLflow UI on the runs"
+	@echo "make test         the tests, under 8 minutes on 2 cores"
+	@echo "make test-all     the same and the long fault drills"
+	@echo "make lint         ruff and pyright"
+	@echo "make clean        remove the environment (runs/ stays)"
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "selfray needs Python 3.11 or later; give one with make PYTHON=/path/to/python3"; exit 2; }
+	@echo "installing into $(VENV) (once; torch's packages are about 5 GB) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(READY)
+	@$(BIN)/python experiments/quickstart.py --output $(RUNS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest -m "not long"
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+ui: $(READY)
+	@test -f $(RUNS)/mlflow.db || { echo "there is no $(RUNS)/mlflow.db yet: run make quickstart first"; exit 2; }
+	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C ends it)"
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,121 @@
+"""Two methods on real images, from pixels to probed encoders: `make quickstart`.
+
+scikit-learn's handwritten digits (embedded, no download) go through the whole platform: Parquet
+shards -> Ray Data -> Ray Train -> checkpoints -> probes -> MLflow. SimCLR and MAE are pretrained
+without labels; then k nearest neighbours and a linear classifier on their frozen features are
+compared with raw pixels and with the untrained encoder.
+
+    python experiments/quickstart.py            # the results lie in runs/quickstart
+    python experiments/quickstart.py --output /data/runs --seed 1
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from selfray.cluster import runtime
+from selfray.cluster.command import one_line_errors, with_console
+from selfray.cluster.runtime import Console
+
+if TYPE_CHECKING:
+    from selfray.cluster.launch import RunResult
+    from selfray.probes.features import ProbeResult
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Pretrain SimCLR and MAE on handwritten digits, probe them, and show the result."""
+
+    output: str = "runs"
+    """Folder of everything that is written."""
+    seed: int = 0
+
+
+def main() -> int:
+    started = time.time()
+    settings = tyro.cli(Quickstart, description=__doc__)
+    folder = Path(settings.output).expanduser().absolute() / "quickstart"
+    ray = runtime.Starting()  # Ray's processes come up while torch is imported
+    return with_console(folder, lambda console: quickstart(settings, folder, console, ray, started))
+
+
+def quickstart(
+    settings: Quickstart, folder: Path, console: Console, ray: runtime.Starting, started: float
+) -> int:
+    from recipes import digits
+
+    from selfray.cluster.launch import baseline, launch
+    from selfray.gallery import curves
+
+    console.say("selfray quickstart: SimCLR and MAE on 1,797 handwritten digits, labels unseen")
+    with ray.session():
+        simclr = replace(digits.SIMCLR, output=settings.output, seed=settings.seed)
+        mae = replace(digits.MAE, output=settings.output, seed=settings.seed)
+        simclr_result = launch(simclr, console, started=started)
+        mae_result = launch(mae, console)
+        pixels = baseline(simclr, console)
+    untrained = simclr_result.probes[0]
+    table = [
+        row("raw-pixels", pixels),
+        row("untrained", untrained),
+        row("simclr", simclr_result.final_probe, simclr_result),
+        row("mae", mae_result.final_probe, mae_result),
+    ]
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    histories = {"SimCLR": simclr_result.history, "MAE": mae_result.history}
+    baselines = {"raw pixels, kNN": pixels.knn, "untrained, kNN": untrained.knn}
+    curves(histories, baselines).save(folder / "curves.png")
+    show(console, table, folder, [simclr_result, mae_result], time.time() - started)
+    return 0
+
+
+def row(
+    method: str, probe: "ProbeResult | None", run: "RunResult | None" = None
+) -> dict[str, Any]:
+    """A line of the table; null where a column does not apply."""
+    assert probe is not None
+    return {
+        "method": method,
+        "knn": probe.knn,
+        "linear": probe.linear,
+        "images_per_second": run and round(run.images_per_second, 1),
+        "seconds": run and round(run.seconds, 1),
+        "protocols": probe.protocols,
+    }
+
+
+def show(
+    console: Console,
+    table: list[dict[str, Any]],
+    folder: Path,
+    runs: "list[RunResult]",
+    seconds: float,
+) -> None:
+    console.say()
+    console.say(f"{'method':12}{'kNN':>8}{'linear':>9}{'images/s':>11}{'seconds':>10}")
+    for line in table:
+        speed, took = line["images_per_second"], line["seconds"]
+        console.say(
+            f"{line['method']:12}{line['knn']:8.1%}{line['linear']:9.1%}"
+            f"{f'{speed:,.0f}' if speed else '-':>11}{f'{took:.0f}' if took else '-':>10}"
+        )
+    knn, linear = (table[0]["protocols"][name].split(" ")[0] for name in ("knn", "linear"))
+    console.say(f"protocols {knn} and {linear}, on 360 test images; {seconds:.0f} s in all")
+    console.say()
+    console.say(f"curves    {folder / 'curves.png'}")
+    for run in runs:
+        console.say(f"pictures  {run.folder}/artifacts/pictures/")
+    console.say(f"full log  {console.log}")
+    console.say("next      make ui                       # compare the two runs in MLflow")
+    console.say(
+        "          .venv/bin/python experiments/pretrain.py simclr-cifar10 --data.path YOUR_IMAGES"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))

@@ -1,0 +1,601 @@
+"""The command `selfray`, as a person types it: what it prints, writes and returns."""
+
+import fcntl
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import ray
+import safetensors
+import torch
+from PIL import Image
+
+from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
+from selfray import checkpoint, cli, images
+from selfray.checkpoint import Checkpoint, load_encoder
+from selfray.cluster import shards
+from selfray.cluster.tracking import Tracker
+from selfray.experiment import DataConfig, ProbeConfig
+from selfray.spool import SpoolReader
+from selfray.storage import Location
+
+SELFRAY = str(Path(sys.executable).with_name("selfray"))
+DEAD = "127.0.0.1:1"
+"""No Ray and no server answers here."""
+
+
+class Said(NamedTuple):
+    code: int
+    text: str
+    """What the console shows."""
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+
+Type = Callable[..., Said]
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capfd) -> Type:
+    """Runs a command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["selfray", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            # Not standard error: pytest's own sys.stderr passes by the descriptor that the command
+            # turns to its log. What a process really shows is tested with `shell`.
+            return Said(cli.main(), capfd.readouterr().out)
+        except SystemExit as end:  # tyro's own: help, or a flag that it does not know
+            return Said(int(end.code or 0), "".join(capfd.readouterr()))
+
+    return run
+
+
+@pytest.fixture
+def typed_without_ray(typed, monkeypatch) -> Type:
+    """The same, where any attempt to use Ray would be told as an error."""
+    if not ray.is_initialized():
+        monkeypatch.setenv("RAY_ADDRESS", DEAD)
+    return typed
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """One Ray for all commands of this file that need one: they join it, which is quick."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(
+            num_cpus=2, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+        )
+    yield ray.get_runtime_context().gcs_address
+    if ours:
+        ray.shutdown()
+
+
+def shell(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """The installed command in a process of its own."""
+    return subprocess.run(
+        [SELFRAY, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def picture(seed: int, size: tuple[int, int] = (20, 16)) -> bytes:
+    file = io.BytesIO()
+    pixels = random.Random(seed).randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def labelled_pictures(count: int) -> tuple[list[bytes], list[int]]:
+    """Images of class 0 are bright on the left, of class 1 on the right: any probe sees that."""
+    rng, encoded = np.random.default_rng(0), []
+    for index in range(count):
+        pixels = rng.integers(0, 60, (16, 16, 3))
+        pixels[:, 8 * (index % 2) :][:, :8] += 180
+        file = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+        encoded.append(file.getvalue())
+    return encoded, [index % 2 for index in range(count)]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """An output folder with labelled data and two tiny runs of two checkpoints each."""
+    output = tmp_path_factory.mktemp("trained") / "runs"
+    encoded, labels = labelled_pictures(60)
+    for part, chosen in (("train", slice(0, 40)), ("test", slice(40, 60))):
+        shards.write_arrays(output / "data" / part, encoded[chosen], labels[chosen])
+    data = DataConfig(path=str(output / "data"))
+    for name, method, encoder in (("mae", MAE, VIT), ("simclr", SIMCLR, RESNET)):
+        wanted = experiment(method, encoder, data=data, probe=ProbeConfig(train_limit=100))
+        state = start(wanted, steps=2)
+        for _ in range(2):
+            train_for(state, wanted, 1)
+            checkpoint.save(state, wanted, Location.of(output / name), loss=1.0)
+    return output
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path) -> Path:
+    """A copy of the MAE run that a test may damage."""
+    return Path(shutil.copytree(trained / "mae", tmp_path / "runs" / "mae"))
+
+
+def flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+# help
+
+
+def test_help_is_shown_without_importing_torch_ray_timm_or_mlflow():
+    script = (
+        "import sys\nfrom selfray import cli\nsys.argv = ['selfray', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'ray', 'timm', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_making_shards_does_not_wait_for_torch(tmp_path):
+    script = (
+        "import sys\nfrom selfray import cli\nsys.argv = ['selfray', 'shards', 'build', 'a', 'b']\n"
+        "assert cli.main() == 2\n"
+        "print([name for name in ('torch', 'timm', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["", "shards", "shards build", "shards check", "export", "probe", "doctor"]
+)
+def test_every_help_text_has_an_example_to_type(typed, command):
+    said = typed(*command.split(), "--help")
+    assert said.code == 0
+    assert f"$ selfray {command}" in " ".join(said.text.split())
+
+
+def test_the_command_alone_shows_its_help(typed):
+    said = typed()
+    assert said.code == 0
+    assert "usage: selfray" in said.text
+
+
+def test_the_help_names_the_true_limit_of_pixels(typed):
+    words = " ".join(typed("shards", "build", "--help").text.replace("│", "").split())
+    assert f"(default: {images.MAX_PIXELS // 10**6} million)" in words
+
+
+def test_an_unknown_export_target_is_named_with_the_known_ones(typed):
+    said = typed("export", "somewhere", "--to", "onnx")
+    assert said.code == 2
+    assert "invalid choice 'onnx'" in said.text
+    assert "timm" in said.text
+
+
+# shards: bad input, told without starting Ray
+
+
+def assert_one_line_error(said: Said, *parts: str) -> None:
+    assert said.code == 2, said.text
+    assert len(said.lines) == 1, said.text
+    assert said.text.startswith("error: ")
+    for part in parts:
+        assert part in said.text
+
+
+def test_a_missing_source_is_one_line(typed_without_ray):
+    said = typed_without_ray("shards", "build", "nothing", "out")
+    assert_one_line_error(said, "nothing does not exist", "give a folder of images")
+
+
+def test_an_empty_source_is_one_line(typed_without_ray, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = typed_without_ray("shards", "build", "empty", "out")
+    assert_one_line_error(said, "empty is empty", "holds images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_that_holds_something_else_is_left_alone(typed_without_ray, tmp_path):
+    write(tmp_path, {"in/a.png": picture(1), "out/thesis.txt": b"precious"})
+    said = typed_without_ray("shards", "build", "in", "out")
+    assert_one_line_error(said, "holds other files (thesis.txt)", "new folder")
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+def test_a_destination_that_cannot_be_written_is_one_line(typed_without_ray, tmp_path):
+    write(tmp_path, {"in/a.png": picture(1), "file": b""})
+    said = typed_without_ray("shards", "build", "in", "file/out")
+    assert_one_line_error(said, "file/out cannot be")
+
+
+@pytest.mark.parametrize("flags", [("--shard-mib", 0), ("--max-side", -1), ("--max-pixels", 0)])
+def test_a_size_that_makes_no_sense_is_one_line(typed_without_ray, tmp_path, flags):
+    write(tmp_path, {"in/a.png": picture(1)})
+    said = typed_without_ray("shards", "build", "in", "out", *flags)
+    assert_one_line_error(said, "must be positive", f"got {flags[1]}")
+
+
+def test_checking_a_missing_folder_is_one_line(typed_without_ray):
+    assert_one_line_error(typed_without_ray("shards", "check", "nothing"), "nothing does not exist")
+
+
+def test_checking_a_folder_without_manifest_is_a_problem(typed_without_ray, tmp_path):
+    (tmp_path / "other").mkdir()
+    said = typed_without_ray("shards", "check", "other")
+    assert said.code == 1
+    assert "there is no manifest" in said.lines[0]
+
+
+# shards: what is done
+
+
+def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path):
+    names = {f"in/{kind}/{i}.png": picture(i) for i in range(15) for kind in ("cat", "dog")}
+    write(tmp_path, {**names, "in/cat/broken.png": b"no image", "in/dog/empty.png": b""})
+    done = shell(
+        tmp_path, "shards", "build", "in", "out", "--shard-mib", 0.004, RAY_ADDRESS=ray_address
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
+    manifest = shards.Manifest.load(tmp_path / "out")
+    assert len(manifest.shards) > 5
+    assert 1 <= len(progress) <= cli.LINES_WITHOUT_TERMINAL
+    assert all(re.match(r"\d+ of 32 images  .*images/s .*MB/s .*quarantined", p) for p in progress)
+    assert f"out: 30 images in {len(manifest.shards)} shards, " in summary
+    assert sizes == "pixels (min / median / max): width 20 / 20 / 20, height 16 / 16 / 16"
+    assert labels == "labels: 2 classes of 15 images"
+    assert (
+        quarantined == f"quarantined: 1 empty, 1 not an image; see {tmp_path}/out/quarantine.jsonl"
+    )
+    assert after.startswith("next: python experiments/pretrain.py ")
+    assert after.endswith(f"--data.path {tmp_path}/out")
+
+
+def test_a_finished_build_says_that_there_is_nothing_to_do(ray_address, typed, tmp_path):
+    write(tmp_path, {f"in/{i}.png": picture(i) for i in range(4)})
+    assert typed("shards", "build", "in", "out").code == 0
+    said = typed("shards", "build", "in", "out")
+    assert said.lines[0] == f"{tmp_path}/out is complete: nothing to do"
+    assert "labels: none, so the encoder cannot be probed on these images" in said.lines
+
+
+def test_a_folder_without_any_image_is_one_line(ray_address, typed, tmp_path):
+    write(tmp_path, {"in/notes.txt": b"hello", "in/more.txt": b"world"})
+    said = typed("shards", "build", "in", "out")
+    assert said.code == 2
+    assert said.lines[-1].startswith(f"error: {tmp_path}/in holds no readable image: all 2 files")
+
+
+def test_check_passes_sound_shards_and_names_a_damaged_one(ray_address, typed, tmp_path):
+    encoded, labels = labelled_pictures(8)
+    shards.write_arrays(tmp_path / "out", encoded, labels, rows_per_shard=4)
+    said = typed("shards", "check", "out", "--deep")
+    assert said.code == 0
+    assert re.fullmatch(
+        rf"{tmp_path}/out: 8 images in 2 shards, [\d.]+ kB: no problems; \d+ s\n", said.text
+    )
+    flip_a_byte(tmp_path / "out" / "shard-00001.parquet")
+    said = typed("shards", "check", "out")
+    assert said.code == 1
+    assert said.lines[0].startswith(f"problem: {tmp_path}/out/shard-00001.parquet: its sha256")
+    assert said.lines[1].startswith(f"{tmp_path}/out: 8 images in 2 shards, ")
+    assert ": 1 problem; " in said.lines[1]
+
+
+# export
+
+
+def printed_code(said: Said) -> str:
+    """The Python lines that an export prints, between two empty lines."""
+    return said.text.split("\n\nimport", 1)[1].join(["import", ""]).split("\n\nimages: ")[0]
+
+
+@pytest.mark.parametrize("name", ["mae", "simclr"])
+def test_the_printed_lines_load_the_exported_encoder(typed, trained, tmp_path, name):
+    said = typed("export", trained / name, "--to", "timm", "--output", "encoder.safetensors")
+    assert said.code == 0, said.text
+    file = tmp_path / "encoder.safetensors"
+    assert said.lines[0].startswith(f"{file}: ")
+    assert said.lines[1].startswith("verified: timm loads it with no key missing and gives")
+    scope: dict[str, torch.nn.Module] = {}
+    exec(printed_code(said), scope)
+    batch = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = load_encoder(trained / name)(batch).cls
+        torch.testing.assert_close(scope["model"](batch), expected, rtol=1e-3, atol=1e-4)
+    assert os.listdir(tmp_path / "runs") == ["logs"]
+
+
+def test_the_exported_file_says_where_it_comes_from(typed, trained, tmp_path):
+    typed("export", trained / "mae", "--to", "timm", "--output", "encoder.safetensors")
+    with safetensors.safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+        header = file.metadata()
+    wanted = Checkpoint.open(trained / "mae").experiment()
+    assert header["method"] == "mae"
+    assert header["encoder"] == "vit_tiny_patch16_224"
+    assert json.loads(header["options"]) == wanted.encoder.options
+    assert (header["image_size"], header["step"], header["images_seen"]) == ("16", "2", "16")
+    assert tuple(json.loads(header["mean"])) == wanted.data.mean
+    assert tuple(json.loads(header["std"])) == wanted.data.std
+    assert header["selfray_version"]
+
+
+def test_an_export_is_named_after_its_run_and_step(typed, trained, tmp_path):
+    first = trained / "mae" / "checkpoints" / "step-00000001"
+    assert typed("export", first, "--to", "timm").code == 0
+    assert (tmp_path / "mae-step-00000001.safetensors").exists()
+
+
+def test_an_existing_file_is_overwritten_only_with_force(typed, trained, tmp_path):
+    file = write(tmp_path, {"e.safetensors": b"mine"}) / "e.safetensors"
+    said = typed("export", trained / "mae", "--to", "timm", "--output", file)
+    assert_one_line_error(said, f"{file} exists", "--force")
+    assert file.read_bytes() == b"mine"
+    assert typed("export", trained / "mae", "--to", "timm", "--output", file, "--force").code == 0
+    assert file.stat().st_size > 1000
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_leaves_nothing(typed, trained, tmp_path):
+    write(tmp_path, {"file": b""})
+    said = typed("export", trained / "mae", "--to", "timm", "--output", "file/e.safetensors")
+    assert_one_line_error(said, "file/e.safetensors cannot be written", "--output")
+    assert sorted(os.listdir(tmp_path)) == ["file", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("encoder.pth", "must end in .safetensors"), ("s3://b/e.safetensors", "must be a local file")],
+)
+def test_an_output_that_timm_cannot_read_is_refused(typed, trained, output, reason):
+    said = typed("export", trained / "mae", "--to", "timm", "--output", output)
+    assert_one_line_error(said, reason, output)
+
+
+def test_what_is_no_checkpoint_is_one_line(typed, tmp_path):
+    write(tmp_path, {"folder/a.txt": b"", "weights.pth": b"x"})
+    assert_one_line_error(typed("export", "nowhere", "--to", "timm"), "there is no checkpoint at")
+    for name in ("folder", "weights.pth"):
+        said = typed("export", name, "--to", "timm")
+        assert_one_line_error(said, f"{name} is no checkpoint", "give a run's folder")
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_file_that_is_damaged(typed, run_folder, tmp_path):
+    damaged = run_folder / "checkpoints" / "step-00000002"
+    flip_a_byte(damaged / "encoder.safetensors")
+    said = typed("export", damaged, "--to", "timm", "--output", "e.safetensors")
+    assert_one_line_error(said, "encoder.safetensors is damaged", "earlier checkpoint")
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_gives_the_one_before(typed, run_folder):
+    flip_a_byte(run_folder / "checkpoints" / "step-00000002" / "encoder.safetensors")
+    said = typed("export", run_folder, "--to", "timm")
+    assert said.code == 0
+    assert "step-00000002 is damaged: taking the one before, step 1" in said.lines[0]
+    assert "step 1" in said.lines[1]
+
+
+# MLflow
+
+
+@pytest.fixture(scope="module")
+def store(trained) -> tuple[str, str, str]:
+    """(a tracking URI, the id of the MLflow run of the MAE run, the id of a stranger's)."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{trained}/mlflow.db"
+    run = Location.of(trained / "mae")
+    tracker = Tracker(uri, "selfray", "mae", run, {}, {"run.folder": run.uri}, say=lambda _: None)
+    tracker.start()
+    assert tracker.finish("FAILED", seconds=120)
+    assert tracker.run_id is not None
+    client = MlflowClient(tracking_uri=uri)
+    stranger = client.create_run(client.create_experiment("other"))
+    return uri, tracker.run_id, stranger.info.run_id
+
+
+def test_an_mlflow_run_is_exported_from_its_folder(typed, store, tmp_path):
+    uri, run_id, _ = store
+    said = typed("export", f"mlruns:/{run_id}", "--to", "timm", "--tracking", uri)
+    assert said.code == 0, said.text
+    assert (tmp_path / "mae-step-00000002.safetensors").exists()
+
+
+def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
+    uri, run_id, stranger = store
+
+    def export(reference: str, uri: str) -> Said:
+        return typed("export", reference, "--to", "timm", "--tracking", uri)
+
+    assert_one_line_error(export("mlruns:/abc", uri), "no MLflow run abc", "--tracking")
+    assert_one_line_error(export(f"mlruns:/{stranger}", uri), "no tag run.folder")
+    assert_one_line_error(export("mlruns:/", uri), "needs the id of a run")
+    dead = export(f"mlruns:/{run_id}", f"http://{DEAD}")
+    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "is it running?")
+    missing = export(f"mlruns:/{run_id}", "sqlite:///nothing.db")
+    assert_one_line_error(missing, "no MLflow store at", "nothing.db")
+    assert not Path("nothing.db").exists()
+
+
+# probe
+
+
+def test_unlabelled_data_cannot_be_probed(typed_without_ray, trained, tmp_path):
+    shards.write_arrays(tmp_path / "plain", [picture(i) for i in range(4)])
+    said = typed_without_ray("probe", trained / "mae", "--data", tmp_path / "plain")
+    assert_one_line_error(said, f"{tmp_path}/plain has no labels", "--data", "class folders")
+    said = typed_without_ray("probe", trained / "mae", "--test", tmp_path / "plain")
+    assert_one_line_error(said, f"{tmp_path}/plain has no labels")
+
+
+def test_train_and_test_images_of_other_classes_cannot_be_compared(
+    typed_without_ray, trained, tmp_path
+):
+    encoded, labels = labelled_pictures(8)
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "wolf"])):
+        shards.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
+    flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
+    said = typed_without_ray("probe", trained / "mae", *flags)
+    assert_one_line_error(said, "the classes of train (cat, dog) and of test (dog, wolf) differ")
+
+
+def test_missing_data_is_told_by_the_flag_of_this_command(typed_without_ray, trained):
+    said = typed_without_ray("probe", trained / "mae", "--data", "nothing")
+    assert_one_line_error(said, "--data nothing does not exist")
+    said = typed_without_ray("probe", trained / "mae", "--train-limit", 0)
+    assert_one_line_error(said, "--train-limit must be positive, got 0")
+
+
+def test_more_gpus_than_the_cluster_has_are_refused(ray_address, typed, trained):
+    said = typed("probe", trained / "mae", "--device-gpus", 99)
+    assert_one_line_error(said, "--device-gpus 99", "give less")
+
+
+def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
+    ray_address, trained, store, tmp_path
+):
+    uri, run_id, _ = store
+    done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
+        f"40 train and 20 test images of {trained}/data",
+    ]
+    assert re.fullmatch(r" +kNN  linear  seconds", lines[3])
+    rows = [re.fullmatch(r"(.*?) +([\d.]+)% +([\d.]+)% +[\d.]+", line) for line in lines[4:7]]
+    found = {row[1]: (float(row[2]), float(row[3])) for row in rows if row}
+    assert list(found) == ["step 2", "untrained encoder", "raw pixels at 16 x 16"]
+    assert found["raw pixels at 16 x 16"] == (100.0, 100.0)
+    assert lines[8].startswith("knn-v1 (k 20")
+    assert lines[9].startswith("linear-v1 (")
+    assert len(lines) == 13
+
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert written["step"] == 2
+    results = written["results"]
+    assert list(results) == ["checkpoint", "untrained", "pixels"]
+    assert round(100 * results["checkpoint"]["knn"], 1) == found["step 2"][0]
+
+    from mlflow import MlflowClient
+
+    run = MlflowClient(tracking_uri=uri).get_run(run_id)
+    assert run.data.metrics == {
+        "probe/knn": results["checkpoint"]["knn"],
+        "probe/linear": results["checkpoint"]["linear"],
+        "probe/untrained/knn": results["untrained"]["knn"],
+        "probe/untrained/linear": results["untrained"]["linear"],
+        "probe/pixels/knn": 1.0,
+        "probe/pixels/linear": 1.0,
+    }
+    assert run.data.tags["probe.knn.protocol"] == lines[8]
+    assert run.info.status == "FAILED", "a number that is logged later does not change the outcome"
+
+
+def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
+    ray_address, typed, trained, store, tmp_path
+):
+    encoded, labels = labelled_pictures(30)
+    shards.write_arrays(tmp_path / "clinic", encoded, labels)
+    said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
+    assert said.code == 0, said.text
+    assert "24 train and 6 test images" in said.lines[1]
+    assert said.lines[-2] == "logged as probe/clinic/knn, probe/clinic/linear"
+
+
+def kept_in(run_folder: Path) -> list[dict[str, float]]:
+    """The metrics of a run folder's spool, in order."""
+    records, _ = SpoolReader(Location.of(run_folder) / "spool").read({})
+    return [record["values"] for record in records if record["kind"] == "metrics"]
+
+
+def test_numbers_wait_in_the_run_folder_where_mlflow_does_not_answer(
+    ray_address, typed, store, run_folder
+):
+    said = typed("probe", run_folder, "--no-baselines", "--tracking", f"http://{DEAD}")
+    assert said.code == 0
+    assert said.lines[-1].startswith(f"not logged, but kept in {run_folder}/spool: the MLflow")
+    assert "(Connection refused)" in said.lines[-1].replace("[Errno 111] ", "")
+    assert "probe/knn" in kept_in(run_folder)[-1]
+
+
+def test_a_run_that_still_trains_sends_the_numbers_by_itself(ray_address, typed, store, run_folder):
+    before = (run_folder / "shipped.json").read_bytes()
+    with open(run_folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = typed("probe", run_folder, "--no-baselines")
+    assert said.lines[-1].startswith("the run is still training: it sends these numbers")
+    assert "probe/knn" in kept_in(run_folder)[-1]
+    assert (run_folder / "shipped.json").read_bytes() == before
+
+
+def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(ray_address, typed, trained):
+    said = typed("probe", trained / "simclr", "--no-baselines")
+    assert said.lines[-1] == "not logged: no MLflow run belongs to this checkpoint"
+    assert not (trained / "simclr" / "spool").exists()
+
+
+# doctor
+
+
+def test_doctor_looks_at_everything_and_starts_ray_by_itself(tmp_path):
+    done = shell(tmp_path, "doctor", RAY_ADDRESS="", MLFLOW_TRACKING_URI=f"http://{DEAD}")
+    assert done.stderr == ""
+    found = {}
+    for line in done.stdout.splitlines():
+        status, name, text = line.split(maxsplit=2)
+        assert status in ("ok", "warn", "fail")
+        found[name] = (status, text)
+    assert list(found) == [
+        "Python",
+        "packages",
+        "CPUs",
+        "memory",
+        "disk",
+        "S3",
+        "GPUs",
+        "Ray",
+        "MLflow",
+    ]
+    assert found["Python"][0] == "ok"
+    assert found["Ray"][0] in ("ok", "warn")
+    assert re.match(r"starts on this machine in [\d.]+ s: \d+ CPUs, 0 GPUs", found["Ray"][1])
+    assert found["MLflow"][0] == "fail"
+    assert "is it running?" in found["MLflow"][1]
+    assert done.returncode == 1

@@ -1,0 +1,295 @@
+"""Two real processes that talk gloo, against one process that sees the whole global batch.
+
+Run as a script, this file is what the two processes do: all cases in one start, since importing
+torch is what takes the time.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from helpers import (
+    MAE,
+    PLAIN_SGD,
+    RESNET,
+    SIMCLR,
+    VIT,
+    batches,
+    experiment,
+    relative_error,
+    start,
+    train_for,
+    weights,
+)
+from selfray import distributed
+from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
+from selfray.experiment import Experiment
+from selfray.optim import OptimizerConfig
+
+RANKS = 2
+STEPS = 3
+SMALL_STEPS = replace(PLAIN_SGD, base_learning_rate=0.05, momentum=0.9)
+ADAMW = OptimizerConfig("adamw", base_learning_rate=1e-3, scaling="none")
+
+RUNS: dict[str, Experiment] = {
+    "simclr": experiment(replace(SIMCLR, temperature=0.5), RESNET, optimizer=SMALL_STEPS),
+    "simclr with a vit": experiment(SIMCLR, VIT, optimizer=SMALL_STEPS),
+    "mae": experiment(MAE, optimizer=SMALL_STEPS),
+    "mae in micro-batches": experiment(MAE, optimizer=SMALL_STEPS, accumulate=2),
+    "mae clipped": experiment(MAE, optimizer=replace(SMALL_STEPS, clip_norm=0.05)),
+    "mae by adamw": experiment(MAE, optimizer=ADAMW),
+}
+
+
+def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
+    """A few steps of one rank: its losses, the gradients of the first step, and its last state."""
+    state = start(wanted)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        # timm begins with a zero at the end of each residual branch: nothing would flow there.
+        for parameter in state.method.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    gradients: dict[str, Tensor] = {}
+    own_before_step = state.method.before_step
+
+    def look(progress):
+        if not gradients:
+            for name, parameter in state.method.named_parameters():
+                assert parameter.grad is not None
+                gradients[name] = parameter.grad.clone()
+        own_before_step(progress)
+
+    state.method.before_step = look
+    data = batches(wanted, rank=rank, ranks=ranks)
+    steps = train_for(state, wanted, STEPS, data)
+    return {
+        "losses": torch.stack([step.loss for step in steps]),
+        "norms": torch.stack([step.gradient_norm for step in steps]),
+        "gradients": gradients,
+        "weights": weights(state),
+    }
+
+
+SHAPES = {"vectors": (8, 5), "maps": (8, 3, 4, 4), "maps, with timm's activation": (8, 3, 4, 4)}
+
+
+def norm_case(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A batch norm that is not at its start, the global batch, and what the loss weighs it by."""
+    shape = SHAPES[name]
+    generator = torch.Generator().manual_seed(len(shape))
+    kinds = {"vectors": nn.BatchNorm1d, "maps": nn.BatchNorm2d}
+    norm = kinds.get(name, BatchNormAct2d)(shape[1])
+    with torch.no_grad():
+        for tensor in norm.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    scale = torch.arange(8).view(8, *[1] * (len(shape) - 1)).float()  # ranks see other statistics
+    values = torch.randn(shape, generator=generator) * (1 + scale) + scale
+    return norm, values, torch.randn(shape, generator=generator)
+
+
+def normalized(norm: nn.Module, values: Tensor, loss_weights: Tensor) -> dict[str, Tensor]:
+    """Two forwards in training, the gradients of the first, and one in evaluation."""
+    values = values.clone().requires_grad_()
+    output = norm.train()(values)
+    (output * loss_weights).sum().backward()
+    norm(values.detach() * 2)
+    found = {"output": output.detach(), "input gradient": values.grad}
+    found |= {f"{name} gradient": p.grad for name, p in norm.named_parameters()}
+    found |= {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    return found | {"evaluated": norm.eval()(values).detach()}
+
+
+def gathered(rank: int) -> dict[str, Any]:
+    local = (torch.arange(6.0).view(3, 2) + 100 * rank).requires_grad_()
+    everyone = distributed.gather(local)
+    # Each rank's loss weighs what it gathered in its own way.
+    (everyone * (torch.arange(12.0).view(6, 2) * (rank + 1))).sum().backward()
+    return {"everyone": everyone.detach(), "gradient": local.grad}
+
+
+def what_a_rank_does(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    found: dict[str, Any] = {
+        "place": (distributed.rank(), distributed.world_size(), distributed.is_distributed()),
+        "gathered": gathered(rank),
+        "mean": distributed.mean_over_ranks(torch.tensor([1.0 + rank, 10.0])),
+    }
+    for name in SHAPES:
+        norm, values, loss_weights = norm_case(name)
+        ours = with_global_batchnorm(nn.Sequential(norm))[0]
+        assert isinstance(ours, GlobalBatchNorm)
+        part = slice(rank * 4, rank * 4 + 4)
+        found[name] = normalized(ours, values[part], loss_weights[part])
+    for name, wanted in RUNS.items():
+        found[name] = trained(wanted, rank, RANKS)
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")  # from here nothing has used a thread yet
+    processes = [
+        context.Process(target=what_a_rank_does, args=(rank, sys.argv[1])) for rank in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of the two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """What one process finds on the global batch, without micro-batches."""
+    return {name: trained(replace(run, accumulate=1), 0, 1) for name, run in RUNS.items()}
+
+
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def test_each_process_knows_its_rank_and_the_world(ranks):
+    assert [found["place"] for found in ranks] == [(0, 2, True), (1, 2, True)]
+
+
+def test_gather_puts_all_ranks_rows_in_rank_order_on_every_rank(ranks):
+    expected = torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 100])
+    for found in ranks:
+        assert torch.equal(found["gathered"]["everyone"], expected)
+
+
+def test_the_gradient_of_gather_is_the_sum_of_what_every_ranks_loss_says(ranks):
+    total = torch.arange(12.0).view(6, 2) * (1 + 2)
+    for rank, found in enumerate(ranks):
+        assert torch.equal(found["gathered"]["gradient"], total[rank * 3 : rank * 3 + 3])
+
+
+def test_the_mean_over_ranks_is_the_same_on_all_of_them(ranks):
+    for found in ranks:
+        assert found["mean"].tolist() == [1.5, 10.0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_global_batch_norm_is_the_batch_norm_of_the_global_batch(name, ranks):
+    expected = normalized(*norm_case(name))
+    for key in ("output", "input gradient", "evaluated"):
+        found = torch.cat([rank[name][key] for rank in ranks])
+        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+    for key in ("weight gradient", "bias gradient"):
+        found = ranks[0][name][key] + ranks[1][name][key]
+        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_running_statistics_are_those_of_the_global_batch_on_every_rank(name, ranks):
+    expected = normalized(*norm_case(name))
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(ranks[0][name][key], ranks[1][name][key])
+        torch.testing.assert_close(ranks[0][name][key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+@every_run
+def test_the_mean_of_the_ranks_losses_is_one_processs_loss(name, ranks, alone):
+    found = (ranks[0][name]["losses"] + ranks[1][name]["losses"]) / 2
+    assert not torch.equal(ranks[0][name]["losses"], ranks[1][name]["losses"])
+    torch.testing.assert_close(found, alone[name]["losses"], rtol=1e-4, atol=0)
+
+
+@every_run
+def test_every_gradient_is_that_of_one_process(name, ranks, alone):
+    for parameter, expected in alone[name]["gradients"].items():
+        assert expected.norm() > 0, f"{parameter} proves nothing"
+    whole = torch.cat([g.flatten() for g in alone[name]["gradients"].values()])
+    for found in ranks:
+        got = found[name]["gradients"]
+        assert got.keys() == alone[name]["gradients"].keys()
+        for parameter, expected in alone[name]["gradients"].items():
+            # Gradients that cancel, such as that of an attention's key bias, are rounding alone.
+            noise = 1e-6 * whole.norm()
+            error = (got[parameter] - expected).norm()
+            assert error < 1e-3 * expected.norm() + noise, parameter
+
+
+@every_run
+def test_two_ranks_end_with_identical_weights(name, ranks):
+    first, second = ranks[0][name]["weights"], ranks[1][name]["weights"]
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@every_run
+def test_two_ranks_end_with_the_weights_of_one_process(name, ranks, alone):
+    moved = ranks[0][name]["weights"]
+    for key, expected in alone[name]["weights"].items():
+        assert relative_error(moved[key], expected) < 1e-3, key
+
+
+@every_run
+def test_the_gradient_norm_that_is_told_is_the_global_one(name, ranks, alone):
+    for found in ranks:
+        torch.testing.assert_close(found[name]["norms"], alone[name]["norms"], rtol=1e-3, atol=1e-5)
+
+
+# One process
+
+
+def test_in_one_process_there_is_nothing_to_share():
+    values = torch.arange(6.0).view(3, 2)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert not distributed.is_distributed()
+    assert distributed.gather(values) is values
+    assert distributed.sum_over_ranks(values) is values
+    assert torch.equal(distributed.mean_over_ranks(values), values)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_in_one_process_global_batch_norm_is_the_plain_one(name):
+    norm, values, loss_weights = norm_case(name)
+    expected = normalized(norm, values, loss_weights)
+    ours = with_global_batchnorm(nn.Sequential(norm_case(name)[0]))[0]
+    found = normalized(ours, values, loss_weights)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_every_batch_norm_is_replaced_and_keeps_its_state():
+    torch.manual_seed(0)
+    encoder = RESNET.build()
+    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    norms = [name for name, m in encoder.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    shared = with_global_batchnorm(encoder)
+    assert all(isinstance(shared.get_submodule(name), GlobalBatchNorm) for name in norms)
+    assert shared.state_dict().keys() == state.keys()
+    assert all(torch.equal(shared.state_dict()[name], tensor) for name, tensor in state.items())

@@ -1,0 +1,347 @@
+"""Whole runs on a real Ray, with real images, checkpoints and a real MLflow store."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from helpers import MAE, RESNET, SIMCLR, VIT
+from selfray import checkpoint, config
+from selfray.checkpoint import Checkpoint
+from selfray.cluster.launch import RunFailed, launch, place
+from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.shards import write_arrays
+from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.optim import OptimizerConfig
+from selfray.spool import SpoolReader
+from selfray.storage import Location
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+IMAGES = 96
+
+
+def images(count: int = IMAGES, size: int = 16) -> list[bytes]:
+    """Noisy PNGs of two kinds, dark and light: the label is the kind."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for index in range(count):
+        values = rng.integers(0, 120, (size, size, 3)) + 120 * (index % 2)
+        file = io.BytesIO()
+        Image.fromarray(values.astype(np.uint8)).save(file, format="PNG")
+        encoded.append(file.getvalue())
+    return encoded
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    labels = [index % 2 for index in range(IMAGES)]
+    write_arrays(str(folder / "two"), images(), labels, label_names=["dark", "light"])
+    return str(folder / "two")
+
+
+def experiment(shards: str, output: Path, **changes) -> Experiment:
+    base = Experiment(
+        name="tiny-mae",
+        method=MAE,
+        encoder=VIT,
+        data=DataConfig(path=shards),
+        optimizer=OptimizerConfig(base_learning_rate=1e-2),
+        epochs=6,
+        batch_size=32,
+        probe=ProbeConfig(times=1),
+        checkpoint=CheckpointConfig(times=3),
+        output=str(output),
+        log_every=1,
+    )
+    return config.override(base, **changes)
+
+
+class Screen(Console):
+    """A console whose lines a test can read."""
+
+    def __init__(self) -> None:
+        self.text = io.StringIO()
+        super().__init__(self.text, None)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.getvalue().splitlines()
+
+
+def records(run: str) -> list[dict]:
+    return SpoolReader(Location.of(run) / "spool").read({})[0]
+
+
+def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_path) -> None:
+    wanted = experiment(shards, tmp_path)
+    screen = Screen()
+    result = launch(wanted, screen)
+
+    newest = Checkpoint.open(result.folder)
+    assert newest.step == 18
+    assert newest.experiment() == replace(wanted, cpus_per_worker=1.0)
+    assert set(result.probes) == {0, 18}
+    assert result.probes[18].knn > 0.9  # dark and light images are easily told apart
+    assert "knn-v1" in result.probes[18].protocols["knn"]
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("selfray").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.mask_ratio"] == "0.75"
+    assert run.data.tags["augmentation.backend"].startswith("selfray-cv2/")
+    assert run.data.tags["probe.knn.protocol"].startswith("knn-v1")
+    for name in ("version.torch", "machine.cpus", "selfray.git_commit"):
+        assert name in run.data.tags
+    for name in (
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "throughput/images_per_second",
+        "throughput/data_wait_seconds",
+        "health/feature_std",
+        "health/effective_rank",
+    ):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [point.step for point in history] == [32 * step for step in range(1, 19)], name
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "probe/knn")] == [0, 576]
+    pictures = {info.path for info in client.list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {
+        f"pictures/{name}.png"
+        for name in ("views", "reconstructions", "neighbours", "embedding", "curves")
+    }
+    assert len(screen.lines) < 25
+
+    again = Screen()
+    assert launch(wanted, again) == result
+    assert any("complete, nothing to do" in line for line in again.lines)
+
+
+def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_path) -> None:
+    losses = {}
+    for name, changes in {
+        "one": {},
+        "two": {"workers": 2},
+        "accumulated": {"accumulate": 2},
+    }.items():
+        changes = {"probe.times": 0, "epochs": 2, **changes}
+        result = launch(experiment(shards, tmp_path / name, **changes), Screen())
+        losses[name] = [r["loss"] for r in records(result.folder) if r["kind"] == "progress"]
+    # Only the ranks' and micro-batches' means are shown, so float rounding is all that may differ;
+    # the two-worker run shows rank 0's share of the loss, which is not the global mean.
+    assert losses["accumulated"] == pytest.approx(losses["one"], rel=1e-4)
+    ends = {
+        name: Checkpoint.open(next((tmp_path / name).glob("tiny-mae-*")).as_posix()).state()
+        for name in losses
+    }
+    for key, tensor in ends["one"]["method"].items():
+        torch.testing.assert_close(ends["two"]["method"][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_of_images_without_labels_trains_and_is_not_probed(tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, data in enumerate(images(40)):
+        (folder / f"{index}.png").write_bytes(data)
+    (folder / "broken.png").write_bytes(b"not a png")
+    screen = Screen()
+    wanted = experiment(str(folder), tmp_path / "runs", epochs=2)
+    result = launch(wanted, screen)
+    assert result.probes == {}
+    text = screen.text.getvalue()
+    assert "1 files left out" in text
+    assert "the data has no labels" in text
+
+
+def test_broken_images_inside_a_shard_are_named_and_do_not_stop_a_run(tmp_path) -> None:
+    rows = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images(64))]
+    rows[7]["bytes"] = rows[7]["bytes"][:40]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": rows}), tmp_path / "data" / "a.parquet")
+    changes = {"epochs": 2, "data.max_broken_fraction": 0.05}
+    screen = Screen()
+    launch(experiment(str(tmp_path / "data"), tmp_path / "runs", **changes), screen)
+    assert "a.parquet row 7" in screen.text.getvalue()
+
+
+def test_too_many_broken_images_end_a_run_with_the_cause(tmp_path) -> None:
+    rows = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images(64))]
+    for row in rows[::2]:
+        row["bytes"] = b"broken"
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": rows}), tmp_path / "data" / "a.parquet")
+    with pytest.raises(RunFailed, match=r"max_broken_fraction 0\.01"):
+        launch(experiment(str(tmp_path / "data"), tmp_path / "runs"), Screen())
+
+
+def test_a_dead_tracking_server_is_announced_once_and_stops_nothing(shards, tmp_path) -> None:
+    wanted = experiment(shards, tmp_path, **{"probe.times": 0})
+    screen = Screen()
+    result = launch(wanted, screen, tracking="http://127.0.0.1:9")
+    announced = [line for line in screen.lines if "cannot be reached" in line]
+    assert len(announced) == 1
+    kept = [r for r in records(result.folder) if r["kind"] == "metrics" and "loss" in r["values"]]
+    assert len(kept) == 18
+
+
+# --- bad input
+
+
+def test_a_missing_data_path_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--data\.path /no/such/folder does not exist"):
+        launch(experiment("/no/such/folder", tmp_path), Screen())
+
+
+def test_a_folder_without_images_is_named(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--data\.path.*empty"):
+        launch(experiment(str(tmp_path / "empty"), tmp_path / "runs"), Screen())
+
+
+def test_a_parquet_file_without_images_shows_its_columns(tmp_path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "number": [1]}), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=r"no image column.*text: string, number: int64"):
+        launch(experiment(str(tmp_path / "table.parquet"), tmp_path / "runs"), Screen())
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(shards, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 128 is larger than the data set of 96"):
+        launch(experiment(shards, tmp_path, batch_size=128), Screen())
+
+
+def test_an_unwritable_output_folder_is_named(shards, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"--output: .*cannot be written"):
+        launch(experiment(shards, tmp_path / "file" / "runs"), Screen())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 4}, r"--workers 4 need 4 CPUs and the cluster has 2: give --workers 2"),
+        ({"gpus_per_worker": 1.0}, r"need 1 GPUs and the cluster has 0"),
+        ({"cpus_per_worker": 2.0}, r"leave 0 of the cluster's 2 CPUs to read the data"),
+        ({"data_cpus": 3}, r"--data-cpus 3 is more than the 0\.8 CPUs"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused_with_what_is_missing(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        place(experiment("x", Path("y"), **changes), Resources(cpus=2, gpus=0))
+
+
+def test_as_many_workers_as_cpus_leave_some_cpu_for_the_data() -> None:
+    placement = place(experiment("x", Path("y"), workers=2), Resources(cpus=2, gpus=0))
+    assert placement.cpus_per_worker * 2 + placement.data_cpus < 2
+    assert placement.data_cpus >= 0.5
+
+
+# --- faults
+
+SCRIPT = """
+import sys
+from selfray.cluster import runtime
+from selfray.cluster.launch import launch
+from selfray.cluster.runtime import Console
+from selfray import config
+with runtime.session():
+    launch(config.loads(open(sys.argv[1]).read()), Console(sys.stdout, None))
+"""
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return Checkpoint.open(run).state()["method"]
+
+
+@pytest.mark.long
+def test_a_killed_command_continues_to_the_same_weights_in_the_same_mlflow_run(
+    shards, tmp_path
+) -> None:
+    changes = {"epochs": 60, "checkpoint.times": 20, "probe.times": 0}
+    wanted = experiment(shards, tmp_path / "killed", **changes)
+    (tmp_path / "experiment.json").write_text(config.dumps(wanted))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "experiment.json")]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = tmp_path / "killed" / wanted.run_name
+    while len(checkpoint.all_of(Location.of(run))) == 0 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = checkpoint.latest(Location.of(run))
+    assert stopped_at is not None
+    assert stopped_at.step < 180
+    deadline = time.monotonic() + 60
+    while not (run / "mlflow.json").exists() and time.monotonic() < deadline:
+        break  # the run may not have been opened yet: then the second start opens it
+    first_id = json.loads((run / "mlflow.json").read_text())["run_id"] if (
+        run / "mlflow.json"
+    ).exists() else None
+
+    screen = Screen()
+    result = launch(wanted, screen)
+    assert any("continuing from step" in line for line in screen.lines)
+    if first_id is not None:
+        assert json.loads((run / "mlflow.json").read_text())["run_id"] == first_id
+    whole = launch(replace(wanted, output=str(tmp_path / "whole")), Screen())
+    for name, tensor in weights(whole.folder).items():
+        assert torch.equal(weights(result.folder)[name], tensor), name
+
+
+@pytest.mark.long
+def test_a_killed_train_worker_goes_on_from_the_last_checkpoint_by_itself(
+    shards, tmp_path
+) -> None:
+    changes = {"epochs": 60, "checkpoint.times": 20, "probe.times": 0}
+    wanted = experiment(shards, tmp_path, **changes)
+    run = Location.of(tmp_path / wanted.run_name)
+
+    class Killer(Screen):
+        """Kills the train worker when its first checkpoint is there."""
+
+        killed = False
+
+        def live(self, text: str) -> None:
+            self.kill()
+
+        def say(self, text: str = "") -> None:
+            super().say(text)
+            self.kill()
+
+        def kill(self) -> None:
+            if not self.killed and checkpoint.all_of(run):
+                started = [r for r in records(run.uri) if r["kind"] == "started"]
+                os.kill(started[-1]["process"], signal.SIGKILL)
+                self.killed = True
+
+    screen = Killer()
+    result = launch(wanted, screen)
+    assert screen.killed
+    assert any("a worker died: started again from step" in line for line in screen.lines)
+    starts = [r["step"] for r in records(result.folder) if r["kind"] == "started"]
+    assert len(starts) == 2
+    assert starts[1] > 0
+    assert Checkpoint.open(result.folder).step == 180
+
+
+def test_simclr_on_a_resnet_runs_on_two_workers(shards, tmp_path) -> None:
+    changes = {"epochs": 1, "workers": 2, "probe.times": 0, "method": SIMCLR, "encoder": RESNET}
+    wanted = replace(experiment(shards, tmp_path), **{"epochs": 1, "workers": 2})
+    wanted = config.override(wanted, **changes)
+    result = launch(wanted, Screen())
+    assert Checkpoint.open(result.folder).step == 3

@@ -1,0 +1,161 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from selfray.losses import masked_pixel_error, nt_xent
+
+
+def slow_nt_xent(embeddings: np.ndarray, temperature: float) -> list[list[float]]:
+    """Eq. 1 of arXiv:2002.05709, written out: the loss of each anchor [image][view]."""
+    images = len(embeddings)
+
+    def similarity(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
+
+    losses = []
+    for i in range(images):
+        of_image = []
+        for v in range(2):
+            anchor = embeddings[i, v]
+            numerator = math.exp(similarity(anchor, embeddings[i, 1 - v]) / temperature)
+            denominator = 0.0
+            for k in range(images):
+                for u in range(2):
+                    if (k, u) != (i, v):
+                        denominator += math.exp(similarity(anchor, embeddings[k, u]) / temperature)
+            of_image.append(-math.log(numerator / denominator))
+        losses.append(of_image)
+    return losses
+
+
+def embeddings(images: int = 6, width: int = 5) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).normal(size=(images, 2, width)) * 3)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_nt_xent_is_its_formula(temperature):
+    z = embeddings()
+    expected = np.mean(slow_nt_xent(z.numpy(), temperature))
+    assert float(nt_xent(z, z, 0, temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_mean_of_the_ranks_losses_is_the_loss_of_one_process(ranks):
+    z = embeddings()
+    slow = slow_nt_xent(z.numpy(), 0.2)
+    share = len(z) // ranks
+    losses = []
+    for rank in range(ranks):
+        first = rank * share
+        local = z[first : first + share]
+        losses.append(float(nt_xent(local, z, first, 0.2)))
+        assert losses[-1] == pytest.approx(np.mean(slow[first : first + share]), rel=1e-5)
+    assert np.mean(losses) == pytest.approx(float(nt_xent(z, z, 0, 0.2)), rel=1e-6)
+
+
+def test_the_length_of_an_embedding_does_not_matter():
+    z = embeddings()
+    longer = z * torch.rand(6, 2, 1, dtype=z.dtype).add(0.5)
+    torch.testing.assert_close(nt_xent(z, z, 0, 0.2), nt_xent(longer, longer, 0, 0.2))
+
+
+def test_an_anchor_is_not_its_own_negative():
+    # Two images that are orthogonal, whose views agree: positives e^(1/t), two negatives of e^0.
+    z = torch.eye(2).unsqueeze(1).repeat(1, 2, 1)
+    expected = -math.log(math.exp(2.0) / (math.exp(2.0) + 2))
+    assert float(nt_xent(z, z, 0, 0.5)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_agreeing_views_have_a_lower_loss_at_a_lower_temperature():
+    z = torch.eye(4).unsqueeze(1).repeat(1, 2, 1)
+    losses = [float(nt_xent(z, z, 0, temperature)) for temperature in (1.0, 0.5, 0.1)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_embeddings_that_collapsed_have_the_loss_of_a_blind_guess():
+    z = torch.ones(8, 2, 4)
+    assert float(nt_xent(z, z, 0, 0.1)) == pytest.approx(math.log(15), rel=1e-5)
+
+
+def test_nt_xent_is_computed_in_float32_from_bfloat16_embeddings():
+    z = embeddings().bfloat16()
+    loss = nt_xent(z, z, 0, 0.01)
+    assert loss.dtype == torch.float32
+    expected = np.mean(slow_nt_xent(z.double().numpy(), 0.01))
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+# Masked pixels
+
+
+def slow_pixel_error(
+    predicted: np.ndarray, target: np.ndarray, mask: np.ndarray, normalize: bool
+) -> float:
+    """arXiv:2111.06377, section 3, in loops; the variance is the unbiased one."""
+    errors = []
+    for image in range(target.shape[0]):
+        for patch in range(target.shape[1]):
+            if not mask[image, patch]:
+                continue
+            pixels = [float(x) for x in target[image, patch]]
+            if normalize:
+                mean = sum(pixels) / len(pixels)
+                variance = sum((x - mean) ** 2 for x in pixels) / (len(pixels) - 1)
+                pixels = [(x - mean) / math.sqrt(variance + 1e-6) for x in pixels]
+            squares = [
+                (float(p) - x) ** 2 for p, x in zip(predicted[image, patch], pixels, strict=True)
+            ]
+            errors.append(sum(squares) / len(squares))
+    return sum(errors) / len(errors)
+
+
+def patches() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    predicted, target = (torch.from_numpy(rng.normal(size=(3, 5, 12)) * 2 + 1) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [1, 0, 1, 1, 0]]).bool()
+    return predicted, target, mask
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_masked_pixel_error_is_its_formula(normalize):
+    predicted, target, mask = patches()
+    expected = slow_pixel_error(predicted.numpy(), target.numpy(), mask.numpy(), normalize)
+    found = masked_pixel_error(predicted, target, mask, normalize)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_visible_patches_have_no_part_in_the_error():
+    predicted, target, mask = patches()
+    expected = masked_pixel_error(predicted, target, mask, True)
+    predicted[~mask], target[~mask] = 1e6, -1e6
+    torch.testing.assert_close(masked_pixel_error(predicted, target, mask, True), expected)
+
+
+def test_a_perfect_prediction_has_no_error():
+    _, target, mask = patches()
+    assert float(masked_pixel_error(target, target, mask, False)) == 0.0
+    deviation = (target.float().var(-1, keepdim=True) + 1e-6).sqrt()
+    normalized = (target.float() - target.float().mean(-1, keepdim=True)) / deviation
+    assert float(masked_pixel_error(normalized, target, mask, True)) < 1e-12
+
+
+def test_normalized_pixels_do_not_depend_on_a_patchs_brightness_and_contrast():
+    predicted, target, mask = patches()
+    expected = masked_pixel_error(predicted, target, mask, True)
+    other = masked_pixel_error(predicted, target * 7 + 30, mask, True)
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=0)
+
+
+def test_a_patch_of_one_colour_stays_finite():
+    predicted, target, mask = patches()
+    predicted.requires_grad_()
+    loss = masked_pixel_error(predicted, torch.full_like(target, 3.0), mask, True)
+    loss.backward()
+    assert predicted.grad is not None
+    assert torch.isfinite(loss)
+    assert torch.isfinite(predicted.grad).all()
+    expected = F.mse_loss(predicted[mask], torch.zeros_like(predicted[mask]))
+    torch.testing.assert_close(loss, expected.float())

@@ -1,0 +1,344 @@
+"""The contract of a method, for every file in methods/; then what is MAE's and SimCLR's own."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from helpers import (
+    MAE,
+    PLAIN_SGD,
+    RESNET,
+    SIMCLR,
+    VIT,
+    all_methods,
+    batches,
+    differing,
+    experiment,
+    positions,
+    prepared,
+    relative_error,
+    reseeded,
+    start,
+    train_for,
+    weights,
+)
+from selfray import checkpoint, config
+from selfray.checkpoint import Checkpoint
+from selfray.method import Method, MethodConfig
+from selfray.methods import mae as mae_file
+from selfray.methods.mae import MAEConfig, patchify, unpatchify
+from selfray.methods.simclr import SimCLRConfig
+from selfray.models.encoder import Encoder, export_weights
+from selfray.storage import Location
+
+every_method = pytest.mark.parametrize("method", all_methods(), ids=lambda method: method.name)
+
+
+@every_method
+def test_the_loss_falls_on_a_fixed_batch(method: MethodConfig):
+    wanted = experiment(method)
+    fixed = positions(0, wanted.batch_size, wanted)
+    steps = train_for(start(wanted), wanted, 40, iter([fixed] * 40))
+    losses = [float(step.loss) for step in steps]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses[::5]
+
+
+@every_method
+def test_every_trainable_parameter_gets_a_gradient_and_every_parameter_moves(method: MethodConfig):
+    wanted = experiment(method)
+    state = start(wanted)
+    assert isinstance(state.method, Method)
+    batch = prepared(positions(0, wanted.batch_size, wanted), wanted)
+    loss, _ = state.method.train()(batch, state.progress)
+    loss.backward()
+    parameters = dict(state.method.named_parameters())
+    unused = [name for name, p in parameters.items() if p.requires_grad and p.grad is None]
+    assert unused == [], "an unused parameter breaks DDP"
+    frozen_with = [
+        name for name, p in parameters.items() if not p.requires_grad and p.grad is not None
+    ]
+    assert frozen_with == []
+
+    state = start(wanted)
+    before = weights(state)
+    train_for(state, wanted, 3)
+    moved = differing(before, weights(state))
+    # Teachers, which are frozen, have to move as well; what never moves is to be a buffer.
+    assert [name for name in parameters if name not in moved] == []
+
+
+@every_method
+def test_the_loss_and_its_metrics_are_float32_scalars(method: MethodConfig):
+    wanted = experiment(method)
+    (step,) = train_for(start(wanted), wanted, 1)
+    assert (step.loss.shape, step.loss.dtype) == (torch.Size([]), torch.float32)
+    assert all(value.numel() == 1 for value in step.metrics.values())
+
+
+@every_method
+def test_labels_are_never_for_a_methods_eyes(method: MethodConfig):
+    wanted = experiment(method)
+    state = start(wanted)
+    batch = prepared(positions(0, wanted.batch_size, wanted), wanted)
+    with_labels, _ = state.method(batch, state.progress)
+    del batch["label"]
+    torch.manual_seed(0)
+    without, _ = start(wanted).method(batch, state.progress)
+    assert torch.isfinite(with_labels)
+    assert torch.isfinite(without)
+
+
+@every_method
+def test_a_method_and_its_run_survive_json(method: MethodConfig):
+    assert config.loads(config.dumps(method)) == method
+    assert config.loads(config.dumps(experiment(method))) == experiment(method)
+
+
+@every_method
+def test_a_resumed_run_has_the_same_weights_bit_for_bit(method: MethodConfig, tmp_path):
+    wanted = experiment(method)
+    straight = start(wanted)
+    train_for(straight, wanted, 6)
+
+    first = start(wanted)
+    train_for(first, wanted, 3)
+    run = Location.of(tmp_path)
+    checkpoint.save(first, wanted, run, loss=1.0)
+    resumed = start(reseeded(wanted))  # other weights, so that all of them have to be loaded
+    assert differing(weights(resumed), weights(first))
+    resumed.load_state_dict(Checkpoint.open(run).state())
+    told = train_for(resumed, wanted, 3)
+    assert told[-1].progress == straight.progress
+    assert differing(weights(resumed), weights(straight)) == []
+
+
+@every_method
+def test_the_encoder_goes_home_into_plain_timm(method: MethodConfig, tmp_path):
+    wanted = experiment(method)
+    state = start(wanted)
+    train_for(state, wanted, 3)
+    encoder = state.method.encoder
+    assert isinstance(encoder, Encoder)
+    file = str(tmp_path / "encoder.safetensors")
+    safetensors.torch.save_file(export_weights(encoder), file)
+
+    plain: Any = timm.create_model(wanted.encoder.name, **wanted.encoder.options)
+    plain.load_state_dict(safetensors.torch.load_file(file), strict=True)
+    if wanted.encoder.small_stem:
+        plain.conv1.stride, plain.maxpool = (1, 1), nn.Identity()
+    images = prepared(positions(0, 4, wanted), wanted)["global"][:, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), encoder.eval()(images).cls)
+
+
+@every_method
+def test_micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: MethodConfig):
+    if method.why_not_accumulate:
+        with pytest.raises(ValueError, match="accumulate 2 would change the loss of") as refused:
+            experiment(method, accumulate=2)
+        assert method.why_not_accumulate in str(refused.value)
+        assert "give --accumulate 1" in str(refused.value)
+        return
+    moves = []
+    for accumulate in (1, 2):
+        wanted = experiment(method, accumulate=accumulate, optimizer=PLAIN_SGD)
+        state = start(wanted)
+        before = weights(state)
+        train_for(state, wanted, 1)
+        after = weights(state)
+        moves.append({name: before[name] - after[name] for name in before})
+    for name, whole in moves[0].items():
+        if torch.is_floating_point(whole):
+            torch.testing.assert_close(moves[1][name], whole, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@every_method
+def test_bf16_autocast_gives_a_finite_loss_near_that_of_float32(method: MethodConfig):
+    losses = []
+    for precision in ("float32", "bf16"):
+        wanted = experiment(method, precision=precision)
+        state = start(wanted)
+        steps = train_for(state, wanted, 3)
+        losses.append([float(step.loss) for step in steps])
+        assert all(torch.isfinite(step.loss) for step in steps)
+        assert all(p.dtype == torch.float32 for p in state.method.parameters())
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)
+    assert losses[0] != losses[1], "bf16 computed in float32"
+
+
+@every_method
+def test_views_are_filled_in_with_a_size_and_a_grid(method: MethodConfig):
+    wanted = experiment(method)
+    for group in wanted.views.values():
+        for view in group:
+            assert view.size is not None
+            assert view.mask is None or view.grid is not None
+
+
+# MAE
+
+
+def test_mae_s_encoder_sees_exactly_a_quarter_of_the_patches():
+    wanted = experiment(MAE)
+    state = start(wanted)
+    seen = []
+    backbone: Any = state.method.encoder.backbone
+    backbone.blocks[0].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape)
+    )
+    train_for(state, wanted, 1)
+    assert seen == [(8, 16 // 4 + 1, 32)], "4 of 16 patches and the class token"
+
+
+@pytest.mark.parametrize(("ratio", "visible"), [(0.75, 4), (0.5, 8), (0.9, 1), (0.1, 14)])
+def test_the_mask_ratio_sets_how_many_patches_are_seen(ratio, visible):
+    wanted = experiment(replace(MAE, mask_ratio=ratio))
+    mask = positions(0, 8, wanted)["global_mask"]
+    assert (~mask).sum(-1).flatten().tolist() == [visible] * 8
+
+
+def _mae() -> tuple[mae_file.MAE, torch.Tensor, torch.Tensor]:
+    wanted = experiment(MAE)
+    method = start(wanted).method.eval()
+    assert isinstance(method, mae_file.MAE)
+    batch = prepared(positions(0, 8, wanted), wanted)
+    return method, batch["global"][:, 0], batch["global_mask"][:, 0]
+
+
+def test_masked_patches_do_not_reach_mae_s_prediction():
+    method, images, mask = _mae()
+    changed = patchify(images, 4)
+    changed[mask] = 1e3
+    with torch.no_grad():
+        expected = method.reconstruct(images, mask)
+        assert torch.equal(method.reconstruct(unpatchify(changed, 4), mask), expected)
+        changed[~mask] += 1.0
+        assert not torch.equal(method.reconstruct(unpatchify(changed, 4), mask), expected)
+
+
+def test_mae_s_decoder_puts_each_visible_patch_back_in_its_place():
+    # The same picture under two masks: where decoder and encoder are blind to all but a patch's
+    # own place, a mixed-up order would show as another error.
+    method, images, _ = _mae()
+    masks = torch.ones(2, 16, dtype=torch.bool)
+    masks[0, [0, 6, 9, 15]] = False
+    masks[1, [1, 6, 8, 12]] = False
+    seen = []
+    method.decoder_blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        method.reconstruct(images[:2], masks)
+        positions_ = method.get_buffer("decoder_positions")
+        tokens = seen[0][:, 1:] - positions_  # [2, N, W]: what stood at each place
+        for image in range(2):
+            visible = (~masks[image]).nonzero().flatten()
+            features = method.encoder(images[image : image + 1], visible[None]).patches[0]
+            torch.testing.assert_close(
+                tokens[image, visible], method.decoder_embed(features), rtol=1e-4, atol=1e-5
+            )
+            hidden = tokens[image, masks[image]]
+            torch.testing.assert_close(
+                hidden, method.mask_token[0].expand_as(hidden), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_mae_s_loss_is_that_of_its_prediction_on_hidden_patches():
+    method, images, mask = _mae()
+    with torch.no_grad():
+        batch = {"global": images[:, None], "global_mask": mask[:, None]}
+        loss, _ = method(batch, start(experiment(MAE)).progress)
+        predicted, target = method.reconstruct(images, mask), patchify(images, 4)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert float(loss) == pytest.approx(float((predicted - target)[mask].square().mean()), rel=1e-5)
+
+
+def test_patches_are_cut_in_row_major_order_and_put_together_again():
+    images = torch.randn(2, 3, 12, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 9, 48)
+    for number in range(9):
+        row, column = divmod(number, 3)
+        cell = images[:, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+        assert torch.equal(patches[:, number], cell.permute(0, 2, 3, 1).reshape(2, 48))
+    assert torch.equal(unpatchify(patches, 4), images)
+
+
+def test_mae_asks_for_one_view_with_a_mask_over_the_encoders_patches():
+    (view,) = MAE.views(VIT)["global"]
+    assert (view.size, view.grid) == (16, 4)
+    assert view.mask is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_ratio": 1.2}, r"mask_ratio must lie in \(0, 1\), got 1.2"),
+        ({"mask_ratio": 0.0}, r"mask_ratio must lie in \(0, 1\), got 0.0"),
+        (
+            {"decoder_width": 30, "decoder_heads": 4},
+            "decoder_heads 4 does not divide decoder_width 30",
+        ),
+        ({"decoder_width": 6, "decoder_heads": 2}, "decoder_width must be a multiple of 4, got 6"),
+    ],
+)
+def test_mae_refuses_settings_outside_their_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MAEConfig(**settings)
+
+
+def test_mae_refuses_a_resnet_and_says_what_to_give():
+    with pytest.raises(ValueError, match=r"needs a ViT, not encoder.name resnet18: give --encoder"):
+        experiment(MAE, RESNET)
+
+
+# SimCLR
+
+
+def test_simclr_asks_for_two_views_drawn_alike():
+    first, second = SIMCLR.views(RESNET)["global"]
+    assert first == second
+    assert first.size == 16
+
+
+def test_simclr_works_with_a_vit():
+    wanted = experiment(SIMCLR, VIT)
+    (step,) = train_for(start(wanted), wanted, 1)
+    assert torch.isfinite(step.loss)
+
+
+def test_a_lower_temperature_is_another_loss():
+    losses = []
+    for temperature in (0.1, 0.5):
+        wanted = experiment(replace(SIMCLR, temperature=temperature))
+        losses.append(float(train_for(start(wanted), wanted, 1)[0].loss))
+    assert losses[0] != losses[1]
+
+
+def test_simclr_does_not_care_which_view_comes_first_nor_which_image():
+    wanted = experiment(SIMCLR)
+    batch = prepared(next(batches(wanted)), wanted)["global"]
+    order = torch.randperm(8)
+    losses = []
+    for views in (batch, batch.flip(1), batch[order]):
+        state = start(wanted)
+        loss, _ = state.method({"global": views}, state.progress)
+        losses.append(loss.detach())
+    assert relative_error(losses[1], losses[0]) < 1e-4
+    assert relative_error(losses[2], losses[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"projector_layers": 4}, r"projector_layers must be 2 \(v1\) or 3 \(v2\), got 4"),
+        ({"projector_width": 0}, "projector_width must be positive, got 0"),
+    ],
+)
+def test_simclr_refuses_settings_outside_their_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SimCLRConfig(**settings)
