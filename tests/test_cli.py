@@ -32,7 +32,7 @@ from selfray.storage import Location
 
 SELFRAY = str(Path(sys.executable).with_name("selfray"))
 DEAD = "127.0.0.1:1"
-"""No Ray and no server answers here."""
+"""No server answers here."""
 
 
 class Said(NamedTuple):
@@ -71,7 +71,7 @@ def typed(tmp_path, monkeypatch, capfd) -> Type:
 def typed_without_ray(typed, monkeypatch) -> Type:
     """The same, where any attempt to use Ray would be told as an error."""
     if not ray.is_initialized():
-        monkeypatch.setenv("RAY_ADDRESS", DEAD)
+        monkeypatch.setenv("RAY_ADDRESS", "nonsense://")
     return typed
 
 
@@ -447,7 +447,10 @@ def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
     assert_one_line_error(export(f"mlruns:/{stranger}", uri), "no tag run.folder")
     assert_one_line_error(export("mlruns:/", uri), "needs the id of a run")
     dead = export(f"mlruns:/{run_id}", f"http://{DEAD}")
-    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "is it running?")
+    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "start or mend it")
+    Path("junk.db").write_text("junk")
+    broken = export(f"mlruns:/{run_id}", "sqlite:///junk.db")
+    assert_one_line_error(broken, "cannot be used", "file is not a database")
     missing = export(f"mlruns:/{run_id}", "sqlite:///nothing.db")
     assert_one_line_error(missing, "no MLflow store at", "nothing.db")
     assert not Path("nothing.db").exists()
@@ -597,5 +600,5 @@ def test_doctor_looks_at_everything_and_starts_ray_by_itself(tmp_path):
     assert found["Ray"][0] in ("ok", "warn")
     assert re.match(r"starts on this machine in [\d.]+ s: \d+ CPUs, 0 GPUs", found["Ray"][1])
     assert found["MLflow"][0] == "fail"
-    assert "is it running?" in found["MLflow"][1]
+    assert "start or mend it" in found["MLflow"][1]
     assert done.returncode == 1

@@ -882,7 +882,7 @@ def _memory() -> Finding:
     memory = psutil.virtual_memory()
     text = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
     if memory.available < 2 * GIB:
-        return Finding("warn", f"{text}: a small run takes 2 GiB; close other programs")
+        return Finding("warn", f"{text}: little for Ray, workers and data; close other programs")
     return Finding("ok", text)
 
 
@@ -1033,9 +1033,9 @@ def _one_line(error: Exception) -> str:
 def _size(count: int) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+            return f"{count:,.1f} {unit}" if unit != "bytes" else f"{count} bytes"
         count /= 1000  # type: ignore[assignment]
-    return f"{count:,.4g} TB"
+    return f"{count:,.1f} TB"
 
 
 def _clock(seconds: float) -> str:

@@ -25,11 +25,11 @@ NEIGHBOURS = 8
 
 @dataclass
 class History:
-    """The curves of a run against images seen: (images, value), values in their own unit."""
+    """The curves of a run against images seen: [images, value] pairs."""
 
-    loss: list[tuple[float, float]] = field(default_factory=list)
-    knn: list[tuple[float, float]] = field(default_factory=list)
-    linear: list[tuple[float, float]] = field(default_factory=list)
+    loss: list[list[float]] = field(default_factory=list)
+    knn: list[list[float]] = field(default_factory=list)
+    linear: list[list[float]] = field(default_factory=list)
 
 
 def curves(

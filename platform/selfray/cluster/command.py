@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,15 +157,16 @@ def _asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
         )
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield MlflowClient(tracking_uri=uri), where
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         log.exception("MLflow")
-        text = " ".join(str(error).replace(uri, where).split())
+        text = str(error).replace(uri, where)
         refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
-        cause = refused[1] if refused else text[:160]
+        cause = refused[1] if refused else textwrap.shorten(text, 160, placeholder=" ...")
         raise ConnectionError(
-            f"the MLflow store {where} cannot be used ({cause}): is it running? name another with "
-            "--tracking or MLFLOW_TRACKING_URI"
+            f"the MLflow store {where} cannot be used ({cause}): start or mend it, or name another "
+            "with --tracking or MLFLOW_TRACKING_URI"
         ) from None

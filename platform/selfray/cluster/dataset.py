@@ -6,6 +6,7 @@ world size and its cursor, so nothing has to be agreed on beforehand: a restart,
 size too, just starts another stream.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -26,11 +27,9 @@ from selfray.source import LABEL, POSITION, Arrays, Segment, Source
 from selfray.views import Views
 
 CHUNK_BYTES = 16 * 2**20
-"""A task makes about this much before it ends: enough to outweigh the ~10 ms that a task costs."""
-CHUNKS_PER_SEGMENT = 500
-"""Chunks of one Ray Data execution. Building one costs about 1 ms for each chunk before the first
-is read, so a long run is a chain of executions, the next started before the last one ends."""
-PREFETCHED_BATCHES = 3
+"""A task makes about this much: enough to outweigh the ~30 ms of the trainer's CPU that Ray Data
+spends on each task."""
+MOST_STEPS_PER_CHUNK = 64
 
 
 def source_of(experiment: Experiment, shards: ShardSet) -> Source:
@@ -58,29 +57,35 @@ class Stream:
         return self.share.micro_batch(self.source.plan.batch_size)
 
     @property
-    def steps_per_chunk(self) -> int:
+    def most_steps_per_chunk(self) -> int:
         sizes = [view.size or 0 for group in self.source.views.values() for view in group]
         image_bytes = sum(3 * size**2 for size in sizes)
         step_bytes = image_bytes * self.micro_batch * self.share.accumulate
-        return int(np.clip(CHUNK_BYTES // step_bytes, 1, 8))
+        return int(np.clip(CHUNK_BYTES // step_bytes, 1, MOST_STEPS_PER_CHUNK))
 
-    def segments(self) -> list[Segment]:
-        total, length = self.source.plan.total_steps, CHUNKS_PER_SEGMENT * self.steps_per_chunk
-        return [
-            Segment(self.source, self.share, first, min(first + length, total), self.steps_per_chunk)
-            for first in range(self.first_step, total, length)
-        ]
+    def segments(self) -> Iterator[Segment]:
+        """The rest of the run, cut into executions of two chunks for each CPU.
+
+        The first chunks are of one step, so that training starts at once; then they double.
+        """
+        total, chunks = self.source.plan.total_steps, max(2, math.ceil(2 * self.cpus))
+        first, steps = self.first_step, 1
+        while first < total:
+            last = min(first + chunks * steps, total)
+            yield Segment(self.source, self.share, first, last, steps)
+            first, steps = last, min(2 * steps, self.most_steps_per_chunk)
 
     def __iter__(self) -> Iterator[Arrays]:
         """Micro-batches in the plan's order, `accumulate` for each step."""
         segments = self.segments()
-        upcoming = _Execution(segments[0], self.cpus) if segments else None
-        for index, segment in enumerate(segments):
-            assert upcoming is not None
-            running, upcoming = upcoming, None
+        running = _Execution.of(next(segments, None), self.cpus)
+        while running is not None:
+            # The next one is drawn while this one is consumed: no gap between them, and never more
+            # than two in memory.
+            upcoming = _Execution.of(next(segments, None), self.cpus)
+            segment = running.segment
             starts = list(segment.starts(segment.first_step, segment.last_step))
-            overlap = 4 * self.steps_per_chunk * self.share.accumulate
-            for count, (wanted, batch) in enumerate(zip(starts, running, strict=True)):
+            for wanted, batch in zip(starts, running, strict=True):
                 # Whatever happened on the way, a batch is the one that the plan has here.
                 expected = np.arange(wanted, wanted + self.micro_batch)
                 if not np.array_equal(batch[POSITION], expected):
@@ -88,23 +93,29 @@ class Stream:
                         f"the stream gave positions from {batch[POSITION][0]}, not from {wanted}"
                     )
                 yield batch
-                if upcoming is None and index + 1 < len(segments) and count + overlap >= len(starts):
-                    upcoming = _Execution(segments[index + 1], self.cpus)
+            running = upcoming
 
 
 class _Execution:
-    """A segment that Ray Data carries out in a thread, a few batches ahead of its consumer."""
+    """A segment that Ray Data carries out in a thread, as fast as its CPUs go.
+
+    Its results are taken at once and kept here: an execution that waits for a slow consumer spins
+    (Ray 2.60) and takes the interpreter lock from the trainer, which then runs at half its speed.
+    """
 
     def __init__(self, segment: Segment, cpus: float) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(PREFETCHED_BATCHES)
-        thread = threading.Thread(
-            target=self._run, args=(segment, cpus), daemon=True, name="selfray-stream"
-        )
+        self.segment = segment
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
         thread.start()
 
-    def _run(self, segment: Segment, cpus: float) -> None:
+    @classmethod
+    def of(cls, segment: Segment | None, cpus: float) -> "_Execution | None":
+        return None if segment is None else cls(segment, cpus)
+
+    def _run(self, cpus: float) -> None:
         try:
-            for batch in execute(segment, cpus):
+            for batch in execute(self.segment, cpus):
                 self._queue.put(batch)
             self._queue.put(None)
         except BaseException as error:  # handed to the consumer, who raises it

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -54,25 +55,38 @@ def session(address: str | None = None) -> Iterator[None]:
 _started_here = False
 
 
+def _require_answer(address: str) -> None:
+    """Ray itself tries a dead address for ten minutes. OSError where nothing answers."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+
+
 class Starting:
     """A Ray session that starts in a thread while its owner imports torch and reads flags."""
 
     def __init__(self, address: str | None = None) -> None:
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._start, args=(address,), name="ray-start")
-        self._thread.start()
+        self._started = threading.Event()
+        self._stopped = threading.Event()
+        thread = threading.Thread(target=self._run, args=(address,), name="ray-start", daemon=True)
+        thread.start()
 
-    def _start(self, address: str | None) -> None:
+    def _run(self, address: str | None) -> None:
         try:
             start(address)
         except BaseException as error:  # handed to whoever enters the session
             self._error = error
+        self._started.set()
+        # Linux kills Ray's processes when the thread that started them ends (PR_SET_PDEATHSIG), so
+        # this one lives as long as they are needed.
+        self._stopped.wait()
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Wait for Ray; stop it at the end if it was started here."""
         try:
-            self._thread.join()
+            self._started.wait()
             if self._error is not None:
                 raise self._error
             yield
@@ -81,8 +95,9 @@ class Starting:
 
     def stop(self) -> None:
         """Stop what was started here; may be called when nothing was."""
-        self._thread.join()
+        self._started.wait()
         stop()
+        self._stopped.set()
 
 
 def start(address: str | None = None) -> None:
@@ -102,8 +117,9 @@ def start(address: str | None = None) -> None:
     }
     if address:
         try:
+            _require_answer(address)
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise ConnectionError(
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
