@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -54,8 +54,9 @@ def quickstart(
 
     console.say("selfray quickstart: SimCLR and MAE on 1,797 handwritten digits, labels unseen")
     with ray.session():
-        simclr = replace(digits.SIMCLR, output=settings.output, seed=settings.seed)
-        mae = replace(digits.MAE, output=settings.output, seed=settings.seed)
+        changes = {"output": settings.output, "seed": settings.seed}
+        simclr = replace(digits.SIMCLR, precision=fast_precision(), **changes)
+        mae = replace(digits.MAE, **changes)
         simclr_result = launch(simclr, console, started=started)
         mae_result = launch(mae, console)
         pixels = baseline(simclr, console)
@@ -72,6 +73,13 @@ def quickstart(
     curves(histories, baselines).save(folder / "curves.png")
     show(console, table, folder, [simclr_result, mae_result], time.time() - started)
     return 0
+
+
+def fast_precision() -> Literal["float32", "bf16"]:
+    """bf16 where the CPU multiplies it: a ResNet then trains about twice as fast."""
+    import torch
+
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
 def row(
@@ -105,7 +113,7 @@ def show(
             f"{f'{speed:,.0f}' if speed else '-':>11}{f'{took:.0f}' if took else '-':>10}"
         )
     knn, linear = (table[0]["protocols"][name].split(" ")[0] for name in ("knn", "linear"))
-    console.say(f"protocols {knn} and {linear}, on 360 test images; {seconds:.0f} s in all")
+    console.say(f"protocols {knn} and {linear}, on 597 test images; {seconds:.0f} s in all")
     console.say()
     console.say(f"curves    {folder / 'curves.png'}")
     for run in runs:

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,9 +25,11 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
 from selfray import checkpoint, cli, images
 from selfray.checkpoint import Checkpoint, load_encoder
-from selfray.cluster import shards
+from selfray.cluster import command, shards
 from selfray.cluster.tracking import Tracker
+from selfray.config import override
 from selfray.experiment import DataConfig, ProbeConfig
+from selfray.schedules import Ramp
 from selfray.spool import SpoolReader
 from selfray.storage import Location
 
@@ -182,12 +185,12 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "shards", "shards build", "shards check", "export", "probe", "doctor"]
+    "words", ["", "shards", "shards build", "shards check", "export", "probe", "doctor"]
 )
-def test_every_help_text_has_an_example_to_type(typed, command):
-    said = typed(*command.split(), "--help")
+def test_every_help_text_has_an_example_to_type(typed, words):
+    said = typed(*words.split(), "--help")
     assert said.code == 0
-    assert f"$ selfray {command}" in " ".join(said.text.split())
+    assert f"$ selfray {words}" in " ".join(said.text.split())
 
 
 def test_the_command_alone_shows_its_help(typed):
@@ -199,6 +202,35 @@ def test_the_command_alone_shows_its_help(typed):
 def test_the_help_names_the_true_limit_of_pixels(typed):
     words = " ".join(typed("shards", "build", "--help").text.replace("│", "").split())
     assert f"(default: {images.MAX_PIXELS // 10**6} million)" in words
+
+
+@pytest.mark.parametrize("method", [SIMCLR, MAE], ids=lambda method: method.name)
+def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
+    method, monkeypatch, capsys
+):
+    width = 90
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", "--help"])
+    with pytest.raises(SystemExit):
+        command.parse({"recipe": experiment(method)}, "")
+    said = capsys.readouterr().out
+    assert "Weight decay over the run; never applied to biases" in said
+    lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
+    indent = " " * 6
+    for line, following in itertools.pairwise(lines):
+        if re.match("--[a-z]", line):
+            assert re.match(indent + "[^( ]", following), f"{line.strip()} does not say what it is"
+        elif line.startswith(indent) and following.startswith(indent) and following.strip():
+            words = f"{line.rstrip()} {following.split()[0]}"
+            assert len(words) > width - 4, f"broken too early: {line.strip()}"
+
+
+def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes(monkeypatch):
+    wanted = override(experiment(MAE), **{"optimizer.weight_decay": Ramp(0.0, 0.1)})
+    flags = ["--optimizer.weight-decay.end", "0.2", "--method.view.flip", "0.25"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", *flags])
+    changes = {"name": "recipe", "optimizer.weight_decay.end": 0.2, "method.view.flip": 0.25}
+    assert command.parse({"recipe": wanted}, "") == override(wanted, **changes)
 
 
 def test_an_unknown_export_target_is_named_with_the_known_ones(typed):

@@ -28,6 +28,7 @@ COMPUTED = {
     "accumulate": 2,
     "precision": "bf16",
     "seed": 1,
+    "init_from": "elsewhere",
     "probe": ProbeConfig(times=1),
     "checkpoint": CheckpointConfig(times=1),
 }

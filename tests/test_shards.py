@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import logging
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ import ray
 from PIL import Image
 from pyarrow import fs
 
-from selfray.cluster import shards
+from selfray.cluster import shard_sources, shard_writer, shards
 from selfray.cluster.shards import BuildOptions, Manifest, build, check, write_arrays
 from selfray.storage import Location
 
@@ -340,7 +339,7 @@ def test_what_may_not_be_opened_is_quarantined():
             os.seteuid(65534)
         try:
             plan = shards.make_plan(Location.of(source), BuildOptions())
-            rows = list(shards._read(plan.source, plan.layout, plan.items[0].inputs))
+            rows = list(shard_sources.read_samples(plan.source, plan.layout, plan.items[0].inputs))
         finally:
             os.seteuid(os.getuid())
             (source / "c").chmod(0o755)
@@ -351,9 +350,9 @@ def test_what_may_not_be_opened_is_quarantined():
 def test_an_outage_of_remote_storage_stops_the_build_and_quarantines_nothing(tmp_path):
     remote = Location(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), str(tmp_path)[1:], "s3://x")
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
-        shards._raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
-    shards._raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
-    shards._raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
+        shard_sources.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
+    shard_sources.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
+    shard_sources.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
 
 
 # Properties of a build
@@ -385,10 +384,10 @@ def test_max_side_shrinks_large_images_and_leaves_small_ones_alone(tmp_path):
 
 
 def test_row_groups_close_at_their_bytes_or_rows_whichever_is_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_ROWS", 4)
     images = [picture(i) for i in range(10)]
     assert write_arrays(tmp_path / "rows", images).shards[0].row_groups == (4, 4, 2)
-    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 3 * len(images[0]) + 200)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_BYTES", 3 * len(images[0]) + 200)
     assert write_arrays(tmp_path / "bytes", images).shards[0].row_groups == (3, 3, 3, 1)
 
 

@@ -12,32 +12,29 @@ from selfray.optim import OptimizerConfig
 from selfray.schedules import Constant, WarmupCosine
 from selfray.views import ColorJitter, View
 
-DATA = DataConfig(path="embedded:digits", mean=(0.305,) * 3, std=(0.376,) * 3)
+DATA = DataConfig(path="embedded:digits", mean=(0.305, 0.305, 0.305), std=(0.376, 0.376, 0.376))
 
 SIMCLR = Experiment(
     name="simclr-digits",
     method=SimCLRConfig(
-        temperature=0.2,
+        temperature=0.1,
         view=View(
-            crop_scale=(0.3, 1.0),
-            flip=0.0,
-            color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0),
-            blur=0.2,
+            crop_scale=(0.4, 1.0), flip=0.0, color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0)
         ),
     ),
     encoder=EncoderConfig(
-        "resnet18", image_size=16, small_stem=True, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256)
+        "resnet18", image_size=16, small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)
     ),
     data=DATA,
     optimizer=OptimizerConfig(
         "adamw",
-        base_learning_rate=2e-3,
+        base_learning_rate=1e-2,
         schedule=WarmupCosine(warmup_fraction=0.05),
         weight_decay=Constant(1e-4),
     ),
-    epochs=60,
+    epochs=70,
     batch_size=256,
-    probe=ProbeConfig(times=4),
+    probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
 )
 
@@ -53,23 +50,23 @@ MAE = Experiment(
     encoder=EncoderConfig(
         "vit_tiny_patch16_224",
         image_size=16,
-        patch_size=2,
+        patch_size=4,
         width=96,
         depth=4,
-        heads=3,
+        heads=4,
         position="sincos",
     ),
     data=DATA,
     optimizer=OptimizerConfig(
         "adamw",
-        base_learning_rate=2e-3,
+        base_learning_rate=4e-3,
         schedule=WarmupCosine(warmup_fraction=0.05),
         weight_decay=Constant(0.05),
         betas=(0.9, 0.95),
     ),
-    epochs=100,
+    epochs=50,
     batch_size=256,
-    probe=ProbeConfig(times=4),
+    probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
 )
 

@@ -11,6 +11,7 @@ A folder without a manifest, or whose files differ from it, is not a checkpoint:
 disk in the middle of writing leaves the ones before it as they were. Nothing is unpickled.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -136,10 +137,9 @@ def save(state: TrainState, experiment: Experiment, run: Location, loss: float) 
 
 
 def _remove_quietly(location: Location) -> None:
-    try:
+    # Where this fails, too: without a manifest it is no checkpoint, the next start removes it.
+    with contextlib.suppress(OSError):
         location.delete_folder()
-    except OSError:
-        pass  # without a manifest it is no checkpoint; the next start removes it
 
 
 def all_of(run: Location) -> list[Checkpoint]:
@@ -193,9 +193,8 @@ def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) ->
 def _is_complete(checkpoint: Checkpoint) -> bool:
     """Whether its files have the sizes of its manifest: no proof, but no byte of them is read."""
     sizes = {info.base_name: info.size for info in checkpoint.location.list()}
-    return all(
-        sizes.get(name) == entry.get("bytes") for name, entry in checkpoint.manifest["files"].items()
-    )
+    files = checkpoint.manifest["files"]
+    return all(sizes.get(name) == entry.get("bytes") for name, entry in files.items())
 
 
 def load_encoder(path: str | Location) -> Encoder:
@@ -213,7 +212,9 @@ def _read_manifest(location: Location) -> dict[str, Any]:
     if manifest.get("version") != 1:
         raise ValueError(f"{location} was written by a newer version of selfray")
     if not (isinstance(manifest.get("step"), int) and isinstance(manifest.get("files"), dict)):
-        raise ValueError(f"{location / MANIFEST} is not the manifest of a checkpoint: it is damaged")
+        raise ValueError(
+            f"{location / MANIFEST} is not the manifest of a checkpoint: it is damaged"
+        )
     return manifest
 
 

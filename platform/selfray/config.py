@@ -65,7 +65,8 @@ def _config_type(name: object) -> type:
         kind = getattr(importlib.import_module(module), qualname)
     except (ImportError, AttributeError):
         raise ValueError(f"this version of selfray has no {name}") from None
-    if not (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    is_config = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    if not (is_config and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise ValueError(f"{name} is not a config")
     return kind
 

@@ -29,15 +29,14 @@ class DataConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means of the data, in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations of the data, in 0..1."""
     window_rows: int = 16_384
     """Shuffle window: images of this many rows are mixed with one another in each epoch."""
     max_broken_fraction: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
 
     def __post_init__(self) -> None:
-        require(
-            all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}"
-        )
+        require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
         require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
         require(
             0 <= self.max_broken_fraction <= 1,
@@ -86,10 +85,14 @@ class Experiment:
     name: str
     """The recipe's name: the first part of the run's folder."""
     method: MethodConfig
+    """The pretraining method: its hyper-parameters and the views that it asks to see."""
     encoder: EncoderConfig
     data: DataConfig
+    """The images, and how they are read."""
     optimizer: OptimizerConfig
+    """How the weights are updated."""
     epochs: int = 100
+    """How often the run sees every image."""
     batch_size: int = 256
     """Images in one optimizer step, over all workers."""
     accumulate: int = 1
@@ -97,13 +100,18 @@ class Experiment:
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 is autocast; weights and losses stay float32."""
     seed: int = 0
+    """Seed of the weights, the views and the order of the images."""
+    init_from: str | None = None
+    """A checkpoint of the same method and encoder to start from, such as to go on with another
+    data set: its weights, a new optimizer."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run's state is saved, and how much of it is kept."""
 
     workers: int = 1
     """Train workers: one process each, on one GPU or CPU."""
     gpus_per_worker: float | None = None
-    """None takes one GPU for each worker where the cluster has any, else none."""
+    """GPUs of each train worker; None takes one where the cluster has any, else none."""
     cpus_per_worker: float | None = None
     """CPUs reserved for each train worker; None takes one, or less where the machine is small."""
     data_cpus: int | None = None
@@ -116,7 +124,15 @@ class Experiment:
     """Steps between two points of the metrics."""
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(
-        "workers gpus_per_worker cpus_per_worker data_cpus output max_failures log_every".split()
+        {
+            "workers",
+            "gpus_per_worker",
+            "cpus_per_worker",
+            "data_cpus",
+            "output",
+            "max_failures",
+            "log_every",
+        }
     )
     """Fields that say where and how a run is carried out, not what is computed: they may change
     when a run is continued."""

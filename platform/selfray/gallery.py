@@ -23,13 +23,18 @@ MAP_POINTS = 600
 NEIGHBOURS = 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
-    """The curves of a run against images seen: [images, value] pairs."""
+    """The curves of a run against images seen: (images, value) pairs."""
 
-    loss: list[list[float]] = field(default_factory=list)
-    knn: list[list[float]] = field(default_factory=list)
-    linear: list[list[float]] = field(default_factory=list)
+    loss: list[tuple[float, float]] = field(default_factory=list)
+    knn: list[tuple[float, float]] = field(default_factory=list)
+    linear: list[tuple[float, float]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, value: dict[str, list[list[float]]]) -> "History":
+        """The inverse of dataclasses.asdict and JSON, which makes lists of pairs."""
+        return cls(**{name: [(x, y) for x, y in points] for name, points in value.items()})
 
 
 def curves(
@@ -114,7 +119,7 @@ def nearest_neighbours(
 
 
 def features(experiment: Experiment, encoder: Encoder, images: LabelledViews) -> np.ndarray:
-    """float32 [n, D]."""
+    """float32 [n, D], or [n, 2D] for a ViT: see `embed`."""
     return embed(encoder, images.views, experiment.data.mean, experiment.data.std)
 
 

@@ -15,21 +15,22 @@ from selfray.views import require, require_one_of
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """AdamW, SGD with momentum, or LARS: layer-wise adaptive rates, for large batches."""
     base_learning_rate: float = 1.5e-4
-    """Learning rate at the base batch size of the scaling rule."""
+    """Learning rate that `scaling` turns into the peak learning rate."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How the peak learning rate follows the batch size B: base * B / 256, base * sqrt(B) (that is
     SimCLR's rule for short runs), or base."""
     schedule: WarmupCosine = field(default_factory=WarmupCosine)
     """Factor on the peak learning rate over the run."""
     weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
-    """Never applied to biases, norms and other vectors."""
+    """Weight decay over the run; never applied to biases, norms and other vectors."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's decay rates of the gradient's running mean and of its square's."""
     momentum: float = 0.9
-    """SGD's and LARS's."""
+    """Momentum of SGD and LARS."""
     trust_coefficient: float = 0.001
-    """LARS's eta."""
+    """LARS's eta: the size of a matrix's step relative to the matrix, at learning rate 1."""
     clip_norm: float | None = None
     """Largest norm of all gradients together; None does not clip."""
 
@@ -76,9 +77,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def follow_schedules(
-    optimizer: Optimizer, learning_rate: float, weight_decay: float
-) -> None:
+def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -33,6 +33,7 @@ class Progress:
 @dataclass(frozen=True)
 class Constant:
     value: float
+    """The value at every step."""
 
     def __call__(self, progress: Progress) -> float:
         return self.value
@@ -43,7 +44,9 @@ class Cosine:
     """From start to end along half a cosine over the whole run."""
 
     start: float
+    """The value at the first step."""
     end: float
+    """The value at the last step."""
 
     def __call__(self, progress: Progress) -> float:
         remaining = 0.5 * (1 + math.cos(math.pi * min(1.0, progress.fraction)))
@@ -55,8 +58,11 @@ class Ramp:
     """In a straight line from start to end over the first `fraction` of the run, then constant."""
 
     start: float
+    """The value at the first step."""
     end: float
+    """The value after the ramp."""
     fraction: float = 1.0
+    """Share of the run that the ramp takes."""
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, f"Ramp.fraction must lie in (0, 1], got {self.fraction}")
@@ -73,7 +79,9 @@ class WarmupCosine:
     """The learning rate's usual shape, as a factor: up in a line from 0 to 1, then a cosine down."""
 
     warmup_fraction: float = 0.1
+    """Share of the run in which the factor rises from 0 to 1."""
     final: float = 0.0
+    """The factor at the run's end."""
 
     def __post_init__(self) -> None:
         require(

@@ -73,7 +73,8 @@ def parquet_files(path: str | Location) -> list[str]:
     return [
         (location / name).uri
         for name in inner
-        if name.endswith(".parquet") and not any(part.startswith((".", "_")) for part in name.split("/"))
+        if name.endswith(".parquet")
+        and not any(part.startswith((".", "_")) for part in name.split("/"))
     ]
 
 
@@ -119,7 +120,11 @@ def open_shards(uris: Sequence[str], uri: str, image_column: str | None = None) 
             f"--data.image-column {image} is not in {uris[0]}, which has {', '.join(schema.names)}"
         )
     label = next(
-        (n for n in LABEL_COLUMNS if n in schema.names and pa.types.is_integer(schema.field(n).type)),
+        (
+            n
+            for n in LABEL_COLUMNS
+            if n in schema.names and pa.types.is_integer(schema.field(n).type)
+        ),
         None,
     )
     files = tuple(
@@ -161,8 +166,8 @@ def _image_column(schema: pa.Schema, uri: str) -> str:
             return name
     raise ValueError(
         f"{uri} has no image column (binary, or struct<bytes, path>); its columns are "
-        f"{', '.join(f'{f.name}: {f.type}' for f in schema)}; name one with --data.image-column, or "
-        "make shards with `selfray shards build`"
+        f"{', '.join(f'{f.name}: {f.type}' for f in schema)}; name one with --data.image-column, "
+        "or make shards with `selfray shards build`"
     )
 
 
@@ -198,7 +203,10 @@ class RowGroupCache:
         with location.filesystem.open_input_file(location.path) as stream:
             table = pq.ParquetFile(stream).read_row_group(group, columns=columns)
         self._tables[key] = table
-        while sum(t.nbytes for t in self._tables.values()) > self.limit_bytes and len(self._tables) > 1:
+        while (
+            sum(t.nbytes for t in self._tables.values()) > self.limit_bytes
+            and len(self._tables) > 1
+        ):
             self._tables.popitem(last=False)
         return table
 

@@ -46,16 +46,24 @@ class TrainState:
             "progress": vars(self.progress),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. ValueError where it is of another method or encoder."""
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over a saved method's weights alone: a new run from another's end. ValueError where
+        they are of another method or encoder."""
         try:
             self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            lines = str(error).splitlines()
+        except RuntimeError as error:
+            last = str(error).splitlines()[-1].strip()
             raise ValueError(
-                f"the checkpoint does not fit {type(self.method).__name__}: {lines[-1].strip()}"
+                f"the checkpoint does not fit {type(self.method).__name__}: {last}"
             ) from None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state. ValueError where it is of another method or encoder."""
+        self.load_weights(state)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint's optimizer does not fit: {error}") from None
         self.progress = Progress(**state["progress"])
 
 

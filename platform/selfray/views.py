@@ -13,7 +13,7 @@ import numpy as np
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds: validation of user input, one line each."""
+    """Raise ValueError(message) unless the condition holds: user input is checked, a line each."""
     if not condition:
         raise ValueError(message)
 
@@ -35,11 +35,15 @@ class ColorJitter:
     """
 
     brightness: float = 0.8
+    """The factor on all values is drawn in 1 ± this."""
     contrast: float = 0.8
+    """The factor on the distance from the mean gray is drawn in 1 ± this."""
     saturation: float = 0.8
+    """The factor on the distance from the gray image is drawn in 1 ± this."""
     hue: float = 0.2
     """Largest shift of the hue circle, as a fraction of a full turn; at most 0.5."""
     probability: float = 0.8
+    """Probability that a view is jittered at all."""
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
@@ -62,6 +66,7 @@ class RandomMask:
     """Uniform random masking of a fixed share of the patches (MAE, arXiv:2111.06377)."""
 
     ratio: float = 0.75
+    """Share of the patches that is hidden."""
 
     def __post_init__(self) -> None:
         require(0 < self.ratio < 1, f"mask_ratio must lie in (0, 1), got {self.ratio}")
@@ -84,7 +89,7 @@ class View:
     size: int | None = None
     """Side of the square crop in pixels; None means the encoder's image size."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the crop's area, as a fraction of the image's area; the aspect ratio is 3/4 to 4/3."""
+    """Range of the crop's area, as a fraction of the image's area; its aspect is 3/4 to 4/3."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     color_jitter: ColorJitter | None = None

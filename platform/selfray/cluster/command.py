@@ -12,11 +12,18 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
@@ -61,7 +68,48 @@ def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment"
     )
     # A schedule's kind stays what the recipe has; only its numbers are flags.
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-    return tyro.cli(command, description=description, config=settings)  # type: ignore[arg-type]
+    return tyro.cli(
+        command,  # type: ignore[arg-type]
+        description=description,
+        config=settings,
+        registry=_flowing_help(),
+    )
+
+
+def _flowing_help() -> ConstructorRegistry:
+    """tyro's own rules, but with every field's docstring as one paragraph.
+
+    tyro joins the lines of a docstring only where they are not indented, as a field's always are;
+    and it leaves the docstring out where the field's type is a union, such as Schedule.
+    """
+    registry = ConstructorRegistry()
+    asking_tyro = False
+
+    @registry.struct_rule
+    def dataclass_with_flowing_help(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking_tyro
+        if asking_tyro or not is_dataclass(info.type):
+            return None
+        asking_tyro = True  # so that this rule passes, and tyro's rule for dataclasses answers
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking_tyro = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return replace(spec, fields=tuple(map(_with_flowing_help, spec.fields)))
+
+    return registry
+
+
+def _with_flowing_help(field: StructFieldSpec) -> StructFieldSpec:
+    kind = type(field.default) if is_dataclass(field.default) else field.type
+    return replace(field, type=kind, helptext=partial(_one_paragraph, field.helptext))
+
+
+def _one_paragraph(text: str | Callable[[], str | None] | None) -> str | None:
+    text = text() if callable(text) else text  # tyro reads docstrings only when help is shown
+    return None if text is None else " ".join(text.split())
 
 
 def _first_line(experiment: "Experiment") -> str:
@@ -116,7 +164,6 @@ def one_line_errors(main: Callable[[], int]) -> int:
         return BAD_INPUT
 
 
-
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
     """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
     there is no answer."""
@@ -144,12 +191,12 @@ def count_mlflow_experiments(uri: str) -> tuple[str, int]:
 @contextmanager
 def _asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client that asks once and does not wait for minutes."""
-    from selfray.cluster.tracking import _QUIET_AND_QUICK, _database_file, _without_password
+    from selfray.cluster.tracking import QUIET_AND_QUICK, database_file, without_password
 
-    for name, value in _QUIET_AND_QUICK.items():
+    for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
-    where = _without_password(uri)
-    database = _database_file(uri)
+    where = without_password(uri)
+    database = database_file(uri)
     if database is not None and not Path(database).exists():  # MLflow would make an empty one
         raise ConnectionError(
             f"there is no MLflow store at {database}: name one with --tracking or "

@@ -16,6 +16,8 @@ from selfray.storage import Location
 
 EMBEDDED = "embedded:"
 """Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
+DIGITS_TEST = 597
+"""A third of the digits is kept for the probes' test, drawn at random."""
 HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
 
@@ -130,10 +132,8 @@ def _write_embedded(name: str, output: Location) -> Location:
 
     digits = load_digits()
     images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
-    # The images stand in the order of their writers: the last fifth is of other hands than the
-    # rest, so the test asks for what carries over. Those before are shuffled.
-    order = np.random.default_rng(0).permutation(len(images) - 360)
-    for part, chosen in (("test", range(len(order), len(images))), ("train", order)):
+    order = np.random.default_rng(0).permutation(len(images))
+    for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):
         shard_builder.write_arrays(
             folder / part,
             [_png(images[i]) for i in chosen],

@@ -8,11 +8,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from selfray import checkpoint, config, gallery
+from selfray.checkpoint import Checkpoint
 from selfray.cluster import runtime
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
@@ -98,6 +99,7 @@ def launch(
     started = started or time.time()
     output = Location.of(experiment.output)
     run = output / experiment.run_name
+    check_init_from(experiment)
     check_output(run, checkpoint_bytes(experiment))
     data = open_data(experiment.data, output, console.say)
     plan = ReadPlan(
@@ -201,12 +203,11 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
     if placement.gpus_per_worker:
         resources["GPU"] = placement.gpus_per_worker
     launch_id = f"{time.time_ns()}"
-    placed = replace(experiment, cpus_per_worker=placement.cpus_per_worker)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "task": WorkerTask(
-                config.dumps(placed), data.train, run.uri, placement.data_cpus, launch_id
+                config.dumps(experiment), data.train, run.uri, placement.data_cpus, launch_id
             )
         },
         scaling_config=ScalingConfig(
@@ -314,6 +315,25 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
     return Placement(cpus, gpus, data_cpus)
 
 
+def check_init_from(experiment: Experiment) -> None:
+    """ValueError or FileNotFoundError where --init-from does not fit the experiment."""
+    if experiment.init_from is None:
+        return
+    theirs = Checkpoint.open(experiment.init_from).experiment()
+    if type(theirs.method) is not type(experiment.method):
+        raise ValueError(
+            f"--init-from {experiment.init_from} is a checkpoint of {theirs.method.name}, and this "
+            f"run is of {experiment.method.name}: give one of {experiment.method.name}, or take a "
+            f"{theirs.method.name} recipe"
+        )
+    different = config.differences(experiment.encoder, theirs.encoder)
+    if different:
+        raise ValueError(
+            f"--init-from {experiment.init_from} has another encoder: encoder.{different[0]}; give "
+            "the same --encoder fields"
+        )
+
+
 def check_output(run: Location, needed_bytes: int) -> None:
     """Make the run's folder and try to write in it. OSError of one line says what is wrong."""
     probe = run / f".write-test-{os.getpid()}"
@@ -385,7 +405,7 @@ def _finished_result(run: Location) -> RunResult | None:
         return None
     result = record["result"]
     probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
-    history = History(**result.pop("history"))
+    history = History.from_json(result.pop("history"))
     return RunResult(**result, probes=probes, history=history)
 
 

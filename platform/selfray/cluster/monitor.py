@@ -140,7 +140,7 @@ class Monitor:
         if record["kind"] == "metrics":
             values, images = record["values"], record["images_seen"]
             if "loss" in values:
-                self.history.loss.append([images, values["loss"]])
+                self.history.loss.append((images, values["loss"]))
             if "throughput/images_per_second" in values:
                 self._rates.append(values["throughput/images_per_second"])
                 self._waits.append(values["throughput/data_wait_fraction"])
@@ -158,8 +158,8 @@ class Monitor:
 
     def _keep_probe(self, step: int, images_seen: int, result: ProbeResult) -> None:
         self.probes[step] = result
-        self.history.knn.append([images_seen, result.knn])
-        self.history.linear.append([images_seen, result.linear])
+        self.history.knn.append((images_seen, result.knn))
+        self.history.linear.append((images_seen, result.linear))
 
     def _react(self, record: dict[str, Any]) -> None:
         match record["kind"]:

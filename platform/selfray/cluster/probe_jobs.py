@@ -39,6 +39,13 @@ class EncoderRef:
     def of(cls, checkpoint: Checkpoint) -> "EncoderRef":
         return cls(config.dumps(checkpoint.experiment()), checkpoint.location.uri)
 
+    @property
+    def width(self) -> int:
+        """D, the width of the class token."""
+        experiment: Experiment = config.loads(self.experiment)
+        with torch.device("meta"):
+            return experiment.encoder.build().width
+
     def load(self) -> Encoder:
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
@@ -106,6 +113,7 @@ class ProbeJob:
         return LabelledFeatures(
             torch.from_numpy(np.concatenate([part[FEATURES] for part in parts])),
             torch.from_numpy(np.concatenate([part[LABEL] for part in parts])),
+            None if encoder is None else encoder.width,
         )
 
     def run(self, encoder: EncoderRef | None) -> ProbeResult:

@@ -58,7 +58,7 @@ _REMOTE_POLL_SECONDS = 5.0
 _KEY_TAG = "selfray.run_key"
 _VERSIONS_OF = ("selfray", "torch", "torchvision", "timm", "ray", "mlflow", "pyarrow")
 
-_QUIET_AND_QUICK = {
+QUIET_AND_QUICK = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -78,7 +78,7 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
     if not uri:
         folder = Location.of(output)
         return f"sqlite:///{os.path.join(folder.path if folder.is_local else _runs(), 'mlflow.db')}"
-    database = _database_file(uri)
+    database = database_file(uri)
     # Absolute, because other processes with other working directories read the recorded URI.
     return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
 
@@ -160,7 +160,7 @@ class Tracker:
     def start(self) -> None:
         """Begin shipping in a daemon thread."""
         require(self._thread is None, "this Tracker was started before")
-        for name, value in _QUIET_AND_QUICK.items():
+        for name, value in QUIET_AND_QUICK.items():
             os.environ.setdefault(name, value)
         self._thread = threading.Thread(
             target=self._ship_until_finished, name="mlflow", daemon=True
@@ -224,7 +224,7 @@ class Tracker:
     def describe(self) -> str:
         """One line for the console: what the run is called in MLflow and how to look at it."""
         where = f"experiment {self.experiment_name}, run {self.run_name}"
-        database = _database_file(self.uri)
+        database = database_file(self.uri)
         if database is None:
             return f"MLflow: {where}: {self.run_url or self._shown_uri}"
         if database == os.path.join(_runs(), "mlflow.db"):
@@ -317,7 +317,7 @@ class Tracker:
         _quiet_logs()
         self.run_folder.make_folder()
         # Two processes that meet in a fresh SQLite file break each other's migrations.
-        with _locked(_database_file(self.uri)):
+        with _locked(database_file(self.uri)):
             client = MlflowClient(tracking_uri=self.uri)
             client.get_experiment_by_name(self.experiment_name)
 
@@ -415,7 +415,7 @@ class Tracker:
     def _artifact_root(self) -> str | None:
         """Where MLflow keeps files: a server decides by itself; a database would take ./mlruns."""
         if self.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-            database = _database_file(self.uri)
+            database = database_file(self.uri)
             output = (
                 posixpath.dirname(self.run_folder.uri)
                 if database is None
@@ -554,7 +554,7 @@ class Tracker:
 
     @property
     def _shown_uri(self) -> str:
-        return _without_password(self.uri)
+        return without_password(self.uri)
 
     def _say_once(self, subject: str, line: str) -> None:
         if subject not in self._said:
@@ -632,7 +632,7 @@ def _output_of(*command: str) -> str:
 
 def _quiet_logs() -> None:
     """MLflow may have been imported before the environment asked it to be quiet."""
-    if os.environ["MLFLOW_LOGGING_LEVEL"] == _QUIET_AND_QUICK["MLFLOW_LOGGING_LEVEL"]:
+    if os.environ["MLFLOW_LOGGING_LEVEL"] == QUIET_AND_QUICK["MLFLOW_LOGGING_LEVEL"]:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -649,7 +649,7 @@ def _locked(database: str | None) -> Iterator[None]:
         yield
 
 
-def _database_file(uri: str) -> str | None:
+def database_file(uri: str) -> str | None:
     """The file of a sqlite URI, None for any other."""
     match = re.fullmatch(r"sqlite:///([^?]+?)(\?.*)?", uri)
     return None if match is None or match[1] == ":memory:" else match[1]
@@ -659,7 +659,7 @@ def _runs() -> str:
     return os.path.abspath("runs")
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 

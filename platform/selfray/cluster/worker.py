@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from selfray import checkpoint, config, distributed
+from selfray.checkpoint import Checkpoint
 from selfray.cluster import dataset
 from selfray.cluster.dataset import Stream
 from selfray.experiment import Experiment
@@ -58,7 +59,10 @@ def run(task: WorkerTask) -> None:
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size(), experiment.accumulate)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, round(experiment.cpus_per_worker or 1)))
+        # The data tasks rarely fill a core on the machines that train without a GPU, so the train
+        # workers share all of them unless told otherwise.
+        cores = (os.cpu_count() or 1) // context.get_local_world_size()
+        torch.set_num_threads(max(1, round(experiment.cpus_per_worker or cores)))
     run_folder = Location.of(task.run)
     source = dataset.source_of(experiment, task.shards)
     state = TrainState.start(experiment, source.plan.total_images, device)
@@ -66,7 +70,8 @@ def run(task: WorkerTask) -> None:
     found = checkpoint.latest(run_folder)
     if found is not None:
         state.load_state_dict(found.state())
-        state.method.to(device)
+    elif experiment.init_from is not None:
+        state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
     stream = Stream(source, share, state.progress.step, task.data_cpus / share.world_size)

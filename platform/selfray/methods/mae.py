@@ -3,7 +3,7 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -27,9 +27,12 @@ class MAEConfig(MethodConfig):
     normalize_pixels: bool = True
     """Rebuild each patch's pixels normalised by their own mean and deviation."""
     decoder_width: int = 512
+    """The decoder's embedding dimension."""
     decoder_depth: int = 8
+    """The decoder's number of blocks."""
     decoder_heads: int = 16
-    view: View = View(crop_scale=(0.2, 1.0))
+    """The decoder's number of attention heads."""
+    view: View = field(default_factory=lambda: View(crop_scale=(0.2, 1.0)))
     """Crop and flip alone: MAE needs no colour augmentation."""
 
     def __post_init__(self) -> None:

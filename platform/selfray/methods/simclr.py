@@ -4,7 +4,7 @@ Chen et al., "A Simple Framework for Contrastive Learning of Visual Representati
 arXiv:2002.05709; the deeper projector: arXiv:2006.10029.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -28,15 +28,17 @@ class SimCLRConfig(MethodConfig):
     temperature: float = 0.1
     """Softmax temperature of the loss."""
     projector_layers: int = 2
-    """2 as in v1, 3 as in v2."""
+    """Linear layers of the projector: 2 as in SimCLR, 3 as in SimCLR v2."""
     projector_hidden: int | None = None
     """Width of the projector's hidden layers; None means the encoder's width."""
     projector_width: int = 128
     """Dimension of the embeddings that are compared."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
-    view: View = View(
-        crop_scale=(0.08, 1.0), color_jitter=ColorJitter(), grayscale=0.2, blur=0.5
+    view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.08, 1.0), color_jitter=ColorJitter(), grayscale=0.2, blur=0.5
+        )
     )
     """Both views are drawn from this."""
 

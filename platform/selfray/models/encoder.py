@@ -26,11 +26,11 @@ class Features(NamedTuple):
 class EncoderConfig:
     """A timm backbone by name, with the few changes that pretraining needs.
 
-    Fields left at None keep timm's own value. `options` is what `timm.create_model` receives.
+    Fields left at None keep timm's own value.
     """
 
     name: str = "vit_small_patch16_224"
-    """Any ViT-like or ResNet-like name of timm."""
+    """Name of a timm model that is like a ViT or a ResNet."""
     image_size: int = 224
     """Side of the square images in pixels."""
     patch_size: int | None = None
@@ -44,7 +44,7 @@ class EncoderConfig:
     position: Literal["learned", "sincos"] = "learned"
     """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3)."""
     drop_path: float = 0.0
-    """Stochastic depth rate."""
+    """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
     small_stem: bool = False
     """A ResNet's stem for small images: 3 x 3, stride 1, no max-pool (SimCLR, appendix B.9)."""
     layers: tuple[int, ...] | None = None
@@ -173,7 +173,8 @@ class Encoder(nn.Module):
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
     """The backbone's weights under timm's names, so that plain timm loads them strictly."""
-    weights = {name: t.detach().cpu().contiguous() for name, t in encoder.backbone.state_dict().items()}
+    tensors = encoder.backbone.state_dict()
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
         weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])
     return weights
@@ -188,7 +189,9 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         encoder.backbone.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(f"these weights are not of encoder {encoder.config.name}: {first}") from None
+        raise ValueError(
+            f"these weights are not of encoder {encoder.config.name}: {first}"
+        ) from None
 
 
 def timm_recipe(config: EncoderConfig, file: str) -> str:

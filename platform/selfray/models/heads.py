@@ -1,5 +1,7 @@
 """Heads that are put on an encoder while it is pretrained, and dropped afterwards."""
 
+import itertools
+
 from torch import nn
 
 
@@ -11,7 +13,7 @@ def projector(width: int, hidden: int, output: int, layers: int) -> nn.Sequentia
     """
     widths = [width, *[hidden] * (layers - 1), output]
     modules: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)]
         if index < layers - 1:
             modules.append(nn.ReLU(inplace=True))

@@ -14,13 +14,19 @@ from selfray.probes.linear import Linear
 @dataclass(frozen=True)
 class LabelledFeatures:
     features: Tensor
-    """float32 [n, D]."""
+    """float32 [n, D], or [n, 2D] for a ViT: what `embed` gives."""
     labels: Tensor
     """int64 [n]; -1 where an image has none."""
+    cls_width: int | None = None
+    """D, the width of the class token's part; None where the features have no other part."""
+
+    @property
+    def cls(self) -> Tensor:
+        return self.features[:, : self.cls_width]
 
     def labelled(self) -> "LabelledFeatures":
         known = self.labels >= 0
-        return LabelledFeatures(self.features[known], self.labels[known])
+        return LabelledFeatures(self.features[known], self.labels[known], self.cls_width)
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,20 @@ def embed(
     std: tuple[float, ...],
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Features float32 [n, D] of uint8 views [n, 3, H, W], on the encoder's device."""
+    """Features of uint8 views [n, 3, H, W], on the encoder's device.
+
+    float32 [n, D]; for a ViT [n, 2D], the class token beside the mean of the patch tokens, since
+    some methods (MAE, BEiT) put what they learn into the patches.
+    """
     device = next(encoder.parameters()).device
-    chunks = [
-        encode_uint8(encoder, torch.from_numpy(views[i : i + batch_size]).to(device), mean, std)
-        .cls.float()
-        .cpu()
-        for i in range(0, len(views), batch_size)
-    ]
+    chunks = []
+    for first in range(0, len(views), batch_size):
+        images = torch.from_numpy(views[first : first + batch_size]).to(device)
+        features = encode_uint8(encoder, images, mean, std)
+        parts = [features.cls]
+        if encoder.config.is_vit:
+            parts.append(features.patches.mean(1))
+        chunks.append(torch.cat(parts, dim=1).float().cpu())
     return torch.cat(chunks).numpy()
 
 
@@ -58,7 +70,8 @@ def pixels(views: np.ndarray) -> np.ndarray:
 
 
 def probe(train: LabelledFeatures, test: LabelledFeatures) -> ProbeResult:
-    """Judge features by every protocol. ValueError where train or test holds no label."""
+    """Judge features by every protocol: kNN sees the class token, as in DINO's paper, the linear
+    probe all that there is. ValueError where train or test holds no label."""
     train, test = train.labelled(), test.labelled()
     if len(train.labels) < 2 or len(test.labels) < 1:
         raise ValueError(
@@ -66,10 +79,9 @@ def probe(train: LabelledFeatures, test: LabelledFeatures) -> ProbeResult:
             "test have a label"
         )
     knn, linear = KNN(), Linear()
-    arguments = (train.features, train.labels, test.features, test.labels)
     return ProbeResult(
-        knn.accuracy(*arguments),
-        linear.accuracy(*arguments),
+        knn.accuracy(train.cls, train.labels, test.cls, test.labels),
+        linear.accuracy(train.features, train.labels, test.features, test.labels),
         len(train.labels),
         len(test.labels),
         {"knn": str(knn), "linear": str(linear)},
