@@ -32,7 +32,7 @@ SIMCLR = Experiment(
         schedule=WarmupCosine(warmup_fraction=0.05),
         weight_decay=Constant(1e-4),
     ),
-    epochs=70,
+    epochs=60,
     batch_size=256,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),

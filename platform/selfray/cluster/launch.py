@@ -194,8 +194,7 @@ def _carry_out(
 
 def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Placement) -> None:
     """Train on Ray Train workers. RunFailed has the cause where it is not to be mended by trying."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
@@ -207,7 +206,12 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
         train_worker,
         train_loop_config={
             "task": WorkerTask(
-                config.dumps(experiment), data.train, run.uri, placement.data_cpus, launch_id
+                config.dumps(experiment),
+                data.train,
+                run.uri,
+                placement.cpus_per_worker,
+                placement.data_cpus,
+                launch_id,
             )
         },
         scaling_config=ScalingConfig(
@@ -226,7 +230,7 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         log.exception("training failed")
         raise RunFailed(_cause(error)) from error
     failure = recorded_failure(run / FAILURE, launch_id)
@@ -293,7 +297,9 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
     if cpus is None:
         # Data tasks and probes need some too, or the workers would wait for them forever.
         spare = SMALLEST_DATA_CPUS + PROBE_CPUS
-        cpus = min(1.0, int((cluster.cpus - spare) / workers * 100) / 100)
+        # Where there is no GPU, training itself is what takes the CPUs.
+        wanted = 1 if gpus else max(1, int(0.7 * cluster.cpus / workers))
+        cpus = min(wanted, int((cluster.cpus - spare) / workers * 100) / 100)
         if cluster.cpus < workers:
             raise ValueError(
                 f"--workers {workers} need {workers} CPUs and the cluster has {cluster.cpus:g}: "

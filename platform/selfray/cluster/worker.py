@@ -41,6 +41,8 @@ class WorkerTask:
     shards: ShardSet
     run: str
     """The run's folder: an absolute path or a URI."""
+    cpus: float
+    """CPUs of each train worker."""
     data_cpus: float
     """CPUs for the data tasks of all workers together."""
     launch: str
@@ -59,10 +61,10 @@ def run(task: WorkerTask) -> None:
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size(), experiment.accumulate)
     if device.type == "cpu":
-        # The data tasks rarely fill a core on the machines that train without a GPU, so the train
-        # workers share all of them unless told otherwise.
-        cores = (os.cpu_count() or 1) // context.get_local_world_size()
-        torch.set_num_threads(max(1, round(experiment.cpus_per_worker or cores)))
+        # No more threads than CPUs that are ours: OpenMP's threads wait for one another, so a step
+        # whose second thread shares its core with a data task takes three times as long as a
+        # step on one thread (measured).
+        torch.set_num_threads(max(1, int(task.cpus)))
     run_folder = Location.of(task.run)
     source = dataset.source_of(experiment, task.shards)
     state = TrainState.start(experiment, source.plan.total_images, device)
