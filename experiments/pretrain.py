@@ -16,7 +16,6 @@ def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import cifar10, digits, imagenet
-
     from selfray.cluster.command import run_experiment
 
     recipes = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES

@@ -48,7 +48,6 @@ def quickstart(
     settings: Quickstart, folder: Path, console: Console, ray: runtime.Starting, started: float
 ) -> int:
     from recipes import digits
-
     from selfray.cluster.launch import baseline, launch
     from selfray.gallery import curves
 
@@ -82,9 +81,7 @@ def fast_precision() -> Literal["float32", "bf16"]:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
-def row(
-    method: str, probe: "ProbeResult | None", run: "RunResult | None" = None
-) -> dict[str, Any]:
+def row(method: str, probe: "ProbeResult | None", run: "RunResult | None" = None) -> dict[str, Any]:
     """A line of the table; null where a column does not apply."""
     assert probe is not None
     return {

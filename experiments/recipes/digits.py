@@ -18,9 +18,7 @@ SIMCLR = Experiment(
     name="simclr-digits",
     method=SimCLRConfig(
         temperature=0.1,
-        view=View(
-            crop_scale=(0.4, 1.0), flip=0.0, color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0)
-        ),
+        view=View(crop_scale=(0.4, 1.0), flip=0.0, color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0)),
     ),
     encoder=EncoderConfig(
         "resnet18", image_size=16, small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)
@@ -64,7 +62,7 @@ MAE = Experiment(
         weight_decay=Constant(0.05),
         betas=(0.9, 0.95),
     ),
-    epochs=50,
+    epochs=30,
     batch_size=256,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),

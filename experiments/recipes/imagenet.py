@@ -1,7 +1,7 @@
 """The papers' own ImageNet-1k settings. Nothing here was run whole: each needs a GPU cluster.
 
-    python experiments/pretrain.py simclr-imagenet --data.path s3://bucket/imagenet --workers 32
-    python experiments/pretrain.py mae-imagenet --data.path s3://bucket/imagenet --workers 64
+python experiments/pretrain.py simclr-imagenet --data.path s3://bucket/imagenet --workers 32
+python experiments/pretrain.py mae-imagenet --data.path s3://bucket/imagenet --workers 64
 """
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig

@@ -104,8 +104,9 @@ def nearest_neighbours(
     label_names: tuple[str, ...] | None,
 ) -> Image.Image:
     """Some test images beside the train images whose features are the most similar."""
-    of_train, of_test = features(experiment, encoder, train), features(
-        experiment, encoder, LabelledViews(test.views[:IMAGES], test.labels[:IMAGES])
+    of_train, of_test = (
+        features(experiment, encoder, train),
+        features(experiment, encoder, LabelledViews(test.views[:IMAGES], test.labels[:IMAGES])),
     )
     index = nearest(torch.from_numpy(of_train), torch.from_numpy(of_test), NEIGHBOURS).numpy()
     return pictures.neighbours(

@@ -76,7 +76,7 @@ Schedule = Constant | Cosine | Ramp
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """The learning rate's usual shape, as a factor: up in a line from 0 to 1, then a cosine down."""
+    """The learning rate's usual shape, as a factor: a line up from 0 to 1, then a cosine down."""
 
     warmup_fraction: float = 0.1
     """Share of the run in which the factor rises from 0 to 1."""

@@ -132,14 +132,16 @@ def execute(segment: Segment, cpus: float) -> Iterator[Arrays]:
     """One Ray Data execution: a task for each chunk, results in order."""
     configure(DataContext.get_current())
     task_cpus = min(1.0, cpus)
+    draw: Any = segment.draw  # Ray's stubs know no dict of arrays
     dataset = ray.data.range(segment.chunks, override_num_blocks=segment.chunks).map_batches(
-        segment.draw, batch_size=None, num_cpus=task_cpus
+        draw, batch_size=None, num_cpus=task_cpus
     )
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(cpu=max(cpus, task_cpus))
     size = segment.share.micro_batch(segment.source.plan.batch_size)
-    return iter(dataset.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2))
+    batches: Any = dataset.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2)
+    return iter(batches)
 
 
 def configure(context: DataContext) -> None:

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def _write_embedded(name: str, output: Location) -> Location:
         return folder
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
     order = np.random.default_rng(0).permutation(len(images))
     for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):

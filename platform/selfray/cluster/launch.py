@@ -193,7 +193,7 @@ def _carry_out(
 
 
 def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Placement) -> None:
-    """Train on Ray Train workers. RunFailed has the cause where it is not to be mended by trying."""
+    """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -451,4 +451,3 @@ def _augmentation_backend() -> str:
     from selfray.augment import BACKEND
 
     return BACKEND
-

@@ -98,8 +98,10 @@ class ProbeJob:
     def features(self, sample: Sample, encoder: EncoderRef | None) -> LabelledFeatures:
         """Features of a sample, computed once, in parallel: float32 [n, D], in its order."""
         configure(DataContext.get_current())
+        # Ray's stubs know no dict of arrays.
+        run: Any = EmbedBlock(sample, encoder, self.mean, self.std).run
         dataset = ray.data.range(sample.blocks, override_num_blocks=sample.blocks).map_batches(
-            EmbedBlock(sample, encoder, self.mean, self.std).run,
+            run,
             batch_size=None,
             num_cpus=self.cpus,
             num_gpus=self.gpus or None,
@@ -129,4 +131,3 @@ def metrics_of(result: ProbeResult) -> dict[str, float]:
 
 def tags_of(result: ProbeResult) -> dict[str, str]:
     return {f"probe.{name}.protocol": text for name, text in result.protocols.items()}
-

@@ -191,9 +191,7 @@ class Recorder:
             saved = checkpoint.save(state, self.experiment, self.run, loss)
         except OSError as error:
             log.exception("checkpoint failed")
-            self.spool.event(
-                "checkpoint_failed", step=state.progress.step, message=str(error)
-            )
+            self.spool.event("checkpoint_failed", step=state.progress.step, message=str(error))
             if state.progress.finished:
                 raise OSError(
                     f"the last checkpoint cannot be written to {self.run}: {error}; make room and "

@@ -77,7 +77,9 @@ class Linear(Protocol):
             error = ((x @ parameters[0] + parameters[1]).softmax(-1) - y) / batch  # [R, b, C]
             gradients = [x.T @ error, error.sum(1, keepdim=True)]
             rate = rates * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)))
-            for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
+            for parameter, velocity, gradient in zip(
+                parameters, velocities, gradients, strict=True
+            ):
                 velocity.mul_(0.9).add_(gradient)
                 parameter.sub_(rate * velocity)
         return parameters
