@@ -8,7 +8,7 @@ import torch
 
 from helpers import RESNET, VIT
 from selfray.health import effective_rank, feature_health
-from selfray.models.encoder import Encoder, Features
+from selfray.models.encoder import Encoder, Features, encode_uint8
 from selfray.probes.features import LabelledFeatures, embed, pixels, probe
 from selfray.probes.knn import KNN, nearest
 from selfray.probes.linear import Linear
@@ -216,7 +216,11 @@ def test_embedding_does_not_depend_on_the_batch_and_keeps_the_order(config):
     views = np.random.default_rng(0).integers(0, 256, (7, 3, 16, 16), np.uint8)
     mean, std = (0.5,) * 3, (0.2,) * 3
     whole = embed(encoder, views, mean, std)
-    assert whole.shape == (7, encoder.width)
+    parts = 2 if config.is_vit else 1  # a ViT's class token, then the mean of its patch tokens
+    assert whole.shape == (7, parts * encoder.width)
+    features = encode_uint8(encoder, torch.from_numpy(views), mean, std)
+    np.testing.assert_allclose(whole[:, : encoder.width], features.cls, atol=1e-5)
+    np.testing.assert_allclose(whole[:, -encoder.width :], features.patches.mean(1), atol=1e-5)
     assert whole.dtype == np.float32
     np.testing.assert_allclose(embed(encoder, views, mean, std, batch_size=3), whole, atol=1e-5)
     np.testing.assert_allclose(

@@ -45,21 +45,29 @@ class Resources:
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
     """A Ray session: joined where one is given or already joined, else started and stopped here."""
-    start(address)
+    is_ours = start(address)
     try:
         yield
     finally:
-        stop()
+        if is_ours:
+            stop()
 
 
-_started_here = False
-
-
-def _require_answer(address: str) -> None:
-    """Ray itself tries a dead address for ten minutes. OSError where nothing answers."""
+def _require_cluster(address: str) -> None:
+    """ConnectionError where nothing answers: Ray itself tries a dead address for ten minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one with "
+        "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+    )
 
 
 class Starting:
@@ -67,6 +75,7 @@ class Starting:
 
     def __init__(self, address: str | None = None) -> None:
         self._error: BaseException | None = None
+        self._is_ours = False
         self._started = threading.Event()
         self._stopped = threading.Event()
         thread = threading.Thread(target=self._run, args=(address,), name="ray-start", daemon=True)
@@ -74,7 +83,7 @@ class Starting:
 
     def _run(self, address: str | None) -> None:
         try:
-            start(address)
+            self._is_ours = start(address)
         except BaseException as error:  # handed to whoever enters the session
             self._error = error
         self._started.set()
@@ -96,19 +105,23 @@ class Starting:
     def stop(self) -> None:
         """Stop what was started here; may be called when nothing was."""
         self._started.wait()
-        stop()
+        if self._is_ours:
+            stop()
+        self._is_ours = False
         self._stopped.set()
 
 
-def start(address: str | None = None) -> None:
-    """Join the cluster at `address` or RAY_ADDRESS, or start a local Ray. ConnectionError says how
-    to go on where the cluster does not answer."""
-    global _started_here
+def start(address: str | None = None) -> bool:
+    """Join the cluster at `address` or RAY_ADDRESS, or start a local Ray.
+
+    True where a Ray was started that its caller has to stop; False where one was joined, or was
+    running in this process already. ConnectionError says how to go on where nothing answers.
+    """
     set_environment()
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -116,29 +129,23 @@ def start(address: str | None = None) -> None:
         "configure_logging": True,
     }
     if address:
+        _require_cluster(address)
         try:
-            _require_answer(address)
             ray.init(address=address, **options)
-        except (OSError, RuntimeError) as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one "
-                "with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
-            ) from None
+        except (ConnectionError, RuntimeError) as error:
+            raise _no_cluster(address, error) from None
     else:
         ray.init(**options)
-        _started_here = True
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    return not address
 
 
 def stop() -> None:
-    """Stop the local Ray, if start() started it."""
-    global _started_here
-    if _started_here:
-        import ray
+    """Stop the local Ray that start() started."""
+    import ray
 
-        ray.shutdown()
-        _started_here = False
+    ray.shutdown()
 
 
 def cluster_resources() -> Resources:
