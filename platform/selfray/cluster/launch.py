@@ -305,7 +305,7 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
                 f"--workers {workers} need {workers} CPUs and the cluster has {cluster.cpus:g}: "
                 f"give --workers {max(1, int(cluster.cpus))} or fewer, or add nodes"
             )
-    left = cluster.cpus - cpus * workers - PROBE_CPUS
+    left = round(cluster.cpus - cpus * workers - PROBE_CPUS, 2)
     if left < SMALLEST_DATA_CPUS:
         raise ValueError(
             f"--workers {workers} x --cpus-per-worker {cpus:g} leave {max(0.0, left):g} of the "
