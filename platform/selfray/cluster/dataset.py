@@ -133,15 +133,20 @@ def execute(segment: Segment, cpus: float) -> Iterator[Arrays]:
     configure(DataContext.get_current())
     task_cpus = min(1.0, cpus)
     draw: Any = segment.draw  # Ray's stubs know no dict of arrays
-    dataset = ray.data.range(segment.chunks, override_num_blocks=segment.chunks).map_batches(
-        draw, batch_size=None, num_cpus=task_cpus
-    )
+    dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=task_cpus)
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(cpu=max(cpus, task_cpus))
     size = segment.share.micro_batch(segment.source.plan.batch_size)
     batches: Any = dataset.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2)
     return iter(batches)
+
+
+def blocks_of_ids(count: int) -> ray.data.Dataset:
+    """A dataset of `id` 0..count-1, one block each. Not `ray.data.range`: its read tasks want a
+    whole CPU each and are not joined with a map that wants less, so on a small machine they would
+    wait forever for a CPU that the train workers hold."""
+    return ray.data.from_items([{"id": id} for id in range(count)], override_num_blocks=count)
 
 
 def configure(context: DataContext) -> None:

@@ -12,7 +12,7 @@ from ray.data import DataContext, ExecutionResources
 
 from selfray import config
 from selfray.checkpoint import Checkpoint
-from selfray.cluster.dataset import configure
+from selfray.cluster.dataset import blocks_of_ids, configure
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder
 from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
@@ -100,7 +100,7 @@ class ProbeJob:
         configure(DataContext.get_current())
         # Ray's stubs know no dict of arrays.
         run: Any = EmbedBlock(sample, encoder, self.mean, self.std).run
-        dataset = ray.data.range(sample.blocks, override_num_blocks=sample.blocks).map_batches(
+        dataset = blocks_of_ids(sample.blocks).map_batches(
             run,
             batch_size=None,
             num_cpus=self.cpus,
