@@ -70,7 +70,8 @@ def quickstart(
     histories = {"SimCLR": simclr_result.history, "MAE": mae_result.history}
     baselines = {"raw pixels, kNN": pixels.knn, "untrained, kNN": untrained.knn}
     curves(histories, baselines).save(folder / "curves.png")
-    show(console, table, folder, [simclr_result, mae_result], time.time() - started)
+    runs = [simclr_result, mae_result]
+    show(console, table, folder, runs, pixels.test_images, time.time() - started)
     return 0
 
 
@@ -99,6 +100,7 @@ def show(
     table: list[dict[str, Any]],
     folder: Path,
     runs: "list[RunResult]",
+    tested: int,
     seconds: float,
 ) -> None:
     console.say()
@@ -110,7 +112,7 @@ def show(
             f"{f'{speed:,.0f}' if speed else '-':>11}{f'{took:.0f}' if took else '-':>10}"
         )
     knn, linear = (table[0]["protocols"][name].split(" ")[0] for name in ("knn", "linear"))
-    console.say(f"protocols {knn} and {linear}, on 597 test images; {seconds:.0f} s in all")
+    console.say(f"protocols {knn} and {linear}, on {tested} test images; {seconds:.0f} s in all")
     console.say()
     console.say(f"curves    {folder / 'curves.png'}")
     for run in runs:

@@ -15,6 +15,7 @@ from typing import Any
 from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
 from selfray.cluster import runtime
+from selfray.cluster.dataset import source_of
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
@@ -102,13 +103,7 @@ def launch(
     check_init_from(experiment)
     check_output(run, checkpoint_bytes(experiment))
     data = open_data(experiment.data, output, console.say)
-    plan = ReadPlan(
-        data.train.group_rows,
-        experiment.batch_size,
-        experiment.epochs,
-        experiment.seed,
-        experiment.data.window_rows,
-    )
+    plan = source_of(experiment, data.train).plan
     placement = place(experiment, runtime.cluster_resources())
     _say_plan(console, experiment, plan, data, run)
     with _alone(run):
