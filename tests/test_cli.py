@@ -233,6 +233,41 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes(monkeypatch):
     assert command.parse({"recipe": wanted}, "") == override(wanted, **changes)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method.mask-ratio", "1.2"], "mask_ratio must lie in (0, 1), got 1.2"),
+        (["--encoder.patch-size", "5"], "patch_size 5 does not divide encoder.image_size"),
+        (["--epochs", "0"], "epochs must be positive, got 0"),
+    ],
+)
+def test_an_impossible_value_ends_in_one_line_and_exit_code_2(
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", *flags])
+    recipes = {"recipe": experiment(MAE)}
+
+    def main() -> int:
+        command.parse(recipes, "")
+        return 0
+
+    assert command.one_line_errors(main) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"--output: .*file/logs cannot be made"):
+        command.with_console(tmp_path / "file" / "logs", lambda console: 0)
+
+
 def test_an_unknown_export_target_is_named_with_the_known_ones(typed):
     said = typed("export", "somewhere", "--to", "onnx")
     assert said.code == 2

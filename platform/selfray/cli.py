@@ -25,6 +25,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from selfray import __version__
+from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.storage import Location
 from selfray.views import require
 
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 FAILED = 1
 LINES_WITHOUT_TERMINAL = 10
 """Progress lines of a build whose output goes to a file."""
-PIXEL_BASELINE_SIZE = 32
-"""Side at which raw pixels are judged: at 224 the features of 60,000 images would take 36 GB."""
 GIB = 2**30
 
 log = logging.getLogger(__name__)

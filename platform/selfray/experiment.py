@@ -114,7 +114,7 @@ class Experiment:
     """GPUs of each train worker; None takes one where the cluster has any, else none."""
     cpus_per_worker: float | None = None
     """CPUs reserved for each train worker; None takes one, or less where the machine is small."""
-    data_cpus: int | None = None
+    data_cpus: float | None = None
     """CPUs that decode and augment; None takes what the train workers leave."""
     output: str = "runs"
     """Folder of everything that is written; local, s3:// or gs://."""

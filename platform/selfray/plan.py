@@ -10,6 +10,7 @@ rows inside each window. Since a window gathers row groups from all over the dat
 is close to the data set's own even where the shards are sorted.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,3 +156,8 @@ class Share:
         size = self.micro_batch(plan.batch_size)
         first = step * plan.batch_size + self.rank * self.accumulate * size
         return range(first, first + self.accumulate * size, size)
+
+
+def even_steps(total: int, times: int) -> set[int]:
+    """`times` steps spread evenly over a run, the last at its end."""
+    return {math.ceil(total * i / times) for i in range(1, times + 1)} if times else set()

@@ -5,6 +5,7 @@ A data task's process starts in a second because of that; torch alone would take
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -14,6 +15,9 @@ from selfray.images import BrokenImage, decode
 from selfray.plan import ReadPlan, Share
 from selfray.shards import ShardSet, read_rows
 from selfray.views import Views
+
+if TYPE_CHECKING:
+    from selfray.experiment import Experiment
 
 POSITION, LABEL, BROKEN, VIEWS = "position", "label", "broken", "views"
 Arrays = dict[str, np.ndarray]
@@ -118,3 +122,14 @@ def evaluation_views(images: Sequence[bytes], size: int) -> tuple[np.ndarray, np
         except BrokenImage:
             readable[index] = False
     return views, readable
+
+
+def source_of(experiment: "Experiment", shards: ShardSet) -> Source:
+    plan = ReadPlan(
+        shards.group_rows,
+        experiment.batch_size,
+        experiment.epochs,
+        experiment.seed,
+        experiment.data.window_rows,
+    )
+    return Source(shards, plan, experiment.views)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.constructors import (
@@ -72,12 +72,13 @@ def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment"
         command,  # type: ignore[arg-type]
         description=description,
         config=settings,
-        registry=_flowing_help(),
+        registry=_own_rules(),
     )
 
 
-def _flowing_help() -> ConstructorRegistry:
-    """tyro's own rules, but with every field's docstring as one paragraph.
+def _own_rules() -> ConstructorRegistry:
+    """tyro's own rules, but with every field's docstring as one paragraph, and a config's own
+    message where it refuses a value.
 
     tyro joins the lines of a docstring only where they are not indented, as a field's always are;
     and it leaves the docstring out where the field's type is a union, such as Schedule.
@@ -86,7 +87,7 @@ def _flowing_help() -> ConstructorRegistry:
     asking_tyro = False
 
     @registry.struct_rule
-    def dataclass_with_flowing_help(info: StructTypeInfo) -> StructConstructorSpec | None:
+    def dataclass_in_our_words(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal asking_tyro
         if asking_tyro or not is_dataclass(info.type):
             return None
@@ -97,9 +98,22 @@ def _flowing_help() -> ConstructorRegistry:
             asking_tyro = False
         if not isinstance(spec, StructConstructorSpec):
             return None
-        return replace(spec, fields=tuple(map(_with_flowing_help, spec.fields)))
+        fields = tuple(map(_with_flowing_help, spec.fields))
+        return replace(spec, instantiate=partial(_checked, spec.instantiate), fields=fields)
 
     return registry
+
+
+class BadSetting(Exception):  # noqa: N818 - it is the setting that is bad
+    """A value that a config refuses. No ValueError, which tyro would frame and give its own words:
+    a config's message names the field and the way out in one line."""
+
+
+def _checked(instantiate: Callable[..., Any], *values: Any, **fields: Any) -> Any:
+    try:
+        return instantiate(*values, **fields)
+    except ValueError as error:
+        raise BadSetting(str(error)) from None
 
 
 def _with_flowing_help(field: StructFieldSpec) -> StructFieldSpec:
@@ -132,6 +146,12 @@ def _launch(
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:
     """Run `body` with everything but its own words going to a log file in `folder`."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
+        ) from None
     with runtime.quiet_console(folder / name) as console:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -159,7 +179,7 @@ def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`; bad input is one line on standard error, and exit code 2."""
     try:
         return main()
-    except (ValueError, OSError) as error:
+    except (BadSetting, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 

@@ -19,10 +19,8 @@ import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
 
-from selfray.experiment import Experiment
 from selfray.method import Batch
-from selfray.plan import ReadPlan, Share
-from selfray.shards import ShardSet
+from selfray.plan import Share
 from selfray.source import LABEL, POSITION, Arrays, Segment, Source
 from selfray.views import Views
 
@@ -30,17 +28,6 @@ CHUNK_BYTES = 16 * 2**20
 """A task makes about this much: enough to outweigh the ~30 ms of the trainer's CPU that Ray Data
 spends on each task."""
 MOST_STEPS_PER_CHUNK = 64
-
-
-def source_of(experiment: Experiment, shards: ShardSet) -> Source:
-    plan = ReadPlan(
-        shards.group_rows,
-        experiment.batch_size,
-        experiment.epochs,
-        experiment.seed,
-        experiment.data.window_rows,
-    )
-    return Source(shards, plan, experiment.views)
 
 
 @dataclass(frozen=True)

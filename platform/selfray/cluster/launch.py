@@ -15,7 +15,6 @@ from typing import Any
 from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
 from selfray.cluster import runtime
-from selfray.cluster.dataset import source_of
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
@@ -32,7 +31,8 @@ from selfray.experiment import Experiment
 from selfray.gallery import History
 from selfray.plan import ReadPlan
 from selfray.probes.features import ProbeResult
-from selfray.source import Source
+from selfray.probes.protocol import PIXEL_BASELINE_SIZE
+from selfray.source import Source, source_of
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ def _carry_out(
         },
         say=console.say,
     )
-    job = _probe_job(experiment, data) if experiment.probe.times else None
+    probed = experiment.probe.times and data.can_probe
+    job = _probe_job(experiment, data) if probed else None
     monitor = Monitor(console, run, experiment, plan, tracker, job, started)
     monitor.start()
     status: Any = "FAILED"
@@ -410,22 +411,19 @@ def _finished_result(run: Location) -> RunResult | None:
     return RunResult(**result, probes=probes, history=history)
 
 
-def _probe_job(experiment: Experiment, data: DataSets) -> ProbeJob | None:
-    if not data.can_probe:
-        return None
-    train, test = data.samples(
-        experiment.encoder.image_size, experiment.probe.train_limit, experiment.probe.test_limit
-    )
+def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = None) -> ProbeJob:
+    """Probes at the encoder's size, or at the `largest` side in pixels where that is less."""
+    side = min(experiment.encoder.image_size, largest or experiment.encoder.image_size)
+    train, test = data.samples(side, experiment.probe.train_limit, experiment.probe.test_limit)
     return ProbeJob(train, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
 
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
-    """The probes on raw pixels, at the encoder's size: what an encoder has to beat."""
+    """The probes on raw pixels: what an encoder has to beat."""
     data = open_data(experiment.data, Location.of(experiment.output), console.say)
-    job = _probe_job(experiment, data)
-    if job is None:
+    if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
-    return job.run(None)
+    return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
 
 
 def _say_plan(

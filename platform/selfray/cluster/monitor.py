@@ -16,10 +16,9 @@ from selfray.checkpoint import Checkpoint
 from selfray.cluster.probe_jobs import EncoderRef, ProbeJob, metrics_of, tags_of
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
-from selfray.cluster.worker import even_steps
 from selfray.experiment import Experiment
 from selfray.gallery import History
-from selfray.plan import ReadPlan
+from selfray.plan import ReadPlan, even_steps
 from selfray.probes.features import ProbeResult
 from selfray.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location

@@ -135,6 +135,8 @@ def start(address: str | None = None) -> bool:
         except (ConnectionError, RuntimeError) as error:
             raise _no_cluster(address, error) from None
     else:
+        # This machine is not taken away with notice: one process less to start in each run.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(**options)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

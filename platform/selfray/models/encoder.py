@@ -64,7 +64,8 @@ class EncoderConfig:
         require_one_of("encoder.position", self.position, ("learned", "sincos"))
         require(
             self.is_vit or self.position == "learned",
-            f"encoder.position {self.position} is for ViTs, not for {self.name}",
+            f"encoder.position {self.position} is for ViTs, not for {self.name}: take a ViT, such "
+            "as vit_small_patch16_224, or --encoder.position learned",
         )
         if self.is_vit:
             require(self.patch > 0, f"encoder.patch_size must be positive, got {self.patch}")

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+PIXEL_BASELINE_SIZE = 32
+"""Side at which raw pixels are judged: at 224 the features of 60,000 images would take 36 GB."""
+
 
 @dataclass(frozen=True)
 class Protocol:
