@@ -971,6 +971,8 @@ Command = (
     | Annotated[Doctor, subcommand("doctor")]
 )
 
+AnyCommand = BuildShards | CheckShards | Export | Probe | Doctor
+
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.
 
 Training itself is started by experiments/pretrain.py; this command does what comes before and after
@@ -979,19 +981,23 @@ Ray is started and stopped. SELFRAY_VERBOSE=1 shows what libraries print."""
 
 
 def main() -> int:
-    """Parse the command line and do what it says. Returns the exit code: 0 done, 1 failed, 2 bad
-    input, 130 interrupted."""
-    command = tyro.cli(
+    """Do what the command line says. Returns the exit code: 0 done, 1 failed, 2 bad input, 130
+    interrupted."""
+    return _quietly(parse(sys.argv[1:] or ["--help"]))
+
+
+def parse(arguments: Sequence[str]) -> AnyCommand:
+    """The command that arguments ask for; argparse's SystemExit where they ask for none."""
+    return tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="selfray",
         description=DESCRIPTION,
-        args=sys.argv[1:] or ["--help"],
+        args=arguments,
         config=(FlagCreatePairsOff,),
     )
-    return _quietly(command)
 
 
-def _quietly(command: BuildShards | CheckShards | Export | Probe | Doctor) -> int:
+def _quietly(command: AnyCommand) -> int:
     """Run a command with nothing but its own words on the console."""
     from selfray.cluster.command import INTERRUPTED, one_line_errors, with_console
 

@@ -1,0 +1,54 @@
+"""The quickstart as a new user meets it: one command, its console and what it leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+MOST_LINES = 60
+
+
+@pytest.mark.long
+def test_the_quickstart_ends_with_encoders_that_are_better_than_untrained_ones(tmp_path):
+    output = tmp_path / "runs"
+    done = subprocess.run(
+        [sys.executable, "experiments/quickstart.py", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) < MOST_LINES
+    assert not [line for line in lines if "warning" in line.lower() or "INFO" in line]
+
+    table = json.loads((output / "quickstart" / "table.json").read_text())
+    rows = {row["method"]: row for row in table}
+    assert list(rows) == ["raw-pixels", "untrained", "simclr", "mae"]
+    for name, row in rows.items():
+        trained = name in ("simclr", "mae")
+        assert (row["images_per_second"] is not None) == trained
+        assert (row["seconds"] is not None) == trained
+    assert rows["simclr"]["knn"] >= rows["untrained"]["knn"] + 0.12
+    assert rows["simclr"]["knn"] >= rows["raw-pixels"]["knn"]
+    assert rows["simclr"]["linear"] > rows["untrained"]["linear"]
+    assert rows["mae"]["linear"] > rows["untrained"]["linear"]
+
+    Image.open(output / "quickstart" / "curves.png").verify()
+    client = MlflowClient(f"sqlite:///{output}/mlflow.db")
+    experiment = client.get_experiment_by_name("selfray")
+    assert experiment is not None
+    pictures = {
+        run.data.tags["method"]: {
+            Path(file.path).name for file in client.list_artifacts(run.info.run_id, "pictures")
+        }
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    common = {"views.png", "neighbours.png", "embedding.png", "curves.png"}
+    assert pictures == {"simclr": common, "mae": common | {"reconstructions.png"}}

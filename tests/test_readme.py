@@ -1,0 +1,57 @@
+"""The README's commands are commands that exist, with flags that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import cifar10, digits, imagenet
+from selfray import cli
+from selfray.cluster import command
+
+ROOT = Path(__file__).parent.parent
+RECIPES = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+
+
+def commands() -> list[str]:
+    """Every line of the README's code blocks, without comments; continued lines are joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    text = "".join(blocks).replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
+def words_after(prefix: str) -> list[list[str]]:
+    found = [line.partition(prefix)[2] for line in commands() if prefix in line]
+    assert found, f"the README shows no {prefix}"
+    return [shlex.split(rest) for rest in found]
+
+
+def test_every_command_of_the_readme_is_of_a_kind_that_is_tested_here():
+    kinds = ("make ", "selfray ", "python experiments/pretrain.py ")
+    assert [line for line in commands() if not any(kind in line for kind in kinds)] == []
+
+
+@pytest.mark.parametrize("target", [words[0] for words in words_after("make ")])
+def test_a_make_target_of_the_readme_exists(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", words_after("selfray "), ids=" ".join)
+def test_a_selfray_command_of_the_readme_is_understood(words):
+    assert cli.parse(words)
+
+
+@pytest.mark.parametrize("words", words_after("python experiments/pretrain.py "), ids=" ".join)
+def test_a_pretraining_command_of_the_readme_is_understood(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    assert command.parse(RECIPES, "").name == words[0]
+
+
+def test_the_readme_names_files_that_exist():
+    links = re.findall(r"\]\(([\w/.]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
