@@ -103,12 +103,14 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     tracked = client.get_experiment_by_name("selfray")
     assert tracked is not None
+    # Without it MLflow 3 opens the page for chats, which shows no metric.
+    assert tracked.tags["mlflow.experimentKind"] == "custom_model_development"
     (run,) = client.search_runs([tracked.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["method.mask_ratio"] == "0.75"
     assert run.data.tags["augmentation.backend"].startswith("selfray-cv2/")
     assert run.data.tags["probe.knn.protocol"].startswith("knn-v1")
-    for name in ("version.torch", "machine.cpus", "selfray.git_commit"):
+    for name in ("version.torch", "machine.cpus", "selfray.git_commit", "mlflow.source.name"):
         assert name in run.data.tags
     for name in (
         "loss",

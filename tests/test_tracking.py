@@ -477,6 +477,7 @@ def test_environment_tags_name_code_packages_and_machine(
     Path("file").write_text("2")
     tags = environment_tags()
     assert tags["selfray.git_commit"] == f"{commit}+dirty"
+    assert tags["mlflow.source.git.commit"] == commit
     assert int(tags["machine.cpus"]) > 0
     assert tags["version.torch"].startswith("2.")
     assert json.dumps(tags)

@@ -21,7 +21,7 @@ SIMCLR = Experiment(
         view=View(crop_scale=(0.4, 1.0), flip=0.0, color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0)),
     ),
     encoder=EncoderConfig(
-        "resnet18", image_size=16, small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)
+        "resnet18", image_size=12, small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)
     ),
     data=DATA,
     optimizer=OptimizerConfig(
@@ -30,7 +30,7 @@ SIMCLR = Experiment(
         schedule=WarmupCosine(warmup_fraction=0.05),
         weight_decay=Constant(1e-4),
     ),
-    epochs=60,
+    epochs=75,
     batch_size=256,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
