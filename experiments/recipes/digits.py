@@ -30,7 +30,7 @@ SIMCLR = Experiment(
         schedule=WarmupCosine(warmup_fraction=0.05),
         weight_decay=Constant(1e-4),
     ),
-    epochs=75,
+    epochs=80,
     batch_size=256,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
@@ -63,7 +63,7 @@ MAE = Experiment(
         betas=(0.9, 0.95),
     ),
     epochs=30,
-    batch_size=256,
+    batch_size=64,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
 )

@@ -1,5 +1,6 @@
 """A linear classifier on frozen features, several learning rates in one pass."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -50,42 +51,45 @@ class Linear(Protocol):
         train, test = (train.float() - mean) / std, (test.float() - mean) / std
         classes = int(max(train_labels.max(), test_labels.max())) + 1
         weights = self._fit(train[kept], train_labels[kept], classes, generator)
-        held_out_accuracy = _accuracies(weights, train[held_out], train_labels[held_out])  # [R]
+        rates = len(self.learning_rates)
+        held_out_accuracy = _accuracies(weights, train[held_out], train_labels[held_out], rates)
         best = int(held_out_accuracy.argmax())
-        on_test = _accuracies([w[best : best + 1] for w in weights], test, test_labels)
+        on_test = _accuracies(weights, test, test_labels, rates)  # [R]
         return LinearResult(
-            float(on_test[0]), self.learning_rates[best], float(held_out_accuracy[best])
+            float(on_test[best]), self.learning_rates[best], float(held_out_accuracy[best])
         )
 
     def _fit(
         self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """One classifier for each of R learning rates: weight [R, D, C] and bias [R, 1, C]."""
-        rates = torch.tensor(self.learning_rates).view(-1, 1, 1)
-        weight = torch.zeros(len(self.learning_rates), features.shape[1], classes)
-        parameters = [weight, torch.zeros(len(self.learning_rates), 1, classes)]
+        """One classifier for each of R learning rates: weight [D, R * C] and bias [R * C]."""
+        rates = torch.tensor(self.learning_rates).repeat_interleave(classes)  # [R * C]
+        columns = len(rates)
+        parameters = [torch.zeros(features.shape[1], columns), torch.zeros(columns)]
         velocities = [torch.zeros_like(p) for p in parameters]
         batch = min(self.batch_size, len(features))
+        wanted = F.one_hot(labels, classes).float()[:, None] / batch  # [n, 1, C]
         order = torch.empty(0, dtype=torch.int64)
         for step in range(self.steps):
             if len(order) < batch:
                 order = torch.randperm(len(features), generator=generator)
             chosen, order = order[:batch], order[batch:]
-            x, y = features[chosen], F.one_hot(labels[chosen], classes).float()
+            x = features[chosen]
             # The gradient of softmax cross entropy, written out: all learning rates in one
             # product and no autograd.
-            error = ((x @ parameters[0] + parameters[1]).softmax(-1) - y) / batch  # [R, b, C]
-            gradients = [x.T @ error, error.sum(1, keepdim=True)]
-            rate = rates * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps)))
+            logits = torch.addmm(parameters[1], x, parameters[0]).unflatten(1, (-1, classes))
+            error = logits.softmax(-1).div_(batch).sub_(wanted[chosen]).flatten(1)  # [b, R * C]
+            rate = rates * (0.5 * (1 + math.cos(math.pi * step / self.steps)))
             for parameter, velocity, gradient in zip(
-                parameters, velocities, gradients, strict=True
+                parameters, velocities, [x.T @ error, error.sum(0)], strict=True
             ):
                 velocity.mul_(0.9).add_(gradient)
-                parameter.sub_(rate * velocity)
+                parameter.addcmul_(rate, velocity, value=-1)
         return parameters
 
 
-def _accuracies(parameters: list[Tensor], features: Tensor, labels: Tensor) -> Tensor:
-    """[R] for weights [R, D, C]."""
-    predicted = (features @ parameters[0] + parameters[1]).argmax(-1)  # [R, n]
-    return (predicted == labels).float().mean(1)
+def _accuracies(parameters: list[Tensor], features: Tensor, labels: Tensor, rates: int) -> Tensor:
+    """[R] for the classifiers of R learning rates."""
+    logits = torch.addmm(parameters[1], features, parameters[0])  # [n, R * C]
+    predicted = logits.unflatten(1, (rates, -1)).argmax(-1)  # [n, R]
+    return (predicted == labels[:, None]).float().mean(0)
