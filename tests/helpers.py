@@ -52,6 +52,12 @@ SMALLER: dict[str, Any] = {
     "decoder_heads": 2,
     "projector_hidden": 32,
     "projector_width": 16,
+    "queue_size": 24,
+    "prototypes": 24,
+    "hidden": 32,
+    "bottleneck": 16,
+    "local_crops": 2,
+    "local_view": View(size=8, crop_scale=(0.05, 0.4)),
 }
 """What the contract tests change in a method's config where it has such a field, to be fast. A
 new method with a large head adds the head's field here."""

@@ -50,6 +50,31 @@ def gather(local: Tensor) -> Tensor:
     return cast(Tensor, _Gather.apply(local))
 
 
+@torch.no_grad()
+def shuffled(local: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """All ranks' rows dealt out anew: ([b, ...] for this rank, the order [B] for `unshuffled`).
+
+    MoCo's shuffle-BN: a key's batch norm must not see the same images as its query's, or the
+    statistics would give the answer away (arXiv:1911.05722, section 3.3). The order follows from
+    the seed, which all ranks share. One process has one batch norm and nothing to shuffle.
+    """
+    count = local.shape[0]
+    if not is_distributed():
+        return local, torch.arange(count)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count * world_size(), generator=generator)
+    return gather(local)[order[rank() * count : (rank() + 1) * count].to(local.device)], order
+
+
+@torch.no_grad()
+def unshuffled(local: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `shuffled`: this rank's own rows [b, ...] again, in their own order."""
+    if not is_distributed():
+        return local
+    count = local.shape[0]
+    return gather(local)[order.argsort()[rank() * count : (rank() + 1) * count].to(local.device)]
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[override]
@@ -160,4 +185,6 @@ def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
     if fused:
         twin.drop, twin.act = norm.drop, norm.act  # type: ignore[assignment]
     twin.load_state_dict(norm.state_dict())
+    for ours, theirs in zip(twin.parameters(), norm.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)  # a teacher stays frozen
     return twin

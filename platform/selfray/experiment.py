@@ -160,6 +160,13 @@ class Experiment:
                 f"accumulate {self.accumulate} would change the loss of {self.method.name}: "
                 f"{reason}; give --accumulate 1 and more --workers, or a smaller --batch-size"
             )
+        if self.accumulate > 1 and self.encoder.is_resnet:
+            raise ValueError(
+                f"accumulate {self.accumulate} would change the loss: the batch norms of "
+                f"{self.encoder.name} would see micro-batches; give --accumulate 1 and more "
+                "--workers, or a smaller --batch-size"
+            )
+        self.method.check_batch_size(self.batch_size)
         Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)
         self.views  # noqa: B018 - a method that cannot use this encoder says so here
 

@@ -54,3 +54,73 @@ def masked_pixel_error(
         target = (target - mean) / (variance + 1e-6).sqrt()
     error = (predicted.float() - target).square().mean(-1)  # [B, N]
     return error[mask].mean()
+
+
+def regression_to_target(predicted: Tensor, target: Tensor) -> Tensor:
+    """BYOL's loss: the squared distance of L2-normalised vectors, 2 - 2 cos, mean over all.
+
+    Args:
+        predicted: [..., D], the online network's predictions (any length).
+        target: [..., D], the target network's projections; no gradient flows there.
+
+    Returns:
+        A scalar in 0..4 (arXiv:2006.07733, eq. 2).
+    """
+    cosine = F.cosine_similarity(predicted.float(), target.detach().float(), dim=-1)
+    return (2 - 2 * cosine).mean()
+
+
+def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """MoCo's loss: each query against its own key and the keys of a queue.
+
+    Args:
+        queries: [b, D] (any length).
+        keys: [b, D], the positives (any length); no gradient flows there.
+        queue: [K, D], unit vectors: the negatives.
+        temperature: softmax temperature.
+
+    Returns:
+        The mean over queries: a scalar (arXiv:1911.05722, eq. 1).
+    """
+    queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+    positive = (queries * keys.detach()).sum(-1, keepdim=True)  # [b, 1]
+    logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature  # [b, 1 + K]
+    return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
+
+
+def batch_contrast(queries: Tensor, keys: Tensor, first: int, temperature: float) -> Tensor:
+    """MoCo v3's loss: each query against the keys of the global batch.
+
+    Args:
+        queries: [b, D], this rank's (any length).
+        keys: [B, D], all ranks' (any length); the positive of query i is key first + i; no
+            gradient flows there.
+        first: index of this rank's first key.
+        temperature: softmax temperature.
+
+    Returns:
+        2 * temperature times the mean over queries, which makes learning rates alike at all
+        temperatures: a scalar (arXiv:2104.02057, algorithm 1).
+    """
+    queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+    logits = queries @ keys.detach().T / temperature  # [b, B]
+    positive = torch.arange(len(queries), device=queries.device) + first
+    return 2 * temperature * F.cross_entropy(logits, positive)
+
+
+def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """DINO's loss: cross entropy of the student's crops against the teacher's other crops.
+
+    Args:
+        student: logits [b, S, K] of all crops, the teacher's T first.
+        teacher: probabilities [b, T, K] of the global crops; no gradient flows there.
+        temperature: the student's.
+
+    Returns:
+        The mean over images and over all pairs of a teacher's crop with another crop of the
+        student's: a scalar (arXiv:2104.14294, eq. 3).
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    pairs = -torch.einsum("btk,bsk->bts", teacher.detach().float(), log_student)  # [b, T, S]
+    is_same_crop = torch.eye(*pairs.shape[1:], dtype=torch.bool, device=pairs.device)
+    return pairs[:, ~is_same_crop].mean()

@@ -1,9 +1,11 @@
 """The contract of a pretraining method: MethodConfig declares, Method computes."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -28,6 +30,9 @@ class MethodConfig(ABC):
     @property
     def name(self) -> str:
         return type(self).__module__.rpartition(".")[2]
+
+    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027 - most methods take any
+        """Raises ValueError for a global batch size that the method cannot use."""
 
     @abstractmethod
     def views(self, encoder: EncoderConfig) -> Views:
@@ -64,3 +69,18 @@ def fitted(view: View, encoder: EncoderConfig, **changes: Any) -> View:
     size = view.size or encoder.image_size
     grid = size // encoder.patch if encoder.is_vit else None
     return replace(view, size=size, grid=grid, **changes)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def teacher_of(student: Module) -> Module:
+    """A frozen copy, which is to follow the student."""
+    return copy.deepcopy(student).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter. Buffers, such
+    as the running statistics of batch norms, stay the teacher's own."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -143,7 +143,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         try:
-            self.backbone = timm.create_model(config.name, pretrained=False, **config.options)
+            # Crops of several sizes go through one ViT: its positions are interpolated for them.
+            sizes: dict[str, Any] = {"dynamic_img_size": True} if config.is_vit else {}
+            self.backbone = timm.create_model(config.name, **config.options, **sizes)
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)

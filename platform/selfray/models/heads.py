@@ -1,20 +1,70 @@
 """Heads that are put on an encoder while it is pretrained, and dropped afterwards."""
 
 import itertools
+from typing import Literal
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-def projector(width: int, hidden: int, output: int, layers: int) -> nn.Sequential:
-    """SimCLR's projection head: `layers` linear layers, batch norm after each, ReLU between.
+def projector(
+    width: int,
+    hidden: int,
+    output: int,
+    layers: int,
+    last_batchnorm: Literal["affine", "plain", "none"] = "affine",
+) -> nn.Sequential:
+    """`layers` linear layers, batch norm after each, ReLU between; no bias where a batch norm
+    follows, no ReLU after the last.
 
-    No bias where a batch norm follows, no ReLU after the last (arXiv:2002.05709; v2's deeper
-    head: arXiv:2006.10029).
+    The last batch norm is `affine` in SimCLR (arXiv:2002.05709; v2's deeper head:
+    arXiv:2006.10029), `plain` (no weight and bias) in MoCo v3 (arXiv:2104.02057), and absent in
+    BYOL (arXiv:2006.07733).
     """
     widths = [width, *[hidden] * (layers - 1), output]
     modules: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)]
-        if index < layers - 1:
+        is_last = index == layers - 1
+        if is_last and last_batchnorm == "none":
+            modules.append(nn.Linear(inputs, outputs))
+            continue
+        affine = not is_last or last_batchnorm == "affine"
+        modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=affine)]
+        if not is_last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head: three linear layers with GELU, L2 normalisation, then K unit prototypes.
+
+    Caron et al., arXiv:2104.14294, appendix C. With `free_norms` each prototype has a length of its
+    own that is trained; the paper finds that unit ones are more stable.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, bottleneck: int, prototypes: int, free_norms: bool = False
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
+        self.norms = (
+            nn.Parameter(self.prototypes.weight.new_ones(prototypes)) if free_norms else None
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, D] -> logits [n, K], cosines between an image and each prototype (times its norm)."""
+        embedded = F.normalize(self.mlp(features).float(), dim=-1)  # [n, bottleneck]
+        logits = F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
+        return logits if self.norms is None else logits * self.norms

@@ -47,3 +47,16 @@ def fix_sincos_positions(backbone: Any) -> None:
     prefix = learned.new_zeros(learned.shape[1] - positions.shape[0], learned.shape[-1])
     del backbone.pos_embed
     backbone.register_buffer("pos_embed", torch.cat([prefix, positions]).unsqueeze(0))
+
+
+def freeze_patch_embedding(backbone: Any) -> None:
+    """Keep the patch embedding at its random start (MoCo v3, arXiv:2104.02057, section 4.3).
+
+    Its tensors become buffers, because they are never trained; under the same names, so that
+    weights fit plain timm.
+    """
+    projection = backbone.patch_embed.proj
+    for name in ("weight", "bias"):
+        value = getattr(projection, name).detach()
+        delattr(projection, name)
+        projection.register_buffer(name, value)

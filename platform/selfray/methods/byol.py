@@ -1,0 +1,89 @@
+"""BYOL: predict another network's view of the same image; no negatives.
+
+Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from selfray import distributed
+from selfray.losses import regression_to_target
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.heads import projector
+from selfray.schedules import Cosine, Progress, Schedule
+from selfray.views import ColorJitter, View, Views, require
+
+JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class BYOLConfig(MethodConfig):
+    why_not_accumulate: ClassVar[str | None] = "the heads' batch norms would see micro-batches"
+
+    momentum: Schedule = field(default_factory=lambda: Cosine(0.996, 1.0))
+    """How much of the target network stays in each step."""
+    projector_hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    projector_width: int = 256
+    """Dimension of the projections that are predicted."""
+    global_batchnorm: bool = True
+    """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    first_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
+        )
+    )
+    """The first of the two views of an image."""
+    second_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
+        )
+    )
+    """The second view."""
+
+    def __post_init__(self) -> None:
+        for name in ("projector_hidden", "projector_width"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+
+    def views(self, encoder: EncoderConfig) -> Views:
+        return {"global": (fitted(self.first_view, encoder), fitted(self.second_view, encoder))}
+
+    def build(self, encoder: Encoder) -> "BYOL":
+        method = BYOL(self, encoder)
+        return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
+
+
+class BYOL(Method):
+    def __init__(self, config: BYOLConfig, encoder: Encoder) -> None:
+        super().__init__()
+        hidden, width = config.projector_hidden, config.projector_width
+        self.config = config
+        self.encoder = encoder
+        self.projector = projector(encoder.width, hidden, width, 2, last_batchnorm="none")
+        self.predictor = projector(width, hidden, width, 2, last_batchnorm="none")
+        # In train mode, as the paper's: the target normalises by the batch's own statistics.
+        self.target = teacher_of(nn.ModuleList([self.encoder, self.projector]))
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
+        # One view after the other: batch norm must not mix the two views' statistics.
+        loss = regression_to_target(self._predict(first), self._aim(second))
+        loss = loss + regression_to_target(self._predict(second), self._aim(first))
+        return loss, {}
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.predictor(self.projector(self.encoder(images).cls))  # [b, P]
+
+    @torch.no_grad()
+    def _aim(self, images: Tensor) -> Tensor:
+        encoder, head = self.target
+        return head(encoder(images).cls)  # [b, P]
+
+    def after_step(self, progress: Progress) -> None:
+        online = nn.ModuleList([self.encoder, self.projector])
+        follow(self.target, online, self.config.momentum(progress))

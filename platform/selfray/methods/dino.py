@@ -1,0 +1,143 @@
+"""DINO: a student's crops agree with a centred and sharpened teacher's view of the whole image.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv:2104.14294.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from selfray import distributed
+from selfray.losses import self_distillation
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.heads import PrototypeHead
+from selfray.schedules import Cosine, Progress, Ramp, Schedule
+from selfray.views import ColorJitter, View, Views, require
+
+JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class DINOConfig(MethodConfig):
+    prototypes: int = 65_536
+    """K, the dimension of the head's output."""
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: int = 256
+    """Dimension in which embeddings and prototypes are compared."""
+    free_norms: bool = False
+    """Train the prototypes' lengths too, as the paper does for ViT-S; unit ones are more stable."""
+    student_temperature: float = 0.1
+    teacher_temperature: Schedule = field(default_factory=lambda: Ramp(0.04, 0.07, 0.3))
+    """The teacher's, sharper than the student's: rises over the first 30 of 100 epochs."""
+    center_momentum: float = 0.9
+    """How much of the running mean of the teacher's logits stays in each step."""
+    momentum: Schedule = field(default_factory=lambda: Cosine(0.996, 1.0))
+    """How much of the teacher stays in each step."""
+    freeze_prototypes: float = 0.01
+    """Share of the run in which the prototypes stay at their start: 1 epoch of 100."""
+    local_crops: int = 8
+    """Small crops of each image that only the student sees; 0 for none."""
+    first_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.4, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
+        )
+    )
+    """The first of the two global crops."""
+    second_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.4, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
+        )
+    )
+    """The second global crop."""
+    local_view: View = field(
+        default_factory=lambda: View(
+            size=96, crop_scale=(0.05, 0.4), color_jitter=JITTER, grayscale=0.2, blur=0.5
+        )
+    )
+    """The local crops."""
+
+    def __post_init__(self) -> None:
+        for name in ("prototypes", "hidden", "bottleneck", "student_temperature"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+        require(
+            0 <= self.center_momentum < 1,
+            f"center_momentum must lie in [0, 1), got {self.center_momentum}",
+        )
+        require(self.local_crops >= 0, f"local_crops must be at least 0, got {self.local_crops}")
+        require(
+            0 <= self.freeze_prototypes < 1,
+            f"freeze_prototypes is a share of the run in [0, 1), got {self.freeze_prototypes}",
+        )
+
+    def views(self, encoder: EncoderConfig) -> Views:
+        views: Views = {
+            "global": (fitted(self.first_view, encoder), fitted(self.second_view, encoder))
+        }
+        if self.local_crops:
+            local = fitted(self.local_view, encoder)
+            assert local.size is not None
+            require(
+                not encoder.is_vit or local.size % encoder.patch == 0,
+                f"method.local_view.size {local.size} is no multiple of the encoder's patches of "
+                f"{encoder.patch} pixels: give --method.local-view.size another",
+            )
+            views["local"] = (local,) * self.local_crops
+        return views
+
+    def build(self, encoder: Encoder) -> "DINO":
+        return DINO(self, encoder)
+
+
+class DINO(Method):
+    def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.student = encoder
+        self.student_head = PrototypeHead(
+            encoder.width, config.hidden, config.bottleneck, config.prototypes, config.free_norms
+        )
+        self.encoder = teacher_of(encoder)
+        self.teacher_head = teacher_of(self.student_head)
+        self.register_buffer("center", torch.zeros(config.prototypes))  # [K]
+        self._teacher_means: list[Tensor] = []
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        crops = [batch[name] for name in ("global", "local") if name in batch]
+        # Crops of one size go through the student together.
+        student = torch.cat(
+            [self._logits(self.student, self.student_head, images) for images in crops], dim=1
+        )  # [b, S, K]
+        with torch.no_grad():
+            logits = self._logits(self.encoder, self.teacher_head, batch["global"])  # [b, 2, K]
+            self._teacher_means.append(logits.float().mean((0, 1)))  # [K]
+            temperature = self.config.teacher_temperature(progress)
+            centered = (logits.float() - self.get_buffer("center")) / temperature
+            teacher = centered.softmax(-1)  # [b, 2, K]
+        loss = self_distillation(student, teacher, self.config.student_temperature)
+        # Cross entropy = the teacher's entropy + the divergence: collapse shows in the first (0 or
+        # log K), learning in the second.
+        entropy = -(teacher * centered.log_softmax(-1)).sum(-1).mean()
+        return loss, {"teacher_entropy": entropy, "divergence": loss.detach() - entropy}
+
+    @staticmethod
+    def _logits(encoder: Encoder, head: PrototypeHead, images: Tensor) -> Tensor:
+        """[b, V, 3, H, W] -> [b, V, K]."""
+        return head(encoder(images.flatten(0, 1)).cls).unflatten(0, images.shape[:2])
+
+    def before_step(self, progress: Progress) -> None:
+        if progress.fraction < self.config.freeze_prototypes:
+            self.student_head.prototypes.weight.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        momentum = self.config.momentum(progress)
+        follow(self.encoder, self.student, momentum)
+        follow(self.teacher_head, self.student_head, momentum)
+        # Over all ranks, or each would push its teacher from another centre.
+        mean = distributed.mean_over_ranks(torch.stack(self._teacher_means).mean(0))
+        self.get_buffer("center").lerp_(mean, 1 - self.config.center_momentum)
+        self._teacher_means.clear()

@@ -1,0 +1,100 @@
+"""MoCo v3: momentum contrast inside the global batch, made stable for vision transformers.
+
+Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers",
+arXiv:2104.02057.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from selfray import distributed
+from selfray.losses import batch_contrast
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.heads import projector
+from selfray.models.vit import freeze_patch_embedding
+from selfray.schedules import Cosine, Progress, Schedule
+from selfray.views import ColorJitter, View, Views, require
+
+JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class MoCoV3Config(MethodConfig):
+    why_not_accumulate: ClassVar[str | None] = (
+        "a query's negatives are the other images of its batch, so micro-batches would have fewer"
+    )
+
+    temperature: float = 0.2
+    """Softmax temperature of the loss: 0.2 for ViTs, 1.0 for ResNets."""
+    momentum: Schedule = field(default_factory=lambda: Cosine(0.99, 1.0))
+    """How much of the momentum encoder stays in each step."""
+    projector_hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    projector_width: int = 256
+    """Dimension of queries and keys."""
+    freeze_patches: bool = True
+    """Keep a ViT's patch embedding at its random start: training it makes runs unstable."""
+    global_batchnorm: bool = True
+    """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    first_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
+        )
+    )
+    """The first of the two views of an image."""
+    second_view: View = field(
+        default_factory=lambda: View(
+            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
+        )
+    )
+    """The second view."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        for name in ("projector_hidden", "projector_width"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+
+    def views(self, encoder: EncoderConfig) -> Views:
+        return {"global": (fitted(self.first_view, encoder), fitted(self.second_view, encoder))}
+
+    def build(self, encoder: Encoder) -> "MoCoV3":
+        method = MoCoV3(self, encoder)
+        return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
+
+
+class MoCoV3(Method):
+    def __init__(self, config: MoCoV3Config, encoder: Encoder) -> None:
+        super().__init__()
+        hidden, width = config.projector_hidden, config.projector_width
+        is_vit = encoder.config.is_vit
+        if is_vit and config.freeze_patches:
+            freeze_patch_embedding(encoder.backbone)
+        self.config = config
+        self.encoder = encoder
+        self.projector = projector(encoder.width, hidden, width, 3 if is_vit else 2, "plain")
+        self.predictor = projector(width, hidden, width, 2, "plain" if is_vit else "none")
+        self.momentum_encoder = teacher_of(self.encoder)
+        self.momentum_projector = teacher_of(self.projector)
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
+        loss = self._contrast(first, second) + self._contrast(second, first)
+        return loss, {}
+
+    def _contrast(self, query_images: Tensor, key_images: Tensor) -> Tensor:
+        queries = self.predictor(self.projector(self.encoder(query_images).cls))  # [b, P]
+        with torch.no_grad():
+            local = self.momentum_projector(self.momentum_encoder(key_images).cls)
+            keys = distributed.gather(local)  # [B, P]
+        first = distributed.rank() * len(queries)
+        return batch_contrast(queries, keys, first, self.config.temperature)
+
+    def after_step(self, progress: Progress) -> None:
+        online = nn.ModuleList([self.encoder, self.projector])
+        behind = nn.ModuleList([self.momentum_encoder, self.momentum_projector])
+        follow(behind, online, self.config.momentum(progress))
