@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfray.losses import masked_pixel_error, nt_xent
+from selfray.losses import (
+    batch_contrast,
+    masked_pixel_error,
+    nt_xent,
+    queue_contrast,
+    regression_to_target,
+    self_distillation,
+)
 
 
 def slow_nt_xent(embeddings: np.ndarray, temperature: float) -> list[list[float]]:
@@ -159,3 +166,66 @@ def test_a_patch_of_one_colour_stays_finite():
     assert torch.isfinite(predicted.grad).all()
     expected = F.mse_loss(predicted[mask], torch.zeros_like(predicted[mask]))
     torch.testing.assert_close(loss, expected.float())
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
+
+
+def test_regression_to_target_is_its_formula_and_spares_the_target():
+    z = embeddings().requires_grad_()
+    predicted, target = z[:, 0], z[:, 1]
+    values = z.detach().numpy()
+    expected = np.mean(
+        [2 - 2 * cosine(a, b) for a, b in zip(values[:, 0], values[:, 1], strict=True)]
+    )
+    loss = regression_to_target(predicted, target)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert z.grad is not None
+    assert z.grad[:, 0].abs().min() > 0
+    assert z.grad[:, 1].abs().max() == 0
+
+
+def test_queue_contrast_is_its_formula_and_spares_the_keys():
+    z = embeddings().requires_grad_()
+    queue = F.normalize(torch.from_numpy(np.random.default_rng(1).normal(size=(7, 5))), dim=-1)
+    values = z.detach().numpy()
+    losses = []
+    for query, key in values:
+        positive = math.exp(cosine(query, key) / 0.2)
+        negatives = sum(math.exp(cosine(query, old) / 0.2) for old in queue.numpy())
+        losses.append(-math.log(positive / (positive + negatives)))
+    loss = queue_contrast(z[:, 0], z[:, 1], queue.float(), 0.2)
+    assert float(loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
+    loss.backward()
+    assert z.grad is not None
+    assert z.grad[:, 1].abs().max() == 0
+
+
+def test_batch_contrast_is_its_formula_at_any_place_in_the_global_batch():
+    values = embeddings().numpy()
+    queries, keys = values[:, 0], values[:, 1]
+    losses = []
+    for i, query in enumerate(queries):
+        weights = [math.exp(cosine(query, key) / 0.5) for key in keys]
+        losses.append(-math.log(weights[i] / sum(weights)))
+    q, k = torch.from_numpy(queries), torch.from_numpy(keys)
+    assert float(batch_contrast(q, k, 0, 0.5)) == pytest.approx(2 * 0.5 * np.mean(losses), rel=1e-5)
+    last = batch_contrast(q[4:], k, 4, 0.5)
+    assert float(last) == pytest.approx(2 * 0.5 * np.mean(losses[4:]), rel=1e-5)
+
+
+def test_self_distillation_is_its_formula_over_all_pairs_of_different_crops():
+    rng = np.random.default_rng(2)
+    student, teacher = rng.normal(size=(3, 5, 4)), rng.dirichlet(np.ones(4), size=(3, 2))
+    losses = []
+    for image in range(3):
+        for t in range(2):
+            for s in range(5):
+                if s != t:
+                    exponents = np.exp(student[image, s] / 0.1)
+                    log_p = np.log(exponents / exponents.sum())
+                    losses.append(-(teacher[image, t] * log_p).sum())
+    found = self_distillation(torch.from_numpy(student), torch.from_numpy(teacher), 0.1)
+    assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
