@@ -12,7 +12,7 @@ import json
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ VIT = EncoderConfig(
 SIMCLR = SimCLRConfig(projector_width=16)
 MAE = MAEConfig(decoder_width=32, decoder_depth=1, decoder_heads=2)
 
+Config = TypeVar("Config", bound=MethodConfig)
+
 SMALLER: dict[str, Any] = {
     "decoder_width": 32,
     "decoder_depth": 1,
@@ -63,7 +65,7 @@ SMALLER: dict[str, Any] = {
 new method with a large head adds the head's field here."""
 
 
-def tiny(kind: type[MethodConfig]) -> MethodConfig:
+def tiny(kind: type[Config]) -> Config:
     """A method's own settings, with its heads made small."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: value for name, value in SMALLER.items() if name in names})

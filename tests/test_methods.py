@@ -1,8 +1,10 @@
 """The contract of a method, for every file in methods/; then what is MAE's and SimCLR's own."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -24,6 +26,7 @@ from helpers import (
     relative_error,
     reseeded,
     start,
+    tiny,
     train_for,
     weights,
 )
@@ -31,10 +34,15 @@ from selfray import checkpoint, config
 from selfray.checkpoint import Checkpoint
 from selfray.method import Method, MethodConfig
 from selfray.methods import mae as mae_file
+from selfray.methods.byol import BYOLConfig
+from selfray.methods.dino import DINOConfig
 from selfray.methods.mae import MAEConfig, patchify, unpatchify
+from selfray.methods.moco import MoCoConfig
+from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
 from selfray.models.encoder import Encoder, export_weights
 from selfray.optim import follow_schedules
+from selfray.schedules import Constant
 from selfray.storage import Location
 
 every_method = pytest.mark.parametrize("method", all_methods(), ids=lambda method: method.name)
@@ -351,3 +359,180 @@ def test_simclr_does_not_care_which_view_comes_first_nor_which_image():
 def test_simclr_refuses_settings_outside_their_range(settings, message):
     with pytest.raises(ValueError, match=message):
         SimCLRConfig(**settings)
+
+
+# Teachers
+
+
+@pytest.mark.parametrize("method", [tiny(BYOLConfig), tiny(MoCoConfig), tiny(DINOConfig)])
+def test_a_teacher_is_the_running_mean_of_its_student(method: MethodConfig):
+    wanted = experiment(config.override(method, momentum=Constant(0.75)))
+    state = start(wanted)
+    pairs = {
+        "byol": ("encoder", "target.0"),
+        "moco": ("encoder", "key_encoder"),
+        "dino": ("student", "encoder"),
+    }
+    student, teacher = (state.method.get_submodule(name) for name in pairs[method.name])
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    train_for(state, wanted, 1)
+    for old, new, followed in zip(before, teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * followed)
+
+
+def test_teachers_get_no_gradient_and_no_place_in_the_optimizer():
+    state = start(experiment(tiny(DINOConfig)))
+    optimized = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    for part in ("encoder", "teacher_head"):
+        for parameter in state.method.get_submodule(part).parameters():
+            assert not parameter.requires_grad
+            assert id(parameter) not in optimized
+
+
+# BYOL
+
+
+def test_byol_s_target_normalises_by_the_batch_as_the_paper_s_does():
+    wanted = experiment(tiny(BYOLConfig))
+    state = start(wanted)
+    statistics = state.method.get_submodule("target.0.backbone.bn1").get_buffer("running_mean")
+    before = statistics.clone()
+    train_for(state, wanted, 1)
+    assert not torch.equal(statistics, before), "the target ran in eval mode"
+
+
+def test_byol_s_loss_does_not_care_which_view_comes_first():
+    wanted = experiment(tiny(BYOLConfig))
+    batch = prepared(next(batches(wanted)), wanted)["global"]
+    losses = [
+        start(wanted).method({"global": views}, start(wanted).progress)[0]
+        for views in (batch, batch.flip(1))
+    ]
+    assert relative_error(losses[1], losses[0]) < 1e-5
+
+
+# MoCo
+
+
+def test_mocos_queue_takes_the_keys_in_order_and_wraps_around():
+    wanted = experiment(replace(tiny(MoCoConfig), queue_size=20), VIT)  # 20 = 2.5 batches
+    state = start(wanted)
+    seen = []
+    for step in range(4):
+        before = state.method.get_buffer("queue").clone()
+        train_for(state, wanted, 1)
+        queue = state.method.get_buffer("queue")
+        changed = (queue != before).any(1).nonzero().flatten().tolist()
+        seen.append(changed)
+        assert int(state.method.get_buffer("pointer")) == 8 * (step + 1) % 20
+        torch.testing.assert_close(queue.norm(dim=1), torch.ones(20))
+    assert seen[:2] == [list(range(8)), list(range(8, 16))]
+    assert seen[2] == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert seen[3] == list(range(4, 12))
+
+
+def test_a_batch_that_does_not_fit_into_mocos_queue_is_refused_at_the_door():
+    with pytest.raises(ValueError, match="batch_size 8 does not fit into the queue: give --method"):
+        experiment(replace(tiny(MoCoConfig), queue_size=7))
+
+
+def test_moco_v1_has_a_linear_head_and_v2_a_hidden_layer_without_batch_norm():
+    heads = {
+        kind: [
+            type(module).__name__
+            for module in start(experiment(replace(tiny(MoCoConfig), head=kind)))
+            .method.get_submodule("head")
+            .children()
+        ]
+        for kind in ("linear", "mlp")
+    }
+    assert heads == {"linear": ["Linear"], "mlp": ["Linear", "ReLU", "Linear"]}
+
+
+# MoCo v3
+
+
+def test_moco_v3_keeps_a_vits_patch_embedding_and_trains_it_where_asked():
+    moved = {}
+    for freeze in (True, False):
+        wanted = experiment(replace(tiny(MoCoV3Config), freeze_patches=freeze), VIT)
+        state = start(wanted)
+        before = weights(state)
+        train_for(state, wanted, 2)
+        moved[freeze] = "encoder.backbone.patch_embed.proj.weight" in differing(
+            before, weights(state)
+        )
+    assert moved == {True: False, False: True}
+
+
+def test_moco_v3_ends_its_heads_with_a_batch_norm_without_weights():
+    method = start(experiment(tiny(MoCoV3Config), VIT)).method
+    for name, layers in (("projector", 3), ("predictor", 2)):
+        head = list(method.get_submodule(name).children())
+        assert sum(isinstance(module, nn.Linear) for module in head) == layers
+        assert list(head[-1].parameters()) == []
+
+
+# DINO
+
+
+def _remember_shape(shapes: list[torch.Size], module: nn.Module, inputs: Any) -> None:
+    shapes.append(inputs[0].shape)
+
+
+def test_dino_s_teacher_sees_global_crops_alone_and_its_student_all():
+    wanted = experiment(tiny(DINOConfig), VIT)
+    state = start(wanted)
+    seen: dict[str, list[torch.Size]] = {"student": [], "encoder": []}
+    for name, sizes in seen.items():
+        state.method.get_submodule(name).register_forward_pre_hook(partial(_remember_shape, sizes))
+    batch = prepared(positions(0, 8, wanted), wanted)
+    state.method(batch, state.progress)
+    assert seen == {
+        "student": [(8 * 2, 3, 16, 16), (8 * 2, 3, 8, 8)],
+        "encoder": [(8 * 2, 3, 16, 16)],
+    }
+
+
+def test_dino_s_centre_is_the_running_mean_of_the_teachers_logits():
+    wanted = experiment(replace(tiny(DINOConfig), center_momentum=0.9), VIT)
+    state = start(wanted)
+    batch = positions(0, 8, wanted)
+    method: Any = state.method
+    with torch.no_grad():
+        images = prepared(batch, wanted)["global"].flatten(0, 1)
+        logits = method.teacher_head(method.encoder(images).cls)
+    train_for(state, wanted, 1, iter([batch]))
+    torch.testing.assert_close(method.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_dino_s_prototypes_stand_still_at_first():
+    wanted = experiment(replace(tiny(DINOConfig), freeze_prototypes=0.02), VIT)
+    state = start(wanted)  # 100 steps, of which the first 2 are 2 %
+    prototypes = state.method.get_submodule("student_head.prototypes").get_parameter("weight")
+    before = prototypes.clone()
+    train_for(state, wanted, 2)
+    assert torch.equal(prototypes, before)
+    train_for(state, wanted, 1)
+    assert not torch.equal(prototypes, before)
+
+
+def test_dino_s_loss_is_the_teachers_entropy_and_the_divergence_from_it():
+    wanted = experiment(tiny(DINOConfig), VIT)
+    (step,) = train_for(start(wanted), wanted, 1)
+    parts = step.metrics["teacher_entropy"] + step.metrics["divergence"]
+    torch.testing.assert_close(parts, step.loss)
+    assert 0 <= float(step.metrics["teacher_entropy"]) <= np.log(24)
+
+
+def test_dino_s_local_crops_must_be_whole_patches():
+    local = replace(tiny(DINOConfig).local_view, size=10)
+    with pytest.raises(ValueError, match=r"local_view.size 10 is no multiple of the enc"):
+        experiment(config.override(tiny(DINOConfig), local_view=local), VIT)
+
+
+def test_dino_runs_without_local_crops():
+    wanted = experiment(config.override(tiny(DINOConfig), local_crops=0), VIT)
+    (step,) = train_for(start(wanted), wanted, 1)
+    assert torch.isfinite(step.loss)
+    assert set(wanted.views) == {"global"}
