@@ -389,6 +389,18 @@ def test_teachers_get_no_gradient_and_no_place_in_the_optimizer():
             assert id(parameter) not in optimized
 
 
+def test_a_teacher_skips_no_block():
+    deep = replace(VIT, drop_path=0.5)
+    teacher, student = (
+        start(experiment(tiny(DINOConfig), deep)).method.train().get_submodule(name)
+        for name in ("encoder", "student")
+    )
+    images = torch.randn(4, 3, 16, 16)
+    torch.manual_seed(0)
+    assert torch.equal(teacher(images).cls, teacher(images).cls)
+    assert not torch.equal(student(images).cls, student(images).cls)
+
+
 # BYOL
 
 

@@ -4,12 +4,18 @@ The images are centred and upright, so views are crops without flips, and gray, 
 brightness and contrast alone.
 """
 
+from dataclasses import replace
+
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.methods.byol import BYOLConfig
+from selfray.methods.dino import DINOConfig
 from selfray.methods.mae import MAEConfig
+from selfray.methods.moco import MoCoConfig
+from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.schedules import Constant, WarmupCosine
+from selfray.schedules import Constant, Cosine, WarmupCosine
 from selfray.views import ColorJitter, View
 
 DATA = DataConfig(path="embedded:digits", mean=(0.305, 0.305, 0.305), std=(0.376, 0.376, 0.376))
@@ -68,4 +74,71 @@ MAE = Experiment(
     checkpoint=CheckpointConfig(times=4),
 )
 
-RECIPES = {"simclr-digits": SIMCLR, "mae-digits": MAE}
+# The other methods share SimCLR's encoder and views. Each number is one run of the core alone on
+# one CPU core in bf16 (seed 0): kNN and linear on 597 test images, beside 97.2 and 95.8 % of raw
+# pixels and 59.3 and 71.4 % of the untrained encoder.
+VIEW = View(crop_scale=(0.4, 1.0), flip=0.0, color_jitter=ColorJitter(0.4, 0.4, 0.0, 0.0))
+
+BYOL = replace(  # 91.6 and 95.8 %
+    SIMCLR,
+    name="byol-digits",
+    method=BYOLConfig(
+        momentum=Cosine(0.97, 1.0),
+        projector_hidden=256,
+        projector_width=64,
+        first_view=VIEW,
+        second_view=VIEW,
+    ),
+)
+
+MOCO_V1 = replace(  # 96.5 and 98.3 %
+    SIMCLR,
+    name="mocov1-digits",
+    method=MoCoConfig(
+        temperature=0.1, queue_size=1024, momentum=Constant(0.97), head="linear", view=VIEW
+    ),
+    batch_size=128,
+)
+
+MOCO_V2 = replace(  # 94.8 and 96.1 %
+    MOCO_V1, name="mocov2-digits", method=replace(MOCO_V1.method, queue_size=512, head="mlp")
+)
+
+MOCO_V3 = replace(  # 95.5 and 97.7 %
+    SIMCLR,
+    name="mocov3-digits",
+    method=MoCoV3Config(
+        momentum=Cosine(0.97, 1.0),
+        projector_hidden=256,
+        projector_width=64,
+        first_view=VIEW,
+        second_view=VIEW,
+    ),
+)
+
+DINO = replace(  # 85.4 and 88.6 %
+    SIMCLR,
+    name="dino-digits",
+    method=DINOConfig(
+        prototypes=256,
+        hidden=256,
+        bottleneck=64,
+        momentum=Cosine(0.99, 1.0),
+        local_crops=0,
+        first_view=VIEW,
+        second_view=VIEW,
+    ),
+    optimizer=replace(SIMCLR.optimizer, clip_norm=3.0),
+    epochs=50,
+    batch_size=64,
+)
+
+RECIPES = {
+    "simclr-digits": SIMCLR,
+    "mae-digits": MAE,
+    "byol-digits": BYOL,
+    "mocov1-digits": MOCO_V1,
+    "mocov2-digits": MOCO_V2,
+    "mocov3-digits": MOCO_V3,
+    "dino-digits": DINO,
+}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -75,8 +76,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def teacher_of(student: Module) -> Module:
-    """A frozen copy, which is to follow the student."""
-    return copy.deepcopy(student).requires_grad_(False)
+    """A frozen copy, which is to follow the student. It skips no block: stochastic depth is there
+    to regularise the student, and a target that skips some would be noise."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return teacher
 
 
 @torch.no_grad()
