@@ -45,7 +45,8 @@ bench: $(READY)
 
 ui: $(READY)
 	@test -f $(RUNS)/mlflow.db || { echo "there is no $(RUNS)/mlflow.db yet: run make quickstart first"; exit 2; }
-	@echo "MLflow on http://127.0.0.1:5000 (Ctrl-C ends it)"
+	@echo "the runs and their curves, in some seconds (Ctrl-C ends MLflow):"
+	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
 
 clean:

@@ -58,8 +58,6 @@ _READ_BYTES = 128 * 1024
 _LOCAL_POLL_SECONDS = 0.5
 _REMOTE_POLL_SECONDS = 5.0
 _KEY_TAG = "selfray.run_key"
-_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
-"""Opens the experiment as training runs with their metrics; MLflow 3 takes it for chats else."""
 _VERSIONS_OF = ("selfray", "torch", "torchvision", "timm", "ray", "mlflow", "pyarrow")
 
 QUIET_AND_QUICK = {
@@ -407,7 +405,7 @@ class Tracker:
             return experiment.experiment_id
         try:
             return client.create_experiment(
-                self.experiment_name, self._artifact_root(), _TRAINING_VIEW
+                self.experiment_name, artifact_location=self._artifact_root()
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
