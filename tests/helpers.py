@@ -214,7 +214,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|, and |found| where nothing was expected."""
     norm = expected.double().norm()
     error = (found.double() - expected.double()).norm()
-    return float(error / norm if norm > 0 else error)
+    return float((error / norm if norm > 0 else error).detach())
 
 
 def forge(found: Checkpoint, name: str, data: bytes) -> None:
