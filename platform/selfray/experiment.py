@@ -155,16 +155,12 @@ class Experiment:
         require_one_of("precision", self.precision, ("float32", "bf16"))
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         reason = self.method.why_not_accumulate
+        if reason is None and self.encoder.is_resnet:
+            reason = f"the batch norms of {self.encoder.name} would see micro-batches"
         if self.accumulate > 1 and reason:
             raise ValueError(
                 f"accumulate {self.accumulate} would change the loss of {self.method.name}: "
                 f"{reason}; give --accumulate 1 and more --workers, or a smaller --batch-size"
-            )
-        if self.accumulate > 1 and self.encoder.is_resnet:
-            raise ValueError(
-                f"accumulate {self.accumulate} would change the loss: the batch norms of "
-                f"{self.encoder.name} would see micro-batches; give --accumulate 1 and more "
-                "--workers, or a smaller --batch-size"
             )
         self.method.check_batch_size(self.batch_size)
         Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)

@@ -6,7 +6,7 @@ declaration: `{"global": (View(...), View(...))}` becomes `batch["global"]`, a u
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -112,6 +112,16 @@ class View:
         for name in ("flip", "grayscale", "blur", "solarize"):
             _require_probability(name, getattr(self, name))
         require(self.size is None or self.size > 0, f"view size must be positive, got {self.size}")
+
+
+ASYMMETRIC_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+
+def asymmetric_views(crop_scale: tuple[float, float]) -> tuple[View, View]:
+    """BYOL's two views (arXiv:2006.07733, appendix B), which MoCo v3 and DINO took over: the first
+    is always blurred; the second seldom, but solarized at times."""
+    first = View(crop_scale=crop_scale, color_jitter=ASYMMETRIC_JITTER, grayscale=0.2, blur=1.0)
+    return first, replace(first, blur=0.1, solarize=0.2)
 
 
 Views = dict[str, tuple[View, ...]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfray import distributed
 from selfray.losses import regression_to_target
@@ -15,9 +15,9 @@ from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.schedules import Cosine, Progress, Schedule
-from selfray.views import ColorJitter, View, Views, require
+from selfray.views import View, Views, asymmetric_views, require
 
-JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+FIRST, SECOND = asymmetric_views((0.08, 1.0))
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,9 @@ class BYOLConfig(MethodConfig):
     """Dimension of the projections that are predicted."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
-    first_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
-        )
-    )
+    first_view: View = FIRST
     """The first of the two views of an image."""
-    second_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
-        )
-    )
+    second_view: View = SECOND
     """The second view."""
 
     def __post_init__(self) -> None:
@@ -67,7 +59,8 @@ class BYOL(Method):
         self.projector = projector(encoder.width, hidden, width, 2, last_batchnorm="none")
         self.predictor = projector(width, hidden, width, 2, last_batchnorm="none")
         # In train mode, as the paper's: the target normalises by the batch's own statistics.
-        self.target = teacher_of(nn.ModuleList([self.encoder, self.projector]))
+        self.target_encoder = teacher_of(self.encoder)
+        self.target_projector = teacher_of(self.projector)
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
@@ -81,9 +74,9 @@ class BYOL(Method):
 
     @torch.no_grad()
     def _aim(self, images: Tensor) -> Tensor:
-        encoder, head = self.target
-        return head(encoder(images).cls)  # [b, P]
+        return self.target_projector(self.target_encoder(images).cls)  # [b, P]
 
     def after_step(self, progress: Progress) -> None:
-        online = nn.ModuleList([self.encoder, self.projector])
-        follow(self.target, online, self.config.momentum(progress))
+        momentum = self.config.momentum(progress)
+        follow(self.target_encoder, self.encoder, momentum)
+        follow(self.target_projector, self.projector, momentum)

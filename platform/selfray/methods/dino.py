@@ -14,9 +14,9 @@ from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
-from selfray.views import ColorJitter, View, Views, require
+from selfray.views import ASYMMETRIC_JITTER, View, Views, asymmetric_views, require
 
-JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+FIRST, SECOND = asymmetric_views((0.4, 1.0))
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,13 @@ class DINOConfig(MethodConfig):
     """Share of the run in which the prototypes stay at their start: 1 epoch of 100."""
     local_crops: int = 8
     """Small crops of each image that only the student sees; 0 for none."""
-    first_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.4, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
-        )
-    )
+    first_view: View = FIRST
     """The first of the two global crops."""
-    second_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.4, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
-        )
-    )
+    second_view: View = SECOND
     """The second global crop."""
     local_view: View = field(
         default_factory=lambda: View(
-            size=96, crop_scale=(0.05, 0.4), color_jitter=JITTER, grayscale=0.2, blur=0.5
+            size=96, crop_scale=(0.05, 0.4), color_jitter=ASYMMETRIC_JITTER, grayscale=0.2, blur=0.5
         )
     )
     """The local crops."""

@@ -87,8 +87,7 @@ class MoCo(Method):
         queries = self.head(self.encoder(first).cls)  # [b, P]
         keys = self._keys(second, progress.step)  # [b, P]
         self._new_keys = F.normalize(keys.float(), dim=-1)
-        # A copy: the queue moves before some caller asks for this loss's gradient.
-        queue = self.get_buffer("queue").clone()
+        queue = self.get_buffer("queue")
         return queue_contrast(queries, keys, queue, self.config.temperature), {}
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfray import distributed
 from selfray.losses import batch_contrast
@@ -17,9 +17,9 @@ from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.models.vit import freeze_patch_embedding
 from selfray.schedules import Cosine, Progress, Schedule
-from selfray.views import ColorJitter, View, Views, require
+from selfray.views import View, Views, asymmetric_views, require
 
-JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
+FIRST, SECOND = asymmetric_views((0.08, 1.0))
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,9 @@ class MoCoV3Config(MethodConfig):
     """Keep a ViT's patch embedding at its random start: training it makes runs unstable."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
-    first_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=1.0
-        )
-    )
+    first_view: View = FIRST
     """The first of the two views of an image."""
-    second_view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2, blur=0.1, solarize=0.2
-        )
-    )
+    second_view: View = SECOND
     """The second view."""
 
     def __post_init__(self) -> None:
@@ -95,6 +87,6 @@ class MoCoV3(Method):
         return batch_contrast(queries, keys, first, self.config.temperature)
 
     def after_step(self, progress: Progress) -> None:
-        online = nn.ModuleList([self.encoder, self.projector])
-        behind = nn.ModuleList([self.momentum_encoder, self.momentum_projector])
-        follow(behind, online, self.config.momentum(progress))
+        momentum = self.config.momentum(progress)
+        follow(self.momentum_encoder, self.encoder, momentum)
+        follow(self.momentum_projector, self.projector, momentum)
