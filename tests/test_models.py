@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def build(config: EncoderConfig) -> Encoder:
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         encoder.train()
-        encoder(images(8))
+        encoder(images(8, config.image_size))
     return encoder.eval()
 
 
@@ -44,6 +45,11 @@ def images(count: int = 3, size: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=generator)
 
 
+BEIT = replace(VIT, name="beit_base_patch16_224", position="relative", layer_scale=0.1)
+DINOV2 = replace(
+    VIT, position="learned", registers=4, swiglu=True, layer_scale=1e-5, drop_path_uniform=True
+)
+
 # Features
 
 
@@ -51,6 +57,86 @@ def test_a_vit_gives_its_class_token_and_a_feature_for_each_patch():
     features = build(VIT)(images())
     assert features.cls.shape == (3, 32)
     assert features.patches.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BEIT,
+        replace(BEIT, swiglu=True),
+        DINOV2,
+        EncoderConfig("deit3_small_patch16_224", 16, patch_size=4, width=32, depth=2, heads=2),
+        EncoderConfig("vit_base_patch16_reg4_gap_256", 32, width=32, depth=2, heads=2),
+        EncoderConfig("convnext_tiny", 32, channels=None),
+        EncoderConfig("efficientnet_b0", 32),
+        EncoderConfig("regnety_002", 32),
+    ],
+    ids=lambda config: f"{config.name}{'-swiglu' * config.swiglu}",
+)
+def test_encoders_of_other_names_go_home_into_plain_timm(config):
+    encoder = build(config)
+    batch = images(size=config.image_size)
+    plain: Any = timm.create_model(config.name, **config.options)
+    plain.load_state_dict(export_weights(encoder), strict=True)
+    features = encoder(batch)
+    torch.testing.assert_close(plain.eval()(batch), features.cls)
+    assert features.cls.shape == (3, encoder.width)
+    assert features.patches.shape[::2] == (3, encoder.width)
+
+
+@pytest.mark.parametrize("config", [VIT, BEIT, DINOV2], ids=lambda config: config.name)
+def test_the_mask_token_stands_where_a_patch_is_hidden(config):
+    encoder, batch = build(config), images()
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[:, [0, 5, 6]] = True
+    token = torch.randn(32)
+    features = encoder(batch, mask=mask, mask_token=token)
+    changed = batch.clone()
+    changed[:, :, :4, :4] = 7.0  # patch 0
+    torch.testing.assert_close(encoder(changed, mask=mask, mask_token=token), features)
+    changed[:, :, :4, 4:8] = 7.0  # patch 1, which is seen
+    assert not torch.allclose(encoder(changed, mask=mask, mask_token=token).cls, features.cls)
+    assert not torch.allclose(encoder(batch, mask=mask, mask_token=token * 2).cls, features.cls)
+
+
+def test_beits_blocks_share_one_relative_position_bias_and_have_no_other_position():
+    backbone: Any = build(BEIT).backbone
+    assert backbone.pos_embed is None
+    tables = [name for name, _ in backbone.named_parameters() if "relative_position" in name]
+    assert tables == ["rel_pos_bias.relative_position_bias_table"]
+    assert backbone.rel_pos_bias.relative_position_bias_table.shape == (7 * 7 + 3, 2)
+
+
+def test_dinov2s_blocks_are_gated_and_skipped_alike():
+    backbone: Any = replace(DINOV2, drop_path=0.3).build().backbone
+    assert backbone.num_prefix_tokens == 1 + 4
+    for block in backbone.blocks:
+        assert block.mlp.fc1_g.out_features == int(32 * 8 / 3)
+        assert (block.drop_path1.drop_prob, block.drop_path2.drop_prob) == (0.3, 0.3)
+        assert torch.equal(block.ls1.gamma, torch.full((32,), 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"registers": 2}, "encoder.registers 2 is for ViTs, not for resnet18"),
+        ({"swiglu": True}, "encoder.swiglu True is for ViTs, not for resnet18"),
+        ({"layer_scale": 0.1}, "encoder.layer_scale 0.1 is for ViTs, not for resnet18"),
+        ({"name": "vit_tiny_patch16_224", "position": "relative"}, "BEiT's encoders, such as bei"),
+        ({"name": "beit_base_patch16_224"}, "position learned does not go with beit_base_patch16"),
+    ],
+)
+def test_an_encoder_refuses_what_it_does_not_have(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig(**{"name": "resnet18", "image_size": 32, **settings})
+
+
+def test_backbones_of_an_unknown_shape_are_refused_by_name():
+    with pytest.raises(ValueError, match="is a Eva, a kind of ViT that is not known here"):
+        EncoderConfig("vit_medium_patch16_rope_reg1_gap_256", 32, width=64, depth=1).build()
+    swin = EncoderConfig("swin_tiny_patch4_window7_224", 224).build()
+    with pytest.raises(ValueError, match="SwinTransformer does not end in a map"):
+        swin(images(1, 224))
 
 
 def test_a_resnet_gives_its_pooled_map_and_the_map_as_patches():

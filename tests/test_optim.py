@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from helpers import MAE, SIMCLR, experiment, start, train_for
+from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
 from selfray.optim import (
     LARS,
     OptimizerConfig,
+    clip_gradients,
     follow_schedules,
     learning_rate_at,
     parameter_groups,
@@ -102,6 +103,72 @@ def test_frozen_parameters_are_in_no_group():
     assert {id(p) for p in grouped} == {id(p) for p in module[1].parameters()}
 
 
+def test_layer_decay_slows_a_vit_down_towards_its_input():
+    module = start(experiment(SIMCLR, VIT)).method  # two blocks
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    rates = {
+        names[id(p)]: group["rate"]
+        for group in parameter_groups(module, layer_decay=0.5, patch_embed_rate=0.2)
+        for p in group["params"]
+    }
+    expected = {
+        "projector.0.weight": 1.0,
+        "encoder.backbone.norm.weight": 1.0,
+        "encoder.backbone.blocks.1.attn.qkv.weight": 0.5,
+        "encoder.backbone.blocks.1.attn.qkv.bias": 0.5,
+        "encoder.backbone.blocks.0.mlp.fc1.weight": 0.25,
+        "encoder.backbone.cls_token": 0.125,
+        "encoder.backbone.patch_embed.proj.weight": 0.125 * 0.2,
+    }
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_groups_rate_is_a_factor_on_the_learning_rate():
+    settings = OptimizerConfig("sgd", layer_decay=0.5)
+    optimizer = settings.build(start(experiment(SIMCLR, VIT)).method)
+    follow_schedules(optimizer, learning_rate=0.8, weight_decay=0.3)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.8, 0.4, 0.2, 0.1}
+
+
+@pytest.mark.parametrize("field", ["layer_decay", "patch_embed_rate"])
+def test_a_resnet_has_no_layers_for_the_rates_of_a_vit(field):
+    settings = OptimizerConfig(**{field: 0.5})
+    with pytest.raises(ValueError, match=f"optimizer.{field} is for ViTs, not for encoder.name re"):
+        experiment(SIMCLR, RESNET, optimizer=settings)
+
+
+# Clipping
+
+
+def test_clipping_holds_the_norm_of_all_of_each_module_or_of_each_parameter():
+    sizes = {"0.weight": 10.0, "0.bias": 0.5, "1.weight": 4.0, "1.bias": 0.1}
+    expected = {
+        "all": {name: size / math.hypot(*sizes.values()) for name, size in sizes.items()},
+        "module": {
+            "0.weight": 10 / math.hypot(10, 0.5),
+            "0.bias": 0.5 / math.hypot(10, 0.5),
+            "1.weight": 4 / math.hypot(4, 0.1),
+            "1.bias": 0.1 / math.hypot(4, 0.1),
+        },
+        "parameter": {"0.weight": 1.0, "0.bias": 0.5, "1.weight": 1.0, "1.bias": 0.1},
+    }
+    for each, norms in expected.items():
+        module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1), nn.Linear(1, 1))
+        for name, size in sizes.items():
+            parameter = module.get_parameter(name)
+            gradient = torch.ones_like(parameter)
+            parameter.grad = gradient * size / gradient.norm()
+        settings = OptimizerConfig(clip_norm=1.0, clip_each=each)  # type: ignore[arg-type]
+        told = clip_gradients(module, settings)
+        assert float(told) == pytest.approx(math.hypot(*sizes.values()), rel=1e-5)
+        found = {}
+        for name in sizes:
+            gradient = module.get_parameter(name).grad
+            assert gradient is not None
+            found[name] = float(gradient.norm())
+        assert found == pytest.approx(norms, rel=1e-4), each
+
+
 # The optimizers
 
 
@@ -187,6 +254,9 @@ def test_adamw_decays_matrices_and_leaves_vectors():
         ({"momentum": 1.0}, r"optimizer.momentum must lie in \[0, 1\), got 1.0"),
         ({"name": "adam"}, "optimizer.name"),
         ({"scaling": "cubic"}, "optimizer.scaling"),
+        ({"clip_each": "block"}, "optimizer.clip_each"),
+        ({"layer_decay": 0.0}, r"optimizer.layer_decay must lie in \(0, 1\], got 0.0"),
+        ({"patch_embed_rate": -1.0}, "optimizer.patch_embed_rate must be at least 0, got -1.0"),
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(settings, message):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from selfray.schedules import Constant, Cosine, Progress, Ramp, WarmupCosine
+from selfray.schedules import Constant, Cosine, Progress, Ramp, Steps, WarmupCosine
 
 
 def at(fraction: float) -> Progress:
@@ -49,6 +49,13 @@ def test_warmup_cosine_has_no_jump_at_the_end_of_the_warmup():
     assert abs(factor(at(0.099)) - factor(at(0.101))) < 0.02
 
 
+def test_steps_fall_tenfold_at_each_share():
+    factor = Steps(at=(0.6, 0.8), factor=0.1)
+    assert [factor(at(f)) for f in (0, 0.59, 0.6, 0.79, 0.8, 1)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
 def test_without_warmup_the_first_step_has_the_full_rate():
     assert WarmupCosine(warmup_fraction=0.0)(at(0)) == 1.0
 
@@ -71,6 +78,8 @@ def test_schedules_stay_at_their_end_beyond_the_end(schedule):
     [
         (lambda: Ramp(0, 1, fraction=0), r"Ramp.fraction must lie in \(0, 1\], got 0"),
         (lambda: Ramp(0, 1, fraction=1.5), r"Ramp.fraction must lie in \(0, 1\], got 1.5"),
+        (lambda: Steps((0.8, 0.6)), r"Steps.at must be growing shares of the run in \(0, 1\)"),
+        (lambda: Steps(factor=10), r"Steps.factor must lie in \(0, 1\), got 10"),
         (lambda: WarmupCosine(1.0), r"warmup_fraction must lie in \[0, 1\), got 1.0"),
         (lambda: WarmupCosine(-0.1), r"warmup_fraction must lie in \[0, 1\), got -0.1"),
         (lambda: WarmupCosine(final=2.0), r"final factor must lie in \[0, 1\], got 2.0"),

@@ -333,12 +333,14 @@ def _require_local_safetensors(output: str) -> None:
 
 def _metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, str]:
     """What the file's header says of its origin; safetensors holds text only."""
+    from selfray.models.encoder import as_code
+
     return {
         "format": "pt",  # transformers and others ask for it
         "selfray_version": __version__,
         "method": experiment.method.name,
         "encoder": experiment.encoder.name,
-        "options": json.dumps(experiment.encoder.options),
+        "options": json.dumps(experiment.encoder.options, default=as_code),
         "small_stem": json.dumps(experiment.encoder.small_stem),
         "image_size": str(experiment.encoder.image_size),
         "mean": json.dumps(experiment.data.mean),

@@ -162,6 +162,11 @@ class Experiment:
                 f"accumulate {self.accumulate} would change the loss of {self.method.name}: "
                 f"{reason}; give --accumulate 1 and more --workers, or a smaller --batch-size"
             )
+        for name in ("layer_decay", "patch_embed_rate"):
+            require(
+                self.encoder.is_vit or getattr(self.optimizer, name) == 1,
+                f"optimizer.{name} is for ViTs, not for encoder.name {self.encoder.name}",
+            )
         self.method.check_batch_size(self.batch_size)
         Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)
         self.views  # noqa: B018 - a method that cannot use this encoder says so here

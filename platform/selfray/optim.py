@@ -1,5 +1,6 @@
 """Optimizers, parameter groups and the settings that follow the schedules."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from selfray.schedules import Constant, Progress, Schedule, WarmupCosine
+from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
 from selfray.views import require, require_one_of
 
 
@@ -21,7 +22,7 @@ class OptimizerConfig:
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How the peak learning rate follows the batch size B: base * B / 256, base * sqrt(B) (that is
     SimCLR's rule for short runs), or base."""
-    schedule: WarmupCosine = field(default_factory=WarmupCosine)
+    schedule: WarmupCosine | Steps = field(default_factory=WarmupCosine)
     """Factor on the peak learning rate over the run."""
     weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
     """Weight decay over the run; never applied to biases, norms and other vectors."""
@@ -32,7 +33,14 @@ class OptimizerConfig:
     trust_coefficient: float = 0.001
     """LARS's eta: the size of a matrix's step relative to the matrix, at learning rate 1."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together; None does not clip."""
+    """Largest norm of a gradient; None does not clip."""
+    clip_each: Literal["all", "module", "parameter"] = "all"
+    """Whose norm is clipped: of all gradients together, of each of the method's modules (DINOv2),
+    or of each parameter (DINO)."""
+    layer_decay: float = 1.0
+    """A ViT's block learns at this times the rate of the next one (BEiT, DINOv2); 1 for one rate."""
+    patch_embed_rate: float = 1.0
+    """Factor on the learning rate of a ViT's patch embedding (DINOv2)."""
 
     def __post_init__(self) -> None:
         require_one_of("optimizer.name", self.name, ("adamw", "sgd", "lars"))
@@ -45,6 +53,15 @@ class OptimizerConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"optimizer.clip_norm must be positive, got {self.clip_norm}",
         )
+        require_one_of("optimizer.clip_each", self.clip_each, ("all", "module", "parameter"))
+        require(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay must lie in (0, 1], got {self.layer_decay}",
+        )
+        require(
+            self.patch_embed_rate >= 0,
+            f"optimizer.patch_embed_rate must be at least 0, got {self.patch_embed_rate}",
+        )
         require(
             0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}"
         )
@@ -54,7 +71,7 @@ class OptimizerConfig:
         return self.base_learning_rate * factor
 
     def build(self, module: nn.Module) -> Optimizer:
-        groups = parameter_groups(module)
+        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate)
         if self.name == "adamw":
             return AdamW(groups, lr=0.0, betas=self.betas)
         if self.name == "sgd":
@@ -62,26 +79,66 @@ class OptimizerConfig:
         return LARS(groups, momentum=self.momentum, trust_coefficient=self.trust_coefficient)
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: matrices, and vectors (biases, norms, tokens), which
-    get no weight decay and no LARS adaptation."""
-    matrices: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            is_vector = max(parameter.shape, default=1) == parameter.numel()
-            (vectors if is_vector else matrices).append(parameter)
+def parameter_groups(
+    module: nn.Module, layer_decay: float = 1.0, patch_embed_rate: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no weight
+    decay, no LARS adaptation) and by the factor on their learning rate."""
+    blocks = [int(found[1]) for name, _ in module.named_parameters() if (found := _block_of(name))]
+    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_vector = max(parameter.shape, default=1) == parameter.numel()
+        rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1))
+        if ".patch_embed." in name:
+            rate *= patch_embed_rate
+        groups.setdefault((is_vector, rate), []).append(parameter)
     return [
-        {"params": matrices, "is_vector": False},
-        {"params": vectors, "is_vector": True},
+        {"params": parameters, "is_vector": is_vector, "rate": rate}
+        for (is_vector, rate), parameters in groups.items()
     ]
+
+
+def _block_of(name: str) -> re.Match[str] | None:
+    return re.search(r"\.backbone\.blocks\.(\d+)\.", name)
+
+
+_INPUT = re.compile(r"(\.backbone\.(patch_embed|pos_embed|cls_token|reg_token)|^mask_token)\b")
+
+
+def _layers_above(name: str, depth: int) -> int:
+    """How many of a ViT's layers lie above a parameter: 0 for its last norm and for heads, 1 for
+    its last block, depth + 1 for what it begins with."""
+    block = _block_of(name)
+    if block is not None:
+        return depth - int(block[1])
+    return depth + 1 if _INPUT.search(name) else 0
 
 
 def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate"]
         group["weight_decay"] = 0.0 if group["is_vector"] else weight_decay
+
+
+def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
+    """Clip as the settings say, and return the norm that all gradients had together."""
+    if settings.clip_norm is None or settings.clip_each == "all":
+        return nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+    if settings.clip_each == "module":
+        # What a method holds outside of its modules, such as a mask token, counts as one more.
+        parts = [list(child.parameters()) for child in module.children()]
+        parts.append(list(module.parameters(recurse=False)))
+        parts = [part for part in parts if any(p.grad is not None for p in part)]
+        norms = [nn.utils.clip_grad_norm_(part, settings.clip_norm) for part in parts]
+    else:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norms = list(torch._foreach_norm(gradients))
+        factors = [(settings.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, factors)
+    return torch.stack(norms).norm()
 
 
 def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:
@@ -104,6 +161,7 @@ class LARS(Optimizer):
             "momentum": momentum,
             "trust_coefficient": trust_coefficient,
             "is_vector": False,
+            "rate": 1.0,
         }
         super().__init__(params, defaults)
 

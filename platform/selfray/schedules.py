@@ -75,6 +75,26 @@ Schedule = Constant | Cosine | Ramp
 
 
 @dataclass(frozen=True)
+class Steps:
+    """A learning rate that falls in steps, as a factor (MoCo v1)."""
+
+    at: tuple[float, ...] = (0.6, 0.8)
+    """Shares of the run after which the factor falls."""
+    factor: float = 0.1
+    """What the factor is multiplied by at each of them."""
+
+    def __post_init__(self) -> None:
+        require(
+            all(0 < share < 1 for share in self.at) and list(self.at) == sorted(self.at),
+            f"Steps.at must be growing shares of the run in (0, 1), got {self.at}",
+        )
+        require(0 < self.factor < 1, f"Steps.factor must lie in (0, 1), got {self.factor}")
+
+    def __call__(self, progress: Progress) -> float:
+        return self.factor ** sum(progress.fraction >= share for share in self.at)
+
+
+@dataclass(frozen=True)
 class WarmupCosine:
     """The learning rate's usual shape, as a factor: a line up from 0 to 1, then a cosine down."""
 

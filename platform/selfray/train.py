@@ -15,7 +15,7 @@ from selfray import distributed
 from selfray.experiment import Experiment
 from selfray.method import Batch, Method
 from selfray.models.encoder import normalize
-from selfray.optim import follow_schedules, learning_rate_at
+from selfray.optim import clip_gradients, follow_schedules, learning_rate_at
 from selfray.schedules import Progress
 
 
@@ -121,9 +121,7 @@ def train(
             (loss / experiment.accumulate).backward()
             losses.append(loss.detach())
 
-        gradient_norm = nn.utils.clip_grad_norm_(
-            method.parameters(), settings.clip_norm or float("inf")
-        )
+        gradient_norm = clip_gradients(method, settings)
         method.before_step(progress)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
+from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from selfray.models import resnet, vit
@@ -41,10 +42,19 @@ class EncoderConfig:
     """A ViT's number of blocks."""
     heads: int | None = None
     """A ViT's number of attention heads."""
-    position: Literal["learned", "sincos"] = "learned"
-    """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3)."""
+    position: Literal["learned", "sincos", "relative"] = "learned"
+    """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3), `relative` is a bias on the
+    attention that all blocks share (BEiT; for the names beit_*)."""
+    layer_scale: float | None = None
+    """Start of a ViT's factors on the channels of each residual branch (BEiT, DINOv2)."""
+    registers: int = 0
+    """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
+    swiglu: bool = False
+    """A ViT's feed-forward layers are gated, with two thirds of the hidden width (DINOv2)."""
     drop_path: float = 0.0
     """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
+    drop_path_uniform: bool = False
+    """Skip every block of a ViT with the probability `drop_path` (DINOv2)."""
     small_stem: bool = False
     """A ResNet's stem for small images: 3 x 3, stride 1, no max-pool (SimCLR, appendix B.9)."""
     layers: tuple[int, ...] | None = None
@@ -61,11 +71,26 @@ class EncoderConfig:
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
-        require_one_of("encoder.position", self.position, ("learned", "sincos"))
+        require_one_of("encoder.position", self.position, ("learned", "sincos", "relative"))
+        require(self.registers >= 0, f"encoder.registers must be at least 0, got {self.registers}")
         require(
-            self.is_vit or self.position == "learned",
-            f"encoder.position {self.position} is for ViTs, not for {self.name}: take a ViT, such "
-            "as vit_small_patch16_224, or --encoder.position learned",
+            self.layer_scale is None or self.layer_scale > 0,
+            f"encoder.layer_scale must be positive, got {self.layer_scale}",
+        )
+        for name, wanted in self._vit_choices().items():
+            require(
+                self.is_vit or not wanted,
+                f"encoder.{name} {getattr(self, name)} is for ViTs, not for {self.name}: take a "
+                f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
+                "out",
+            )
+        require(
+            (self.position == "relative") == self.is_beit,
+            f"encoder.position {self.position} does not go with {self.name}: BEiT's encoders, such "
+            "as beit_base_patch16_224, have relative positions, others learned or sincos ones",
+        )
+        require(
+            not (self.is_beit and self.registers), "encoder.registers are not for BEiT's encoders"
         )
         if self.is_vit:
             require(self.patch > 0, f"encoder.patch_size must be positive, got {self.patch}")
@@ -92,7 +117,11 @@ class EncoderConfig:
 
     @property
     def is_vit(self) -> bool:
-        return self.name.startswith(("vit_", "deit_", "deit3_"))
+        return self.name.startswith(("vit_", "deit_", "deit3_")) or self.is_beit
+
+    @property
+    def is_beit(self) -> bool:
+        return self.name.startswith(("beit_", "beitv2_"))
 
     @property
     def is_resnet(self) -> bool:
@@ -111,6 +140,16 @@ class EncoderConfig:
         """Patches along a side, for a ViT; None for others."""
         return self.image_size // self.patch if self.is_vit else None
 
+    def _vit_choices(self) -> dict[str, bool]:
+        """Whether each field that only ViTs have was given a value."""
+        return {
+            "position": self.position != "learned",
+            "layer_scale": self.layer_scale is not None,
+            "registers": self.registers > 0,
+            "swiglu": self.swiglu,
+            "drop_path_uniform": self.drop_path_uniform,
+        }
+
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments that make this backbone from timm's name."""
@@ -125,7 +164,17 @@ class EncoderConfig:
             "layers": self.layers,
             "channels": self.channels,
             "drop_path_rate": self.drop_path or None,
+            "init_values": self.layer_scale,
+            "reg_tokens": self.registers or None,
         }
+        if self.is_beit:
+            # timm's names are of fine-tuned models: a bias for each block, averaged patches.
+            options |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+            options["global_pool"] = "token"
+        if self.swiglu:
+            kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
+            options |= {"mlp_ratio": 8 / 3, **kind}
+            options |= {} if self.is_beit else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
     def build(self) -> "Encoder":
@@ -144,33 +193,49 @@ class Encoder(nn.Module):
         self.config = config
         try:
             # Crops of several sizes go through one ViT: its positions are interpolated for them.
-            sizes: dict[str, Any] = {"dynamic_img_size": True} if config.is_vit else {}
+            any_size = config.is_vit and not config.is_beit
+            sizes: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
             self.backbone = timm.create_model(config.name, **config.options, **sizes)
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
+        if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
+            raise ValueError(
+                f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
+                "that is not known here: take a vit_*, deit_* or beit_* model with learned positions"
+            )
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
+        if config.drop_path_uniform:
+            vit.skip_blocks_alike(self.backbone, config.drop_path)
         if config.small_stem:
             resnet.use_small_stem(self.backbone)
         if config.is_vit and config.position == "sincos":
             vit.fix_sincos_positions(self.backbone)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Features:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Features:
         """Features of images.
 
         Args:
             images: float [B, 3, H, W], normalised.
             visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
-                reach nothing. Only for ViTs. None shows all.
+                reach nothing (MAE). Only for ViTs. None shows all.
+            mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
+            mask_token: [D].
 
         Returns:
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
         """
         if self.config.is_vit:
-            return Features(*vit.encode(self.backbone, images, visible))
-        assert visible is None, f"{self.config.name} has no patch tokens to leave out"
+            return Features(*vit.encode(self.backbone, images, visible, mask, mask_token))
+        assert visible is mask is None, f"{self.config.name} has no patch tokens to leave out"
         return Features(*resnet.encode(self.backbone, images))
 
 
@@ -199,7 +264,7 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
 
 def timm_recipe(config: EncoderConfig, file: str) -> str:
     """The Python lines that load an exported encoder into plain timm."""
-    options = ", ".join(f"{key}={value!r}" for key, value in config.options.items())
+    options = ", ".join(f"{key}={as_code(value)}" for key, value in config.options.items())
     lines = ["import timm", ""]
     if config.small_stem:
         lines[0] = "import timm, torch"
@@ -210,6 +275,11 @@ def timm_recipe(config: EncoderConfig, file: str) -> str:
         )
     lines.append("model.eval()")
     return "\n".join(lines)
+
+
+def as_code(value: Any) -> str:
+    """A keyword argument of timm's, as it stands in Python."""
+    return f"timm.layers.{value.__name__}" if isinstance(value, type) else repr(value)
 
 
 @torch.no_grad()

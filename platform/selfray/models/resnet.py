@@ -9,6 +9,11 @@ from torch import Tensor, nn
 def encode(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> pooled features [B, D] and the last map as patches [B, N, D]."""
     features = backbone.forward_features(images)  # [B, D, h, w]
+    if features.ndim != 4 or features.shape[1] != backbone.num_features:
+        raise ValueError(
+            f"encoder.name: {type(backbone).__name__} does not end in a map [B, D, h, w], as a "
+            "ResNet or ConvNeXt does: take one of those, or a vit_* model"
+        )
     pooled = backbone.forward_head(features, pre_logits=True)  # [B, D]
     return pooled, features.flatten(2).transpose(1, 2)
 

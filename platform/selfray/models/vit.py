@@ -3,23 +3,65 @@
 from typing import Any
 
 import torch
+from timm.layers import DropPath
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 
-def encode(backbone: Any, images: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+KNOWN = (VisionTransformer, Beit)
+"""The classes of timm whose tokens can be left out and replaced here."""
+
+
+def encode(
+    backbone: Any,
+    images: Tensor,
+    visible: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the class token [B, D] and patch tokens [B, N or Nv, D].
 
-    Hidden patches are left out before the first block: this is where MAE's speed comes from.
+    Patches outside `visible` are left out before the first block: this is where MAE's speed comes
+    from. Embeddings of patches in `mask` are replaced by `mask_token` before positions are added.
     """
-    tokens = backbone._pos_embed(backbone.patch_embed(images))  # [B, P + N, D]
+    embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
+    if mask is not None:
+        assert mask_token is not None
+        hidden = mask.view(*embedded.shape[:-1], 1)
+        embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
+    if isinstance(backbone, Beit):
+        assert visible is None, "a relative position bias needs all patches"
+        tokens = _beit_blocks(backbone, embedded)
+    else:
+        tokens = _vit_blocks(backbone, embedded, visible)
+    cls = backbone.forward_head(tokens, pre_logits=True)  # pooled as timm's own forward does
+    return cls, tokens[:, backbone.num_prefix_tokens :]
+
+
+def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None) -> Tensor:
+    tokens = backbone._pos_embed(embedded)  # [B, P + N, D]
     prefix = backbone.num_prefix_tokens
     if visible is not None:
         index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
-    tokens = backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
-    patches = tokens[:, prefix:]
-    cls = tokens[:, 0] if backbone.has_class_token else patches.mean(1)
-    return cls, patches
+    return backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
+
+
+def _beit_blocks(backbone: Any, embedded: Tensor) -> Tensor:
+    cls = backbone.cls_token.expand(len(embedded), -1, -1)
+    tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
+    bias = backbone.rel_pos_bias()
+    for block in backbone.blocks:
+        tokens = block(tokens, shared_rel_pos_bias=bias)
+    return backbone.norm(tokens)
+
+
+def skip_blocks_alike(backbone: Any, probability: float) -> None:
+    """Stochastic depth with one probability for all blocks; timm's own grows with depth."""
+    for block in backbone.blocks:
+        block.drop_path1 = DropPath(probability)
+        block.drop_path2 = DropPath(probability)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
