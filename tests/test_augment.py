@@ -328,7 +328,9 @@ def test_views_are_channels_first(size):
 class FirstPatches:
     """A mask that hides a random number of patches, as block-wise masks do."""
 
-    def draw(self, rng: np.random.Generator, grid: int) -> np.ndarray:
+    def draw(
+        self, rng: np.random.Generator, grid: int, quantile: float | None = None
+    ) -> np.ndarray:
         return np.arange(grid * grid) < rng.integers(1, grid * grid)
 
 

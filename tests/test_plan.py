@@ -200,3 +200,22 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_way_out():
 def test_a_rank_beyond_the_world_is_refused():
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Share(2, 2)
+
+
+# Quantiles: masks whose ratios are spread over a batch
+
+
+def test_the_quantiles_of_a_batch_lie_one_in_each_equal_part():
+    plan = ReadPlan((100,), batch_size=10, epochs=2, seed=3)
+    for step in range(20):
+        values = plan.quantiles(np.arange(10) + 10 * step, views=2)
+        assert values.shape == (10, 2)
+        assert sorted((values * 20).astype(int).ravel().tolist()) == list(range(20))
+
+
+def test_quantiles_are_the_same_however_the_batch_is_cut_and_differ_from_step_to_step():
+    plan = ReadPlan((100,), batch_size=10, epochs=2, seed=3)
+    whole = plan.quantiles(np.arange(20), views=2)
+    parts = [plan.quantiles(np.arange(first, first + 5), views=2) for first in range(0, 20, 5)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert not np.array_equal(whole[:10], whole[10:])

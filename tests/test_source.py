@@ -20,7 +20,7 @@ from selfray.source import (
     Source,
     evaluation_views,
 )
-from selfray.views import RandomMask, View, Views
+from selfray.views import BlockMask, RandomMask, View, Views
 
 ROWS = 24
 PLAIN: Views = {"global": (View(size=8, flip=0.0),)}
@@ -84,6 +84,18 @@ def test_an_image_looks_the_same_in_an_epoch_however_the_batch_is_cut(tmp_path):
     for name, values in whole.items():
         cut = np.concatenate([parts[i][name] for i in (1, 3, 0, 2)])
         assert np.array_equal(cut, values), name
+
+
+def test_block_masks_are_spread_evenly_over_each_global_batch(tmp_path):
+    mask = BlockMask((0.1, 0.5), share=0.5, smallest=4)
+    views: Views = {"global": (View(size=8, mask=mask, grid=10),) * 2}
+    wanted = source(data_set(tmp_path), views)
+    for step in range(3):
+        parts = [wanted.draw(8 * step + first, 2)["global_mask"] for first in range(0, 8, 2)]
+        hidden = np.sort(np.concatenate(parts).reshape(16, 100).sum(1))
+        assert (hidden[:8] == 0).all(), "8 of the 16 views hide nothing"
+        bins = 100 * np.linspace(0.1, 0.5, 9)
+        assert (np.abs(hidden[8:] - (bins[:-1] + bins[1:]) / 2) <= 5 / 2 + 0.5).all(), hidden
 
 
 def test_an_image_looks_different_in_the_next_epoch(tmp_path):

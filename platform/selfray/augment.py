@@ -8,7 +8,7 @@ jitter, grayscale, blur, solarize.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -309,10 +309,12 @@ def augment_image(
     views: Views,
     rng: np.random.Generator,
     out: dict[str, np.ndarray] | None = None,
+    quantiles: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """All views of one image: `g` uint8 [V, 3, size, size], `g_mask` bool [V, N].
 
-    Writes into the arrays of `out` (same names and shapes) if given. Raises BrokenImage. Runs on
+    Writes into the arrays of `out` (same names and shapes) if given. `quantiles` are those of the
+    masks, by group, float [V]; see Mask.draw. Raises BrokenImage. Runs on
     as many threads as OpenCV is set to use; see augment_batch.
     """
     image = decode(data)
@@ -327,12 +329,20 @@ def augment_image(
             _write_channels_first(apply(image, parameters, view.size), pixels[index])
             if view.mask is not None:
                 assert view.grid is not None
-                out[name + MASK_SUFFIX][index] = view.mask.draw(rng, view.grid)
+                quantile = float(quantiles[name][index]) if quantiles else None
+                out[name + MASK_SUFFIX][index] = view.mask.draw(rng, view.grid, quantile)
     return out
 
 
-def augment_batch(images: Sequence[bytes], views: Views, seed: int, epoch: int) -> Augmented:
-    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes).
+def augment_batch(
+    images: Sequence[bytes],
+    views: Views,
+    seed: int,
+    epoch: int,
+    quantiles: Mapping[str, np.ndarray] | None = None,
+) -> Augmented:
+    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes), and
+    for a mask whose ratio is spread over the batch of its place there: `quantiles`, by group, [B, V].
 
     A row whose image is broken is a copy of the nearest earlier readable row, else of the next
     later one, and is marked in `broken`. Raises BrokenImage if no image can be read. Views must
@@ -351,7 +361,9 @@ def augment_batch(images: Sequence[bytes], views: Views, seed: int, epoch: int) 
     for row, data in enumerate(images):
         rng = generator(seed, epoch, image_key(data))
         try:
-            augment_image(data, views, rng, {name: array[row] for name, array in arrays.items()})
+            rows = {name: array[row] for name, array in arrays.items()}
+            places = quantiles and {name: values[row] for name, values in quantiles.items()}
+            augment_image(data, views, rng, rows, places)
         except BrokenImage as error:
             broken[row] = True
             reasons[row] = str(error)

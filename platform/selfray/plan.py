@@ -91,6 +91,13 @@ class ReadPlan:
         positions = np.arange(start, start + count, dtype=np.int64)
         return Rows(positions, np.concatenate(groups), np.concatenate(rows), epoch)
 
+    def quantiles(self, positions: np.ndarray, views: int) -> np.ndarray:
+        """Where each of an image's views stands among all of its global batch, in [0, 1): float
+        [n, views]. Each of a batch's B * views equal parts of [0, 1) holds one, in random order."""
+        standing = [_standing(self, int(step), views) for step in positions // self.batch_size]
+        offsets = positions % self.batch_size
+        return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
+
     def _windows_over(self, epoch: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The windows over an epoch's positions [start, end), each with the slice inside it."""
         bounds = _layout(self, epoch)[1]
@@ -127,6 +134,18 @@ def _window(plan: ReadPlan, epoch: int, window: int) -> tuple[np.ndarray, np.nda
     rows = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes])
     order = np.random.default_rng((plan.seed, epoch, window)).permutation(len(rows))
     return groups[order], rows[order]
+
+
+@lru_cache(maxsize=4)
+def _standing(plan: ReadPlan, step: int, views: int) -> np.ndarray:
+    """The quantiles of all views of a step's global batch: float [B, views]."""
+    rng = np.random.default_rng((plan.seed, step, views, QUANTILES))
+    count = plan.batch_size * views
+    return ((rng.permutation(count) + rng.random(count)) / count).reshape(-1, views)
+
+
+QUANTILES = 0x9A
+"""Sets the generator of quantiles apart from those of the order."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,12 @@ class Source:
         """
         chosen = self.plan.read(start, count)
         images, labels = read_rows(self.shards, chosen.groups, chosen.rows)
-        drawn = augment_batch(images, self.views, self.plan.seed, chosen.epoch)
+        quantiles = {
+            name: self.plan.quantiles(chosen.positions, len(group))
+            for name, group in self.views.items()
+            if any(view.mask is not None for view in group)
+        }
+        drawn = augment_batch(images, self.views, self.plan.seed, chosen.epoch, quantiles)
         return drawn.arrays | {POSITION: chosen.positions, LABEL: labels}
 
     def originals(self, start: int, count: int, size: int) -> np.ndarray:

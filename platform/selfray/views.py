@@ -56,8 +56,14 @@ class ColorJitter:
 class Mask(Protocol):
     """A pattern of hidden patches, drawn where the views are drawn."""
 
-    def draw(self, rng: np.random.Generator, grid: int) -> np.ndarray:
-        """A bool array [grid * grid] in row-major order; True is a hidden patch."""
+    def draw(
+        self, rng: np.random.Generator, grid: int, quantile: float | None = None
+    ) -> np.ndarray:
+        """A bool array [grid * grid] in row-major order; True is a hidden patch.
+
+        A `quantile` in [0, 1) says where the view stands among those of its batch, for masks whose
+        ratios are spread evenly over a batch; None draws one.
+        """
         ...
 
 
@@ -75,11 +81,85 @@ class RandomMask:
         """How many of the patches stay visible: the same number in every image, at least one."""
         return min(patches - 1, max(1, int(patches * (1 - self.ratio))))
 
-    def draw(self, rng: np.random.Generator, grid: int) -> np.ndarray:
+    def draw(
+        self, rng: np.random.Generator, grid: int, quantile: float | None = None
+    ) -> np.ndarray:
         patches = grid * grid
         mask = np.ones(patches, dtype=bool)
         mask[rng.permutation(patches)[: self.visible(patches)]] = False
         return mask
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Block-wise masking: rectangles of patches until the ratio is reached (BEiT,
+    arXiv:2106.08254, algorithm 1), of a share of the views alone (iBOT, arXiv:2111.07832)."""
+
+    ratio: tuple[float, float] = (0.4, 0.4)
+    """Smallest and largest share of a view's patches that is hidden; over a batch, evenly spread
+    between them (DINOv2)."""
+    share: float = 1.0
+    """Share of a batch's views that hide anything."""
+    smallest: int = 16
+    """Patches of the smallest rectangle, unless fewer are left to hide."""
+
+    def __post_init__(self) -> None:
+        low, high = self.ratio
+        require(
+            0 < low <= high < 1,
+            f"mask_ratio must be shares with 0 < low <= high < 1, got {self.ratio}",
+        )
+        require(0 < self.share <= 1, f"masked_share must lie in (0, 1], got {self.share}")
+        require(self.smallest > 0, f"smallest_block must be positive, got {self.smallest}")
+
+    def draw(
+        self, rng: np.random.Generator, grid: int, quantile: float | None = None
+    ) -> np.ndarray:
+        quantile = rng.random() if quantile is None else quantile
+        mask = np.zeros((grid, grid), dtype=bool)
+        if quantile < self.share:
+            low, high = self.ratio
+            ratio = low + (high - low) * quantile / self.share
+            self._hide(rng, mask, min(grid * grid - 1, max(1, round(ratio * grid * grid))))
+        return mask.ravel()
+
+    def _hide(self, rng: np.random.Generator, mask: np.ndarray, wanted: int) -> None:
+        grid, misses = len(mask), 0
+        while (left := wanted - int(mask.sum())) > 0 and misses < BLOCK_TRIES:
+            area = rng.uniform(min(self.smallest, left), left)
+            aspect = math.exp(rng.uniform(-1, 1) * math.log(BLOCK_ASPECT))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            misses += 1
+            if not (0 < height <= grid and 0 < width <= grid):
+                continue
+            top, start = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+            block = mask[top : top + height, start : start + width]
+            if 0 < block.size - int(block.sum()) <= left:
+                block[:] = True
+                misses = 0
+        # No block fits into what is left: single patches at the rim of the hidden ones make up the
+        # number, so that each image hides what its ratio says, and a mean over a batch is the
+        # mean of the means over its parts.
+        for _ in range(wanted - int(mask.sum())):
+            rim = np.flatnonzero(_neighbours(mask) & ~mask)
+            free = rim if len(rim) else np.flatnonzero(~mask)
+            mask.flat[rng.choice(free)] = True
+
+
+BLOCK_ASPECT = 1 / 0.3
+"""A rectangle's sides are at most in this ratio."""
+BLOCK_TRIES = 10
+"""Rectangles in a row that do not fit, before single patches fill what is left."""
+
+
+def _neighbours(mask: np.ndarray) -> np.ndarray:
+    """The cells that lie beside a True one, bool [grid, grid]."""
+    beside = np.zeros_like(mask)
+    beside[1:] |= mask[:-1]
+    beside[:-1] |= mask[1:]
+    beside[:, 1:] |= mask[:, :-1]
+    beside[:, :-1] |= mask[:, 1:]
+    return beside
 
 
 @dataclass(frozen=True)
