@@ -1,8 +1,13 @@
-"""One real Ray for all tests that need one: starting it costs seconds each time."""
+"""One thread for torch, and one real Ray for all tests that need one: it takes seconds to start."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Tests compute with tensors so small that a second thread of OpenMP only waits for the first, and
+# on a busy machine waits for long. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from selfray.cluster import runtime
 

@@ -4,30 +4,37 @@ An image is a function of its position in the run, so a global batch is the same
 shared out among ranks and micro-batches.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import pkgutil
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selfray import methods
+from selfray import checkpoint, methods
 from selfray.checkpoint import MANIFEST, Checkpoint
 from selfray.experiment import DataConfig, Experiment
 from selfray.method import Batch, MethodConfig
 from selfray.methods.mae import MAEConfig
 from selfray.methods.simclr import SimCLRConfig
+from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig, normalize
 from selfray.optim import OptimizerConfig
 from selfray.plan import Share
 from selfray.schedules import Constant, WarmupCosine
+from selfray.storage import Location
 from selfray.train import Step, TrainState, train
 from selfray.views import View
 
@@ -43,6 +50,7 @@ VIT = EncoderConfig(
     heads=2,
     position="sincos",
 )
+BEIT = replace(VIT, name="beit_base_patch16_224", position="relative", layer_scale=0.1)
 SIMCLR = SimCLRConfig(projector_width=16)
 MAE = MAEConfig(decoder_width=32, decoder_depth=1, decoder_heads=2)
 
@@ -60,6 +68,8 @@ SMALLER: dict[str, Any] = {
     "bottleneck": 16,
     "local_crops": 2,
     "local_view": View(size=8, crop_scale=(0.05, 0.4)),
+    "codes": 16,
+    "code_width": 8,
 }
 """What the contract tests change in a method's config where it has such a field, to be fast. A
 new method with a large head adds the head's field here."""
@@ -68,7 +78,22 @@ new method with a large head adds the head's field here."""
 def tiny(kind: type[Config]) -> Config:
     """A method's own settings, with its heads made small."""
     names = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in SMALLER.items() if name in names})
+    smaller = {name: value for name, value in SMALLER.items() if name in names}
+    if "tokenizer" in names:
+        smaller["tokenizer"] = tokenizer_run()
+    return kind(**smaller)
+
+
+@lru_cache
+def tokenizer_run() -> str:
+    """The run folder of a tokenizer after some steps, the same in every process."""
+    folder = os.path.join(tempfile.gettempdir(), f"selfray-tokenizer-{os.getpid()}")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    wanted = experiment(tiny(VQVAEConfig), VIT)
+    state = start(wanted)
+    train_for(state, wanted, 3)
+    checkpoint.save(state, wanted, Location.of(folder), loss=1.0)
+    return folder
 
 
 def all_methods() -> list[MethodConfig]:

@@ -19,6 +19,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from helpers import (
+    BEIT,
     MAE,
     PLAIN_SGD,
     RESNET,
@@ -35,10 +36,12 @@ from helpers import (
 from selfray import distributed
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
 from selfray.experiment import Experiment
+from selfray.methods.beit import BEiTConfig
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
+from selfray.methods.vqvae import VQVAEConfig
 from selfray.optim import OptimizerConfig
 
 WORLDS = (2, 4)
@@ -61,6 +64,14 @@ RUNS: dict[str, Experiment] = {
     "mocov3 with a vit": experiment(tiny(MoCoV3Config), VIT, optimizer=SMALLER_STEPS),
     "mocov3 with a resnet": experiment(tiny(MoCoV3Config), RESNET, optimizer=SMALLER_STEPS),
     "dino": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS),
+    "beit": experiment(tiny(BEiTConfig), BEIT, optimizer=SMALL_STEPS),
+    "beit in micro-batches": experiment(
+        tiny(BEiTConfig), BEIT, optimizer=SMALL_STEPS, accumulate=2
+    ),
+    "vqvae": experiment(tiny(VQVAEConfig), VIT, optimizer=SMALL_STEPS),
+    "vqvae in micro-batches": experiment(
+        tiny(VQVAEConfig), VIT, optimizer=SMALL_STEPS, accumulate=2
+    ),
     "dino in micro-batches": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS, accumulate=2),
 }
 

@@ -35,10 +35,11 @@ from selfray.method import Method, MethodConfig
 from selfray.methods import mae as mae_file
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
-from selfray.methods.mae import MAEConfig, patchify, unpatchify
+from selfray.methods.mae import MAEConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
+from selfray.models.decoder import patchify, unpatchify
 from selfray.models.encoder import Encoder, export_weights
 from selfray.optim import follow_schedules
 from selfray.schedules import Constant
@@ -250,16 +251,16 @@ def test_mae_s_decoder_puts_each_visible_patch_back_in_its_place():
     masks[0, [0, 6, 9, 15]] = False
     masks[1, [1, 6, 8, 12]] = False
     seen = []
-    method.decoder_blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.decoder.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         method.reconstruct(images[:2], masks)
-        positions_ = method.get_buffer("decoder_positions")
+        positions_ = method.get_buffer("decoder.positions")
         tokens = seen[0][:, 1:] - positions_  # [2, N, W]: what stood at each place
         for image in range(2):
             visible = (~masks[image]).nonzero().flatten()
             features = method.encoder(images[image : image + 1], visible[None]).patches[0]
             torch.testing.assert_close(
-                tokens[image, visible], method.decoder_embed(features), rtol=1e-4, atol=1e-5
+                tokens[image, visible], method.decoder.embed(features), rtol=1e-4, atol=1e-5
             )
             hidden = tokens[image, masks[image]]
             torch.testing.assert_close(

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from helpers import RESNET, VIT
+from helpers import BEIT, RESNET, VIT
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
 from selfray.models.encoder import (
     Encoder,
@@ -45,7 +45,6 @@ def images(count: int = 3, size: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=generator)
 
 
-BEIT = replace(VIT, name="beit_base_patch16_224", position="relative", layer_scale=0.1)
 DINOV2 = replace(
     VIT, position="learned", registers=4, swiglu=True, layer_scale=1e-5, drop_path_uniform=True
 )

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_a_groups_rate_is_a_factor_on_the_learning_rate():
 
 @pytest.mark.parametrize("field", ["layer_decay", "patch_embed_rate"])
 def test_a_resnet_has_no_layers_for_the_rates_of_a_vit(field):
-    settings = OptimizerConfig(**{field: 0.5})
+    settings = replace(OptimizerConfig(), **{field: 0.5})
     with pytest.raises(ValueError, match=f"optimizer.{field} is for ViTs, not for encoder.name re"):
         experiment(SIMCLR, RESNET, optimizer=settings)
 

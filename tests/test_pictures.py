@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 
 from selfray import pictures
 from selfray.losses import masked_pixel_error
-from selfray.methods.mae import patchify
+from selfray.models.decoder import patchify
 from selfray.models.encoder import normalize
 from selfray.pictures import (
     AGREES,

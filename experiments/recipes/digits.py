@@ -7,12 +7,14 @@ brightness and contrast alone.
 from dataclasses import replace
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.methods.beit import BEiTConfig
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
 from selfray.methods.mae import MAEConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
+from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
 from selfray.schedules import Constant, Cosine, WarmupCosine
@@ -133,6 +135,30 @@ DINO = replace(  # 85.4 and 88.6 %
     batch_size=64,
 )
 
+TOKENIZER = replace(
+    MAE,
+    name="tokenizer-digits",
+    method=VQVAEConfig(
+        codes=64,
+        code_width=8,
+        code_momentum=0.9,
+        decoder_width=64,
+        decoder_depth=2,
+        decoder_heads=4,
+        view=View(crop_scale=(0.5, 1.0), flip=0.0),
+    ),
+    epochs=20,
+)
+
+BEIT = replace(
+    MAE,
+    name="beit-digits",
+    method=BEiTConfig(mask_ratio=0.4, smallest_block=2, view=View(crop_scale=(0.5, 1.0), flip=0.0)),
+    encoder=replace(
+        MAE.encoder, name="beit_base_patch16_224", position="relative", layer_scale=0.1
+    ),
+)
+
 RECIPES = {
     "simclr-digits": SIMCLR,
     "mae-digits": MAE,
@@ -141,4 +167,6 @@ RECIPES = {
     "mocov2-digits": MOCO_V2,
     "mocov3-digits": MOCO_V3,
     "dino-digits": DINO,
+    "tokenizer-digits": TOKENIZER,
+    "beit-digits": BEIT,
 }

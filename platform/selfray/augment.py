@@ -341,8 +341,10 @@ def augment_batch(
     epoch: int,
     quantiles: Mapping[str, np.ndarray] | None = None,
 ) -> Augmented:
-    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes), and
-    for a mask whose ratio is spread over the batch of its place there: `quantiles`, by group, [B, V].
+    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes).
+
+    A mask whose ratio is spread over the batch is one of its place there, too: `quantiles`, by
+    group, float [B, V].
 
     A row whose image is broken is a copy of the nearest earlier readable row, else of the next
     later one, and is marked in `broken`. Raises BrokenImage if no image can be read. Views must

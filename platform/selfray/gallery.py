@@ -11,6 +11,7 @@ from selfray import pictures
 from selfray.checkpoint import Checkpoint
 from selfray.experiment import Experiment
 from selfray.methods.mae import MAE
+from selfray.methods.vqvae import VQVAE
 from selfray.models.encoder import Encoder, normalize
 from selfray.probes.features import embed
 from selfray.probes.knn import nearest
@@ -96,6 +97,24 @@ def reconstructions(experiment: Experiment, method: MAE, test: LabelledViews) ->
     return pictures.reconstructions(images, mask, rebuilt)
 
 
+def token_reconstructions(
+    experiment: Experiment, method: VQVAE, test: LabelledViews
+) -> Image.Image:
+    """Test images: as they are, as tokens, and as the tokenizer rebuilt them from the tokens."""
+    images = test.views[:IMAGES]
+    data = experiment.data
+    method.eval()
+    with torch.no_grad():
+        tokens, predicted = method.reconstruct(
+            normalize(torch.from_numpy(images), data.mean, data.std)
+        )
+    everything = np.ones(tokens.shape, dtype=bool)
+    rebuilt = pictures.rebuild(
+        predicted, images, everything, method.patch, False, data.mean, data.std
+    )
+    return pictures.tokens(images, tokens.numpy(), rebuilt, method.config.codes)
+
+
 def nearest_neighbours(
     experiment: Experiment,
     encoder: Encoder,
@@ -156,6 +175,8 @@ def run_pictures(
     made = {"views.png": augmented_views(experiment, source)}
     if isinstance(state.method, MAE):
         made["reconstructions.png"] = reconstructions(experiment, state.method, test_images)
+    if isinstance(state.method, VQVAE):
+        made["tokens.png"] = token_reconstructions(experiment, state.method, test_images)
     if (test_images.labels >= 0).any():
         train_images = LabelledViews.of(train, 5_000)
         made["neighbours.png"] = nearest_neighbours(

@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,6 +17,10 @@ from selfray.views import View, Views
 Batch = dict[str, Tensor]
 """Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
 `<group>_mask`, `label` int64 [B] where there are labels (never for a method's eyes)."""
+
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, std) by channel, in 0..1: how the images that a method sees are normalised."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class MethodConfig(ABC):
 
     def check_batch_size(self, batch_size: int) -> None:  # noqa: B027 - most methods take any
         """Raises ValueError for a global batch size that the method cannot use."""
+
+    def provenance(self, encoder: EncoderConfig, normalization: Normalization) -> Mapping[str, str]:
+        """Tags that name what the method reads besides the images, such as a tokenizer. ValueError
+        or FileNotFoundError where that is missing or does not fit; asked before a run starts."""
+        return {}
 
     @abstractmethod
     def views(self, encoder: EncoderConfig) -> Views:
@@ -83,6 +93,16 @@ def teacher_of(student: Module) -> Module:
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
     return teacher
+
+
+def as_constants(module: nn.Module) -> None:
+    """Turn all tensors of a module into buffers that no checkpoint holds: they are fixed, and move
+    to a device with the rest."""
+    for part in module.modules():
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            delattr(part, name)
+            part.register_buffer(name, tensor.detach(), persistent=False)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class OptimizerConfig:
     """Whose norm is clipped: of all gradients together, of each of the method's modules (DINOv2),
     or of each parameter (DINO)."""
     layer_decay: float = 1.0
-    """A ViT's block learns at this times the rate of the next one (BEiT, DINOv2); 1 for one rate."""
+    """A ViT's block learns at this times the rate of the next one (DINOv2); 1 for one rate."""
     patch_embed_rate: float = 1.0
     """Factor on the learning rate of a ViT's patch embedding (DINOv2)."""
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from selfray.methods.mae import patchify, unpatchify
+from selfray.models.decoder import patchify, unpatchify
 from selfray.models.encoder import normalize
 from selfray.views import require
 
@@ -115,6 +115,44 @@ def reconstructions(
         f"{_percent(mask.mean())} of the patches are hidden from the encoder",
         ["original", "masked", "rebuilt"],
         [[_Tile(image) for image in row] for row in zip(originals, masked, rebuilt, strict=True)],
+        size=originals.shape[-1],
+    )
+
+
+def tokens(
+    originals: np.ndarray, tokens: np.ndarray, rebuilt: np.ndarray, codes: int
+) -> Image.Image:
+    """Each image, its tokens as a map with a colour for each code, and the image rebuilt of them.
+
+    Args:
+        originals: uint8 [n, 3, H, W].
+        tokens: int [n, N] in row-major patches, in 0..codes - 1.
+        rebuilt: uint8 [n, 3, H, W].
+        codes: the size of the codebook.
+
+    Raises ValueError where a shape or type is another.
+    """
+    _require_images("originals", originals, "n 3 H W")
+    _require_images("rebuilt", rebuilt, "n 3 H W", n=len(originals))
+    grid = math.isqrt(tokens.shape[-1])
+    require(
+        tokens.shape == (len(originals), grid * grid),
+        f"tokens must be [{len(originals)}, N] with N a square, got {list(tokens.shape)}",
+    )
+    # Hues a golden ratio apart: codes with near numbers look different, the same one alike.
+    hues = (np.arange(codes) * 0.618034) % 1
+    values = 0.55 + 0.45 * ((np.arange(codes) * 0.381966) % 1)
+    palette = hsv_to_rgb(np.stack([hues, np.full(codes, 0.65), values], axis=-1))  # [codes, 3]
+    maps = (palette[tokens] * 255).round().astype(np.uint8).reshape(-1, grid, grid, 3)
+    used = len(np.unique(tokens))
+    return _sheet(
+        "What the tokenizer keeps",
+        f"each patch is one of {codes:,} codes, {used:,} of which occur here",
+        ["original", "tokens", "rebuilt"],
+        [
+            [_Tile(image), _Tile(codes_map.transpose(2, 0, 1)), _Tile(again)]
+            for image, codes_map, again in zip(originals, maps, rebuilt, strict=True)
+        ],
         size=originals.shape[-1],
     )
 

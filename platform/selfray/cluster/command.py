@@ -31,6 +31,7 @@ from selfray.cluster.runtime import Console
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from mlflow import MlflowClient
 
+    from selfray.cluster.launch import RunResult
     from selfray.experiment import Experiment
 
 BAD_INPUT = 2
@@ -44,15 +45,16 @@ def run_experiment(
     description: str,
     ray: runtime.Starting,
     started: float,
+    then: "Callable[[Experiment, RunResult, Console], None] | None" = None,
 ) -> int:
-    """`pretrain.py`'s whole life: parse, launch, report. Returns the exit code."""
+    """`pretrain.py`'s whole life: parse, launch, report, and `then`. Returns the exit code."""
 
     def main() -> int:
         try:
             experiment = parse(recipes, description)
             return with_console(
                 Path(experiment.output if "://" not in experiment.output else "runs") / "logs",
-                lambda console: _launch(experiment, console, ray, started),
+                lambda console: _launch(experiment, console, ray, started, then),
             )
         finally:
             ray.stop()
@@ -134,12 +136,18 @@ def _first_line(experiment: "Experiment") -> str:
 
 
 def _launch(
-    experiment: "Experiment", console: Console, ray: runtime.Starting, started: float
+    experiment: "Experiment",
+    console: Console,
+    ray: runtime.Starting,
+    started: float,
+    then: "Callable[[Experiment, RunResult, Console], None] | None",
 ) -> int:
     from selfray.cluster.launch import launch
 
     with ray.session():
-        launch(experiment, console, started=started)
+        result = launch(experiment, console, started=started)
+    if then is not None:
+        then(experiment, result, console)
     return 0
 
 
@@ -187,7 +195,7 @@ def one_line_errors(main: Callable[[], int]) -> int:
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
     """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
     there is no answer."""
-    with _asking_mlflow(uri) as (client, where):
+    with asking_mlflow(uri) as (client, where):
         from mlflow.exceptions import MlflowException
 
         try:
@@ -204,12 +212,12 @@ def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
 def count_mlflow_experiments(uri: str) -> tuple[str, int]:
     """(the store without its password, how many experiments it has at most 1000). ConnectionError
     where there is no answer."""
-    with _asking_mlflow(uri) as (client, where):
+    with asking_mlflow(uri) as (client, where):
         return where, len(client.search_experiments(max_results=1000))
 
 
 @contextmanager
-def _asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
+def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client that asks once and does not wait for minutes."""
     from selfray.cluster.tracking import QUIET_AND_QUICK, database_file, without_password
 

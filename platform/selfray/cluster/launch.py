@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +101,8 @@ def launch(
     output = Location.of(experiment.output)
     run = output / experiment.run_name
     check_init_from(experiment)
+    data_config = experiment.data
+    used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     data = open_data(experiment.data, output, console.say)
     plan = source_of(experiment, data.train).plan
@@ -114,7 +116,7 @@ def launch(
                 f"{experiment.seed + 1}, for another"
             )
             return finished
-        return _carry_out(experiment, console, run, data, plan, placement, tracking, started)
+        return _carry_out(experiment, console, run, data, plan, placement, used, tracking, started)
 
 
 def _carry_out(
@@ -124,6 +126,7 @@ def _carry_out(
     data: DataSets,
     plan: ReadPlan,
     placement: Placement,
+    used: Mapping[str, str],
     tracking: str | None,
     started: float,
 ) -> RunResult:
@@ -149,6 +152,7 @@ def _carry_out(
             "augmentation.backend": _augmentation_backend(),
             "data.images": str(plan.rows),
             "run.folder": run.uri,
+            **used,
         },
         say=console.say,
     )

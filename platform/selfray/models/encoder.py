@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
             raise ValueError(
                 f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
-                "that is not known here: take a vit_*, deit_* or beit_* model with learned positions"
+                "that is not known here: take a vit_*, deit_* or beit_* model of learned positions"
             )
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""

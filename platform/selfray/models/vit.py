@@ -8,7 +8,6 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-
 KNOWN = (VisionTransformer, Beit)
 """The classes of timm whose tokens can be left out and replaced here."""
 

@@ -1,0 +1,70 @@
+"""MLflow's model registry: a trained tokenizer gets a version that later runs can name."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from selfray.checkpoint import MANIFEST, Checkpoint
+from selfray.cluster.command import asking_mlflow
+from selfray.cluster.launch import RunResult
+from selfray.cluster.runtime import Console
+from selfray.cluster.tracking import RUN_RECORD, tracking_uri
+from selfray.experiment import Experiment
+from selfray.storage import Location
+from selfray.tokenizer import VERSION
+
+log = logging.getLogger(__name__)
+
+
+def register_tokenizer(experiment: Experiment, result: RunResult, console: Console) -> None:
+    """Give the run's tokenizer a version under the recipe's name, once, and say how to use it.
+
+    Its files become artifacts of the run, so the version can be fetched where the folder is not
+    seen. A dead server costs the version, not the tokenizer: the same command asks again.
+    """
+    found = Checkpoint.open(result.folder)
+    console.say(f"use it with --method.tokenizer {result.folder}")
+    try:
+        version = _version_of(experiment, found, Location.of(result.folder))
+    except (OSError, ValueError) as error:
+        log.exception("registering failed")
+        console.say(f"not registered in MLflow ({error}): start the same command again for that")
+        return
+    console.say(f"MLflow: model {experiment.name}, version {version}")
+
+
+def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str:
+    """The version in MLflow's registry, made where there is none yet."""
+    from mlflow.exceptions import MlflowException
+
+    record = (run / RUN_RECORD).read_json()
+    digest = found.manifest["files"]["state.safetensors"]["sha256"]
+    # A password is not recorded; then the environment must name the server.
+    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
+    uri = tracking_uri(Location.of(experiment.output), known)
+    with asking_mlflow(uri) as (client, _):
+        versions = client.search_model_versions(f"name = '{experiment.name}'")
+        same = [v for v in versions if v.tags.get("sha256") == digest]
+        if same:
+            version = str(same[0].version)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                for name in (*found.manifest["files"], MANIFEST):
+                    (Path(folder) / name).write_bytes((found.location / name).read_bytes())
+                client.log_artifacts(record["run_id"], folder, "tokenizer")
+            try:
+                client.create_registered_model(experiment.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            artifacts = client.get_run(record["run_id"]).info.artifact_uri
+            made = client.create_model_version(
+                experiment.name,
+                f"{artifacts}/tokenizer",
+                record["run_id"],
+                tags={"sha256": digest, "run.folder": run.uri, "step": str(found.step)},
+            )
+            version = str(made.version)
+    # Beside the weights, so that runs that use them can tell the version without a server.
+    (found.location / VERSION).write_json({"model": experiment.name, "version": version})
+    return version
