@@ -64,6 +64,7 @@ SMALLER: dict[str, Any] = {
     "projector_width": 16,
     "queue_size": 24,
     "prototypes": 24,
+    "patch_prototypes": 20,
     "hidden": 32,
     "bottleneck": 16,
     "local_crops": 2,

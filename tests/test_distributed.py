@@ -39,6 +39,7 @@ from selfray.experiment import Experiment
 from selfray.methods.beit import BEiTConfig
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
+from selfray.methods.dinov2 import DINOv2Config
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.vqvae import VQVAEConfig
@@ -64,6 +65,12 @@ RUNS: dict[str, Experiment] = {
     "mocov3 with a vit": experiment(tiny(MoCoV3Config), VIT, optimizer=SMALLER_STEPS),
     "mocov3 with a resnet": experiment(tiny(MoCoV3Config), RESNET, optimizer=SMALLER_STEPS),
     "dino": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS),
+    "dinov2": experiment(tiny(DINOv2Config), VIT, optimizer=SMALL_STEPS),
+    "dinov2 by sinkhorn with two heads": experiment(
+        replace(tiny(DINOv2Config), centering="sinkhorn", separate_heads=True),
+        VIT,
+        optimizer=SMALL_STEPS,
+    ),
     "beit": experiment(tiny(BEiTConfig), BEIT, optimizer=SMALL_STEPS),
     "beit in micro-batches": experiment(
         tiny(BEiTConfig), BEIT, optimizer=SMALL_STEPS, accumulate=2

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 
 from selfray.losses import (
     batch_contrast,
+    koleo,
+    masked_distillation,
     masked_pixel_error,
     nt_xent,
     queue_contrast,
     regression_to_target,
     self_distillation,
+    sinkhorn,
 )
 
 
@@ -229,3 +232,88 @@ def test_self_distillation_is_its_formula_over_all_pairs_of_different_crops():
                     losses.append(-(teacher[image, t] * log_p).sum())
     found = self_distillation(torch.from_numpy(student), torch.from_numpy(teacher), 0.1)
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+# DINOv2
+
+
+def test_ibots_loss_weighs_the_patches_of_each_crop_alike():
+    torch.manual_seed(0)
+    hidden = [2, 0, 5, 1]  # patches hidden in each of four crops
+    student, teacher = torch.randn(8, 6), torch.randn(8, 6).softmax(-1)
+    weights = torch.cat([torch.full((count,), 1 / count) for count in hidden if count])
+    crops, row = [], 0
+    for count in hidden:
+        terms = []
+        for _ in range(count):
+            log_student = (student[row] / 0.1) - torch.logsumexp(student[row] / 0.1, 0)
+            terms.append(-(teacher[row] * log_student).sum())
+            row += 1
+        crops.append(sum(terms) / count if count else torch.tensor(0.0))
+    expected = sum(crops) / 4
+    found = masked_distillation(student, teacher, weights, crops=4, temperature=0.1)
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+
+
+def test_ibots_loss_of_no_hidden_patch_is_zero_with_a_gradient():
+    student = torch.zeros(0, 6, requires_grad=True)
+    loss = masked_distillation(student, torch.zeros(0, 6), torch.zeros(0), 4, 0.1)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert student.grad is not None
+
+
+def test_sinkhorn_uses_all_prototypes_alike():
+    torch.manual_seed(0)
+    logits = torch.randn(64, 8)
+    logits[:, 0] += 3  # a plain softmax would choose it nearly everywhere
+    few, many = sinkhorn(logits, 0.5, iterations=3), sinkhorn(logits, 0.5, iterations=200)
+    torch.testing.assert_close(few.sum(1), torch.ones(64))
+    torch.testing.assert_close(many.sum(1), torch.ones(64))
+    torch.testing.assert_close(many.sum(0), torch.full((8,), 64 / 8), rtol=1e-4, atol=1e-4)
+    assert (few.sum(0) - 8).abs().max() < 2.5 < ((logits / 0.5).softmax(1).sum(0) - 8).abs().max()
+
+
+def test_sinkhorn_is_its_formula():
+    torch.manual_seed(1)
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    shares = (logits / 0.3).exp()
+    for _ in range(3):
+        for prototype in range(4):
+            shares[:, prototype] /= shares[:, prototype].sum() * 4
+        for row in range(6):
+            shares[row] /= shares[row].sum() * 6
+    torch.testing.assert_close(sinkhorn(logits, 0.3), (shares * 6).float())
+
+
+def test_sinkhorn_survives_sharp_temperatures_and_an_empty_batch():
+    sharp = sinkhorn(torch.randn(16, 5) * 50, 0.01)
+    assert torch.isfinite(sharp).all()
+    assert sinkhorn(torch.zeros(0, 5), 0.1).shape == (0, 5)
+
+
+def test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour():
+    torch.manual_seed(0)
+    features = torch.randn(7, 5) * 3
+    unit = features / features.norm(dim=1, keepdim=True)
+    expected = 0.0
+    for i in range(7):
+        nearest = min(float((unit[i] - unit[j]).norm()) for j in range(7) if j != i)
+        expected -= math.log(nearest) / 7
+    assert float(koleo(features, features, 0)) == pytest.approx(expected, rel=1e-5)
+    # A rank's part against all.
+    part = koleo(features[2:5], features, first=2)
+    others = koleo(features[:2], features, 0) * 2 + koleo(features[5:], features, 5) * 2
+    assert float(part * 3 + others) / 7 == pytest.approx(expected, rel=1e-5)
+
+
+def test_koleo_pushes_neighbours_apart():
+    features = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]], requires_grad=True)
+    koleo(features, features, 0).backward()
+    assert features.grad is not None
+    assert features.grad[0, 1] < 0 < features.grad[1, 1]  # a step against it widens the gap
+
+
+def test_koleo_of_a_single_image_is_zero():
+    lone = torch.randn(1, 4, requires_grad=True)
+    assert float(koleo(lone, lone, 0).detach()) == 0

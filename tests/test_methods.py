@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from helpers import (
+    BEIT,
     MAE,
     PLAIN_SGD,
     RESNET,
@@ -35,6 +36,7 @@ from selfray.method import Method, MethodConfig
 from selfray.methods import mae as mae_file
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
+from selfray.methods.dinov2 import DINOv2Config
 from selfray.methods.mae import MAEConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
@@ -522,7 +524,7 @@ def test_dino_s_centre_is_the_running_mean_of_the_teachers_logits():
         images = prepared(batch, wanted)["global"].flatten(0, 1)
         logits = method.teacher_head(method.encoder(images).cls)
     train_for(state, wanted, 1, iter([batch]))
-    torch.testing.assert_close(method.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(method.centering.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_dino_s_prototypes_stand_still_at_first():
@@ -562,3 +564,123 @@ def test_dino_runs_without_local_crops():
     (step,) = train_for(start(wanted), wanted, 1)
     assert torch.isfinite(step.loss)
     assert set(wanted.views) == {"global"}
+
+
+# DINOv2
+
+
+def _dinov2(**changes: Any) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    wanted = experiment(replace(tiny(DINOv2Config), **changes), VIT)
+    state = start(wanted)
+    return state.method, prepared(positions(0, 8, wanted), wanted), state.progress
+
+
+def test_dinov2s_loss_is_the_weighted_sum_of_its_three():
+    method, batch, progress = _dinov2(patch_weight=0.5, koleo_weight=0.2)
+    loss, parts = method(batch, progress)
+    expected = parts["image_loss"] + 0.5 * parts["patch_loss"] + 0.2 * parts["koleo"]
+    torch.testing.assert_close(loss.detach(), expected)
+    assert all(float(parts[name]) != 0 for name in ("image_loss", "patch_loss", "koleo"))
+
+
+def test_dinov2s_teacher_sees_whole_images_and_its_student_masked_ones():
+    method, batch, progress = _dinov2()
+    seen: dict[str, list[Any]] = {"student": [], "encoder": []}
+    for name, calls in seen.items():
+        method.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, named, calls=calls: calls.append((inputs[0].shape, set(named))),
+            with_kwargs=True,
+        )
+    method(batch, progress)
+    assert seen == {
+        "encoder": [((16, 3, 16, 16), set())],
+        "student": [((16, 3, 16, 16), {"mask", "mask_token"}), ((16, 3, 8, 8), set())],
+    }
+
+
+def test_dinov2_sees_hidden_patches_by_the_teacher_alone():
+    method, batch, _ = _dinov2(patch_weight=0.0, koleo_weight=0.0, local_crops=0)
+    method.eval()
+    mask = batch["global_mask"].clone()
+    mask[:] = False
+    mask[:, :, 5] = True
+    batch["global_mask"] = mask
+    images = batch["global"].clone()
+    images[..., 4:8, 4:8] = 3.0  # patch 5
+    with torch.no_grad():
+        first = method.student(
+            batch["global"].flatten(0, 1), mask=mask.flatten(0, 1), mask_token=method.mask_token
+        )
+        second = method.student(
+            images.flatten(0, 1), mask=mask.flatten(0, 1), mask_token=method.mask_token
+        )
+        teachers = [method.encoder(i.flatten(0, 1)).patches for i in (batch["global"], images)]
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(teachers[0][:, 5], teachers[1][:, 5])
+
+
+def test_dinov2s_patches_have_a_head_of_their_own_where_asked():
+    shared, _, _ = _dinov2()
+    separate, batch, progress = _dinov2(separate_heads=True, patch_prototypes=10)
+    assert shared.student_patch_head is None
+    assert separate.student_patch_head.prototypes.weight.shape == (10, 16)
+    loss, _ = separate(batch, progress)
+    loss.backward()
+    assert separate.student_patch_head.prototypes.weight.grad.norm() > 0
+    assert sum(p.numel() for p in separate.parameters() if p.requires_grad) > sum(
+        p.numel() for p in shared.parameters() if p.requires_grad
+    )
+
+
+def test_dinov2s_crops_that_hide_nothing_have_no_part_in_the_patches_loss():
+    method, batch, progress = _dinov2()
+    batch["global_mask"] = torch.zeros_like(batch["global_mask"])
+    loss, parts = method(batch, progress)
+    loss.backward()
+    assert float(parts["patch_loss"]) == 0
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def test_dinov2s_patch_centre_is_the_mean_over_hidden_patches():
+    wanted = experiment(tiny(DINOv2Config), VIT)
+    state = start(wanted)
+    method: Any = state.method
+    batch = positions(0, 8, wanted)
+    with torch.no_grad():
+        ready = prepared(batch, wanted)
+        patches = method.encoder(ready["global"].flatten(0, 1)).patches
+        logits = method.teacher_head(patches[ready["global_mask"].flatten(0, 1)])
+    train_for(state, wanted, 1, iter([batch]))
+    torch.testing.assert_close(
+        method.patch_centering.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_dinov2_balances_by_sinkhorn_where_asked():
+    method, batch, progress = _dinov2(centering="sinkhorn", prototypes=4)
+    mask = batch["global_mask"].flatten(0, 1)
+    probabilities, _ = method._teach(batch["global"], mask, progress)
+    used = probabilities.flatten(0, 1).sum(0)  # of 16 crops
+    torch.testing.assert_close(used, torch.full((4,), 4.0), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masked_share": 0.0}, r"masked_share must lie in \(0, 1\], got 0.0"),
+        ({"mask_ratio": (0.5, 0.1)}, "mask_ratio must be shares"),
+        ({"koleo_weight": -1.0}, "koleo_weight must be at least 0, got -1.0"),
+        ({"centering": "mean"}, "centering must be one of softmax, sinkhorn, got 'mean'"),
+    ],
+)
+def test_dinov2_refuses_settings_outside_their_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DINOv2Config(**settings)
+
+
+def test_dinov2_refuses_a_resnet_and_relative_positions_with_local_crops():
+    with pytest.raises(ValueError, match="DINOv2 hides patches, so it needs a ViT, not encoder"):
+        experiment(tiny(DINOv2Config), RESNET)
+    with pytest.raises(ValueError, match=r"relative positions of beit_base_patch16_224 are for on"):
+        experiment(tiny(DINOv2Config), BEIT)
+    experiment(replace(tiny(DINOv2Config), local_crops=0), BEIT)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import (
+    BEIT,
     MAE,
     PLAIN_SGD,
     RESNET,
@@ -17,12 +18,14 @@ from helpers import (
     positions,
     reseeded,
     start,
+    tiny,
     train_for,
     weights,
 )
 from selfray import checkpoint
 from selfray.checkpoint import Checkpoint
 from selfray.method import Method
+from selfray.methods.dinov2 import DINOv2Config
 from selfray.models.encoder import normalize
 from selfray.schedules import Progress
 from selfray.storage import Location
@@ -227,3 +230,58 @@ def test_a_large_seed_trains():
 def test_a_state_of_another_method_or_encoder_is_refused(theirs, ours):
     with pytest.raises(ValueError, match="the checkpoint does not fit"):
         start(ours).load_state_dict(start(theirs).state_dict())
+
+
+# From another run's end
+
+
+LARGER = {"image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder"),
+    [
+        (tiny(DINOv2Config), replace(VIT, position="learned", registers=4)),
+        (tiny(DINOv2Config), VIT),
+        (replace(tiny(DINOv2Config), local_crops=0), BEIT),
+        (MAE, VIT),
+        (SIMCLR, RESNET),
+    ],
+    ids=["learned", "sincos", "relative", "mae", "resnet"],
+)
+def test_a_run_goes_on_from_anothers_weights_at_a_larger_image_size(method, encoder):
+    first = start(experiment(method, encoder))
+    train_for(first, experiment(method, encoder), 2)
+    wanted = experiment(method, replace(encoder, **LARGER))
+    second = start(reseeded(wanted))
+    second.load_weights(first.state_dict())
+    theirs, ours = weights(first), weights(second)
+    positions = {n for n in ours if ours[n].shape != theirs[n].shape}
+    assert len(positions) == {"mae": 1, "simclr": 0}.get(method.name, 2)  # student's and teacher's
+    assert [n for n in ours if n not in positions and not torch.equal(ours[n], theirs[n])] == []
+    assert second.progress.images_seen == 0
+    assert all(torch.isfinite(step.loss) for step in train_for(second, wanted, 2))
+
+
+def test_interpolated_positions_keep_their_layout():
+    small = replace(VIT, position="learned", registers=4)
+    first = start(experiment(SIMCLR, small))
+    own = weights(first)["encoder.backbone.pos_embed"]  # [1, 5 + 16, 32]
+    with torch.no_grad():
+        ramp = torch.arange(4.0)
+        first.method.encoder.backbone.pos_embed[0, 5:] = (ramp[:, None] * 10 + ramp[None]).reshape(
+            16, 1
+        )
+    second = start(experiment(SIMCLR, replace(small, **LARGER)))
+    second.load_weights(first.state_dict())
+    large = weights(second)["encoder.backbone.pos_embed"]
+    assert torch.equal(large[:, :5], own[:, :5])
+    grid = large[0, 5:, 0].reshape(8, 8)
+    assert (grid.diff(dim=0) > 0).all()
+    assert (grid.diff(dim=1) > 0).all()
+    assert float(grid.mean()) == pytest.approx(16.5, rel=0.02)
+
+
+def test_weights_of_another_method_are_refused():
+    with pytest.raises(ValueError, match="the checkpoint does not fit MAE"):
+        start(experiment(MAE)).load_weights(start(experiment(SIMCLR, VIT)).state_dict())

@@ -103,6 +103,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / world_size()
 
 
+@torch.no_grad()
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The largest value on any rank (no gradient)."""
+    if is_distributed():
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm with the statistics of the global batch; the plain one in a single process.
 

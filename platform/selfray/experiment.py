@@ -103,7 +103,7 @@ class Experiment:
     """Seed of the weights, the views and the order of the images."""
     init_from: str | None = None
     """A checkpoint of the same method and encoder to start from, such as to go on with another
-    data set: its weights, a new optimizer."""
+    data set or image size: its weights, a new optimizer."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run's state is saved, and how much of it is kept."""

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfray import distributed
+
 
 def nt_xent(local: Tensor, everyone: Tensor, first: int, temperature: float) -> Tensor:
     """SimCLR's normalised temperature-scaled cross entropy over two views of each image.
@@ -124,3 +126,75 @@ def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> T
     pairs = -torch.einsum("btk,bsk->bts", teacher.detach().float(), log_student)  # [b, T, S]
     is_same_crop = torch.eye(*pairs.shape[1:], dtype=torch.bool, device=pairs.device)
     return pairs[:, ~is_same_crop].mean()
+
+
+def masked_distillation(
+    student: Tensor, teacher: Tensor, weights: Tensor, crops: int, temperature: float
+) -> Tensor:
+    """iBOT's loss: cross entropy of hidden patches against what the teacher saw there.
+
+    Args:
+        student: logits [M, K] of all hidden patches.
+        teacher: probabilities [M, K]; no gradient flows there.
+        weights: [M], one over the number of patches that are hidden in the patch's own crop.
+        crops: how many crops there were, those that hide nothing included.
+        temperature: the student's.
+
+    Returns:
+        The sum over hidden patches of weight x cross entropy, over the number of crops: a scalar
+        (arXiv:2111.07832, eq. 2; DINOv2's weights: arXiv:2304.07193, section 4).
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    terms = -(teacher.detach().float() * log_student).sum(-1)  # [M]
+    return (terms * weights).sum() / crops
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Soft assignments that use all prototypes alike over the global batch.
+
+    Args:
+        logits: [n, K], this rank's; the ranks may have different numbers of them.
+        temperature: softmax temperature.
+        iterations: Sinkhorn-Knopp steps; each ends with rows that sum to 1.
+
+    Returns:
+        Probabilities [n, K]. As iterations grow, each prototype gets an equal share of the sum over
+        all ranks' rows (Caron et al., arXiv:2006.09882, section 3.1).
+    """
+    scaled = logits.float() / temperature
+    # One constant for all ranks, against overflow: it falls out in the first division.
+    largest = scaled.max() if scaled.numel() else scaled.new_tensor(float("-inf"))
+    shares = (scaled - distributed.max_over_ranks(largest)).exp()  # [n, K]
+    for _ in range(iterations):
+        totals = distributed.sum_over_ranks(shares.sum(0))  # [K]
+        shares = shares / totals.clamp_min(1e-30)
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
+    return shares
+
+
+def koleo(features: Tensor, everyone: Tensor, first: int) -> Tensor:
+    """KoLeo: pushes each feature away from its nearest neighbour, so that they spread evenly.
+
+    Args:
+        features: [b, D], this rank's (any length).
+        everyone: [B, D], all ranks' (any length), with gradients.
+        first: index of this rank's first feature among all.
+
+    Returns:
+        The mean of -log of the distance to the nearest other unit vector: a scalar (Sablayrolles
+        et al., arXiv:1806.03198, eq. 3; 0 where there is no other).
+    """
+    features, everyone = (
+        F.normalize(features.float(), dim=-1),
+        F.normalize(everyone.float(), dim=-1),
+    )
+    if len(everyone) < 2:
+        return 0 * features.sum()
+    with torch.no_grad():
+        similar = features @ everyone.T  # [b, B]
+        rows = torch.arange(len(features), device=features.device)
+        similar[rows, rows + first] = -2.0  # itself
+        nearest = similar.argmax(1)  # [b]
+    distance = F.pairwise_distance(features, everyone[nearest], eps=1e-8)
+    return -(distance + 1e-8).log().mean()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
-from selfray.views import View, Views
+from selfray.views import View, Views, require
 
 Batch = dict[str, Tensor]
 """Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
@@ -80,6 +80,23 @@ def fitted(view: View, encoder: EncoderConfig, **changes: Any) -> View:
     size = view.size or encoder.image_size
     grid = size // encoder.patch if encoder.is_vit else None
     return replace(view, size=size, grid=grid, **changes)
+
+
+def local_view(view: View, encoder: EncoderConfig) -> View:
+    """A small crop, fitted. ValueError for a size that the encoder cannot take."""
+    view = fitted(view, encoder)
+    assert view.size is not None
+    require(
+        not encoder.is_vit or view.size % encoder.patch == 0,
+        f"method.local_view.size {view.size} is no multiple of the encoder's patches of "
+        f"{encoder.patch} pixels: give --method.local-view.size another",
+    )
+    require(
+        not encoder.is_beit or view.size == encoder.image_size,
+        f"the relative positions of {encoder.name} are for one size of image: give another "
+        "--encoder.name, or --method.local-crops 0",
+    )
+    return view
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -15,6 +15,7 @@ from selfray import distributed
 from selfray.experiment import Experiment
 from selfray.method import Batch, Method
 from selfray.models.encoder import normalize
+from selfray.models.vit import fit_positions
 from selfray.optim import clip_gradients, follow_schedules, learning_rate_at
 from selfray.schedules import Progress
 
@@ -47,10 +48,16 @@ class TrainState:
         }
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Take over a saved method's weights alone: a new run from another's end. ValueError where
-        they are of another method or encoder."""
+        """Take over a saved method's weights alone: a new run from another's end, at the same image
+        size or at another. ValueError where they are of another method or encoder."""
+        weights, encoder = state["method"], self.method.encoder
+        if encoder.config.is_vit:
+            weights = fit_positions(weights, self.method.state_dict(), encoder.backbone)
+        self._load_method(weights)
+
+    def _load_method(self, weights: dict[str, Tensor]) -> None:
         try:
-            self.method.load_state_dict(state["method"])
+            self.method.load_state_dict(weights)
         except RuntimeError as error:
             last = str(error).splitlines()[-1].strip()
             raise ValueError(
@@ -59,7 +66,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state. ValueError where it is of another method or encoder."""
-        self.load_weights(state)
+        self._load_method(state["method"])
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,12 +332,18 @@ def check_init_from(experiment: Experiment) -> None:
             f"run is of {experiment.method.name}: give one of {experiment.method.name}, or take a "
             f"{theirs.method.name} recipe"
         )
-    different = config.differences(experiment.encoder, theirs.encoder)
+    # A ViT's positions are interpolated for another image size; a ResNet has none.
+    may_differ = {name: getattr(theirs.encoder, name) for name in NOT_IN_WEIGHTS}
+    different = config.differences(replace(experiment.encoder, **may_differ), theirs.encoder)
     if different:
         raise ValueError(
             f"--init-from {experiment.init_from} has another encoder: encoder.{different[0]}; give "
-            "the same --encoder fields"
+            "the same --encoder fields; only the image size and stochastic depth may be others"
         )
+
+
+NOT_IN_WEIGHTS = ("image_size", "drop_path", "drop_path_uniform")
+"""Fields of an encoder that no weight depends on, but for interpolated positions."""
 
 
 def check_output(run: Location, needed_bytes: int) -> None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selfray import distributed
 from selfray.losses import self_distillation
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, local_view, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
-from selfray.models.heads import PrototypeHead
+from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
 from selfray.views import ASYMMETRIC_JITTER, View, Views, asymmetric_views, require
 
@@ -70,14 +69,7 @@ class DINOConfig(MethodConfig):
             "global": (fitted(self.first_view, encoder), fitted(self.second_view, encoder))
         }
         if self.local_crops:
-            local = fitted(self.local_view, encoder)
-            assert local.size is not None
-            require(
-                not encoder.is_vit or local.size % encoder.patch == 0,
-                f"method.local_view.size {local.size} is no multiple of the encoder's patches of "
-                f"{encoder.patch} pixels: give --method.local-view.size another",
-            )
-            views["local"] = (local,) * self.local_crops
+            views["local"] = (local_view(self.local_view, encoder),) * self.local_crops
         return views
 
     def build(self, encoder: Encoder) -> "DINO":
@@ -94,8 +86,7 @@ class DINO(Method):
         )
         self.encoder = teacher_of(encoder)
         self.teacher_head = teacher_of(self.student_head)
-        self.register_buffer("center", torch.zeros(config.prototypes))  # [K]
-        self._teacher_means: list[Tensor] = []
+        self.centering = Centering(config.prototypes, config.center_momentum)
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         crops = [batch[name] for name in ("global", "local") if name in batch]
@@ -105,14 +96,11 @@ class DINO(Method):
         )  # [b, S, K]
         with torch.no_grad():
             logits = self._logits(self.encoder, self.teacher_head, batch["global"])  # [b, 2, K]
-            self._teacher_means.append(logits.float().mean((0, 1)))  # [K]
-            temperature = self.config.teacher_temperature(progress)
-            centered = (logits.float() - self.get_buffer("center")) / temperature
-            teacher = centered.softmax(-1)  # [b, 2, K]
+            teacher = self.centering(logits, self.config.teacher_temperature(progress))
         loss = self_distillation(student, teacher, self.config.student_temperature)
         # Cross entropy = the teacher's entropy + the divergence: collapse shows in the first (0 or
         # log K), learning in the second.
-        entropy = -(teacher * centered.log_softmax(-1)).sum(-1).mean()
+        entropy = torch.special.entr(teacher).sum(-1).mean()
         return loss, {"teacher_entropy": entropy, "divergence": loss.detach() - entropy}
 
     @staticmethod
@@ -129,7 +117,4 @@ class DINO(Method):
         momentum = self.config.momentum(progress)
         follow(self.encoder, self.student, momentum)
         follow(self.teacher_head, self.student_head, momentum)
-        # Over all ranks, or each would push its teacher from another centre.
-        mean = distributed.mean_over_ranks(torch.stack(self._teacher_means).mean(0))
-        self.get_buffer("center").lerp_(mean, 1 - self.config.center_momentum)
-        self._teacher_means.clear()
+        self.centering.follow()

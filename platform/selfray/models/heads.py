@@ -3,8 +3,11 @@
 import itertools
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from selfray import distributed
 
 
 def projector(
@@ -68,3 +71,32 @@ class PrototypeHead(nn.Module):
         embedded = F.normalize(self.mlp(features).float(), dim=-1)  # [n, bottleneck]
         logits = F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
         return logits if self.norms is None else logits * self.norms
+
+
+class Centering(nn.Module):
+    """A teacher's softmax, of its logits minus their running mean over all ranks: without it one
+    prototype would win everywhere (DINO, arXiv:2104.14294, section 3.1)."""
+
+    def __init__(self, prototypes: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(prototypes))  # [K]
+        self._seen: list[tuple[Tensor, int]] = []
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """Logits [..., K] -> probabilities [..., K]."""
+        rows = logits.float().flatten(0, -2)  # [n, K]
+        self._seen.append((rows.sum(0), len(rows)))
+        return ((logits.float() - self.get_buffer("center")) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the centre towards the mean of all logits of the step."""
+        center = self.get_buffer("center")
+        total = torch.stack([rows for rows, _ in self._seen]).sum(0)
+        count = center.new_tensor(sum(count for _, count in self._seen))
+        self._seen.clear()
+        total, count = distributed.sum_over_ranks(total), distributed.sum_over_ranks(count)
+        if count > 0:
+            center.lerp_(total / count, 1 - self.momentum)

@@ -1,9 +1,10 @@
 """ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
 
+import math
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -101,3 +102,32 @@ def freeze_patch_embedding(backbone: Any) -> None:
         value = getattr(projection, name).detach()
         delattr(projection, name)
         projection.register_buffer(name, value)
+
+
+def fit_positions(
+    weights: dict[str, Tensor], own: dict[str, Tensor], backbone: Any
+) -> dict[str, Tensor]:
+    """Weights of a method around a ViT, for the image size of `own`: position embeddings, learned
+    or fixed, and relative biases are interpolated; all else stays what it is.
+
+    Args:
+        weights: a state dict of another image size.
+        own: the state dict of the method that is to take them.
+        backbone: its ViT.
+    """
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
+    fitted = dict(weights)
+    for name in weights.keys() & own.keys():
+        theirs, ours = weights[name], own[name]
+        if theirs.shape == ours.shape:
+            continue
+        if name.endswith("backbone.pos_embed"):
+            old, new = (math.isqrt(p.shape[1] - prefix) for p in (theirs, ours))
+            fitted[name] = resample_abs_pos_embed(
+                theirs, [new, new], [old, old], num_prefix_tokens=prefix
+            )
+        elif name.endswith("rel_pos_bias.relative_position_bias_table"):
+            # (2 side - 1)^2 offsets between patches, and 3 entries for the class token.
+            side = (math.isqrt(ours.shape[0] - 3) + 1) // 2
+            fitted[name] = resize_rel_pos_bias_table(theirs, (side, side), tuple(ours.shape))
+    return fitted

@@ -1,0 +1,221 @@
+"""DINOv2: DINO on the image, iBOT on hidden patches, and KoLeo to spread the features.
+
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", arXiv:2304.07193.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selfray import distributed
+from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, local_view, teacher_of
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.heads import Centering, PrototypeHead
+from selfray.schedules import Cosine, Progress, Ramp, Schedule
+from selfray.views import (
+    ASYMMETRIC_JITTER,
+    BlockMask,
+    View,
+    Views,
+    asymmetric_views,
+    require,
+    require_one_of,
+)
+
+FIRST, SECOND = asymmetric_views((0.32, 1.0))
+
+
+@dataclass(frozen=True)
+class DINOv2Config(MethodConfig):
+    why_not_accumulate: ClassVar[str | None] = (
+        "KoLeo and Sinkhorn-Knopp compare the images of the whole batch"
+    )
+
+    prototypes: int = 65_536
+    """K, the dimension of the image head's output."""
+    hidden: int = 2048
+    """Width of the heads' hidden layers."""
+    bottleneck: int = 256
+    """Dimension in which embeddings and prototypes are compared."""
+    separate_heads: bool = False
+    """Patches have a head of their own, as in the long recipe."""
+    patch_prototypes: int = 65_536
+    """Prototypes of the patches' own head."""
+    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    """How the teacher's outputs are kept from collapsing: by a running centre (the short recipe),
+    or balanced over the batch (the long one)."""
+    student_temperature: float = 0.1
+    teacher_temperature: Schedule = field(default_factory=lambda: Ramp(0.04, 0.07, 0.3))
+    """The teacher's, sharper than the student's."""
+    center_momentum: float = 0.9
+    """How much of the running mean of the teacher's logits stays in each step."""
+    momentum: Schedule = field(default_factory=lambda: Cosine(0.992, 1.0))
+    """How much of the teacher stays in each step."""
+    freeze_prototypes: float = 0.01
+    """Share of the run in which the prototypes stay at their start."""
+    patch_weight: float = 1.0
+    """Weight of iBOT's loss."""
+    koleo_weight: float = 0.1
+    """Weight of KoLeo's loss of each global crop."""
+    masked_share: float = 0.5
+    """Share of the global crops that hide patches."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Smallest and largest share of a crop's patches that is hidden, evenly spread over a batch."""
+    smallest_block: int = 4
+    """Patches of the smallest rectangle that is hidden."""
+    local_crops: int = 8
+    """Small crops of each image that only the student sees; 0 for none."""
+    first_view: View = FIRST
+    """The first of the two global crops."""
+    second_view: View = SECOND
+    """The second global crop."""
+    local_view: View = field(
+        default_factory=lambda: View(
+            size=96,
+            crop_scale=(0.05, 0.32),
+            color_jitter=ASYMMETRIC_JITTER,
+            grayscale=0.2,
+            blur=0.5,
+        )
+    )
+    """The local crops."""
+
+    def __post_init__(self) -> None:
+        names = ("prototypes", "patch_prototypes", "hidden", "bottleneck", "student_temperature")
+        for name in names:
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("patch_weight", "koleo_weight", "local_crops"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be at least 0, got {value}")
+        for name in ("center_momentum", "freeze_prototypes"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+        require_one_of("centering", self.centering, ("softmax", "sinkhorn"))
+        self.mask  # noqa: B018 - checks the share, the ratios and the smallest block
+
+    @property
+    def mask(self) -> BlockMask:
+        return BlockMask(self.mask_ratio, self.masked_share, self.smallest_block)
+
+    def views(self, encoder: EncoderConfig) -> Views:
+        require(
+            encoder.is_vit,
+            f"DINOv2 hides patches, so it needs a ViT, not encoder.name {encoder.name}: give "
+            "--encoder.name vit_small_patch16_224, for one",
+        )
+        views: Views = {
+            "global": (
+                fitted(self.first_view, encoder, mask=self.mask),
+                fitted(self.second_view, encoder, mask=self.mask),
+            )
+        }
+        if self.local_crops:
+            views["local"] = (local_view(self.local_view, encoder),) * self.local_crops
+        return views
+
+    def build(self, encoder: Encoder) -> "DINOv2":
+        return DINOv2(self, encoder)
+
+
+class DINOv2(Method):
+    def __init__(self, config: DINOv2Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.student = encoder
+        self.mask_token = nn.Parameter(torch.zeros(encoder.width))
+        self.student_head = self._new_head(config.prototypes)
+        # A head that images and patches share is one module under one name.
+        self.student_patch_head = (
+            self._new_head(config.patch_prototypes) if config.separate_heads else None
+        )
+        self.encoder = teacher_of(encoder)
+        self.teacher_head = teacher_of(self.student_head)
+        self.teacher_patch_head = (
+            teacher_of(self.student_patch_head) if self.student_patch_head is not None else None
+        )
+        patch_prototypes = config.patch_prototypes if config.separate_heads else config.prototypes
+        self.centering = Centering(config.prototypes, config.center_momentum)
+        self.patch_centering = Centering(patch_prototypes, config.center_momentum)
+
+    def _new_head(self, prototypes: int) -> PrototypeHead:
+        config = self.config
+        return PrototypeHead(self.student.width, config.hidden, config.bottleneck, prototypes)
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch["global"]  # [b, 2, 3, H, W]
+        mask = batch["global_mask"].flatten(0, 1)  # [2b, N]
+        teacher, teacher_patches = self._teach(images, mask, progress)  # [b, 2, K], [M, K']
+
+        seen = self.student(images.flatten(0, 1), mask=mask, mask_token=self.mask_token)
+        logits = [self.student_head(seen.cls).unflatten(0, images.shape[:2])]  # [b, 2, K]
+        if "local" in batch:
+            crops = batch["local"]  # [b, L, 3, h, w]
+            local = self.student_head(self.student(crops.flatten(0, 1)).cls)
+            logits.append(local.unflatten(0, crops.shape[:2]))  # [b, L, K]
+        temperature = self.config.student_temperature
+        image_loss = self_distillation(torch.cat(logits, dim=1), teacher, temperature)
+
+        patch_logits = (self.student_patch_head or self.student_head)(seen.patches[mask])  # [M, K']
+        weights = (1 / mask.sum(1, keepdim=True).clamp_min(1)).expand_as(mask)[mask]  # [M]
+        patch_loss = masked_distillation(
+            patch_logits, teacher_patches, weights, len(mask), temperature
+        )
+        spread_loss = torch.stack(
+            [self._spread(cls) for cls in seen.cls.unflatten(0, images.shape[:2]).unbind(1)]
+        ).sum()
+
+        loss = (
+            image_loss
+            + self.config.patch_weight * patch_loss
+            + self.config.koleo_weight * spread_loss
+        )
+        entropy = torch.special.entr(teacher).sum(-1).mean()
+        return loss, {
+            "image_loss": image_loss.detach(),
+            "patch_loss": patch_loss.detach(),
+            "koleo": spread_loss.detach(),
+            "teacher_entropy": entropy,
+            "divergence": image_loss.detach() - entropy,
+        }
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, mask: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities for the crops [b, 2, K] and for the patches that are hidden
+        from the student [M, K']."""
+        features = self.encoder(images.flatten(0, 1))
+        logits = self.teacher_head(features.cls).unflatten(0, images.shape[:2])
+        patch_logits = (self.teacher_patch_head or self.teacher_head)(features.patches[mask])
+        temperature = self.config.teacher_temperature(progress)
+        if self.config.centering == "softmax":
+            return (
+                self.centering(logits, temperature),
+                self.patch_centering(patch_logits, temperature),
+            )
+        balanced = sinkhorn(logits.flatten(0, 1), temperature).view_as(logits)
+        return balanced, sinkhorn(patch_logits, temperature)
+
+    @staticmethod
+    def _spread(features: Tensor) -> Tensor:
+        """KoLeo of one global crop of each image, over all ranks."""
+        everyone = distributed.gather(features)
+        return koleo(features, everyone, distributed.rank() * len(features))
+
+    def before_step(self, progress: Progress) -> None:
+        if progress.fraction < self.config.freeze_prototypes:
+            for head in (self.student_head, self.student_patch_head):
+                if head is not None:
+                    head.prototypes.weight.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        momentum = self.config.momentum(progress)
+        follow(self.encoder, self.student, momentum)
+        follow(self.teacher_head, self.student_head, momentum)
+        if self.teacher_patch_head is not None and self.student_patch_head is not None:
+            follow(self.teacher_patch_head, self.student_patch_head, momentum)
+        if self.config.centering == "softmax":
+            self.centering.follow()
+            self.patch_centering.follow()
