@@ -9,15 +9,18 @@ The data is any copy in Parquet: a folder with train-*.parquet and test-*.parque
 from dataclasses import replace
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.methods.beit import BEiTConfig
 from selfray.methods.byol import BYOLConfig
 from selfray.methods.dino import DINOConfig
+from selfray.methods.dinov2 import DINOv2Config
 from selfray.methods.mae import MAEConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
+from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.schedules import Constant, Cosine, WarmupCosine
+from selfray.schedules import Constant, Cosine, Ramp, Steps, WarmupCosine
 from selfray.views import ColorJitter, View
 
 DATA = DataConfig(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -130,6 +133,55 @@ DINO = replace(
     batch_size=256,
 )
 
+# MoCo v1's differences, carried over: a linear head, a constant momentum, steps.
+MOCO_V1 = replace(
+    MOCO_V2,
+    name="mocov1-cifar10",
+    method=replace(MOCO_V2.method, head="linear", momentum=Constant(0.99)),
+    optimizer=replace(MOCO_V2.optimizer, schedule=Steps((0.6, 0.8))),
+)
+
+# No paper trains these on CIFAR-10: MAE's small ViT and optimizer above. BEiT takes the folder of
+# a run of tokenizer-cifar10 as --method.tokenizer.
+TOKENIZER = replace(
+    MAE,
+    name="tokenizer-cifar10",
+    method=VQVAEConfig(codes=1024, decoder_width=128, decoder_depth=2, decoder_heads=4),
+    encoder=replace(MAE.encoder, depth=6),
+    epochs=50,
+    probe=ProbeConfig(times=4),
+)
+
+BEIT = replace(
+    MAE,
+    name="beit-cifar10",
+    method=BEiTConfig(smallest_block=6, view=View(crop_scale=(0.2, 1.0))),
+    optimizer=replace(MAE.optimizer, betas=(0.9, 0.999), clip_norm=3.0),
+)
+
+DINO_V2 = replace(
+    MAE,
+    name="dinov2-cifar10",
+    method=DINOv2Config(
+        prototypes=4096,
+        centering="sinkhorn",
+        momentum=Cosine(0.992, 1.0),
+        teacher_temperature=Ramp(0.04, 0.07, 0.1),
+        local_crops=4,
+        first_view=FIRST,
+        second_view=SECOND,
+        local_view=replace(FIRST, size=16, crop_scale=(0.05, 0.32)),
+    ),
+    encoder=replace(MAE.encoder, position="learned", registers=4, layer_scale=1e-1, drop_path=0.1),
+    optimizer=replace(
+        MAE.optimizer,
+        weight_decay=Cosine(0.04, 0.4),
+        betas=(0.9, 0.999),
+        clip_norm=3.0,
+        clip_each="module",
+    ),
+)
+
 RECIPES = {
     "simclr-cifar10": SIMCLR,
     "mae-cifar10": MAE,
@@ -137,4 +189,8 @@ RECIPES = {
     "mocov2-cifar10": MOCO_V2,
     "mocov3-cifar10": MOCO_V3,
     "dino-cifar10": DINO,
+    "mocov1-cifar10": MOCO_V1,
+    "tokenizer-cifar10": TOKENIZER,
+    "beit-cifar10": BEIT,
+    "dinov2-cifar10": DINO_V2,
 }

@@ -104,8 +104,9 @@ class TokenizerFile:
         return f"{known['model']} {known['version']}"
 
     def load(self) -> Tokenizer:
-        encoder = self.checkpoint.encoder()
-        quantizer = Quantizer(encoder.width, self.config.codes, self.config.code_width)
+        with torch.device("cpu"):  # whatever the caller builds its own modules on
+            encoder = self.checkpoint.encoder()
+            quantizer = Quantizer(encoder.width, self.config.codes, self.config.code_width)
         prefix = "quantizer."
         state = self.checkpoint.state()["method"]
         quantizer.load_state_dict(
