@@ -1,4 +1,4 @@
-"""The recipes: every method has one for digits, for CIFAR-10 and for ImageNet, and each can be built."""
+"""The recipes: every method has one for digits, CIFAR-10 and ImageNet, and each can be built."""
 
 from dataclasses import replace
 
