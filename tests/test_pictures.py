@@ -1,3 +1,4 @@
+import itertools
 import math
 import sys
 
@@ -19,6 +20,8 @@ from selfray.pictures import (
     HIDDEN,
     MARGIN,
     UNKNOWN,
+    Compared,
+    comparison,
     embedding_map,
     embedding_maps,
     hide,
@@ -267,6 +270,48 @@ def test_images_seen_are_written_short():
     ]  # fmt: skip
 
 
+COMPARED = {
+    "simclr": Compared({"knn": 0.5, "linear": 0.6}, {"knn": 0.9, "linear": 0.95}, "knn"),
+    "mae": Compared({"knn": 0.3, "linear": 0.7}, {"knn": 0.4, "linear": 0.85}, "linear"),
+}
+
+
+def test_a_comparison_shows_every_accuracy_and_its_gain_in_its_probes_panel():
+    figure = pictures._comparison_figure(COMPARED, {"knn": 0.8, "linear": 0.9}, "All")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["kNN accuracy on test images", "linear accuracy on test images"]
+    texts = {text.get_text() for text in figure.texts}
+    assert {"All", "simclr", "mae", "raw pixels"} <= texts
+    assert {"90.0 %", "40.0 %", "95.0 %", "85.0 %", "+40.0", "+10.0", "+35.0", "+15.0"} <= texts
+    for axes, ends, baseline in zip(
+        figure.axes, ([[50, 90], [30, 40]], [[60, 95], [70, 85]]), (80, 90), strict=True
+    ):
+        lines = [list(line.get_xdata()) for line in axes.lines]  # type: ignore[arg-type]
+        assert [line for line in lines if len(line) == 2][:2] == ends
+        assert lines[-1] == [baseline, baseline]
+
+
+def test_a_comparison_has_the_number_in_bold_that_judges_the_method():
+    figure = pictures._comparison_figure(COMPARED, {}, "All")
+    bold = {t.get_text() for t in figure.texts if "Bold" in str(t.get_fontproperties().get_file())}
+    assert bold == {"All", "simclr", "mae", "90.0 %", "85.0 %"}
+    assert "raw pixels" not in {text.get_text() for text in figure.texts}
+
+
+@pytest.mark.parametrize("methods", [1, 7, 14])
+def test_the_rows_of_a_comparison_stand_apart_and_within_the_picture(methods: int):
+    compared = {f"method {i}": COMPARED["simclr"] for i in range(methods)}
+    figure = pictures._comparison_figure(compared, {"knn": 0.8, "linear": 0.9}, "Many")
+    pictures._render(figure)
+    names = [text for text in figure.texts if text.get_text().startswith("method")]
+    heights = [text.get_window_extent() for text in names]
+    assert all(a.y0 > b.y1 for a, b in itertools.pairwise(heights))
+    for drawn in (*figure.texts, *figure.axes):
+        box = drawn.get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= pictures.WIDTH
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height
+
+
 def test_the_legend_of_maps_holds_the_names_that_occur():
     points, labels = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 4 - 1
     names = ["cat", "costs $5 or $6", "dog", "absent"]
@@ -299,6 +344,7 @@ def test_the_same_arrays_give_the_same_picture():
     for draw in (
         lambda: embedding_map(points, labels),
         lambda: training_curves(LOSSES, PROBES, {"raw pixels": 0.4}),
+        lambda: comparison(COMPARED, {"knn": 0.4}),
         lambda: views_grid(images, views),
     ):
         assert draw().tobytes() == draw().tobytes()
@@ -371,6 +417,19 @@ PATCHES = np.zeros((2, 16, 12), np.float32)
         ),
         (lambda: training_curves(LOSSES, PROBES, {"raw": 40.0}), r"baselines\['raw'\]"),
         (lambda: training_curves({}, {"MAE": {}}), "nothing to draw"),
+        (lambda: comparison({}), "no method to compare"),
+        (
+            lambda: comparison({"MAE": Compared({"knn": 30.0}, {"knn": 0.4}, "knn")}),
+            r"methods\['MAE'\].untrained\['knn'\] is an accuracy",
+        ),
+        (
+            lambda: comparison({"MAE": Compared({"knn": 0.3}, {"knn": 0.4}, "linear")}),
+            "judged_by 'linear' is none of knn",
+        ),
+        (
+            lambda: comparison({"MAE": Compared({}, {"knn": 0.4}, "knn")}),
+            "not those of the first method, knn",
+        ),
         (lambda: embedding_maps({}, LABELS), "no map"),
         (lambda: embedding_map(np.zeros((2, 3)), LABELS), r"must be \[n, 2\]"),
         (lambda: embedding_map(np.zeros((3, 2)), LABELS), r"labels must be integers \[3\]"),

@@ -26,15 +26,15 @@ MASK_SUFFIX = "_mask"
 CROP_ATTEMPTS = 10
 EVALUATION_CROP = 0.875
 
-_JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
-_LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
+JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
+LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
 # A view takes the same number of draws whatever comes of them: crop attempts, the crop's corner,
 # flip, jitter (whether, order, four strengths), grayscale, blur (whether, sigma), solarize.
-_CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
-_DRAWS = _CROP_DRAWS + 11
+CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
+DRAWS = CROP_DRAWS + 11
 # ITU-R 601, with the digits that torchvision has.
-_LUMA = (0.2989, 0.587, 0.114)
-_LUMA_ROW = np.array(_LUMA, np.float32)
+LUMA = (0.2989, 0.587, 0.114)
+_LUMA_ROW = np.array(LUMA, np.float32)
 # Where cv2.split beats NumPy's strided copy: 7 against 42 us at 224 px, 3.3 against 1.9 at 32.
 _SPLIT_FROM_SIZE = 64
 
@@ -92,17 +92,21 @@ def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
 
 
 def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Parameters:
-    """One view's parameters for an image of this height and width. Always _DRAWS numbers of rng."""
-    uniform = rng.random(_DRAWS).tolist()
+    """One view's parameters for an image of this height and width. Always DRAWS numbers of rng."""
+    return parameters_from(view, rng.random(DRAWS).tolist(), height, width)
+
+
+def parameters_from(view: View, uniform: list[float], height: int, width: int) -> Parameters:
+    """What DRAWS uniform numbers in [0, 1) mean for a view: the distribution of all parameters."""
     top, left, crop_height, crop_width = _draw_crop(view.crop_scale, uniform, height, width)
     (flip, jitters, order, brightness, contrast, saturation, hue, gray, blurs, sigma, solarizes) = (
-        uniform[_CROP_DRAWS:]
+        uniform[CROP_DRAWS:]
     )
     jitter = None
     strengths = view.color_jitter
     if strengths is not None and jitters < strengths.probability:
         jitter = Jitter(
-            _JITTER_ORDERS[int(order * len(_JITTER_ORDERS))],
+            JITTER_ORDERS[int(order * len(JITTER_ORDERS))],
             _factor(strengths.brightness, brightness),
             _factor(strengths.contrast, contrast),
             _factor(strengths.saturation, saturation),
@@ -135,7 +139,7 @@ def _draw_crop(
     4:3. That is also where the attempts end if none of them fits into the image.
     """
     if scale != (1.0, 1.0):
-        log_low, log_range = _LOG_ASPECT[0], _LOG_ASPECT[1] - _LOG_ASPECT[0]
+        log_low, log_range = LOG_ASPECT[0], LOG_ASPECT[1] - LOG_ASPECT[0]
         for attempt in range(0, 2 * CROP_ATTEMPTS, 2):
             area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[attempt])
             aspect = math.exp(log_low + log_range * uniform[attempt + 1])
@@ -215,7 +219,7 @@ def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     if factor == 1:
         return pixels
     red, green, blue, _ = cv2.mean(pixels)
-    mean = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue - 0.5
+    mean = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue - 0.5
     return cv2.addWeighted(pixels, factor, pixels, 0.0, (1 - factor) * mean - 0.499)
 
 

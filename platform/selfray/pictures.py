@@ -298,6 +298,33 @@ def training_curves(
     return _render(_curves_figure(losses, probes, baselines or {}, title))
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A method's accuracies in 0..1 by probe ("knn", "linear"), before and after pretraining."""
+
+    untrained: Mapping[str, float]
+    pretrained: Mapping[str, float]
+    judged_by: str
+    """The probe that tells how good this method is; it is drawn in full colour."""
+
+
+def comparison(
+    methods: Mapping[str, Compared],
+    baselines: Mapping[str, float] | None = None,
+    title: str = "Pretrained without labels",
+) -> Image.Image:
+    """Methods beneath one another, a panel for each probe: from untrained to pretrained.
+
+    Args:
+        methods: by name, from the top down; all with the same probes.
+        baselines: raw pixels' accuracy in 0..1 by probe, a dashed line in the probe's panel.
+        title: the picture's title.
+
+    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    """
+    return _render(_comparison_figure(methods, baselines or {}, title))
+
+
 def embedding_map(
     points: np.ndarray,
     labels: np.ndarray,
@@ -517,6 +544,7 @@ def _fitted(text: str, width: float, pixels: int) -> str:
 _LOSS_HEIGHT, _ROW_GAP, _COLUMN_GAP, _TICKS = 150, 88, 80, 44
 _KEY_GAP, _KEY_MARK, _KEY_STEP = 18, 22, 26
 _SMOOTH_FROM = 60
+_METHOD_STEP, _PANEL_GAP, _NUMBERS = 46, 28, 150
 _COLOURED_LABELS = 2 * len(PALETTE)
 _PROBE_NAMES = {"knn": "kNN"}
 
@@ -687,6 +715,97 @@ def _apart(
     return [first(group) + distance * i for group in groups for i in range(len(group))]
 
 
+def _comparison_figure(
+    methods: Mapping[str, Compared], baselines: Mapping[str, float], title: str
+) -> Figure:
+    require(len(methods) > 0, "there is no method to compare")
+    probes = list(next(iter(methods.values())).pretrained)
+    for name, method in methods.items():
+        for when, values in (("untrained", method.untrained), ("pretrained", method.pretrained)):
+            require(
+                list(values) == probes,
+                f"methods[{name!r}].{when} has the probes {', '.join(values)}, not those of the "
+                f"first method, {', '.join(probes)}",
+            )
+            for probe, accuracy in values.items():
+                _require_accuracy(f"methods[{name!r}].{when}[{probe!r}]", accuracy)
+        require(
+            method.judged_by in probes,
+            f"methods[{name!r}].judged_by {method.judged_by!r} is none of {', '.join(probes)}",
+        )
+    for probe, accuracy in baselines.items():
+        _require_accuracy(f"baselines[{probe!r}]", accuracy)
+
+    names = [_fitted(name, 220, LABEL) for name in methods]
+    names_width = math.ceil(max(map(_font(LABEL).getlength, names))) + 20
+    room = (WIDTH - 2 * MARGIN - names_width + _PANEL_GAP) // len(probes) - _PANEL_GAP
+    width = room - _NUMBERS
+    top, height = 132, len(methods) * _METHOD_STEP
+    figure = _figure(top + height + 104, title)
+    full = figure.get_size_inches()[1] * _DPI
+    rows = [full - top - (index + 0.5) * _METHOD_STEP for index in range(len(methods))]
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(methods)}
+    for shown, y, colour in zip(names, rows, colours.values(), strict=True):
+        _text(figure, MARGIN, y, shown, LABEL, colour, bold=True)
+    for index, probe in enumerate(probes):
+        left = MARGIN + names_width + index * (room + _PANEL_GAP)
+        panel_title = f"{_PROBE_NAMES.get(probe, probe)} accuracy on test images"
+        axes = _axes(figure, left, top, width, height, panel_title)
+        _draw_compared(axes, probe, methods, colours, baselines.get(probe))
+        for (name, method), y in zip(methods.items(), rows, strict=True):
+            judges = probe == method.judged_by
+            ink = colours[name] if judges else MUTED
+            number = _percent(method.pretrained[probe], digits=1)
+            _text(figure, left + width + 14, y, number, LABEL, ink, bold=judges)
+            gain = f"{100 * (method.pretrained[probe] - method.untrained[probe]):+.1f}"
+            _text(figure, left + width + 94, y, gain, CAPTION, MUTED)
+    _comparison_key(figure, bool(baselines))
+    return figure
+
+
+def _draw_compared(
+    axes: Axes,
+    probe: str,
+    methods: Mapping[str, Compared],
+    colours: Mapping[str, str],
+    baseline: float | None,
+) -> None:
+    """A line from each method's untrained encoder (hollow) to its pretrained one (filled)."""
+    drawn = [] if baseline is None else [100 * baseline]
+    for index, (name, method) in enumerate(methods.items()):
+        ends = [100 * method.untrained[probe], 100 * method.pretrained[probe]]
+        drawn += ends
+        colour = colours[name] if probe == method.judged_by else _paler(colours[name])
+        axes.plot(ends, [index, index], color=colour, linewidth=3, zorder=2)
+        for value, face in zip(ends, ("white", colour), strict=True):
+            axes.plot(
+                value, index, marker="o", markersize=9, color=colour, markerfacecolor=face,
+                markeredgewidth=1.8, clip_on=False, zorder=3,
+            )  # fmt: skip
+    if baseline is not None:
+        axes.axvline(100 * baseline, color=MUTED, linewidth=1.3, dashes=(5, 4), zorder=1)
+    pad = max(2.0, 0.05 * (max(drawn) - min(drawn)))
+    axes.set_xlim(max(0.0, min(drawn) - pad), min(100.0, max(drawn) + pad))
+    axes.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+
+
+def _comparison_key(figure: Figure, has_baselines: bool) -> None:
+    """What the marks mean, in one line at the foot."""
+    y = 34
+    entries = [("white", "untrained encoder"), (INK, "pretrained"), (None, "raw pixels")]
+    x = float(MARGIN)
+    for face, text in entries[: 3 if has_baselines else 2]:
+        if face is None:
+            _mark(figure, [x, x + 26], [y, y], MUTED, dashes=(5, 4), linewidth=1.3)
+        else:
+            _dot(figure, x + 12, y, INK, face)
+        _text(figure, x + 34, y, text, CAPTION, MUTED)
+        x += 34 + _font(CAPTION).getlength(text) + 30
+    _text(figure, x, y, "in full colour: the probe that judges the method", CAPTION, MUTED)
+
+
 def _maps_figure(
     maps: Mapping[str, np.ndarray],
     labels: np.ndarray,
@@ -765,10 +884,13 @@ def _key_places(widths: Sequence[float]) -> list[tuple[float, int]]:
 def _label_colour(index: int) -> Colour:
     """The palette's colours, then the same ones half way to white."""
     colour = PALETTE[index % len(PALETTE)]
-    if index < len(PALETTE):
-        return colour
-    red, green, blue = to_rgb(colour)
-    return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2
+    return colour if index < len(PALETTE) else _paler(colour, 0.5)
+
+
+def _paler(colour: Colour, share: float = 0.65) -> Colour:
+    """A share of the way to white; opaque, so that nothing shines through it."""
+    red, green, blue = (share + (1 - share) * value for value in to_rgb(colour))
+    return red, green, blue
 
 
 def _figure(height: int, title: str) -> Figure:
