@@ -4,6 +4,7 @@ Run as a script, this file is what the processes do: all cases in one start, sin
 torch is what takes the time.
 """
 
+import math
 import multiprocessing
 import os
 import subprocess
@@ -334,6 +335,51 @@ def test_the_ranks_end_with_the_weights_of_one_process(name, world, worlds, alon
 def test_the_gradient_norm_that_is_told_is_the_global_one(name, world, worlds, alone):
     for found in worlds[world]:
         torch.testing.assert_close(found[name]["norms"], alone[name]["norms"], rtol=1e-3, atol=1e-5)
+
+
+# The certificate: the table that the README shows
+
+
+def certificate(worlds: dict[int, list[dict[str, Any]]], alone: dict[str, Any]) -> str:
+    """A markdown table of the largest relative errors at 2 and 4 processes against one, each
+    rounded up to a power of ten."""
+    lines = ["| run | loss | every gradient | everything after 3 steps |", "|---|---|---|---|"]
+    for name in RUNS:
+        one, errors = alone[name], {"loss": 0.0, "gradient": 0.0, "state": 0.0}
+        whole = torch.cat([g.flatten() for g in one["gradients"].values()]).norm()
+        for ranks in worlds.values():
+            losses = torch.stack([found[name]["losses"] for found in ranks]).mean(0)
+            loss_error = ((losses - one["losses"]).abs() / one["losses"].abs()).max()
+            errors["loss"] = max(errors["loss"], float(loss_error))
+            first = ranks[0][name]
+            for key, expected in one["gradients"].items():
+                # What is small beside the whole gradient is rounding alone.
+                scale = expected.norm() + 1e-3 * whole
+                error = (first["gradients"][key] - expected).norm() / scale
+                errors["gradient"] = max(errors["gradient"], float(error))
+            for key, value in one["weights"].items():
+                error = (first["weights"][key].double() - value.double()).norm()
+                scale = value.double().norm() + 1e-3
+                errors["state"] = max(errors["state"], float(error / scale))
+        cells = [f"1e{math.ceil(math.log10(max(error, 1e-9)))}" for error in errors.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_the_certificate_that_is_proven_here(worlds, alone):
+    table = certificate(worlds, alone)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+
+    def errors(text: str) -> dict[str, list[float]]:
+        rows = (line.strip("| ").split(" | ") for line in text.splitlines() if " | 1e-" in line)
+        return {name: [float(cell) for cell in cells] for name, *cells in rows}
+
+    shown, found = errors(readme), errors(table)
+    assert shown.keys() == found.keys(), f"the README needs this table:\n{table}"
+    for name, values in found.items():
+        # Another machine rounds in another way.
+        beyond = [f > 10 * s for f, s in zip(values, shown[name], strict=True)]
+        assert not any(beyond), f"the README needs this table:\n{table}"
 
 
 # One process

@@ -42,7 +42,7 @@ from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
 from selfray.models.decoder import patchify, unpatchify
-from selfray.models.encoder import Encoder, export_weights
+from selfray.models.encoder import Encoder, EncoderConfig, export_weights
 from selfray.optim import follow_schedules
 from selfray.schedules import Constant
 from selfray.storage import Location
@@ -179,6 +179,12 @@ def test_micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: Met
 def test_a_resnet_s_batch_norms_forbid_micro_batches_whatever_the_method():
     with pytest.raises(ValueError, match="loss of dino: the batch norms of resnet18 would see mic"):
         experiment(tiny(DINOConfig), RESNET, accumulate=2)
+
+
+def test_batch_norms_of_other_encoders_forbid_them_too():
+    wanted = experiment(tiny(DINOConfig), EncoderConfig("regnety_002", 32), accumulate=2)
+    with pytest.raises(ValueError, match="accumulate 2: the batch norms of regnety_002 would see"):
+        start(wanted)
 
 
 @every_method

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -34,7 +35,14 @@ class TrainState:
     ) -> "TrainState":
         """The state before the first step, the same for the same seed on every rank."""
         torch.manual_seed(experiment.seed)
-        method = experiment.method.build(experiment.encoder.build()).to(device)
+        encoder = experiment.encoder.build()
+        # A ResNet's name says so at the door; other names of timm do not.
+        if experiment.accumulate > 1 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
+            raise ValueError(
+                f"accumulate {experiment.accumulate}: the batch norms of {experiment.encoder.name} "
+                "would see micro-batches; give --accumulate 1 and more --workers"
+            )
+        method = experiment.method.build(encoder).to(device)
         if experiment.encoder.is_resnet:
             # Convolutions run about twice as fast with the channels innermost, on CPUs and GPUs.
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 import difflib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import timm
@@ -292,6 +293,11 @@ def encode_uint8(
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [..., 3, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
-    scale = torch.tensor(std, device=images.device, dtype=torch.float32) * 255
-    shift = torch.tensor(mean, device=images.device, dtype=torch.float32) * 255
-    return (images.float() - shift.view(3, 1, 1)) / scale.view(3, 1, 1)
+    shift, scale = _channels(mean, images.device), _channels(std, images.device)
+    return (images.float() - shift) / scale
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(3, 1, 1)
