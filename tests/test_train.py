@@ -269,9 +269,8 @@ def test_interpolated_positions_keep_their_layout():
     own = weights(first)["encoder.backbone.pos_embed"]  # [1, 5 + 16, 32]
     with torch.no_grad():
         ramp = torch.arange(4.0)
-        first.method.encoder.backbone.pos_embed[0, 5:] = (ramp[:, None] * 10 + ramp[None]).reshape(
-            16, 1
-        )
+        positions = first.method.encoder.get_parameter("backbone.pos_embed")
+        positions[0, 5:] = (ramp[:, None] * 10 + ramp[None]).reshape(16, 1)
     second = start(experiment(SIMCLR, replace(small, **LARGER)))
     second.load_weights(first.state_dict())
     large = weights(second)["encoder.backbone.pos_embed"]
