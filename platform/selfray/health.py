@@ -51,11 +51,11 @@ class GuardConfig:
     """When a run ends whose features, or BYOL's projections, no longer tell images apart."""
 
     # Measured with digits (a point every 10 steps). The lowest feature_std of a run: 0.29 to 0.31
-    # in the recipes of SimCLR, MoCo, BYOL and DINO, but 0.019 in MAE's (0.007 at 25 times its
-    # learning rate), which then rises and learns; untrained at 224 pixels: 0.027 (ResNet-50), 0.062
-    # (ViT). Dead: 0.00000 to 0.00097 for ten points on end (MAE at 2,500 times its rate). SimCLR at
-    # 10,000 times its rate touched 0 at step 3 and came back, hence the patience. The effective
-    # rank is no better judge: 1.3 in healthy MAE, 1.5 in a dead DINO.
+    # in the recipes of SimCLR, MoCo, BYOL and DINO, but 0.012 to 0.022 in MAE's (3 seeds; 0.007 at
+    # 25 times its learning rate), which then rises and learns; untrained at 224 pixels: 0.027
+    # (ResNet-50), 0.062 (ViT). Dead: 0.00000 to 0.00097 for ten points on end (MAE at 2,500 times
+    # its rate). SimCLR at 10,000 times its rate touched 0 at step 3 and came back, hence the
+    # patience. The effective rank is no better judge: 1.3 in healthy MAE, 1.5 in a dead DINO.
     # projection_std: 0.67 to 0.86 in BYOL, on a ResNet and a ViT; 0.01 to 0.03 after 100 steps
     # without predictor or with the student as its target, while features stay at 0.06 or more.
     # DINO has no floor: its recipe's teacher, which learns, is as near to log K as a dead one's.
