@@ -4,6 +4,7 @@ import pytest
 
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.health import GuardConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
 
@@ -16,6 +17,7 @@ PLACEMENT = {
     "output": "elsewhere",
     "max_failures": 9,
     "log_every": 7,
+    "guard": GuardConfig(patience=0),
 }
 COMPUTED = {
     "name": "other",

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -189,6 +190,66 @@ def test_too_many_broken_images_end_a_run_with_the_cause(tmp_path) -> None:
     pq.write_table(pa.table({"image": rows}), tmp_path / "data" / "a.parquet")
     with pytest.raises(RunFailed, match=r"max_broken_fraction 0\.01"):
         launch(experiment(str(tmp_path / "data"), tmp_path / "runs"), Screen())
+
+
+def tracked_run(output: Path) -> Run:
+    client = MlflowClient(f"sqlite:///{output}/mlflow.db")
+    tracked = client.get_experiment_by_name("selfray")
+    assert tracked is not None
+    (run,) = client.search_runs([tracked.experiment_id])
+    return run
+
+
+def test_a_run_that_explodes_on_two_workers_ends_at_once_and_is_not_tried_again(
+    shards, tmp_path
+) -> None:
+    changes = {"workers": 2, "probe.times": 0, "optimizer.base_learning_rate": 1e30}
+    wanted = experiment(shards, tmp_path, **{**changes, "checkpoint.times": 18})
+    screen = Screen()
+    cause = (
+        "the features are not finite at step 2; the checkpoint of step 1 is kept: give a lower "
+        "--optimizer.base-learning-rate"
+    )
+    with pytest.raises(RunFailed, match=cause) as failed:
+        launch(wanted, screen)
+    last = records(str(tmp_path / wanted.run_name))[-1]
+    assert last["values"] == {"failure": str(failed.value)}
+    progress = [r for r in records(str(tmp_path / wanted.run_name)) if r["kind"] == "progress"]
+    assert [r["step"] for r in progress] == [1, 2]
+    # Gloo would wait for half an hour for a rank that has left.
+    assert last["time"] - progress[-1]["time"] < 300_000
+    run = tracked_run(tmp_path)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"] == str(failed.value)
+    kept = Checkpoint.open(str(tmp_path / wanted.run_name))
+    assert kept.step == 1
+    assert all(tensor.isfinite().all() for tensor in kept.state()["method"].values())
+
+
+def test_a_run_whose_features_collapse_keeps_its_last_good_checkpoint_and_can_go_on(
+    shards, tmp_path
+) -> None:
+    # The features of this tiny MAE grow alike, as MAE's do at first (0.64, 0.64, 0.46, 0.36 and
+    # then 0.25 to 0.30): a floor between them sees what a collapse would show.
+    changes = {"probe.times": 0, "checkpoint.times": 9, "guard.feature_floor": 0.4}
+    wanted = experiment(shards, tmp_path, **{**changes, "guard.patience": 4})
+    cause = r"collapsed: health/feature_std is 0\.\d+, below 0\.4 at step 7; the checkpoint of st"
+    with pytest.raises(RunFailed, match=cause) as failed:
+        launch(wanted, Screen())
+    assert "checkpoint of step 2 is kept" in str(failed.value)
+    run = tracked_run(tmp_path)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"] == str(failed.value)
+    kept = Checkpoint.open(str(tmp_path / wanted.run_name))
+    assert kept.step == 2
+    assert kept.encoder()(torch.zeros(1, 3, 16, 16)).cls.isfinite().all()
+
+    screen = Screen()
+    launch(config.override(wanted, **{"guard.patience": 0}), screen)
+    assert any("continuing from step 2 of 18" in line for line in screen.lines)
+    run = tracked_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["failure"] == ""
 
 
 def test_a_dead_tracking_server_is_announced_once_and_stops_nothing(shards, tmp_path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from selfray import config
+from selfray.health import GuardConfig
 from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
@@ -107,6 +108,8 @@ class Experiment:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run's state is saved, and how much of it is kept."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """When a run whose features have collapsed is ended."""
 
     workers: int = 1
     """Train workers: one process each, on one GPU or CPU."""
@@ -132,6 +135,7 @@ class Experiment:
             "output",
             "max_failures",
             "log_every",
+            "guard",
         }
     )
     """Fields that say where and how a run is carried out, not what is computed: they may change

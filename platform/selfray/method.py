@@ -66,7 +66,11 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show."""
+        """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show.
+
+        Where equal projections of all images would win, `projection_std` tells the collapse guard
+        their `health.deviation`.
+        """
 
     def before_step(self, progress: Progress) -> None:
         """Called when gradients are complete, before the optimizer moves."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
@@ -136,9 +136,8 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
-    (run / RUN_FILE).write_json(
-        {"status": "running", "name": experiment.run_name, "experiment": config.to_json(experiment)}
-    )
+    failed_before = _record(run).get("status") == "failed"
+    _write_record(run, experiment, "running")
     tracker = Tracker(
         tracking_uri(Location.of(experiment.output), tracking),
         "selfray",
@@ -156,6 +155,8 @@ def _carry_out(
         },
         say=console.say,
     )
+    if failed_before:
+        tracker.set_tags({"failure": ""})  # that of an earlier start
     probed = experiment.probe.times and data.can_probe
     job = _probe_job(experiment, data) if probed else None
     monitor = Monitor(console, run, experiment, plan, tracker, job, started)
@@ -166,6 +167,10 @@ def _carry_out(
         monitor.training_ended()
         _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         status = "FINISHED"
+    except RunFailed as error:
+        _write_record(run, experiment, "failed", failure=str(error))
+        tracker.set_tags({"failure": str(error)})
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -179,14 +184,7 @@ def _carry_out(
         monitor.probes,
         monitor.history,
     )
-    (run / RUN_FILE).write_json(
-        {
-            "status": "finished",
-            "name": experiment.run_name,
-            "experiment": config.to_json(experiment),
-            "result": asdict(result),
-        }
-    )
+    _write_record(run, experiment, "finished", result=asdict(result))
     console.say(monitor.summary())
     console.say(tracker.describe())
     return result
@@ -232,7 +230,8 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
         trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
-        raise RunFailed(_cause(error)) from error
+        # The worker that began it wrote its cause down; another one may have lost its peer first.
+        raise RunFailed(recorded_failure(run / FAILURE, launch_id) or _cause(error)) from error
     failure = recorded_failure(run / FAILURE, launch_id)
     if failure is not None:
         raise RunFailed(failure)
@@ -407,12 +406,33 @@ def _alone(run: Location) -> Iterator[None]:
         yield
 
 
+def _record(run: Location) -> dict[str, Any]:
+    """What an earlier start of this run wrote of itself; empty where there was none."""
+    try:
+        return (run / RUN_FILE).read_json()
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write_record(
+    run: Location,
+    experiment: Experiment,
+    status: Literal["running", "failed", "finished"],
+    **more: Any,
+) -> None:
+    (run / RUN_FILE).write_json(
+        {
+            "status": status,
+            "name": experiment.run_name,
+            "experiment": config.to_json(experiment),
+            **more,
+        }
+    )
+
+
 def _finished_result(run: Location) -> RunResult | None:
     """The result of a run that has ended well before; None where it has not."""
-    try:
-        record = (run / RUN_FILE).read_json()
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    record = _record(run)
     if record.get("status") != "finished":
         return None
     result = record["result"]

@@ -18,9 +18,10 @@ from selfray.cluster import dataset
 from selfray.cluster.dataset import Stream
 from selfray.cluster.worker import WorkerTask
 from selfray.experiment import Experiment
-from selfray.health import feature_health
+from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.method import Batch
 from selfray.plan import Share, even_steps
+from selfray.schedules import Progress
 from selfray.source import BROKEN, POSITION, source_of
 from selfray.spool import SpoolWriter
 from selfray.storage import Location
@@ -90,16 +91,23 @@ class Recorder:
     writes: bool
     spool: SpoolWriter = field(init=False)
     checkpoint_steps: set[int] = field(init=False)
+    guard: CollapseGuard = field(init=False)
     window: list[Step] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int | None = None
+    """The last checkpoint's step."""
+    owes_checkpoint: bool = False
+    """Whether a checkpoint was due while the guard held it back."""
 
     def __post_init__(self) -> None:
         # One writer for each start: two attempts may overlap while a dead worker is not yet gone.
         self.spool = SpoolWriter(self.run / SPOOL, f"train-{time.time_ns()}")
         self.checkpoint_steps = even_steps(self.total_steps, self.experiment.checkpoint.times)
         self.checkpoint_steps |= even_steps(self.total_steps, self.experiment.probe.times)
+        self.guard = CollapseGuard(self.experiment.guard)
 
     def started(self, state: TrainState, device: torch.device) -> None:
+        self.saved_step = state.progress.step or None
         if self.writes:
             self.spool.event(
                 "started",
@@ -121,18 +129,29 @@ class Recorder:
         if not self.writes:
             self.window.clear()
             return
-        if number == 1 or number % self.experiment.log_every == 0 or step.progress.finished:
-            self._record(state, step)
+        logs = number == 1 or number % self.experiment.log_every == 0 or step.progress.finished
         age = time.monotonic() - self.saved_at
-        if number in self.checkpoint_steps or age > 60 * self.experiment.checkpoint.minutes:
-            self._save(state, float(step.loss))
+        saves = number in self.checkpoint_steps or age > 60 * self.experiment.checkpoint.minutes
+        if not (logs or saves):
+            return
+        # A checkpoint's step is a point of the metrics too, so that nothing is saved unexamined.
+        loss = self._record(state, step)
+        if self.guard.suspects:
+            # The last good checkpoint must not be followed, and in time removed, by dead ones.
+            self.owes_checkpoint |= saves
+            self.saved_at = time.monotonic()
+        elif saves or self.owes_checkpoint:
+            self._check_weights(state)
+            self._save(state, loss)
 
-    def _record(self, state: TrainState, step: Step) -> None:
-        """One point of every metric: means over the steps since the last point."""
+    def _record(self, state: TrainState, step: Step) -> float:
+        """One point of every metric: means over the steps since the last point. Returns the loss;
+        raises where the run is past saving."""
         seconds = sum(s.seconds for s in self.window)
         waited = sum(s.waited_seconds for s in self.window)
         images = len(self.window) * self.experiment.batch_size
         loss = float(torch.stack([s.loss for s in self.window]).mean())
+        health = feature_health(state.method.encoder, step.images)
         values = {
             "loss": loss,
             "learning_rate": step.learning_rate,
@@ -141,12 +160,8 @@ class Recorder:
             "throughput/data_wait_seconds": waited / len(self.window),
             "throughput/data_wait_fraction": waited / seconds,
             **{name: float(value) for name, value in step.metrics.items()},
-            **{
-                f"health/{name}": value
-                for name, value in feature_health(state.method.encoder, step.images).items()
-            },
+            **{f"health/{name}": value for name, value in health.items()},
         }
-        self.window.clear()
         self.spool.metrics(step.progress.images_seen, values)
         self.spool.event(
             "progress",
@@ -155,11 +170,51 @@ class Recorder:
             images_per_second=values["throughput/images_per_second"],
             loss=loss,
         )
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step.progress.step}: lower "
-                "--optimizer.base-learning-rate or use --precision float32"
-            )
+        self._check_window()
+        self.window.clear()
+        self._check_features(values, step.progress)
+        return loss
+
+    def _check_window(self) -> None:
+        """FloatingPointError names the first step since the last point that was not finite."""
+        # Read here and not in every step: reading waits for the GPU. The norm is that of the ranks'
+        # mean gradient, so it also shows what went wrong on another rank.
+        figures = torch.stack([torch.stack([s.loss, s.gradient_norm]) for s in self.window])
+        for step, (loss, norm) in zip(self.window, figures.tolist(), strict=True):
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        self._obituary(f"the {name} is {value}", step.progress)
+                    )
+
+    def _check_weights(self, state: TrainState) -> None:
+        """FloatingPointError where the last update broke a part that no feature goes through."""
+        tensors = state.method.state_dict().values()
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            raise FloatingPointError(self._obituary("the weights are not finite", state.progress))
+
+    def _check_features(self, values: dict[str, float], progress: Progress) -> None:
+        """CollapsedError where images have had the same features for too long, or at the end;
+        FloatingPointError where this step's update broke the encoder, its loss still finite."""
+        if math.isnan(values["health/effective_rank"]):
+            raise FloatingPointError(self._obituary("the features are not finite", progress))
+        self.guard.see(values)
+        if self.guard.collapsed or (self.guard.suspects and progress.finished):
+            cause = f"the features have collapsed: {self.guard.cause}"
+            raise CollapsedError(f"{self._obituary(cause, progress)} (--guard.patience 0 goes on)")
+
+    def _obituary(self, cause: str, progress: Progress) -> str:
+        """What ended the run, what is left of it, and what may help, in one line."""
+        left = (
+            "there is no checkpoint yet"
+            if self.saved_step is None
+            else f"the checkpoint of step {self.saved_step:,} is kept"
+        )
+        return (
+            f"{cause} at step {progress.step:,}; {left}: give a lower "
+            "--optimizer.base-learning-rate, a longer --optimizer.schedule.warmup-fraction or "
+            "another --seed"
+        )
 
     def _save(self, state: TrainState, loss: float) -> None:
         """Write a checkpoint. A full disk or a failing store is told, and training goes on."""
@@ -175,6 +230,8 @@ class Recorder:
                 ) from error
             return
         self.saved_at = time.monotonic()
+        self.saved_step = saved.step
+        self.owes_checkpoint = False
         self.spool.event(
             "checkpoint",
             step=saved.step,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfray import distributed
+from selfray.health import deviation
 from selfray.losses import regression_to_target
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -65,9 +66,11 @@ class BYOL(Method):
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
         # One view after the other: batch norm must not mix the two views' statistics.
-        loss = regression_to_target(self._predict(first), self._aim(second))
+        aim = self._aim(second)  # [b, P]
+        loss = regression_to_target(self._predict(first), aim)
         loss = loss + regression_to_target(self._predict(second), self._aim(first))
-        return loss, {}
+        # Collapse shows here: the encoder's batch norms keep its features apart all the same.
+        return loss, {"projection_std": deviation(aim)}
 
     def _predict(self, images: Tensor) -> Tensor:
         return self.predictor(self.projector(self.encoder(images).cls))  # [b, P]
