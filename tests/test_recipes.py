@@ -71,6 +71,5 @@ def test_a_tokenizer_and_its_beit_cut_images_alike(data):
     assert tokenizer.encoder.grid == beit.encoder.grid
     assert (tokenizer.data.mean, tokenizer.data.std) == (beit.data.mean, beit.data.std)
     masks = next(batches(replace(beit, batch_size=4)))["global_mask"]
-    ratio = beit.method.mask_ratio
     assert isinstance(beit.method, BEiTConfig)
-    assert masks.float().mean() == pytest.approx(ratio, abs=0.03)
+    assert masks.float().mean() == pytest.approx(beit.method.mask_ratio, abs=0.03)

@@ -35,7 +35,7 @@ def test_a_tokenizer_is_trained_versioned_and_named_by_the_run_that_uses_it(
     (version,) = client.search_model_versions("name = 'tokens'")
     assert version.tags["run.folder"] == trained.folder
     assert {"encoder.safetensors", "MANIFEST.json"} <= {
-        p.name for p in Path(version.source).iterdir()
+        p.name for p in Path(str(version.source)).iterdir()
     }
     # What MLflow keeps is a tokenizer itself, for where the run's folder is not seen.
     kept = TokenizerFile.open(str(version.source), BEIT)

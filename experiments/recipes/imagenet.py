@@ -272,9 +272,8 @@ DINO_V2 = Experiment(
 DINO_V2_HIGH_RESOLUTION = replace(
     DINO_V2,
     name="dinov2-imagenet-512",
-    method=replace(
-        DINO_V2.method,
-        local_view=replace(DINO_V2.method.local_view, size=224),
+    method=DINOv2Config(
+        local_view=replace(DINOv2Config().local_view, size=224),
         momentum=Constant(0.9995),
         teacher_temperature=Constant(0.07),
         freeze_prototypes=0.0,
