@@ -189,7 +189,7 @@ class Recorder:
 
     def _check_weights(self, state: TrainState) -> None:
         """FloatingPointError where the last update broke a part that no feature goes through."""
-        tensors = state.method.state_dict().values()
+        tensors = [*state.method.parameters(), *state.method.buffers()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise FloatingPointError(self._obituary("the weights are not finite", state.progress))
 
