@@ -30,7 +30,7 @@ def words_after(prefix: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_tested_here():
-    kinds = ("make ", "selfray ", "python experiments/pretrain.py ")
+    kinds = ("make ", "selfray ", *SCRIPTS)
     assert [line for line in commands() if not any(kind in line for kind in kinds)] == []
 
 
@@ -45,7 +45,12 @@ def test_a_selfray_command_of_the_readme_is_understood(words):
     assert cli.parse(words)
 
 
-@pytest.mark.parametrize("words", words_after("python experiments/pretrain.py "), ids=" ".join)
+SCRIPTS = ("python experiments/pretrain.py ", "python experiments/train_tokenizer.py ")
+
+
+@pytest.mark.parametrize(
+    "words", [words for script in SCRIPTS for words in words_after(script)], ids=" ".join
+)
 def test_a_pretraining_command_of_the_readme_is_understood(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
     assert command.parse(RECIPES, "").name == words[0]
