@@ -325,6 +325,27 @@ def comparison(
     return _render(_comparison_figure(methods, baselines or {}, title))
 
 
+def sweep(
+    values: Mapping[str, Sequence[float]],
+    metric: str,
+    untrained: float | None,
+    title: str,
+    answer: str = "",
+) -> Image.Image:
+    """What was varied, beneath one another: a dot for each run, a bar at their mean.
+
+    Args:
+        values: accuracies in 0..1 of the runs, by what was varied, from the top down.
+        metric: the probe's name.
+        untrained: the untrained encoder's accuracy, a dashed line; None draws none.
+        title: the picture's title.
+        answer: a sentence at the foot.
+
+    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    """
+    return _render(_sweep_figure(values, metric, untrained, title, answer))
+
+
 def embedding_map(
     points: np.ndarray,
     labels: np.ndarray,
@@ -789,6 +810,58 @@ def _draw_compared(
     axes.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top
     axes.set_yticks([])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+
+
+def _sweep_figure(
+    values: Mapping[str, Sequence[float]],
+    metric: str,
+    untrained: float | None,
+    title: str,
+    answer: str,
+) -> Figure:
+    require(len(values) > 0, "there is no run to draw")
+    for name, runs in values.items():
+        require(len(runs) > 0, f"values[{name!r}] is empty")
+        for accuracy in runs:
+            _require_accuracy(f"values[{name!r}]", accuracy)
+    names = [_fitted(name, 360, LABEL) for name in values]
+    names_width = math.ceil(max(map(_font(LABEL).getlength, names))) + 20
+    width = WIDTH - 2 * MARGIN - names_width - 90
+    top, height = 132, len(values) * _METHOD_STEP
+    figure = _figure(top + height + 104, title)
+    full = figure.get_size_inches()[1] * _DPI
+    axes = _axes(
+        figure, MARGIN + names_width, top, width, height, f"{metric} accuracy on test images"
+    )
+    means = [sum(runs) / len(runs) for runs in values.values()]
+    best = max(means)
+    drawn = [100 * v for runs in values.values() for v in runs]
+    for index, (shown, runs, mean) in enumerate(zip(names, values.values(), means, strict=True)):
+        colour = PALETTE[0] if mean == best else MUTED
+        y = full - top - (index + 0.5) * _METHOD_STEP
+        _text(figure, MARGIN, y, shown, LABEL, colour, bold=mean == best)
+        axes.plot(
+            [100 * v for v in runs], [index] * len(runs), linestyle="none", marker="o",
+            markersize=9, color=colour, markerfacecolor="white", markeredgewidth=1.8, zorder=3,
+        )  # fmt: skip
+        axes.plot([100 * mean] * 2, [index - 0.32, index + 0.32], color=colour, linewidth=3)
+        number = _percent(mean, digits=1)
+        x = MARGIN + names_width + width + 14
+        _text(figure, x, y, number, LABEL, colour, bold=mean == best)
+    if untrained is not None:
+        _require_accuracy("untrained", untrained)
+        drawn.append(100 * untrained)
+        axes.axvline(100 * untrained, color=MUTED, linewidth=1.3, dashes=(5, 4), zorder=1)
+    pad = max(2.0, 0.05 * (max(drawn) - min(drawn)))
+    axes.set_xlim(max(0.0, min(drawn) - pad), min(100.0, max(drawn) + pad))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    key = "a dot for each run, a bar at their mean"
+    key += "; dashed: untrained" if untrained is not None else ""
+    _text(figure, MARGIN, 58, key, CAPTION, MUTED)
+    _text(figure, MARGIN, 30, _fitted(answer, WIDTH - 2 * MARGIN, CAPTION), CAPTION, INK)
+    return figure
 
 
 def _comparison_key(figure: Figure, has_baselines: bool) -> None:

@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs n
 
     from selfray.cluster.launch import RunResult
     from selfray.experiment import Experiment
+    from selfray.sweep import Question
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -149,6 +151,67 @@ def _launch(
     if then is not None:
         then(experiment, result, console)
     return 0
+
+
+@dataclass(frozen=True)
+class SweepFlags:
+    """What all sweeps have in common; each script adds what it varies."""
+
+    recipe: str = ""
+    """The recipe that is varied."""
+    data: str | None = None
+    """Images: as --data.path of pretrain.py; None takes the recipe's."""
+    epochs: int | None = None
+    """None takes the recipe's."""
+    batch_size: int | None = None
+    """None takes the recipe's."""
+    workers: int | None = None
+    """Train workers of each run; None takes the recipe's."""
+    seeds: int = 1
+    """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
+    at_once: int | None = None
+    """Runs at a time; None takes as many as the cluster holds."""
+    output: str = "runs"
+    """Folder of everything that is written; local, s3:// or gs://."""
+
+    def base(self, recipes: "Mapping[str, Experiment]", *methods: str) -> "Experiment":
+        """The recipe with these flags. ValueError where it is none, or of no method that fits."""
+        fitting = [name for name, r in recipes.items() if r.method.name in methods]
+        if self.recipe not in fitting:
+            raise ValueError(
+                f"--recipe {self.recipe} cannot be swept here: give one of {', '.join(fitting)}"
+            )
+        given = {
+            "data.path": self.data,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "output": self.output,
+        }
+        changes = {path: value for path, value in given.items() if value is not None}
+        return config.override(recipes[self.recipe], **changes)
+
+
+def run_sweep(
+    flags: SweepFlags,
+    base: "Experiment",
+    question: "Question",
+    asked: str,
+    ray: runtime.Starting,
+) -> int:
+    """A sweep script's life after its flags are read. Returns the exit code."""
+    from selfray.cluster.sweep import sweep
+
+    def body(console: Console) -> int:
+        with ray.session():
+            result = sweep(base, question, asked, console, at_once=flags.at_once)
+        return 1 if any(outcome.failure for outcome in result.outcomes) else 0
+
+    logs = Path(flags.output if "://" not in flags.output else "runs") / "logs"
+    try:
+        return with_console(logs, body)
+    finally:
+        ray.stop()
 
 
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:

@@ -78,11 +78,22 @@ class RunResult:
         return self.probes[max(self.probes)] if self.probes else None
 
 
+@dataclass(frozen=True)
+class PartOf:
+    """The sweep that a run belongs to."""
+
+    parent_run_id: str | None
+    """The sweep's MLflow run; None where the server was not reached."""
+    params: Mapping[str, str]
+    """More parameters of the run in MLflow: what the sweep varies, in its own words."""
+
+
 def launch(
     experiment: Experiment,
     console: Console,
     tracking: str | None = None,
     started: float | None = None,
+    part_of: PartOf | None = None,
 ) -> RunResult:
     """Carry out a run on the Ray that is running, or go on with it where it stopped.
 
@@ -92,6 +103,7 @@ def launch(
         tracking: MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else a SQLite store in the
             output folder.
         started: time.time() of the command, for the time to the first step.
+        part_of: the sweep that the run belongs to, if any.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before any worker is started.
@@ -116,7 +128,8 @@ def launch(
                 f"{experiment.seed + 1}, for another"
             )
             return finished
-        return _carry_out(experiment, console, run, data, plan, placement, used, tracking, started)
+        tracker = _tracker(experiment, run, plan, used, tracking, part_of, console)
+        return _carry_out(experiment, console, run, data, plan, placement, tracker, started)
 
 
 def _carry_out(
@@ -126,8 +139,7 @@ def _carry_out(
     data: DataSets,
     plan: ReadPlan,
     placement: Placement,
-    used: Mapping[str, str],
-    tracking: str | None,
+    tracker: Tracker,
     started: float,
 ) -> RunResult:
     found = checkpoint.latest(run)
@@ -138,23 +150,6 @@ def _carry_out(
         )
     failed_before = _record(run).get("status") == "failed"
     _write_record(run, experiment, "running")
-    tracker = Tracker(
-        tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
-        experiment.run_name,
-        run,
-        {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None},
-        {
-            **environment_tags(),
-            "method": experiment.method.name,
-            "recipe": experiment.name,
-            "augmentation.backend": _augmentation_backend(),
-            "data.images": str(plan.rows),
-            "run.folder": run.uri,
-            **used,
-        },
-        say=console.say,
-    )
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     probed = experiment.probe.times and data.can_probe
@@ -188,6 +183,36 @@ def _carry_out(
     console.say(monitor.summary())
     console.say(tracker.describe())
     return result
+
+
+def _tracker(
+    experiment: Experiment,
+    run: Location,
+    plan: ReadPlan,
+    used: Mapping[str, str],
+    tracking: str | None,
+    part_of: PartOf | None,
+    console: Console,
+) -> Tracker:
+    params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
+    return Tracker(
+        tracking_uri(Location.of(experiment.output), tracking),
+        "selfray",
+        experiment.run_name,
+        run,
+        params | (dict(part_of.params) if part_of else {}),
+        {
+            **environment_tags(),
+            "method": experiment.method.name,
+            "recipe": experiment.name,
+            "augmentation.backend": _augmentation_backend(),
+            "data.images": str(plan.rows),
+            "run.folder": run.uri,
+            **used,
+        },
+        parent_run_id=part_of.parent_run_id if part_of else None,
+        say=console.say,
+    )
 
 
 def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Placement) -> None:

@@ -9,6 +9,7 @@ import ray
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selfray import config
 from selfray.checkpoint import Checkpoint
@@ -121,7 +122,10 @@ class ProbeJob:
     def run(self, encoder: EncoderRef | None) -> ProbeResult:
         """Features of train and test, then every protocol, in a task of its own."""
         train, test = self.features(self.train, encoder), self.features(self.test, encoder)
-        judge: Any = ray.remote(num_cpus=self.cpus)(probe)
+        # A sweep's trial holds a placement group of next to nothing: this task must not be put
+        # into it.
+        anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+        judge: Any = ray.remote(num_cpus=self.cpus, scheduling_strategy=anywhere)(probe)
         return ray.get(judge.remote(train, test))
 
 

@@ -1,0 +1,48 @@
+"""Which temperature is best for these images? SimCLR's and MoCo's, or the one of DINO's teacher.
+
+    python experiments/sweep_temperature.py                          # SimCLR on digits
+    python experiments/sweep_temperature.py --recipe mocov2-digits --temperatures 0.07 0.2 0.5
+    python experiments/sweep_temperature.py --recipe dino-digits --temperatures 0.02 0.04 0.07
+
+The same command goes on where it stopped. Losses do not compare across temperatures; probes do.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from selfray.cluster import runtime
+from selfray.cluster.command import SweepFlags, one_line_errors, run_sweep
+
+
+@dataclass(frozen=True)
+class SweepTemperature(SweepFlags):
+    """Sweep the softmax temperature."""
+
+    temperatures: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
+    """Temperatures to try."""
+    recipe: str = "simclr-digits"
+    """Any recipe of SimCLR, MoCo (all versions), DINO or DINOv2."""
+
+
+def main() -> int:
+    flags = tyro.cli(SweepTemperature, description=__doc__)
+    ray = runtime.Starting()  # Ray's processes come up while torch is imported
+    from recipes import every
+    from selfray.schedules import Constant
+    from selfray.sweep import Axis, Option, Question
+
+    base = flags.base(every(), "simclr", "moco", "mocov3", "dino", "dinov2")
+    if base.method.name.startswith("dino"):
+        path, values = "method.teacher_temperature", [Constant(t) for t in flags.temperatures]
+    else:
+        path, values = "method.temperature", list(flags.temperatures)
+    options = zip(flags.temperatures, values, strict=True)
+    axis = Axis("temperature", tuple(Option(f"{t}", {path: value}) for t, value in options))
+    question = Question("sweep-temperature", (axis,), seeds=flags.seeds)
+    return run_sweep(flags, base, question, "Which temperature is best for these images?", ray)
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))
