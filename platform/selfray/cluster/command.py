@@ -7,6 +7,7 @@ Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing wa
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -227,6 +228,8 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        # `ray job stop`, a batch system and `kill` send SIGTERM: the run is to end as by Ctrl-C.
+        signal.signal(signal.SIGTERM, _interrupt)
         try:
             return body(console)
         except KeyboardInterrupt:
@@ -244,6 +247,10 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             log.exception("bad input")
             console.say(f"error: {error}")
             return BAD_INPUT
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def one_line_errors(main: Callable[[], int]) -> int:

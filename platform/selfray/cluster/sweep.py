@@ -119,6 +119,7 @@ def sweep(
         return result
     except KeyboardInterrupt:
         status = "KILLED"
+        _mark_killed(uri, tracker.run_id)
         raise
     finally:
         watch.finish()
@@ -213,6 +214,19 @@ def _run_all(tasks: Sequence[_Task], folder: Location, at_once: int) -> None:
     for result in tuner.fit():
         if result.error is not None:
             log.error("a trial's process died: %s", result.error)
+
+
+def _mark_killed(uri: str, parent_run_id: str | None) -> None:
+    """Say in MLflow that the runs under way were stopped: their processes end with this one."""
+    from mlflow import MlflowClient
+
+    if parent_run_id is None:
+        return
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_run(parent_run_id).info.experiment_id
+    children = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and status = 'RUNNING'"
+    for run in client.search_runs([experiment], children):
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _fitting(experiment: Experiment, cluster: Resources) -> int:
