@@ -143,6 +143,8 @@ DINO = replace(
     batch_size=64,
 )
 
+# The next two are on MAE's ViT: untrained kNN and linear are 43.7 and 85.9 % (seed 1: 46.4 and
+# 83.8 %). The tokenizer uses all its 64 codes, at a perplexity of 57.
 TOKENIZER = replace(
     MAE,
     name="tokenizer-digits",
@@ -158,6 +160,19 @@ TOKENIZER = replace(
     epochs=20,
 )
 
+# 69.8 and 93.6 % (seed 1: 60.3 and 92.5 %). With relative positions in place of fixed ones, 60
+# epochs gained next to nothing: 83.6 -> 83.9 % (linear).
+BEIT = replace(
+    MAE,
+    name="beit-digits",
+    method=BEiTConfig(
+        mask_ratio=0.25, smallest_block=2, view=View(crop_scale=(0.5, 1.0), flip=0.0)
+    ),
+    epochs=60,
+)
+
+# 88.3 and 91.1 % (seed 1: 92.0 and 93.1 %); untrained 37.9 and 83.1 % (46.1 and 82.7 %). Half the
+# learning rate gave 81.1 and 89.6 %.
 DINO_V2 = replace(
     DINO,
     name="dinov2-digits",
@@ -165,24 +180,22 @@ DINO_V2 = replace(
         prototypes=256,
         hidden=256,
         bottleneck=64,
-        momentum=Cosine(0.99, 1.0),
+        momentum=Cosine(0.97, 1.0),
         teacher_temperature=Constant(0.02),
+        center_momentum=0.5,
         smallest_block=2,
         local_crops=2,
         first_view=WIDE,
         second_view=WIDE,
         local_view=replace(WIDE, size=12, crop_scale=(0.25, 0.5)),
     ),
-    encoder=replace(MAE.encoder, position="learned", registers=2, layer_scale=1e-1),
-    optimizer=replace(MAE.optimizer, betas=(0.9, 0.999), clip_norm=3.0, clip_each="module"),
-)
-
-BEIT = replace(
-    MAE,
-    name="beit-digits",
-    method=BEiTConfig(mask_ratio=0.4, smallest_block=2, view=View(crop_scale=(0.5, 1.0), flip=0.0)),
-    encoder=replace(
-        MAE.encoder, name="beit_base_patch16_224", position="relative", layer_scale=0.1
+    encoder=replace(MAE.encoder, width=64),
+    optimizer=replace(
+        MAE.optimizer,
+        base_learning_rate=8e-3,
+        betas=(0.9, 0.999),
+        clip_norm=3.0,
+        clip_each="module",
     ),
 )
 
