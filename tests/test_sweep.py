@@ -71,21 +71,21 @@ def test_ranks_follow_the_mean_and_failures_come_last():
     [
         (
             [Score("a", (0.90, 0.91, 0.92)), Score("b", (0.80, 0.81, 0.82))],
-            "Which?: a is best, at kNN 91.0%, 10.0 points before b: more than twice the 0.8 points "
-            "that seeds make.",
+            "Which? a: kNN 91.0%, 10.0 points before b, more than twice the 0.8 points that seeds "
+            "make.",
         ),
         (
             [Score("a", (0.80, 0.90)), Score("b", (0.82, 0.86))],
-            "Which?: a is best, at kNN 85.0%, 1.0 points before b: within twice the 5.4 points "
-            "that seeds make, so the two are not told apart.",
+            "Which? a: kNN 85.0%, 1.0 points before b, within twice the 5.4 points that seeds "
+            "make: the two are not told apart.",
         ),
         (
             [Score("a", (0.8,)), Score("b", (0.7,))],
-            "Which?: a is best, at kNN 80.0%, 10.0 points before b; with one seed nobody can tell "
-            "whether that is chance: give --seeds 3.",
+            "Which? a: kNN 80.0%, 10.0 points before b. With one seed nobody can tell whether that "
+            "is chance: give --seeds 3.",
         ),
-        ([Score("a", (0.8,)), Score("b", ())], "Which?: a alone was measured, at kNN 80.0%."),
-        ([Score("a", (), ("x",))], "Which?: no run ended well, so there is no answer."),
+        ([Score("a", (0.8,)), Score("b", ())], "Which? Only a was measured: kNN 80.0%."),
+        ([Score("a", (), ("x",))], "Which? No run ended well, so there is no answer."),
     ],
 )
 def test_the_answer_tells_the_best_its_margin_and_the_noise(scores, expected):

@@ -28,7 +28,7 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     assert bad.failure is not None
     assert "batch_size 4096 is larger than the data set of 96 images" in bad.failure
     assert [score.label for score in result.scores] == ["batch size 16", "batch size 4096"]
-    assert result.answer.startswith("Which size?: batch size 16 alone was measured, at linear")
+    assert result.answer.startswith("Which size? Only batch size 16 was measured: linear")
     assert any("batch size 4096, seed 0 failed: batch_size 4096 is" in x for x in screen.lines)
     folder = Path(result.folder)
     assert "| batch size 4096 | - | - | 0, 1 failed |" in (folder / "table.md").read_text()

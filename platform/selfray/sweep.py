@@ -129,24 +129,24 @@ def answer(question: str, scores: Sequence[Score], metric: str) -> str:
     """One sentence: the best, its margin, and whether that is more than the spread over seeds."""
     best, *others = [score for score in ranked(scores) if score.values] or [None]
     if best is None:
-        return f"{question}: no run ended well, so there is no answer."
+        return f"{question} No run ended well, so there is no answer."
     if not others:
-        return f"{question}: {best.label} alone was measured, at {metric} {best.mean:.1%}."
+        return f"{question} Only {best.label} was measured: {metric} {best.mean:.1%}."
     second = others[0]
     margin = best.mean - second.mean
     lead = (
-        f"{question}: {best.label} is best, at {metric} {best.mean:.1%}, "
-        f"{100 * margin:.1f} points before {second.label}"
+        f"{question} {best.label}: {metric} {best.mean:.1%}, {100 * margin:.1f} points before "
+        f"{second.label}"
     )
     spreads = [score.spread for score in (best, second) if score.spread is not None]
     if len(spreads) < 2:
-        return f"{lead}; with one seed nobody can tell whether that is chance: give --seeds 3."
+        return f"{lead}. With one seed nobody can tell whether that is chance: give --seeds 3."
     # The deviation of a difference of two means over seeds.
     runs = min(len(best.values), len(second.values))
     noise = (sum(spread**2 for spread in spreads) / runs) ** 0.5
     if margin > 2 * noise:
-        return f"{lead}: more than twice the {100 * noise:.1f} points that seeds make."
+        return f"{lead}, more than twice the {100 * noise:.1f} points that seeds make."
     return (
-        f"{lead}: within twice the {100 * noise:.1f} points that seeds make, so the two are not "
-        "told apart."
+        f"{lead}, within twice the {100 * noise:.1f} points that seeds make: the two are not told "
+        "apart."
     )
