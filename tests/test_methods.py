@@ -46,6 +46,7 @@ from selfray.models.encoder import Encoder, EncoderConfig, export_weights
 from selfray.optim import follow_schedules
 from selfray.schedules import Constant
 from selfray.storage import Location
+from selfray.views import View
 
 every_method = pytest.mark.parametrize("method", all_methods(), ids=lambda method: method.name)
 
@@ -320,6 +321,22 @@ def test_mae_refuses_settings_outside_their_range(settings, message):
         MAEConfig(**settings)
 
 
+def test_mae_refuses_relative_positions_and_views_of_another_size():
+    with pytest.raises(ValueError, match="relative positions of beit_base_patch16_224 are for all"):
+        experiment(MAE, BEIT)
+    with pytest.raises(ValueError, match=r"method.view.size 8 is not encoder.image_size 16: leave"):
+        experiment(replace(MAE, view=replace(MAE.view, size=8)))
+
+
+def test_views_that_are_no_whole_patches_or_differ_in_size_are_refused():
+    odd = replace(tiny(DINOConfig), first_view=View(size=18), second_view=View(size=18))
+    with pytest.raises(ValueError, match="a view's size 18 is no multiple of the encoder"):
+        experiment(odd, VIT)
+    unlike = replace(tiny(DINOConfig), first_view=View(size=8))
+    with pytest.raises(ValueError, match="the global views have 8 and 16 pixels: give them one si"):
+        experiment(unlike, VIT)
+
+
 def test_mae_refuses_a_resnet_and_says_what_to_give():
     with pytest.raises(ValueError, match=r"needs a ViT, not encoder.name resnet18: give --encoder"):
         experiment(MAE, RESNET)
@@ -533,15 +550,16 @@ def test_dino_s_centre_is_the_running_mean_of_the_teachers_logits():
     torch.testing.assert_close(method.centering.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
 
 
-def test_dino_s_prototypes_stand_still_at_first():
-    wanted = experiment(replace(tiny(DINOConfig), freeze_prototypes=0.02), VIT)
+def test_dino_s_prototypes_and_their_lengths_stand_still_at_first():
+    wanted = experiment(replace(tiny(DINOConfig), freeze_prototypes=0.02, free_norms=True), VIT)
     state = start(wanted)  # 100 steps, of which the first 2 are 2 %
-    prototypes = state.method.get_submodule("student_head.prototypes").get_parameter("weight")
-    before = prototypes.clone()
+    head = state.method.get_submodule("student_head")
+    last_layer = [head.get_parameter("prototypes.weight"), head.get_parameter("norms")]
+    before = [tensor.clone() for tensor in last_layer]
     train_for(state, wanted, 2)
-    assert torch.equal(prototypes, before)
+    assert all(map(torch.equal, last_layer, before))
     train_for(state, wanted, 1)
-    assert not torch.equal(prototypes, before)
+    assert not any(map(torch.equal, last_layer, before))
 
 
 def test_dino_s_loss_is_the_teachers_entropy_and_the_divergence_from_it():
@@ -664,8 +682,8 @@ def test_dinov2s_patch_centre_is_the_mean_over_hidden_patches():
 
 def test_dinov2_balances_by_sinkhorn_where_asked():
     method, batch, progress = _dinov2(centering="sinkhorn", prototypes=4)
-    mask = batch["global_mask"].flatten(0, 1)
-    probabilities, _ = method._teach(batch["global"], mask, progress)
+    hidden = batch["global_mask"].flatten().nonzero().squeeze(1)
+    probabilities, _ = method._teach(batch["global"], hidden, progress)
     used = probabilities.flatten(0, 1).sum(0)  # of 16 crops
     torch.testing.assert_close(used, torch.full((4,), 4.0), rtol=0.2, atol=0.2)
 
@@ -687,6 +705,6 @@ def test_dinov2_refuses_settings_outside_their_range(settings, message):
 def test_dinov2_refuses_a_resnet_and_relative_positions_with_local_crops():
     with pytest.raises(ValueError, match="DINOv2 hides patches, so it needs a ViT, not encoder"):
         experiment(tiny(DINOv2Config), RESNET)
-    with pytest.raises(ValueError, match=r"relative positions of beit_base_patch16_224 are for on"):
+    with pytest.raises(ValueError, match=r"local_view.size 8 is not encoder.image_size 16, an"):
         experiment(tiny(DINOv2Config), BEIT)
     experiment(replace(tiny(DINOv2Config), local_crops=0), BEIT)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import BEIT as BEIT_ENCODER
 from helpers import (
     MAE,
     PLAIN_SGD,
@@ -61,6 +62,7 @@ def test_codes_follow_the_features_that_are_assigned_to_them():
     codes, usage = quantizer.get_buffer("codes"), quantizer.get_buffer("usage")
     codes.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
     usage.fill_(1 / 3)
+    quantizer.get_buffer("activity").fill_(1 / 3)
     up_left, down_left = [-0.8, 0.6], [-0.8, -0.6]
     quantizer.follow(torch.tensor([[0.6, 0.8], up_left, down_left, down_left]), 0.9, seed=0)
     mean = torch.tensor([-0.8, (0.6 - 2 * 0.6) / 3])
@@ -77,8 +79,8 @@ def test_codes_follow_the_features_that_are_assigned_to_them():
 
 def test_a_code_that_nothing_comes_to_is_moved_onto_a_feature():
     quantizer = Quantizer(4, codes=5, code_width=3)
-    codes, usage = quantizer.get_buffer("codes"), quantizer.get_buffer("usage")
-    usage.fill_(0.2)
+    codes, activity = quantizer.get_buffer("codes"), quantizer.get_buffer("activity")
+    activity.fill_(0.2)
     features = torch.tensor([[1.0, 0.0, 0.0]]).repeat(8, 1)
     codes.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0], [0, -1, 0]]))
     steps = 0
@@ -87,7 +89,31 @@ def test_a_code_that_nothing_comes_to_is_moved_onto_a_feature():
         steps += 1
     assert 0.9**steps < IDLE <= 0.9 ** (steps - 1)
     assert torch.equal(codes[1], features[0])
-    assert float(usage[1]) == pytest.approx(0.2)
+    assert float(activity[1]) == pytest.approx(0.2)
+    assert float(quantizer.get_buffer("usage")[1]) == 0, "it is not in use for being moved"
+
+
+def test_a_collapse_shows_in_the_codebooks_health_although_codes_are_moved():
+    quantizer = Quantizer(4, codes=32, code_width=3)
+    alike = torch.tensor([[1.0, 0.0, 0.0]]).repeat(64, 1)
+    for step in range(200):
+        quantizer.follow(alike, 0.9, seed=step)
+        health = quantizer.health()
+        assert float(health["codebook_use"]) <= 2 / 32, "the old nearest code and the new one"
+        assert float(health["codebook_perplexity"]) <= 2.0001
+
+
+def test_tokens_are_the_same_under_autocast_and_whatever_the_part(monkeypatch):
+    quantizer = Quantizer(8, codes=512, code_width=8)
+    around = unit(1, 8, seed=1)
+    embedded = F.normalize(unit(400, 8) * 0.1 + around, dim=-1)
+    quantizer.get_buffer("codes").copy_(F.normalize(unit(512, 8, seed=2) * 0.1 + around, dim=-1))
+    expected = quantizer.tokens(embedded)
+    assert len(expected.unique()) > 10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.tokens(embedded), expected)
+    monkeypatch.setattr("selfray.models.quantizer.ROWS_AT_A_TIME", 7)
+    assert torch.equal(quantizer.tokens(embedded.view(4, 100, 8)), expected.view(4, 100))
 
 
 def test_a_new_codebook_is_laid_onto_the_first_batch():
@@ -265,6 +291,38 @@ def test_a_checkpoint_is_continued_with_its_own_tokenizer_alone(tmp_path):
     other = replace(BEIT, tokenizer=other_tokenizer(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"is not the tokenizer of the checkpoint: its sha256 is"):
         start(experiment(other, VIT)).load_state_dict(saved)
+
+
+def test_a_new_run_may_begin_with_anothers_weights_and_a_tokenizer_for_larger_images(tmp_path):
+    first = start(experiment(BEIT, BEIT_ENCODER))
+    larger = replace(VIT, image_size=32)
+    tokenizer = experiment(VQVAE, larger)
+    checkpoint.save(start(tokenizer), tokenizer, Location.of(tmp_path), loss=1.0)
+    wanted = experiment(
+        replace(BEIT, tokenizer=str(tmp_path)), replace(BEIT_ENCODER, image_size=32)
+    )
+    second = start(wanted)
+    second.load_weights(first.state_dict())
+    head = "head.weight"
+    assert torch.equal(weights(second)[head], weights(first)[head])
+    assert all(torch.isfinite(step.loss) for step in train_for(second, wanted, 2))
+
+
+def test_paths_are_made_absolute_for_workers(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert replace(BEIT, tokenizer="runs/one").located().tokenizer == str(tmp_path / "runs/one")
+    assert replace(BEIT, tokenizer="").located().tokenizer == ""
+
+
+def test_an_encoder_with_a_pooling_of_its_own_gives_every_parameter_a_gradient():
+    pooled = replace(VIT, name="vit_base_patch16_reg4_gap_256", position="learned")
+    for method in (VQVAE, BEIT):
+        wanted = experiment(method, pooled)
+        state = start(wanted)
+        batch = prepared(positions(0, 8, wanted), wanted)
+        loss, _ = state.method(batch, state.progress)
+        loss.backward()
+        assert [n for n, p in state.method.named_parameters() if p.grad is None] == []
 
 
 def test_a_missing_tokenizer_is_told_with_the_way_to_train_one(tmp_path):

@@ -173,7 +173,13 @@ class Experiment:
             )
         self.method.check_batch_size(self.batch_size)
         Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)
-        self.views  # noqa: B018 - a method that cannot use this encoder says so here
+        # A method that cannot use this encoder says so here.
+        for name, group in self.views.items():
+            sizes = sorted({view.size or 0 for view in group})
+            require(
+                len(sizes) == 1,
+                f"the {name} views have {' and '.join(map(str, sizes))} pixels: give them one size",
+            )
 
     @property
     def views(self) -> Views:

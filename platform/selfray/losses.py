@@ -1,12 +1,33 @@
 """Losses as pure functions of tensors, in float32 whatever the autocast."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selfray import distributed
 
+Arguments = ParamSpec("Arguments")
 
+
+def in_float32(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """Switch autocast off inside: it would turn every matrix product into bf16 again, in which
+    near neighbours tie and a loss of 11 has steps of 0.06."""
+
+    @functools.wraps(loss)
+    def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
+        first = arguments[0]
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
+            return loss(*arguments, **named)
+
+    return computed
+
+
+@in_float32
 def nt_xent(local: Tensor, everyone: Tensor, first: int, temperature: float) -> Tensor:
     """SimCLR's normalised temperature-scaled cross entropy over two views of each image.
 
@@ -34,6 +55,7 @@ def nt_xent(local: Tensor, everyone: Tensor, first: int, temperature: float) -> 
     return F.cross_entropy(logits.masked_fill(is_itself, float("-inf")), positive)
 
 
+@in_float32
 def masked_pixel_error(
     predicted: Tensor, target: Tensor, mask: Tensor, normalize_pixels: bool
 ) -> Tensor:
@@ -58,6 +80,7 @@ def masked_pixel_error(
     return error[mask].mean()
 
 
+@in_float32
 def regression_to_target(predicted: Tensor, target: Tensor) -> Tensor:
     """BYOL's loss: the squared distance of L2-normalised vectors, 2 - 2 cos, mean over all.
 
@@ -72,6 +95,7 @@ def regression_to_target(predicted: Tensor, target: Tensor) -> Tensor:
     return (2 - 2 * cosine).mean()
 
 
+@in_float32
 def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """MoCo's loss: each query against its own key and the keys of a queue.
 
@@ -90,6 +114,7 @@ def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: fl
     return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
 
 
+@in_float32
 def batch_contrast(queries: Tensor, keys: Tensor, first: int, temperature: float) -> Tensor:
     """MoCo v3's loss: each query against the keys of the global batch.
 
@@ -110,6 +135,7 @@ def batch_contrast(queries: Tensor, keys: Tensor, first: int, temperature: float
     return 2 * temperature * F.cross_entropy(logits, positive)
 
 
+@in_float32
 def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """DINO's loss: cross entropy of the student's crops against the teacher's other crops.
 
@@ -124,10 +150,11 @@ def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> T
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     pairs = -torch.einsum("btk,bsk->bts", teacher.detach().float(), log_student)  # [b, T, S]
-    is_same_crop = torch.eye(*pairs.shape[1:], dtype=torch.bool, device=pairs.device)
-    return pairs[:, ~is_same_crop].mean()
+    same_crop = pairs.diagonal(dim1=1, dim2=2)  # [b, T]
+    return (pairs.sum() - same_crop.sum()) / (pairs.numel() - same_crop.numel())
 
 
+@in_float32
 def masked_distillation(
     student: Tensor, teacher: Tensor, weights: Tensor, crops: int, temperature: float
 ) -> Tensor:
@@ -149,6 +176,7 @@ def masked_distillation(
     return (terms * weights).sum() / crops
 
 
+@in_float32
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Soft assignments that use all prototypes alike over the global batch.
@@ -162,17 +190,21 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
         Probabilities [n, K]. As iterations grow, each prototype gets an equal share of the sum over
         all ranks' rows (Caron et al., arXiv:2006.09882, section 3.1).
     """
-    scaled = logits.float() / temperature
-    # One constant for all ranks, against overflow: it falls out in the first division.
-    largest = scaled.max() if scaled.numel() else scaled.new_tensor(float("-inf"))
-    shares = (scaled - distributed.max_over_ranks(largest)).exp()  # [n, K]
+    shares = logits.float() / temperature  # [n, K], logarithms: sharp ones would underflow
     for _ in range(iterations):
-        totals = distributed.sum_over_ranks(shares.sum(0))  # [K]
-        shares = shares / totals.clamp_min(1e-30)
-        shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
-    return shares
+        shares = shares - _log_total_over_ranks(shares)
+        shares = shares.log_softmax(1)
+    return shares.exp()
 
 
+def _log_total_over_ranks(logs: Tensor) -> Tensor:
+    """[n, K] on each rank -> log of the sum of exp over all ranks' rows [K]."""
+    local = logs.new_full(logs.shape[1:], float("-inf"))
+    largest = distributed.max_over_ranks(logs.amax(0) if len(logs) else local)
+    return largest + distributed.sum_over_ranks((logs - largest).exp().sum(0)).log()
+
+
+@in_float32
 def koleo(features: Tensor, everyone: Tensor, first: int) -> Tensor:
     """KoLeo: pushes each feature away from its nearest neighbour, so that they spread evenly.
 

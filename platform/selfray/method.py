@@ -45,6 +45,10 @@ class MethodConfig(ABC):
         or FileNotFoundError where that is missing or does not fit; asked before a run starts."""
         return {}
 
+    def located(self) -> "MethodConfig":
+        """The same with absolute paths: a worker has another current folder than its driver."""
+        return self
+
     @abstractmethod
     def views(self, encoder: EncoderConfig) -> Views:
         """The views of each image. Raises ValueError for an encoder that the method cannot use."""
@@ -79,28 +83,32 @@ class Method(nn.Module, ABC):
         """Called when the optimizer has moved: teachers follow, queues move."""
 
 
-def fitted(view: View, encoder: EncoderConfig, **changes: Any) -> View:
-    """A view with its size and patch grid filled in from the encoder where it has none."""
+def fitted(view: View, encoder: EncoderConfig, name: str = "a view's size", **changes: Any) -> View:
+    """A view with its size and patch grid filled in from the encoder where it has none. ValueError
+    for a size that the encoder cannot take."""
     size = view.size or encoder.image_size
+    require(
+        not encoder.is_vit or size % encoder.patch == 0,
+        f"{name} {size} is no multiple of the encoder's patches of {encoder.patch} pixels: give "
+        "another",
+    )
+    require(
+        not encoder.is_beit or size == encoder.image_size,
+        f"{name} {size} is not encoder.image_size {encoder.image_size}, and the relative positions "
+        f"of {encoder.name} are for one size: leave it out, or give another --encoder.name",
+    )
     grid = size // encoder.patch if encoder.is_vit else None
     return replace(view, size=size, grid=grid, **changes)
 
 
-def local_view(view: View, encoder: EncoderConfig) -> View:
-    """A small crop, fitted. ValueError for a size that the encoder cannot take."""
-    view = fitted(view, encoder)
-    assert view.size is not None
+def whole(view: View, encoder: EncoderConfig, **changes: Any) -> View:
+    """A view, fitted, for methods that need all of the encoder's patches in it."""
     require(
-        not encoder.is_vit or view.size % encoder.patch == 0,
-        f"method.local_view.size {view.size} is no multiple of the encoder's patches of "
-        f"{encoder.patch} pixels: give --method.local-view.size another",
+        view.size in (None, encoder.image_size),
+        f"method.view.size {view.size} is not encoder.image_size {encoder.image_size}: leave it "
+        "out",
     )
-    require(
-        not encoder.is_beit or view.size == encoder.image_size,
-        f"the relative positions of {encoder.name} are for one size of image: give another "
-        "--encoder.name, or --method.local-crops 0",
-    )
-    return view
+    return fitted(view, encoder, **changes)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -58,9 +58,12 @@ class TrainState:
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over a saved method's weights alone: a new run from another's end, at the same image
         size or at another. ValueError where they are of another method or encoder."""
-        weights, encoder = state["method"], self.method.encoder
+        own, encoder = self.method.state_dict(), self.method.encoder
+        # What a method keeps beside its weights, such as which tokenizer it has, is its own here.
+        extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
+        weights = state["method"] | extra
         if encoder.config.is_vit:
-            weights = fit_positions(weights, self.method.state_dict(), encoder.backbone)
+            weights = fit_positions(weights, own, encoder.backbone)
         self._load_method(weights)
 
     def _load_method(self, weights: dict[str, Tensor]) -> None:

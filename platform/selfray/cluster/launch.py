@@ -110,6 +110,7 @@ def launch(
         RunFailed: the cause in one line; the last good checkpoint stays.
     """
     started = started or time.time()
+    experiment = _located(experiment)
     output = Location.of(experiment.output)
     run = output / experiment.run_name
     check_init_from(experiment)
@@ -343,6 +344,12 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
             f"leave of the cluster's {cluster.cpus:g}"
         )
     return Placement(cpus, gpus, data_cpus)
+
+
+def _located(experiment: Experiment) -> Experiment:
+    """The experiment with absolute paths to what it reads beside its images."""
+    start = experiment.init_from and Location.of(experiment.init_from).uri
+    return replace(experiment, init_from=start, method=experiment.method.located())
 
 
 def check_init_from(experiment: Experiment) -> None:

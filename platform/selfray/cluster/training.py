@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray.train
 import ray.train.torch
@@ -124,7 +124,8 @@ class Recorder:
         self.spool.event("broken_images", names=", ".join(names), total=total)
 
     def on_step(self, state: TrainState, step: Step) -> None:
-        self.window.append(step)
+        # Without the images, a view into the whole batch: a window of those would fill a GPU.
+        self.window.append(replace(step, images=step.images[:0].clone()))
         number = step.progress.step
         if not self.writes:
             self.window.clear()

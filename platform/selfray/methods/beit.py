@@ -4,16 +4,17 @@ Bao et al., "BEiT: BERT Pre-Training of Image Transformers", arXiv:2106.08254.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfray.method import Batch, Method, MethodConfig, Normalization, fitted
+from selfray.method import Batch, Method, MethodConfig, Normalization, whole
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
+from selfray.storage import Location
 from selfray.tokenizer import TokenizerFile
 from selfray.views import BlockMask, ColorJitter, View, Views, require
 
@@ -47,7 +48,7 @@ class BEiTConfig(MethodConfig):
             f"BEiT hides patches, so it needs a ViT, not encoder.name {encoder.name}: give "
             "--encoder.name beit_base_patch16_224 --encoder.position relative, for one",
         )
-        return {"global": (fitted(self.view, encoder, mask=self.mask),)}
+        return {"global": (whole(self.view, encoder, mask=self.mask),)}
 
     def provenance(self, encoder: EncoderConfig, normalization: Normalization) -> Mapping[str, str]:
         file = TokenizerFile.open(self.tokenizer, encoder)
@@ -64,6 +65,10 @@ class BEiTConfig(MethodConfig):
             "tokenizer.run": theirs.run_name,
             "tokenizer.version": file.version or "not registered",
         }
+
+    def located(self) -> "BEiTConfig":
+        known = self.tokenizer and Location.of(self.tokenizer).uri
+        return replace(self, tokenizer=known)
 
     def build(self, encoder: Encoder) -> "BEiT":
         return BEiT(self, encoder)
@@ -85,11 +90,14 @@ class BEiT(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = batch["global"][:, 0], batch["global_mask"][:, 0]  # [B, 3, H, W], [B, N]
-        tokens = self.tokenizer(images)[mask]  # [M], M hidden patches in the whole batch
+        hidden = mask.flatten().nonzero().squeeze(1)  # [M], hidden patches in the whole batch
+        tokens = self.tokenizer(images).flatten()[hidden]  # [M]
         features = self.encoder(images, mask=mask, mask_token=self.mask_token)
-        logits = self.head(features.patches[mask]).float()  # [M, K]
+        logits = self.head(features.patches.flatten(0, 1)[hidden]).float()  # [M, K]
         accuracy = (logits.argmax(-1) == tokens).float().mean()
-        return F.cross_entropy(logits, tokens), {"token_accuracy": accuracy}
+        # What an encoder has for its class token alone gets a gradient of zero, as DDP wants.
+        loss = F.cross_entropy(logits, tokens) + 0 * features.cls.sum()
+        return loss, {"token_accuracy": accuracy}
 
     # The tokenizer is no part of the checkpoint, since it never changes; but a run that goes on
     # with another one would go on learning another language.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selfray.losses import self_distillation
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, local_view, teacher_of
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
@@ -69,7 +69,8 @@ class DINOConfig(MethodConfig):
             "global": (fitted(self.first_view, encoder), fitted(self.second_view, encoder))
         }
         if self.local_crops:
-            views["local"] = (local_view(self.local_view, encoder),) * self.local_crops
+            local = fitted(self.local_view, encoder, "method.local_view.size")
+            views["local"] = (local,) * self.local_crops
         return views
 
     def build(self, encoder: Encoder) -> "DINO":
@@ -110,7 +111,7 @@ class DINO(Method):
 
     def before_step(self, progress: Progress) -> None:
         if progress.fraction < self.config.freeze_prototypes:
-            self.student_head.prototypes.weight.grad = None
+            self.student_head.freeze_prototypes()
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

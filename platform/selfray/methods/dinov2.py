@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from selfray import distributed
 from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, local_view, teacher_of
+from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
@@ -113,7 +113,8 @@ class DINOv2Config(MethodConfig):
             )
         }
         if self.local_crops:
-            views["local"] = (local_view(self.local_view, encoder),) * self.local_crops
+            local = fitted(self.local_view, encoder, "method.local_view.size")
+            views["local"] = (local,) * self.local_crops
         return views
 
     def build(self, encoder: Encoder) -> "DINOv2":
@@ -147,7 +148,8 @@ class DINOv2(Method):
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["global"]  # [b, 2, 3, H, W]
         mask = batch["global_mask"].flatten(0, 1)  # [2b, N]
-        teacher, teacher_patches = self._teach(images, mask, progress)  # [b, 2, K], [M, K']
+        hidden = mask.flatten().nonzero().squeeze(1)  # [M], hidden patches among all
+        teacher, teacher_patches = self._teach(images, hidden, progress)  # [b, 2, K], [M, K']
 
         seen = self.student(images.flatten(0, 1), mask=mask, mask_token=self.mask_token)
         logits = [self.student_head(seen.cls).unflatten(0, images.shape[:2])]  # [b, 2, K]
@@ -158,8 +160,10 @@ class DINOv2(Method):
         temperature = self.config.student_temperature
         image_loss = self_distillation(torch.cat(logits, dim=1), teacher, temperature)
 
-        patch_logits = (self.student_patch_head or self.student_head)(seen.patches[mask])  # [M, K']
-        weights = (1 / mask.sum(1, keepdim=True).clamp_min(1)).expand_as(mask)[mask]  # [M]
+        head = self.student_patch_head or self.student_head
+        patch_logits = head(seen.patches.flatten(0, 1)[hidden])  # [M, K']
+        weights = 1 / mask.sum(1).clamp_min(1)  # [2b]
+        weights = weights.repeat_interleave(mask.shape[1])[hidden]  # [M]
         patch_loss = masked_distillation(
             patch_logits, teacher_patches, weights, len(mask), temperature
         )
@@ -182,12 +186,13 @@ class DINOv2(Method):
         }
 
     @torch.no_grad()
-    def _teach(self, images: Tensor, mask: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    def _teach(self, images: Tensor, hidden: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities for the crops [b, 2, K] and for the patches that are hidden
         from the student [M, K']."""
         features = self.encoder(images.flatten(0, 1))
         logits = self.teacher_head(features.cls).unflatten(0, images.shape[:2])
-        patch_logits = (self.teacher_patch_head or self.teacher_head)(features.patches[mask])
+        head = self.teacher_patch_head or self.teacher_head
+        patch_logits = head(features.patches.flatten(0, 1)[hidden])
         temperature = self.config.teacher_temperature(progress)
         if self.config.centering == "softmax":
             return (
@@ -207,7 +212,7 @@ class DINOv2(Method):
         if progress.fraction < self.config.freeze_prototypes:
             for head in (self.student_head, self.student_patch_head):
                 if head is not None:
-                    head.prototypes.weight.grad = None
+                    head.freeze_prototypes()
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

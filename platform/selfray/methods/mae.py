@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfray.losses import masked_pixel_error
-from selfray.method import Batch, Method, MethodConfig, fitted
+from selfray.method import Batch, Method, MethodConfig, whole
 from selfray.models.decoder import PatchDecoder, patchify
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
@@ -52,7 +52,12 @@ class MAEConfig(MethodConfig):
             f"MAE leaves patches out, so it needs a ViT, not encoder.name {encoder.name}: give "
             "--encoder.name vit_small_patch16_224, for one",
         )
-        return {"global": (fitted(self.view, encoder, mask=RandomMask(self.mask_ratio)),)}
+        require(
+            not encoder.is_beit,
+            f"the relative positions of {encoder.name} are for all patches, and MAE leaves some "
+            "out: give --encoder.name vit_small_patch16_224, for one",
+        )
+        return {"global": (whole(self.view, encoder, mask=RandomMask(self.mask_ratio)),)}
 
     def build(self, encoder: Encoder) -> "MAE":
         return MAE(self, encoder)

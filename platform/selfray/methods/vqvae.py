@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.method import Batch, Method, fitted
+from selfray.method import Batch, Method, whole
 from selfray.models.decoder import PatchDecoder, patchify
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.quantizer import Quantizer
@@ -57,7 +57,7 @@ class VQVAEConfig(TokenizerConfig):
             f"a tokenizer has a token for each patch, so it needs a ViT, not encoder.name "
             f"{encoder.name}: give --encoder.name vit_small_patch16_224, for one",
         )
-        return {"global": (fitted(self.view, encoder),)}
+        return {"global": (whole(self.view, encoder),)}
 
     def build(self, encoder: Encoder) -> "VQVAE":
         return VQVAE(self, encoder)
@@ -83,14 +83,16 @@ class VQVAE(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["global"][:, 0]  # [B, 3, H, W]
-        embedded = self.quantizer.embed(self.encoder(images).patches)  # [B, N, C]
+        features = self.encoder(images)
+        embedded = self.quantizer.embed(features.patches)  # [B, N, C]
         self._embedded.append(embedded.detach().flatten(0, 1))
         codes = self.quantizer.lookup(self.quantizer.tokens(embedded))  # [B, N, C]
         # The nearest code has no gradient: the features get that of the code.
         rebuilt = self._decode(embedded + (codes - embedded).detach())
         error = F.mse_loss(rebuilt, patchify(images, self.patch))
         distance = (embedded - codes).square().sum(-1).mean()
-        loss = error + self.config.commitment * distance
+        # What an encoder has for its class token alone gets a gradient of zero, as DDP wants.
+        loss = error + self.config.commitment * distance + 0 * features.cls.sum()
         return loss, {"pixel_error": error.detach(), **self.quantizer.health()}
 
     def _decode(self, codes: Tensor) -> Tensor:

@@ -66,6 +66,12 @@ class PrototypeHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def freeze_prototypes(self) -> None:
+        """Drop this step's gradients of the prototypes: the optimizer leaves them as they are."""
+        self.prototypes.weight.grad = None
+        if self.norms is not None:
+            self.norms.grad = None
+
     def forward(self, features: Tensor) -> Tensor:
         """[n, D] -> logits [n, K], cosines between an image and each prototype (times its norm)."""
         embedded = F.normalize(self.mlp(features).float(), dim=-1)  # [n, bottleneck]
@@ -95,8 +101,8 @@ class Centering(nn.Module):
         """Move the centre towards the mean of all logits of the step."""
         center = self.get_buffer("center")
         total = torch.stack([rows for rows, _ in self._seen]).sum(0)
-        count = center.new_tensor(sum(count for _, count in self._seen))
+        count = torch.full_like(total[:1], sum(count for _, count in self._seen))  # [1]
         self._seen.clear()
         total, count = distributed.sum_over_ranks(total), distributed.sum_over_ranks(count)
-        if count > 0:
-            center.lerp_(total / count, 1 - self.momentum)
+        mean = torch.where(count > 0, total / count.clamp_min(1), center)
+        center.lerp_(mean, 1 - self.momentum)

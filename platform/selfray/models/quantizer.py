@@ -1,7 +1,5 @@
 """A codebook that turns features into discrete tokens."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +19,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.project = nn.Linear(inputs, code_width)
         self.register_buffer("codes", F.normalize(torch.randn(codes, code_width), dim=-1))  # [K, C]
-        # Zero: every code is moved onto a feature in the first step.
         self.register_buffer("usage", torch.zeros(codes))  # [K], running share of the features
+        # The same, but started anew where a code is moved. Zero: all are, in the first step.
+        self.register_buffer("activity", torch.zeros(codes))  # [K]
 
     def embed(self, features: Tensor) -> Tensor:
         """[..., D] -> unit vectors [..., C]."""
@@ -30,7 +29,12 @@ class Quantizer(nn.Module):
 
     def tokens(self, embedded: Tensor) -> Tensor:
         """Unit vectors [..., C] -> the nearest codes' numbers, int64 [...]."""
-        return (embedded @ self.get_buffer("codes").T).argmax(-1)
+        codes, rows = self.get_buffer("codes"), embedded.flatten(0, -2)
+        # In bf16 near codes tie: an eighth of the tokens would be others (measured).
+        with torch.autocast(rows.device.type, enabled=False):
+            # In parts: all cosines of a large batch with a large codebook take gigabytes.
+            nearest = [(part.float() @ codes.T).argmax(-1) for part in rows.split(ROWS_AT_A_TIME)]
+        return torch.cat(nearest).view(embedded.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Codes [..., C] of tokens [...]."""
@@ -46,18 +50,28 @@ class Quantizer(nn.Module):
             seed: of the choice of features for unused codes, the same on all ranks.
         """
         codes, usage = self.get_buffer("codes"), self.get_buffer("usage")
-        everyone = cast(Tensor, distributed.gather(embedded.contiguous()))  # [n * W, C]
-        assigned = F.one_hot(self.tokens(everyone), len(codes)).to(everyone.dtype)  # [n * W, K]
-        counts = assigned.sum(0)  # [K]
-        means = F.normalize(assigned.T @ everyone, dim=-1)  # [K, C]
-        moved = F.normalize(torch.lerp(means, codes, momentum), dim=-1)
-        codes.copy_(torch.where(counts[:, None] > 0, moved, codes))
-        usage.lerp_(counts / len(everyone), 1 - momentum)
-        idle = usage < IDLE / len(codes)
+        activity = self.get_buffer("activity")
+        count = len(embedded) * distributed.world_size()
+        tokens = self.tokens(embedded)  # [n]
+        assigned = torch.bincount(tokens, minlength=len(codes)).to(usage.dtype)
+        assigned = distributed.sum_over_ranks(assigned)  # [K]
+        sums = distributed.sum_over_ranks(torch.zeros_like(codes).index_add_(0, tokens, embedded))
+        moved = F.normalize(torch.lerp(F.normalize(sums, dim=-1), codes, momentum), dim=-1)
+        codes.copy_(torch.where(assigned[:, None] > 0, moved, codes))
+        usage.lerp_(assigned / count, 1 - momentum)
+        activity.lerp_(assigned / count, 1 - momentum)
+        idle = activity < IDLE / len(codes)
+        codes.copy_(torch.where(idle[:, None], self._drawn(embedded, count, seed), codes))
+        activity.masked_fill_(idle, 1 / len(codes))
+
+    def _drawn(self, embedded: Tensor, count: int, seed: int) -> Tensor:
+        """A feature of the global batch for each code, drawn at random: [K, C] on every rank."""
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(everyone), (len(codes),), generator=generator)
-        codes.copy_(torch.where(idle[:, None], everyone[chosen.to(everyone.device)], codes))
-        usage.masked_fill_(idle, 1 / len(codes))
+        chosen = torch.randint(count, (len(self.get_buffer("codes")),), generator=generator)
+        place = chosen.to(embedded.device) - distributed.rank() * len(embedded)
+        is_mine = (place >= 0) & (place < len(embedded))
+        rows = embedded[place.clamp(0, len(embedded) - 1)] * is_mine[:, None]
+        return distributed.sum_over_ranks(rows)
 
     def health(self) -> dict[str, Tensor]:
         """How much of the codebook is in use: the share of codes that get at least a tenth of an
@@ -69,5 +83,6 @@ class Quantizer(nn.Module):
         return {"codebook_use": in_use, "codebook_perplexity": entropy.exp() * (usage.sum() > 0)}
 
 
+ROWS_AT_A_TIME = 16_384
 IDLE = 0.03
 """A code with less than this part of an equal share of the features is moved."""
