@@ -127,9 +127,10 @@ def ranked(scores: Sequence[Score]) -> list[Score]:
 
 def answer(question: str, scores: Sequence[Score], metric: str) -> str:
     """One sentence: the best, its margin, and whether that is more than the spread over seeds."""
-    best, *others = [score for score in ranked(scores) if score.values] or [None]
-    if best is None:
+    measured = [score for score in ranked(scores) if score.values]
+    if not measured:
         return f"{question} No run ended well, so there is no answer."
+    best, *others = measured
     if not others:
         return f"{question} Only {best.label} was measured: {metric} {best.mean:.1%}."
     second = others[0]
