@@ -1,5 +1,6 @@
 """The README's commands are commands that exist, with flags that exist."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -7,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 from recipes import cifar10, digits, imagenet
 from selfray import cli
 from selfray.cluster import command
+from selfray.cluster.command import SweepFlags
 
 ROOT = Path(__file__).parent.parent
 RECIPES = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
@@ -30,7 +33,7 @@ def words_after(prefix: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_tested_here():
-    kinds = ("make ", "selfray ", *SCRIPTS)
+    kinds = ("make ", "selfray ", *SCRIPTS, *SWEEPS)
     assert [line for line in commands() if not any(kind in line for kind in kinds)] == []
 
 
@@ -45,7 +48,25 @@ def test_a_selfray_command_of_the_readme_is_understood(words):
     assert cli.parse(words)
 
 
+SWEPT = ("mae", "temperature", "momentum", "augmentation")
 SCRIPTS = ("python experiments/pretrain.py ", "python experiments/train_tokenizer.py ")
+
+
+SWEEPS = {f"python experiments/sweep_{name}.py ": name for name in SWEPT}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(name, words) for script, name in SWEEPS.items() for words in words_after(script)],
+)
+def test_a_sweep_of_the_readme_is_understood(name, words):
+    module = importlib.import_module(f"sweep_{name}")
+    (kind,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, SweepFlags) and value is not SweepFlags
+    ]
+    assert tyro.cli(kind, args=words).recipe in RECIPES
 
 
 @pytest.mark.parametrize(
