@@ -11,6 +11,7 @@ from selfray.health import effective_rank, feature_health
 from selfray.models.encoder import Encoder, Features, encode_uint8
 from selfray.probes.features import LabelledFeatures, embed, pixels, probe
 from selfray.probes.knn import KNN, nearest
+from selfray.probes.labelfree import LabelFree
 from selfray.probes.linear import Linear
 from selfray.probes.protocol import Protocol
 
@@ -194,7 +195,13 @@ def test_a_probe_of_features_gives_both_numbers_and_leaves_out_images_without_la
     result = probe(LabelledFeatures(train, labels), LabelledFeatures(test, wanted))
     assert (result.knn, result.linear) == (1.0, 1.0)
     assert (result.train_images, result.test_images) == (70, 35)
-    assert result.protocols == {"knn": str(KNN()), "linear": str(Linear())}
+    assert result.protocols == {
+        "knn": str(KNN()),
+        "linear": str(Linear()),
+        "labelfree": str(LabelFree()),
+    }
+    assert result.rankme is not None
+    assert result.alignment is None, "no crops were given"
 
 
 def test_a_probe_without_labels_is_refused_with_the_counts():

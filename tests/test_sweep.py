@@ -1,10 +1,20 @@
 """Sweeps as data: combinations, ranks and the sentence that answers the question."""
 
 import pytest
+from scipy.stats import spearmanr
 
 from helpers import MAE, experiment
 from selfray.schedules import Constant, Cosine
-from selfray.sweep import Axis, Option, Question, Score, Trial, answer, ranked
+from selfray.sweep import (
+    Axis,
+    Option,
+    Question,
+    Score,
+    Trial,
+    answer,
+    rank_correlation,
+    ranked,
+)
 
 RATIO = Axis.over("mask ratio", "method.mask_ratio", [0.5, 0.75, 0.9])
 EPOCHS = Axis.over("epochs", "epochs", [1, 2])
@@ -90,3 +100,20 @@ def test_ranks_follow_the_mean_and_failures_come_last():
 )
 def test_the_answer_tells_the_best_its_margin_and_the_noise(scores, expected):
     assert answer("Which?", scores, "kNN") == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
+        ([1, 2, 2, 4], [1, 2, 3, 4], 0.9486832980505138),
+        ([1, 2], [1, 2], None),
+        ([1, 1, 1], [1, 2, 3], None),
+    ],
+)
+def test_the_rank_correlation_is_spearmans(first, second, expected):
+    found = rank_correlation(first, second)
+    assert found == (expected if expected is None else pytest.approx(expected))
+    if expected is not None:
+        assert found == pytest.approx(spearmanr(first, second).statistic)

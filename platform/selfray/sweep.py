@@ -120,6 +120,22 @@ class Score:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's: how far two figures order runs alike, -1..1; None where one of them is constant
+    or there are fewer than three runs."""
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    places = [_places(values) for values in (first, second)]
+    return float(np.corrcoef(*places)[0, 1])
+
+
+def _places(values: Sequence[float]) -> np.ndarray:
+    """The rank of each value, equal ones sharing the mean of theirs."""
+    array = np.asarray(values)
+    below = (array[None] < array[:, None]).sum(1)
+    return below + ((array[None] == array[:, None]).sum(1) - 1) / 2
+
+
 def ranked(scores: Sequence[Score]) -> list[Score]:
     """The best mean first; combinations of which no run ended well, last."""
     return sorted(scores, key=lambda score: -score.mean if score.values else 1.0)

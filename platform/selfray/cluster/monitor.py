@@ -13,7 +13,7 @@ from typing import Any
 
 from selfray import checkpoint
 from selfray.checkpoint import Checkpoint
-from selfray.cluster.probe_jobs import EncoderRef, ProbeJob, metrics_of, tags_of
+from selfray.cluster.probe_jobs import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
 from selfray.experiment import Experiment
@@ -259,8 +259,7 @@ class Monitor:
             "probe",
             step=step,
             images_seen=images_seen,
-            knn=result.knn,
-            linear=result.linear,
+            **{name: getattr(result, name) for name in PROBED},
             train_images=result.train_images,
             test_images=result.test_images,
             **{f"protocol_{name}": text for name, text in result.protocols.items()},

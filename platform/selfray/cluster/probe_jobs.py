@@ -17,10 +17,11 @@ from selfray.cluster.dataset import blocks_of_ids, configure
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder
 from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
+from selfray.probes.labelfree import LabelFree
 from selfray.source import LABEL, VIEWS, Arrays, Sample
 from selfray.train import TrainState
 
-FEATURES = "features"
+FEATURES, OF_CROPS = "features", "of_crops"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class EmbedBlock:
     """None gives the raw pixels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crops: bool = False
+    """Whether a crop of each image is encoded too."""
 
     def run(self, ids: Arrays) -> Arrays:
         blocks = [self.sample.read(int(block)) for block in ids["id"]]
@@ -70,8 +73,12 @@ class EmbedBlock:
         views = np.concatenate([block[VIEWS] for block in blocks])
         if self.encoder is None:
             return {FEATURES: pixels(views), LABEL: labels}
-        features = embed(_loaded(self.encoder), views, self.mean, self.std)
-        return {FEATURES: features, LABEL: labels}
+        encoder = _loaded(self.encoder)
+        embedded = {FEATURES: embed(encoder, views, self.mean, self.std), LABEL: labels}
+        if self.crops:
+            of_crops = embed(encoder, LabelFree().crops(views), self.mean, self.std)
+            embedded[OF_CROPS] = of_crops[:, : encoder.width]
+        return embedded
 
 
 @lru_cache(maxsize=2)
@@ -96,11 +103,14 @@ class ProbeJob:
     tasks: int = 1
     """Most tasks at a time: each is a process that imports torch."""
 
-    def features(self, sample: Sample, encoder: EncoderRef | None) -> LabelledFeatures:
-        """Features of a sample, computed once, in parallel: float32 [n, D], in its order."""
+    def features(
+        self, sample: Sample, encoder: EncoderRef | None, crops: bool = False
+    ) -> LabelledFeatures:
+        """Features of a sample, computed once, in parallel: float32 [n, D], in its order; and of a
+        crop of each image, where asked."""
         configure(DataContext.get_current())
         # Ray's stubs know no dict of arrays.
-        run: Any = EmbedBlock(sample, encoder, self.mean, self.std).run
+        run: Any = EmbedBlock(sample, encoder, self.mean, self.std, crops).run
         dataset = blocks_of_ids(sample.blocks).map_batches(
             run,
             batch_size=None,
@@ -117,11 +127,13 @@ class ProbeJob:
             torch.from_numpy(np.concatenate([part[FEATURES] for part in parts])),
             torch.from_numpy(np.concatenate([part[LABEL] for part in parts])),
             None if encoder is None else encoder.width,
+            torch.from_numpy(np.concatenate([part[OF_CROPS] for part in parts])) if crops else None,
         )
 
     def run(self, encoder: EncoderRef | None) -> ProbeResult:
         """Features of train and test, then every protocol, in a task of its own."""
-        train, test = self.features(self.train, encoder), self.features(self.test, encoder)
+        train = self.features(self.train, encoder)
+        test = self.features(self.test, encoder, crops=encoder is not None)
         # A sweep's trial holds a placement group of next to nothing: this task must not be put
         # into it.
         anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
@@ -130,7 +142,12 @@ class ProbeJob:
 
 
 def metrics_of(result: ProbeResult) -> dict[str, float]:
-    return {"probe/knn": result.knn, "probe/linear": result.linear}
+    values = {name: getattr(result, name) for name in PROBED}
+    return {f"probe/{name}": value for name, value in values.items() if value is not None}
+
+
+PROBED = ("knn", "linear", "rankme", "uniformity", "alignment")
+"""The numbers of a ProbeResult."""
 
 
 def tags_of(result: ProbeResult) -> dict[str, str]:

@@ -19,7 +19,7 @@ from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
 from selfray.experiment import Experiment
 from selfray.storage import Location
-from selfray.sweep import Question, Score, Trial, answer, ranked
+from selfray.sweep import Question, Score, Trial, answer, rank_correlation, ranked
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class Outcome:
     linear: float | None
     untrained_knn: float | None
     untrained_linear: float | None
+    rankme: float | None
+    uniformity: float | None
+    alignment: float | None
     images_per_second: float | None
     failure: str | None
     """The cause in one line where the run did not end well."""
@@ -154,26 +157,27 @@ def _run_trial(setting: dict[str, Any]) -> dict[str, Any]:
     if Path(task.folder).is_dir():
         os.chdir(task.folder)  # Tune has gone into a folder of its own
     part = PartOf(task.parent_run_id, task.params)
-    run = None
     try:
         with _LogConsole(task.log) as console:
             result = launch(experiment, console, task.tracking, part_of=part)
-        run, probe, untrained = result.folder, result.final_probe, result.probes.get(0)
+        probe, untrained = result.final_probe, result.probes.get(0)
         found = Outcome(
             task.label,
             task.seed,
-            run,
+            result.folder,
             probe and probe.knn,
             probe and probe.linear,
             untrained and untrained.knn,
             untrained and untrained.linear,
+            probe and probe.rankme,
+            probe and probe.uniformity,
+            probe and probe.alignment,
             result.images_per_second,
             None,
         )
     except (RunFailed, ValueError, OSError) as error:
         log.exception("%s, seed %d", task.label, task.seed)
-        nothing = (None,) * 5
-        found = Outcome(task.label, task.seed, run, *nothing, failure=str(error))
+        found = _failed(task.label, task.seed, str(error))
     Location.of(task.file).write_json(asdict(found))
     return {"done": True}
 
@@ -324,7 +328,7 @@ def _result(
     outcomes: Sequence[Outcome | None],
 ) -> SweepResult:
     ended = [
-        outcome or Outcome(trial.label, trial.seed, *(None,) * 6, failure="its process died")
+        outcome or _failed(trial.label, trial.seed, "its process died")
         for trial, outcome in zip(trials, outcomes, strict=True)
     ]
     scores = []
@@ -336,6 +340,24 @@ def _result(
     scores = ranked(scores)
     name = METRIC_NAMES[question.metric]
     return SweepResult(folder.uri, ended, scores, answer(asked, scores, name))
+
+
+def _failed(label: str, seed: int, cause: str) -> Outcome:
+    return Outcome(label, seed, *[None] * 9, failure=cause)
+
+
+def agreement(outcomes: Sequence[Outcome]) -> str:
+    """How far the label-free figures order the runs as kNN does, in a line; empty for few runs."""
+    # Lower is better for the last two.
+    signs = {"rankme": 1, "uniformity": -1, "alignment": -1}
+    parts = []
+    for name, sign in signs.items():
+        pairs = [(o.knn, getattr(o, name)) for o in outcomes]
+        known = [(k, sign * v) for k, v in pairs if k is not None and v is not None]
+        found = rank_correlation(*zip(*known, strict=True)) if known else None
+        if found is not None:
+            parts.append(f"{name} {found:+.2f}")
+    return f"rank correlation with kNN, without labels: {', '.join(parts)}" if parts else ""
 
 
 METRIC_NAMES = {"knn": "kNN", "linear": "linear"}
@@ -357,6 +379,8 @@ def _report(
 ) -> None:
     """The table, the sentence and the figure: on the console, in the folder, in MLflow."""
     text = f"{table(result.scores, question.metric)}\n\n{result.answer}\n"
+    if told := agreement(result.outcomes):
+        text += f"\n{told}\n"
     console.say()
     console.say(text)
     folder = Location.of(result.folder)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selfray.models.encoder import Encoder, encode_uint8
 from selfray.probes.knn import KNN
+from selfray.probes.labelfree import LabelFree
 from selfray.probes.linear import Linear
 
 
@@ -19,6 +20,8 @@ class LabelledFeatures:
     """int64 [n]; -1 where an image has none."""
     cls_width: int | None = None
     """D, the width of the class token's part; None where the features have no other part."""
+    of_crops: Tensor | None = None
+    """float32 [n, D]: class tokens of a crop of each image, where they were asked for."""
 
     @property
     def cls(self) -> Tensor:
@@ -26,18 +29,23 @@ class LabelledFeatures:
 
     def labelled(self) -> "LabelledFeatures":
         known = self.labels >= 0
-        return LabelledFeatures(self.features[known], self.labels[known], self.cls_width)
+        of_crops = None if self.of_crops is None else self.of_crops[known]
+        return LabelledFeatures(self.features[known], self.labels[known], self.cls_width, of_crops)
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The numbers of one encoder, each in 0..1, with the protocols that made them."""
+    """The numbers of one encoder, with the protocols that made them: accuracies in 0..1, and what
+    can be told without labels (see LabelFree; None where it was not asked for)."""
 
     knn: float
     linear: float
     train_images: int
     test_images: int
     protocols: dict[str, str]
+    rankme: float | None = None
+    uniformity: float | None = None
+    alignment: float | None = None
 
 
 def embed(
@@ -78,11 +86,15 @@ def probe(train: LabelledFeatures, test: LabelledFeatures) -> ProbeResult:
             f"probes need labelled images; {len(train.labels)} of train and {len(test.labels)} of "
             "test have a label"
         )
-    knn, linear = KNN(), Linear()
+    knn, linear, labelfree = KNN(), Linear(), LabelFree()
+    crops = test.of_crops
     return ProbeResult(
         knn.accuracy(train.cls, train.labels, test.cls, test.labels),
         linear.accuracy(train.features, train.labels, test.features, test.labels),
         len(train.labels),
         len(test.labels),
-        {"knn": str(knn), "linear": str(linear)},
+        {"knn": str(knn), "linear": str(linear), "labelfree": str(labelfree)},
+        labelfree.rankme(test.cls),
+        labelfree.uniformity(test.cls),
+        None if crops is None else labelfree.alignment(test.cls, crops),
     )
