@@ -125,8 +125,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     or there are fewer than three runs."""
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    places = [_places(values) for values in (first, second)]
-    return float(np.corrcoef(*places)[0, 1])
+    return float(np.corrcoef(_places(first), _places(second))[0, 1])
 
 
 def _places(values: Sequence[float]) -> np.ndarray:
