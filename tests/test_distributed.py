@@ -66,6 +66,7 @@ RUNS: dict[str, Experiment] = {
     "mocov3 with a vit": experiment(tiny(MoCoV3Config), VIT, optimizer=SMALLER_STEPS),
     "mocov3 with a resnet": experiment(tiny(MoCoV3Config), RESNET, optimizer=SMALLER_STEPS),
     "dino": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS),
+    "dino with a resnet": experiment(tiny(DINOConfig), RESNET, optimizer=SMALLER_STEPS),
     "dinov2": experiment(tiny(DINOv2Config), VIT, optimizer=SMALL_STEPS),
     "dinov2 by sinkhorn with two heads": experiment(
         replace(tiny(DINOv2Config), centering="sinkhorn", separate_heads=True),

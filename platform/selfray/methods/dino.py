@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selfray import distributed
 from selfray.losses import self_distillation
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -39,6 +40,8 @@ class DINOConfig(MethodConfig):
     """Share of the run in which the prototypes stay at their start: 1 epoch of 100."""
     local_crops: int = 8
     """Small crops of each image that only the student sees; 0 for none."""
+    global_batchnorm: bool = True
+    """Batch norm, where the encoder has any, over the global batch."""
     first_view: View = FIRST
     """The first of the two global crops."""
     second_view: View = SECOND
@@ -74,7 +77,8 @@ class DINOConfig(MethodConfig):
         return views
 
     def build(self, encoder: Encoder) -> "DINO":
-        return DINO(self, encoder)
+        method = DINO(self, encoder)
+        return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
 
 
 class DINO(Method):
