@@ -33,7 +33,7 @@ def words_after(prefix: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_tested_here():
-    kinds = ("make ", "selfray ", *SCRIPTS, *SWEEPS)
+    kinds = ("make ", "selfray ", COMPARE, *SCRIPTS, *SWEEPS)
     assert [line for line in commands() if not any(kind in line for kind in kinds)] == []
 
 
@@ -49,6 +49,7 @@ def test_a_selfray_command_of_the_readme_is_understood(words):
 
 
 SWEPT = ("mae", "temperature", "momentum", "augmentation")
+COMPARE = "python experiments/compare_methods.py"
 SCRIPTS = ("python experiments/pretrain.py ", "python experiments/train_tokenizer.py ")
 
 
