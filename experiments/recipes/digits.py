@@ -124,9 +124,9 @@ MOCO_V3 = replace(  # 94.8 and 97.7 %, 234 s
     ),
 )
 
-# 95.0 and 95.8 %, 181 s (core alone, seeds 1 and 2: 92.1 and 96.3 %, 90.6 and 97.5 %). Two crops of a digit hardly
-# agree at first, so the paper's teacher, at temperature 0.04 rising to 0.07, gets a student that
-# sees noise and shrinks to the uniform distribution; at 0.02 the agreement grows.
+# 95.0 and 95.8 %, 181 s (core alone, seeds 1 and 2: 92.1 and 96.3 %, 90.6 and 97.5 %). Two crops of
+# a digit hardly agree at first, so the paper's teacher, at temperature 0.04 rising to 0.07, gets a
+# student that sees noise and shrinks to the uniform distribution; at 0.02 the agreement grows.
 WIDE = replace(VIEW, crop_scale=(0.5, 1.0))
 DINO = replace(
     SIMCLR,
@@ -167,8 +167,8 @@ TOKENIZER = replace(
     epochs=20,
 )
 
-# 69.8 and 93.6 %, 188 s (core alone, seed 1: 60.3 and 92.5 %). With relative positions in place of fixed ones, 60
-# epochs gained next to nothing: 83.6 -> 83.9 % (linear).
+# 69.8 and 93.6 %, 188 s (core alone, seed 1: 60.3 and 92.5 %). With relative positions in place of
+# fixed ones, 60 epochs gained next to nothing: 83.6 -> 83.9 % (linear).
 BEIT = replace(
     MAE,
     name="beit-digits",
@@ -179,8 +179,8 @@ BEIT = replace(
     epochs=60,
 )
 
-# 88.3 and 91.1 %, 261 s (core alone, seed 1: 92.0 and 93.1 %); untrained 37.9 and 83.1 % (46.1 and 82.7 %). Half the
-# learning rate gave 81.1 and 89.6 %.
+# 88.3 and 91.1 %, 261 s (core alone, seed 1: 92.0 and 93.1 %); untrained 37.9 and 83.1 % (46.1 and
+# 82.7 %). Half the learning rate gave 81.1 and 89.6 %.
 DINO_V2 = replace(
     DINO,
     name="dinov2-digits",
