@@ -568,14 +568,17 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
         "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
         f"40 train and 20 test images of {trained}/data",
     ]
-    assert re.fullmatch(r" +kNN  linear  seconds", lines[3])
-    rows = [re.fullmatch(r"(.*?) +([\d.]+)% +([\d.]+)% +[\d.]+", line) for line in lines[4:7]]
+    assert re.fullmatch(r" +kNN  linear  RankMe  seconds", lines[3])
+    rows = [
+        re.fullmatch(r"(.*?) +([\d.]+)% +([\d.]+)% +[\d.]+ +[\d.]+", line) for line in lines[4:7]
+    ]
     found = {row[1]: (float(row[2]), float(row[3])) for row in rows if row}
     assert list(found) == ["step 2", "untrained encoder", "raw pixels at 16 x 16"]
     assert found["raw pixels at 16 x 16"] == (100.0, 100.0)
     assert lines[8].startswith("knn-v1 (k 20")
     assert lines[9].startswith("linear-v1 (")
-    assert len(lines) == 13
+    assert lines[10].startswith("labelfree-v1 (")
+    assert len(lines) == 14
 
     written = json.loads((tmp_path / "p.json").read_text())
     assert written["step"] == 2
@@ -586,14 +589,15 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     from mlflow import MlflowClient
 
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
+    figures = ("knn", "linear", "rankme", "uniformity", "alignment")
+    places = {"probe/": "checkpoint", "probe/untrained/": "untrained", "probe/pixels/": "pixels"}
     assert run.data.metrics == {
-        "probe/knn": results["checkpoint"]["knn"],
-        "probe/linear": results["checkpoint"]["linear"],
-        "probe/untrained/knn": results["untrained"]["knn"],
-        "probe/untrained/linear": results["untrained"]["linear"],
-        "probe/pixels/knn": 1.0,
-        "probe/pixels/linear": 1.0,
+        prefix + figure: pytest.approx(results[key][figure])
+        for prefix, key in places.items()
+        for figure in figures
+        if (key, figure) != ("pixels", "alignment")  # pixels are not encoded, so neither are crops
     }
+    assert results["checkpoint"]["rankme"] >= 1
     assert run.data.tags["probe.knn.protocol"] == lines[8]
     assert run.info.status == "FAILED", "a number that is logged later does not change the outcome"
 
@@ -606,7 +610,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
     assert said.code == 0, said.text
     assert "24 train and 6 test images" in said.lines[1]
-    assert said.lines[-2] == "logged as probe/clinic/knn, probe/clinic/linear"
+    assert said.lines[-2].startswith("logged as probe/clinic/knn, probe/clinic/linear, probe/clin")
 
 
 def kept_in(run_folder: Path) -> list[dict[str, float]]:

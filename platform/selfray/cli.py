@@ -619,9 +619,10 @@ def _table(
     yield f"{first.train_images:,} train and {first.test_images:,} test images of {where}"
     yield ""
     width = max(len(judged.title) for judged in results)
-    yield f"{'':{width}}     kNN  linear  seconds"
+    yield f"{'':{width}}     kNN  linear  RankMe  seconds"
     for _, title, result, seconds in results:
-        yield f"{title:{width}}  {result.knn:6.1%}  {result.linear:6.1%}  {seconds:7.1f}"
+        accuracies = f"{result.knn:6.1%}  {result.linear:6.1%}"
+        yield f"{title:{width}}  {accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
     yield ""
     yield from first.protocols.values()
 
@@ -661,7 +662,7 @@ def _track(
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
     from selfray.cluster.command import mlflow_tags
-    from selfray.cluster.probe_jobs import tags_of
+    from selfray.cluster.probe_jobs import metrics_of, tags_of
     from selfray.cluster.tracking import RUN_RECORD, SHIPPED, SPOOL, Tracker, tracking_uri
     from selfray.spool import SpoolWriter
 
@@ -672,8 +673,8 @@ def _track(
     names = {"checkpoint": prefix, "untrained": f"{prefix}untrained/", "pixels": f"{prefix}pixels/"}
     values = {}
     for judged in results:
-        values[f"{names[judged.key]}knn"] = judged.result.knn
-        values[f"{names[judged.key]}linear"] = judged.result.linear
+        probed = metrics_of(judged.result)
+        values |= {names[judged.key] + n.removeprefix("probe/"): v for n, v in probed.items()}
     writer = SpoolWriter(run / SPOOL, f"probe-{time.time_ns()}")
     writer.metrics(checkpoint.images_seen, values)
     writer.tags(tags_of(results[0].result))
