@@ -61,6 +61,7 @@ def test_a_tokenizer_is_trained_versioned_and_named_by_the_run_that_uses_it(
     assert runs["beit"].params["method.tokenizer"] == trained.folder
 
 
+@pytest.mark.long
 def test_a_store_that_is_gone_costs_the_version_and_not_the_tokenizer(
     shards: str,  # noqa: F811
     tmp_path: Path,

@@ -60,6 +60,7 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     assert len(client.search_runs([tracked.experiment_id])) == len(runs)
 
 
+@pytest.mark.long
 def test_a_trial_whose_record_is_lost_is_finished_and_not_trained_again(
     shards: str,  # noqa: F811
     tmp_path: Path,
