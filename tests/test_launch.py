@@ -227,6 +227,7 @@ def test_a_run_that_explodes_on_two_workers_ends_at_once_and_is_not_tried_again(
     assert all(tensor.isfinite().all() for tensor in kept.state()["method"].values())
 
 
+@pytest.mark.long
 def test_a_run_whose_features_collapse_keeps_its_last_good_checkpoint_and_can_go_on(
     shards, tmp_path
 ) -> None:

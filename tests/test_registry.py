@@ -17,6 +17,7 @@ from test_launch import Screen, experiment, shards  # noqa: F401 - a fixture
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+@pytest.mark.long
 def test_a_tokenizer_is_trained_versioned_and_named_by_the_run_that_uses_it(
     shards: str,  # noqa: F811
     tmp_path: Path,

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 QUESTION = Question("sizes", (Axis.over("batch size", "batch_size", [16, 4096]),), metric="linear")
 
 
+@pytest.mark.long
 def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     shards: str,  # noqa: F811
     tmp_path: Path,
