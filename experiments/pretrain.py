@@ -15,11 +15,10 @@ from selfray.cluster import runtime
 def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import cifar10, digits, imagenet
+    from recipes import every
     from selfray.cluster.command import run_experiment
 
-    recipes = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
-    return run_experiment(recipes, __doc__ or "", ray, started)
+    return run_experiment(every(), __doc__ or "", ray, started)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ from selfray.cluster import runtime
 def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import cifar10, digits, imagenet
+    from recipes import every
     from selfray.cluster.command import run_experiment
     from selfray.cluster.registry import register_tokenizer
     from selfray.tokenizer import TokenizerConfig
 
-    every = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
-    recipes = {name: r for name, r in every.items() if isinstance(r.method, TokenizerConfig)}
+    recipes = {name: r for name, r in every().items() if isinstance(r.method, TokenizerConfig)}
     return run_experiment(recipes, __doc__ or "", ray, started, register_tokenizer)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import tyro
 
-from recipes import cifar10, digits, imagenet
+from recipes import every
 from selfray import cli
 from selfray.cluster import command
 from selfray.cluster.command import SweepFlags
 
 ROOT = Path(__file__).parent.parent
-RECIPES = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+RECIPES = every()
 
 
 def commands() -> list[str]:

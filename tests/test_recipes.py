@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from helpers import batches, tokenizer_run
-from recipes import cifar10, digits, imagenet
+from recipes import every
 from selfray import config
 from selfray.experiment import Experiment
 from selfray.methods.beit import BEiTConfig
 from selfray.optim import follow_schedules, learning_rate_at
 from selfray.schedules import Progress
 
-RECIPES = digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+RECIPES = every()
 METHODS = "simclr mocov1 mocov2 mocov3 byol dino mae tokenizer beit dinov2"
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)

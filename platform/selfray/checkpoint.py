@@ -68,6 +68,11 @@ class Checkpoint:
     def images_seen(self) -> int:
         return int(self.manifest["images_seen"])
 
+    @property
+    def digest(self) -> str:
+        """sha256 of its state's tensors, in hex: which weights these are."""
+        return self.manifest["files"]["state.safetensors"]["sha256"]
+
     def read(self, name: str) -> bytes:
         """One file, compared with the manifest. ValueError where it differs."""
         try:

@@ -92,7 +92,7 @@ class TokenizerFile:
     @property
     def digest(self) -> str:
         """sha256 of its weights, in hex."""
-        return self.checkpoint.manifest["files"]["state.safetensors"]["sha256"]
+        return self.checkpoint.digest
 
     @property
     def version(self) -> str | None:

@@ -56,7 +56,7 @@ def run_experiment(
         try:
             experiment = parse(recipes, description)
             return with_console(
-                Path(experiment.output if "://" not in experiment.output else "runs") / "logs",
+                log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then),
             )
         finally:
@@ -208,11 +208,15 @@ def run_sweep(
             result = sweep(base, question, asked, console, at_once=flags.at_once)
         return 1 if any(outcome.failure for outcome in result.outcomes) else 0
 
-    logs = Path(flags.output if "://" not in flags.output else "runs") / "logs"
     try:
-        return with_console(logs, body)
+        return with_console(log_folder(flags.output), body)
     finally:
         ray.stop()
+
+
+def log_folder(output: str) -> Path:
+    """Where a command's own log lies: on this machine, wherever its output goes."""
+    return Path(output if "://" not in output else "runs") / "logs"
 
 
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:

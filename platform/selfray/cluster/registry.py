@@ -38,13 +38,12 @@ def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str
     from mlflow.exceptions import MlflowException
 
     record = (run / RUN_RECORD).read_json()
-    digest = found.manifest["files"]["state.safetensors"]["sha256"]
     # A password is not recorded; then the environment must name the server.
     known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
     uri = tracking_uri(Location.of(experiment.output), known)
     with asking_mlflow(uri) as (client, _):
         versions = client.search_model_versions(f"name = '{experiment.name}'")
-        same = [v for v in versions if v.tags.get("sha256") == digest]
+        same = [v for v in versions if v.tags.get("sha256") == found.digest]
         if same:
             version = str(same[0].version)
         else:
@@ -62,7 +61,7 @@ def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str
                 experiment.name,
                 f"{artifacts}/tokenizer",
                 record["run_id"],
-                tags={"sha256": digest, "run.folder": run.uri, "step": str(found.step)},
+                tags={"sha256": found.digest, "run.folder": run.uri, "step": str(found.step)},
             )
             version = str(made.version)
     # Beside the weights, so that runs that use them can tell the version without a server.

@@ -14,6 +14,7 @@ from ray import tune
 
 from selfray import config, pictures
 from selfray.cluster import runtime
+from selfray.cluster.command import asking_mlflow
 from selfray.cluster.launch import PartOf, RunFailed, launch, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
@@ -222,15 +223,16 @@ def _run_all(tasks: Sequence[_Task], folder: Location, at_once: int) -> None:
 
 def _mark_killed(uri: str, parent_run_id: str | None) -> None:
     """Say in MLflow that the runs under way were stopped: their processes end with this one."""
-    from mlflow import MlflowClient
-
     if parent_run_id is None:
         return
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_run(parent_run_id).info.experiment_id
     children = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and status = 'RUNNING'"
-    for run in client.search_runs([experiment], children):
-        client.set_terminated(run.info.run_id, "KILLED")
+    try:
+        with asking_mlflow(uri) as (client, _):
+            experiment = client.get_run(parent_run_id).info.experiment_id
+            for run in client.search_runs([experiment], children):
+                client.set_terminated(run.info.run_id, "KILLED")
+    except OSError:
+        log.exception("MLflow cannot be told that the runs were stopped")
 
 
 def _fitting(experiment: Experiment, cluster: Resources) -> int:
@@ -391,11 +393,12 @@ def _report(
         tracker.log_artifact(Path(folder.path) / "table.md")
     measured = [score for score in result.scores if score.values]
     if measured:
-        order = {trial.label: None for trial in question.trials}
+        by_label = {score.label: score.values for score in measured}
+        asked_order = dict.fromkeys(trial.label for trial in question.trials)
         untrained = [getattr(o, f"untrained_{question.metric}") for o in result.outcomes]
         known = [value for value in untrained if value is not None]
         figure = pictures.sweep(
-            {label: score.values for label in order for score in measured if score.label == label},
+            {label: by_label[label] for label in asked_order if label in by_label},
             METRIC_NAMES[question.metric],
             sum(known) / len(known) if known else None,
             f"{question.name} of {base.name}",
