@@ -41,7 +41,7 @@ def main() -> int:
     flags = tyro.cli(SweepAugmentation, description=__doc__)
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
-    from selfray.sweep import Axis, Option, Question
+    from selfray.sweep import Axis, Option
     from selfray.views import View
 
     base = flags.base(every(), "simclr", "moco", "mocov3", "byol", "dino")
@@ -52,7 +52,7 @@ def main() -> int:
         without = {f"method.{n}": replace(view, **off) for n, view in views.items()}
         if without != {f"method.{n}": view for n, view in views.items()}:
             options.append(Option(name, without))
-    question = Question("sweep-augmentation", (Axis("without", tuple(options)),), seeds=flags.seeds)
+    question = flags.question("sweep-augmentation", Axis("without", tuple(options)))
     return run_sweep(flags, base, question, "What is best left out for these images?", ray)
 
 

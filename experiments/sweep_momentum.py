@@ -2,8 +2,10 @@
 
     python experiments/sweep_momentum.py                             # BYOL on digits
     python experiments/sweep_momentum.py --recipe dino-digits --starts 0.99 0.996 --seeds 3
+    python experiments/sweep_momentum.py --search population --between 0.8 0.999 --samples 6
 
-A constant stays at its start; the line and the cosine end at 1, where the teacher stands still.
+A constant stays at its start; the line and the cosine end at 1, where the teacher stands still. A
+population finds a schedule of its own: what its survivor went through.
 The same command goes on where it stopped.
 """
 
@@ -25,6 +27,9 @@ class SweepMomentum(SweepFlags):
     """Momentum at the first step."""
     shapes: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant", "linear", "cosine")
     """How it goes on from there."""
+    between: tuple[float, float] | None = None
+    """Bounds between which a search draws constants instead, evenly by their distance to 1; a
+    population varies them as it goes."""
     recipe: str = "byol-digits"
     """Any recipe of BYOL, MoCo v3, DINO or DINOv2."""
 
@@ -34,7 +39,7 @@ def main() -> int:
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
     from selfray.schedules import Constant, Cosine, Ramp
-    from selfray.sweep import Axis, Option, Question
+    from selfray.sweep import Axis, Option, Range
 
     base = flags.base(every(), "byol", "mocov3", "dino", "dinov2")
     build = {
@@ -42,12 +47,17 @@ def main() -> int:
         "linear": lambda start: Ramp(start, 1.0),
         "cosine": lambda start: Cosine(start, 1.0),
     }
-    options = tuple(
-        Option(f"{shape} from {start}", {"method.momentum": build[shape](start)})
-        for start in flags.starts
-        for shape in flags.shapes
-    )
-    question = Question("sweep-momentum", (Axis("momentum", options),), seeds=flags.seeds)
+    name, path = "momentum", "method.momentum"
+    if flags.between:
+        axis = Range(name, path, *flags.between, scale="to_one", is_schedule=True)
+    else:
+        options = [
+            Option(f"{shape} from {start}", {path: build[shape](start)})
+            for start in flags.starts
+            for shape in flags.shapes
+        ]
+        axis = Axis(name, tuple(options))
+    question = flags.question("sweep-momentum", axis)
     return run_sweep(flags, base, question, "Which momentum is best for these images?", ray)
 
 

@@ -2,6 +2,7 @@
 
     python experiments/sweep_temperature.py                          # SimCLR on digits
     python experiments/sweep_temperature.py --recipe mocov2-digits --temperatures 0.07 0.2 0.5
+    python experiments/sweep_temperature.py --search optuna --between 0.03 1.0 --stop-worse
     python experiments/sweep_temperature.py --recipe dino-digits --temperatures 0.02 0.04 0.07
 
 The same command goes on where it stopped. Losses do not compare across temperatures; probes do.
@@ -22,6 +23,8 @@ class SweepTemperature(SweepFlags):
 
     temperatures: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Temperatures to try."""
+    between: tuple[float, float] | None = None
+    """Bounds between which a search draws them instead, evenly by their logarithm."""
     recipe: str = "simclr-digits"
     """Any recipe of SimCLR, MoCo (all versions), DINO or DINOv2."""
 
@@ -31,16 +34,19 @@ def main() -> int:
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
     from selfray.schedules import Constant
-    from selfray.sweep import Axis, Option, Question
+    from selfray.sweep import Axis, Option, Range
 
     base = flags.base(every(), "simclr", "moco", "mocov3", "dino", "dinov2")
-    if base.method.name.startswith("dino"):
-        path, values = "method.teacher_temperature", [Constant(t) for t in flags.temperatures]
+    of_teacher = base.method.name.startswith("dino")  # whose temperature is a schedule
+    path = "method.teacher_temperature" if of_teacher else "method.temperature"
+    if flags.between:
+        axis = Range("temperature", path, *flags.between, scale="log", is_schedule=of_teacher)
     else:
-        path, values = "method.temperature", list(flags.temperatures)
-    options = zip(flags.temperatures, values, strict=True)
-    axis = Axis("temperature", tuple(Option(f"{t}", {path: value}) for t, value in options))
-    question = Question("sweep-temperature", (axis,), seeds=flags.seeds)
+        options = [
+            Option(f"{t}", {path: Constant(t) if of_teacher else t}) for t in flags.temperatures
+        ]
+        axis = Axis("temperature", tuple(options))
+    question = flags.question("sweep-temperature", axis)
     return run_sweep(flags, base, question, "Which temperature is best for these images?", ray)
 
 

@@ -99,7 +99,7 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
     assert newest.step == 18
     assert newest.experiment() == wanted
     assert set(result.probes) == {0, 18}
-    assert result.probes[18].knn > 0.9  # dark and light images are easily told apart
+    assert (result.probes[18].knn or 0) > 0.9  # dark and light images are easily told apart
     assert "knn-v1" in result.probes[18].protocols["knn"]
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

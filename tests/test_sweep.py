@@ -7,8 +7,10 @@ from helpers import MAE, experiment
 from selfray.schedules import Constant, Cosine
 from selfray.sweep import (
     Axis,
+    Halving,
     Option,
     Question,
+    Range,
     Score,
     Trial,
     answer,
@@ -20,20 +22,45 @@ RATIO = Axis.over("mask ratio", "method.mask_ratio", [0.5, 0.75, 0.9])
 EPOCHS = Axis.over("epochs", "epochs", [1, 2])
 
 
+def labels_and_seeds(question: Question) -> list[tuple[str, int]]:
+    return [(t.label, t.seed) for choice in question.choices for t in question.trials(choice)]
+
+
 def test_the_grid_has_every_combination_with_every_seed_once():
-    trials = Question("q", (RATIO, EPOCHS), seeds=2, first_seed=5).trials
-    assert len(trials) == 3 * 2 * 2
-    assert len({(trial.label, trial.seed) for trial in trials}) == 12
-    assert {trial.seed for trial in trials} == {5, 6}
-    assert trials[0].label == trials[1].label == "mask ratio 0.5, epochs 1"
+    question = Question("q", (RATIO, EPOCHS), seeds=2, first_seed=5)
+    found = labels_and_seeds(question)
+    assert len(found) == question.runs == 3 * 2 * 2
+    assert len(set(found)) == 12
+    assert {seed for _, seed in found} == {5, 6}
+    assert found[:2] == [("mask ratio 0.5, epochs 1", 5), ("mask ratio 0.5, epochs 1", 6)]
 
 
 def test_a_random_search_draws_some_combinations_the_same_in_every_process():
-    question = Question("q", (RATIO, EPOCHS), samples=4, seeds=3)
-    labels = [trial.label for trial in question.trials]
-    assert len(set(labels)) == 4
-    assert len(labels) == 12
-    assert labels == [trial.label for trial in question.trials]
+    question = Question("q", (RATIO, EPOCHS), search="random", samples=4, seeds=3)
+    found = labels_and_seeds(question)
+    assert len({label for label, _ in found}) == 4
+    assert len(found) == question.runs == 12
+    assert found == labels_and_seeds(question)
+
+
+def test_a_random_search_draws_between_two_bounds():
+    between = Range("temperature", "method.temperature", 0.01, 1.0, scale="log")
+    question = Question("q", (between, EPOCHS), search="random", samples=400)
+    values = [q.choice["temperature"].changes["method.temperature"] for q in trials_of(question)]
+    assert 0.01 <= min(values) < max(values) <= 1.0
+    # Evenly by the logarithm: half of them below its middle.
+    assert 160 < sum(value < 0.1 for value in values) < 240
+    assert {q.choice["epochs"].label for q in trials_of(question)} == {"1", "2"}
+
+
+def trials_of(question: Question) -> list[Trial]:
+    return [trial for choice in question.choices for trial in question.trials(choice)]
+
+
+def test_a_momentum_is_drawn_evenly_by_its_distance_to_one():
+    between = Range("momentum", "method.momentum", 0.9, 0.999, scale="to_one", is_schedule=True)
+    assert [between.value(place) for place in (0.0, 0.5, 1.0)] == [0.9, 0.99, 0.999]
+    assert between.option(0.5) == Option("0.99", {"method.momentum": Constant(0.99)})
 
 
 def test_a_trial_is_the_experiment_with_its_options_and_seed():
@@ -44,14 +71,14 @@ def test_a_trial_is_the_experiment_with_its_options_and_seed():
 
 
 def test_an_impossible_value_is_refused_by_the_experiments_own_words():
-    (trial,) = Question("q", (Axis.over("ratio", "method.mask_ratio", [1.5]),)).trials
+    (trial,) = trials_of(Question("q", (Axis.over("ratio", "method.mask_ratio", [1.5]),)))
     with pytest.raises(ValueError, match=r"mask_ratio must lie in \(0, 1\), got 1.5"):
         trial.experiment(experiment(MAE))
 
 
 def test_schedules_can_be_options():
     axis = Axis("start", (Option("c", {"x": Constant(0.9)}), Option("d", {"x": Cosine(0.9, 1)})))
-    assert [trial.label for trial in Question("q", (axis,)).trials] == ["start c", "start d"]
+    assert [trial.label for trial in trials_of(Question("q", (axis,)))] == ["start c", "start d"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +89,20 @@ def test_schedules_can_be_options():
         (lambda: Question("q", ()), "a sweep needs something to vary"),
         (lambda: Question("q", (RATIO,), seeds=0), "seeds must be at least 1, got 0"),
         (lambda: Question("q", (RATIO,), samples=0), "samples must be at least 1, got 0"),
+        (lambda: Question("q", (RATIO,), metric="loss"), "rank_by must be one of knn, linear"),
+        (
+            lambda: Question("q", (Range("ratio", "method.mask_ratio", 0.1, 0.9),)),
+            "a grid has no end of values of ratio between two bounds: give --search random",
+        ),
+        (lambda: Range("ratio", "x", 0.9, 0.1), "ratio: the bounds must grow, got 0.9 0.1"),
+        (lambda: Range("t", "x", 0.0, 0.1, "log"), "t: the lower bound must be above 0, got 0"),
+        (lambda: Range("m", "x", 0.5, 1.0, "to_one"), "m: the upper bound must be below 1, got 1"),
+        (lambda: Halving(first=1.0), r"first_rung must lie in \(0, 1\), got 1.0"),
+        (lambda: Halving(factor=1.0), "rung_factor must be above 1, got 1.0"),
+        (
+            lambda: Question("q", (RATIO,), search="population", seeds=2),
+            "a population has one seed: its members are its spread",
+        ),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused(build, message):
@@ -72,6 +113,9 @@ def test_a_question_that_makes_no_sense_is_refused(build, message):
 def test_ranks_follow_the_mean_and_failures_come_last():
     scores = [Score("a", (0.5, 0.7)), Score("b", (), ("it broke",)), Score("c", (0.9, 0.4))]
     assert [score.label for score in ranked(scores)] == ["c", "a", "b"]
+    stopped = [Score("s", (), stopped=(0.3,)), Score("t", (), stopped=(0.4,))]
+    names = [score.label for score in ranked([*stopped, *scores])]
+    assert names == ["c", "a", "t", "s", "b"]
     assert scores[0].spread == pytest.approx(0.1414, abs=1e-4)
     assert Score("one", (0.5,)).spread is None
 
@@ -94,12 +138,28 @@ def test_ranks_follow_the_mean_and_failures_come_last():
             "Which? a: kNN 80.0%, 10.0 points before b. With one seed nobody can tell whether that "
             "is chance: give --seeds 3.",
         ),
-        ([Score("a", (0.8,)), Score("b", ())], "Which? Only a was measured: kNN 80.0%."),
+        (
+            [Score("a", (0.8,)), Score("b", (), stopped=(0.9,))],
+            "Which? Only a was measured to the end: kNN 80.0%.",
+        ),
+        (
+            [Score("a", (0.8,), stopped=(0.7, 0.7)), Score("b", (0.7, 0.7))],
+            "Which? a: kNN 80.0%, 10.0 points before b. Too few of their seeds went to the end to "
+            "tell whether that is chance.",
+        ),
         ([Score("a", (), ("x",))], "Which? No run ended well, so there is no answer."),
     ],
 )
 def test_the_answer_tells_the_best_its_margin_and_the_noise(scores, expected):
-    assert answer("Which?", scores, "kNN") == expected
+    assert answer("Which?", scores, "knn") == expected
+
+
+def test_of_a_figure_that_should_be_low_the_lowest_is_the_best():
+    scores = [Score("a", (-2.0, -2.2)), Score("b", (-3.0, -3.1))]
+    assert [score.label for score in ranked(scores, "uniformity")] == ["b", "a"]
+    assert answer("Which?", scores, "uniformity") == (
+        "Which? b: uniformity -3.05, 0.95 before a, more than twice the 0.11 that seeds make."
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,26 @@
 """A sweep on a real Ray, with a real MLflow store."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from selfray.cluster.sweep import sweep
-from selfray.sweep import Axis, Question
-from test_launch import Screen, experiment, shards  # noqa: F401 - a fixture
+from helpers import RESNET, SIMCLR, tiny
+from selfray.checkpoint import Checkpoint
+from selfray.cluster.launch import launch
+from selfray.cluster.shards import write_arrays
+from selfray.cluster.sweep import _identity, _probed_at_every_checkpoint, _with_metrics, sweep
+from selfray.experiment import Experiment
+from selfray.methods.byol import BYOLConfig
+from selfray.schedules import Piecewise
+from selfray.sweep import Axis, Halving, Question, Range
+from test_launch import Screen, experiment, images, shards  # noqa: F401 - shards is a fixture
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -25,11 +37,13 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     result = sweep(base, QUESTION, "Which size?", screen)
     good, bad = result.outcomes
     assert good.failure is None
-    assert good.linear is not None
+    assert good.final("linear") is not None
     assert bad.failure is not None
     assert "batch_size 4096 is larger than the data set of 96 images" in bad.failure
     assert [score.label for score in result.scores] == ["batch size 16", "batch size 4096"]
-    assert result.answer.startswith("Which size? Only batch size 16 was measured: linear")
+    assert result.answer.startswith(
+        "Which size? Only batch size 16 was measured to the end: linear"
+    )
     assert any("batch size 4096, seed 0 failed: batch_size 4096 is" in x for x in screen.lines)
     folder = Path(result.folder)
     assert "| batch size 4096 | - | - | 0, 1 failed |" in (folder / "table.md").read_text()
@@ -44,12 +58,13 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["sweep.answer"] == result.answer
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "curves.png",
         "sweep.png",
         "table.md",
     }
     (child,) = children  # the other one was refused before it began
     assert child.data.params["sweep.batch size"] == "16"
-    assert child.data.metrics["probe/linear"] == pytest.approx(good.linear)
+    assert child.data.metrics["probe/linear"] == pytest.approx(good.final("linear"))
     assert child.info.status == "FINISHED"
 
     # The same command: what is finished is not run again, what failed is tried again.
@@ -72,8 +87,11 @@ def test_a_trial_whose_record_is_lost_is_finished_and_not_trained_again(
     file = Path(first.folder) / "trials" / "0000.json"
     known = json.loads(file.read_text())
     file.unlink()
-    assert sweep(base, question, "Which ratio?", Screen()).outcomes == first.outcomes
-    assert json.loads(file.read_text()) == known
+    again = sweep(base, question, "Which ratio?", Screen())
+    assert [replace(o, seconds=0.0) for o in again.outcomes] == [
+        replace(o, seconds=0.0) for o in first.outcomes
+    ]
+    assert json.loads(file.read_text())["probes"] == known["probes"]
     log = (Path(first.folder) / "logs" / "0000.log").read_text()
     assert "this run is complete, nothing to do" in log
 
@@ -87,3 +105,164 @@ def test_a_sweep_refuses_what_no_run_could_do_before_any_is_begun(
     with pytest.raises(ValueError, match=r"mask_ratio must lie in \(0, 1\), got 1.5"):
         sweep(base, question, "Which ratio?", Screen())
     assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.long
+def test_a_run_that_is_not_among_the_best_is_stopped_with_a_checkpoint_and_stays_so(
+    shards: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base = experiment(shards, tmp_path, epochs=1200, log_every=5, **{"probe.times": 4})
+    ratio = Axis.over("ratio", "method.mask_ratio", [0.5])
+    question = Question("ratio", (ratio,), halving=Halving("knn", 0.25, 2.0))
+    # An earlier driver saw a run that none can come up to: what it knew is still known.
+    asked = _with_metrics(question, base, labelled=True)
+    identity = _identity(_probed_at_every_checkpoint(base), asked)
+    folder = tmp_path / "sweeps" / f"ratio-{identity}"
+    folder.mkdir(parents=True)
+    better = {"number": 9, "images_seen": 96 * 300, "value": 2.0, "stop": False}
+    (folder / "rungs.json").write_text(json.dumps([better]))
+
+    screen = Screen()
+    result = sweep(base, question, "Which ratio?", screen)
+    (outcome,) = result.outcomes
+    assert outcome.stopped == "not among the best by kNN at 28,800 images"
+    assert 96 * 300 < outcome.images_seen < 96 * 1200
+    assert outcome.run is not None
+    newest = Checkpoint.open(outcome.run)
+    assert newest.images_seen == outcome.images_seen
+    assert result.answer == "Which ratio? No run ended well, so there is no answer."
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs(["1"], "tags.stopped LIKE 'not among%'")
+    assert run.info.status == "FINISHED"
+
+    # Without its outcome, it is neither trained on nor judged anew.
+    (folder / "trials" / "0000.json").unlink()
+    again = sweep(base, question, "Which ratio?", Screen())
+    assert again.outcomes[0].images_seen == outcome.images_seen
+    assert Checkpoint.open(outcome.run).digest == newest.digest
+
+    # By itself, the same run goes on to its end from there.
+    alone = Screen()
+    whole = launch(_placed_like(outcome.run), alone)
+    assert whole.images_seen == 96 * 1200
+    assert any(f"continuing from step {newest.step:,}" in line for line in alone.lines)
+
+
+def _placed_like(run: str) -> Experiment:
+    """The experiment of a run, as its checkpoint has it."""
+    return Checkpoint.open(run).experiment()
+
+
+@pytest.mark.long
+def test_images_without_labels_are_swept_by_what_needs_none(tmp_path: Path) -> None:
+    write_arrays(str(tmp_path / "plain"), images())
+    simclr = {"method": SIMCLR, "encoder": RESNET, "data.path": str(tmp_path / "plain")}
+    base = experiment("", tmp_path, epochs=2, **simclr)
+    axis = Axis.over("temperature", "method.temperature", [0.1, 0.5])
+    screen = Screen()
+    result = sweep(base, Question("temperature", (axis,)), "Which temperature?", screen)
+    for outcome in result.outcomes:
+        assert outcome.failure is None
+        assert outcome.final("knn") is None
+        assert outcome.final("rankme") is not None
+        assert outcome.final("rankme") != outcome.untrained("rankme")
+    assert "before temperature" in result.answer
+    assert ": RankMe" in result.answer
+    assert (Path(result.folder) / "artifacts" / "curves.png").exists()
+    assert any("ranked by RankMe" in line for line in screen.lines)
+
+    mae = experiment("", tmp_path, **{"data.path": str(tmp_path / "plain")})
+    ratio = Question("ratio", (Axis.over("ratio", "method.mask_ratio", [0.5]),))
+    with pytest.raises(ValueError, match="the images have no labels, and what can be told without"):
+        sweep(mae, ratio, "Which ratio?", Screen())
+    by_linear = replace(ratio, metric="linear")
+    with pytest.raises(ValueError, match="--rank-by linear needs labels, and the images have none"):
+        sweep(mae, by_linear, "Which ratio?", Screen())
+
+
+@pytest.mark.long
+def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
+    shards: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    byol = {"method": tiny(BYOLConfig), "encoder": RESNET, "probe.times": 2}
+    base = experiment(shards, tmp_path, epochs=4, **byol)
+    momentum = Range("momentum", "method.momentum", 0.5, 0.99, "to_one", is_schedule=True)
+    question = Question(
+        "momentum", (momentum,), metric="rankme", search="population", samples=2, generations=2
+    )
+    screen = Screen()
+    result = sweep(base, question, "Which momentum?", screen)
+    folder = Path(result.folder)
+    record = json.loads((folder / "population.json").read_text())
+    ((generation, loser, winner),) = record["copied"]
+    assert generation == 0
+    first = [json.loads((folder / "generations/0" / f"000{n}.json").read_text()) for n in (0, 1)]
+    assert first[winner]["probes"][-1]["rankme"] >= first[loser]["probes"][-1]["rankme"]
+    # The loser went on from the winner's weights, under a momentum of its own.
+    runs = [folder / "members" / f"member-0{n}" for n in (0, 1)]
+    own = Checkpoint.open(str(runs[loser])).experiment().method.momentum  # type: ignore[attr-defined]
+    theirs = Checkpoint.open(str(runs[winner])).experiment().method.momentum  # type: ignore[attr-defined]
+    assert isinstance(own, Piecewise)
+    assert own.values[0] == theirs.values[0]
+    assert own.values[1] != theirs.values[1]
+    assert all(Checkpoint.open(str(run)).images_seen == 4 * 96 for run in runs)
+    assert any(f"member {loser} goes on from member {winner}" in line for line in screen.lines)
+    assert result.answer.startswith("Which momentum? The best of 2 members came to RankMe")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
+    assert len(children) == 2  # one for each member, over all generations
+
+
+@pytest.mark.long
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "experiments" / "sweep_mae.py"
+    command = [sys.executable, str(script), "--epochs", "60", "--ratios", "0.5", "0.9"]
+    command += ["--output", str(tmp_path)]
+    with (tmp_path / "first.txt").open("w") as out:
+        first = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        _wait_for(tmp_path, "sweeps/*/trials/0000.json")
+        _wait_for(tmp_path, "mae-digits-*/checkpoints/*/manifest.json", count=3)
+        first.kill()
+        first.wait()
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    done = (folder / "trials" / "0000.json").stat().st_mtime_ns
+    assert not (folder / "trials" / "0001.json").exists()
+    # A second death, this time as `kill` and `ray job stop` have it.
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    _wait_for(folder, "logs/0001.log", containing="continuing from step")
+    second.send_signal(signal.SIGTERM)
+    assert "interrupted: the same command continues" in second.communicate(timeout=60)[0]
+    assert second.returncode == 130
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert sorted(r.info.status for r in client.search_runs(["1"])) == [
+        "FINISHED",
+        "KILLED",
+        "KILLED",
+    ]
+
+    third = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "1 of 2 runs were done before" in third.stdout
+    assert (folder / "trials" / "0000.json").stat().st_mtime_ns == done
+    runs = client.search_runs(["1"])
+    assert len(runs) == 3  # the sweep and its two runs, over three drivers
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    images = {r.data.tags["run.folder"]: r.data.metrics for r in runs if "loss" in r.data.metrics}
+    assert len(images) == 2
+    for outcome in third.stdout.splitlines():
+        assert "failed" not in outcome
+
+
+def _wait_for(
+    folder: Path, pattern: str, count: int = 1, containing: str = "", seconds: float = 240
+) -> None:
+    """Until enough files are there; a driver that never makes them fails the test."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        found = [f for f in folder.glob(pattern) if containing in f.read_text()]
+        if len(found) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} in {folder} after {seconds:.0f} s")

@@ -128,6 +128,17 @@ def save(state: TrainState, experiment: Experiment, run: Location, loss: float) 
             for name, data in files.items()
         },
     }
+    return _write(location, files, manifest)
+
+
+def copy(found: Checkpoint, run: Location) -> Checkpoint:
+    """Give another run a checkpoint, in place of its own of that step. OSError leaves nothing of it
+    behind; ValueError where it is damaged."""
+    files = {name: found.read(name) for name in found.manifest["files"]}
+    return _write(run / FOLDER / found.location.name, files, found.manifest)
+
+
+def _write(location: Location, files: dict[str, bytes], manifest: dict[str, Any]) -> Checkpoint:
     if location.exists():
         location.delete_folder()  # a torn one: a whole one of this step would have been resumed
     try:

@@ -20,6 +20,15 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is up on any rank; all ranks must ask, and get the same answer."""
+    if not is_distributed():
+        return flag
+    raised = torch.tensor(float(flag), device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
 class _Gather(torch.autograd.Function):
     """Concatenation over ranks whose gradient is summed over ranks.
 

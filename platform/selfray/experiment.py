@@ -55,6 +55,8 @@ class ProbeConfig:
     """At most this many labelled train images are used."""
     test_limit: int = 10_000
     """At most this many test images are used."""
+    every_checkpoint: bool = False
+    """Probe every checkpoint that is written, also those between the `times`."""
 
     def __post_init__(self) -> None:
         require(self.times >= 0, f"probe.times must be at least 0, got {self.times}")

@@ -6,6 +6,7 @@ Nothing here touches pyplot or matplotlib's settings.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -331,6 +332,7 @@ def sweep(
     untrained: float | None,
     title: str,
     answer: str = "",
+    is_accuracy: bool = True,
 ) -> Image.Image:
     """What was varied, beneath one another: a dot for each run, a bar at their mean.
 
@@ -340,10 +342,28 @@ def sweep(
         untrained: the untrained encoder's accuracy, a dashed line; None draws none.
         title: the picture's title.
         answer: a sentence at the foot.
+        is_accuracy: False where the values are no accuracies but plain figures, such as RankMe.
 
     Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
     """
-    return _render(_sweep_figure(values, metric, untrained, title, answer))
+    return _render(_sweep_figure(values, metric, untrained, title, answer, is_accuracy))
+
+
+def sweep_curves(
+    curves: Mapping[tuple[str, int], Points], metric: str, title: str, is_accuracy: bool = True
+) -> Image.Image:
+    """The probes of all runs of a sweep against images seen, in one chart.
+
+    Args:
+        curves: (images seen, value) by what was varied and by seed; the seeds of one value share
+            its colour.
+        metric: the probe's name.
+        title: the picture's title.
+        is_accuracy: whether the values are accuracies in 0..1.
+
+    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    """
+    return _render(_sweep_curves_figure(curves, metric, title, is_accuracy))
 
 
 def embedding_map(
@@ -818,50 +838,129 @@ def _sweep_figure(
     untrained: float | None,
     title: str,
     answer: str,
+    is_accuracy: bool,
 ) -> Figure:
     require(len(values) > 0, "there is no run to draw")
     for name, runs in values.items():
         require(len(runs) > 0, f"values[{name!r}] is empty")
-        for accuracy in runs:
-            _require_accuracy(f"values[{name!r}]", accuracy)
+        for value in runs:
+            _require_figure(f"values[{name!r}]", value, is_accuracy)
+    unit = 100 if is_accuracy else 1
     names = [_fitted(name, 360, LABEL) for name in values]
     names_width = math.ceil(max(map(_font(LABEL).getlength, names))) + 20
     width = WIDTH - 2 * MARGIN - names_width - 90
     top, height = 132, len(values) * _METHOD_STEP
-    figure = _figure(top + height + 104, title)
+    lines = textwrap.wrap(answer, 118)
+    foot = 30 + 24 * max(0, len(lines) - 1)
+    figure = _figure(top + height + 74 + foot, title)
     full = figure.get_size_inches()[1] * _DPI
     axes = _axes(
-        figure, MARGIN + names_width, top, width, height, f"{metric} accuracy on test images"
+        figure,
+        MARGIN + names_width,
+        top,
+        width,
+        height,
+        _metric_title(metric, is_accuracy),
     )
     means = [sum(runs) / len(runs) for runs in values.values()]
     best = max(means)
-    drawn = [100 * v for runs in values.values() for v in runs]
+    drawn = [unit * v for runs in values.values() for v in runs]
     for index, (shown, runs, mean) in enumerate(zip(names, values.values(), means, strict=True)):
         colour = PALETTE[0] if mean == best else MUTED
         y = full - top - (index + 0.5) * _METHOD_STEP
         _text(figure, MARGIN, y, shown, LABEL, colour, bold=mean == best)
         axes.plot(
-            [100 * v for v in runs], [index] * len(runs), linestyle="none", marker="o",
+            [unit * v for v in runs], [index] * len(runs), linestyle="none", marker="o",
             markersize=9, color=colour, markerfacecolor="white", markeredgewidth=1.8, zorder=3,
         )  # fmt: skip
-        axes.plot([100 * mean] * 2, [index - 0.32, index + 0.32], color=colour, linewidth=3)
-        number = _percent(mean, digits=1)
+        axes.plot([unit * mean] * 2, [index - 0.32, index + 0.32], color=colour, linewidth=3)
+        number = _percent(mean, digits=1) if is_accuracy else f"{mean:.3g}"
         x = MARGIN + names_width + width + 14
         _text(figure, x, y, number, LABEL, colour, bold=mean == best)
     if untrained is not None:
-        _require_accuracy("untrained", untrained)
-        drawn.append(100 * untrained)
-        axes.axvline(100 * untrained, color=MUTED, linewidth=1.3, dashes=(5, 4), zorder=1)
-    pad = max(2.0, 0.05 * (max(drawn) - min(drawn)))
-    axes.set_xlim(max(0.0, min(drawn) - pad), min(100.0, max(drawn) + pad))
+        _require_figure("untrained", untrained, is_accuracy)
+        drawn.append(unit * untrained)
+        axes.axvline(unit * untrained, color=MUTED, linewidth=1.3, dashes=(5, 4), zorder=1)
+    axes.set_xlim(*_limits(drawn, is_accuracy))
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.xaxis.set_major_formatter(_formatter(is_accuracy))
     key = "a dot for each run, a bar at their mean"
     key += "; dashed: untrained" if untrained is not None else ""
-    _text(figure, MARGIN, 58, key, CAPTION, MUTED)
-    _text(figure, MARGIN, 30, _fitted(answer, WIDTH - 2 * MARGIN, CAPTION), CAPTION, INK)
+    _text(figure, MARGIN, foot + 28, key, CAPTION, MUTED)
+    for index, line in enumerate(lines):
+        shown = _fitted(line, WIDTH - 2 * MARGIN, CAPTION)
+        _text(figure, MARGIN, foot - 24 * index, shown, CAPTION, INK)
     return figure
+
+
+def _sweep_curves_figure(
+    curves: Mapping[tuple[str, int], Points], metric: str, title: str, is_accuracy: bool
+) -> Figure:
+    require(len(curves) > 0, "there is no curve to draw")
+    for name, curve in curves.items():
+        _require_points(f"curves[{name!r}]", curve)
+        for _, value in curve:
+            _require_figure(f"curves[{name!r}]", value, is_accuracy)
+    unit = 100 if is_accuracy else 1
+    labels = list(dict.fromkeys(label for label, _ in curves))
+    # Beyond the palette the key would tell two lines apart by nothing: the best keep a colour.
+    ends = {name: [max(c)[1] for (n, _), c in curves.items() if n == name] for name in labels}
+    best = sorted(labels, key=lambda name: -max(ends[name]))[: len(PALETTE)]
+    colours = {name: PALETTE[i] for i, name in enumerate(n for n in labels if n in best)}
+    keyed = [name for name in labels if name in colours]
+    shown = {name: _fitted(name, 300, LABEL) for name in keyed}
+    key_width = _KEY_MARK + math.ceil(max(map(_font(LABEL).getlength, shown.values()))) + 8
+    top, height = 132, max(360, len(keyed) * _KEY_STEP)
+    left = MARGIN + _TICKS + 12
+    width = WIDTH - MARGIN - key_width - _KEY_GAP - left
+    figure = _figure(top + height + 92, title)
+    axes = _axes(figure, left, top, width, height, _metric_title(metric, is_accuracy))
+    _x_label(axes, "images seen")
+    drawn = []
+    for (name, _), curve in curves.items():
+        images_seen, values = np.array(sorted(curve), dtype=np.float64).T
+        colour = colours.get(name, FAINT)
+        axes.plot(
+            images_seen, unit * values, color=colour, linewidth=2, marker="o", markersize=5,
+            alpha=0.85, clip_on=False, zorder=3 if name in colours else 2,
+        )  # fmt: skip
+        drawn += list(unit * values)
+    axes.set_ylim(*_limits(drawn, is_accuracy))
+    axes.yaxis.set_major_formatter(_formatter(is_accuracy))
+    full = figure.get_size_inches()[1] * _DPI
+    for index, name in enumerate(keyed):
+        x, y = WIDTH - MARGIN - key_width, full - top - (index + 0.5) * _KEY_STEP
+        _dot(figure, x + 6, y, colours[name], colours[name])
+        _text(figure, x + _KEY_MARK, y, shown[name], LABEL, colours[name])
+    rest = len(labels) - len(keyed)
+    key = "a line for each run, to where it ended; seeds share a colour"
+    _text(figure, MARGIN, 30, key + (f"; gray: {rest} more" if rest else ""), CAPTION, MUTED)
+    return figure
+
+
+def _metric_title(metric: str, is_accuracy: bool) -> str:
+    return f"{metric} accuracy on test images" if is_accuracy else f"{metric}, told without labels"
+
+
+def _limits(drawn: Sequence[float], is_accuracy: bool) -> tuple[float, float]:
+    """An axis's ends around some values; an accuracy's stay within 0 and 100 percent."""
+    low, high = min(drawn), max(drawn)
+    if not is_accuracy:
+        pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        return low - pad, high + pad
+    pad = max(2.0, 0.05 * (high - low))
+    return max(0.0, low - pad), min(100.0, high + pad)
+
+
+def _formatter(is_accuracy: bool) -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{value:g} %" if is_accuracy else f"{value:g}")
+
+
+def _require_figure(name: str, value: float, is_accuracy: bool) -> None:
+    if is_accuracy:
+        _require_accuracy(name, value)
+    require(math.isfinite(value), f"{name} holds {value}")
 
 
 def _comparison_key(figure: Figure, has_baselines: bool) -> None:

@@ -71,7 +71,23 @@ class Ramp:
         return self.start + (self.end - self.start) * min(1.0, progress.fraction / self.fraction)
 
 
-Schedule = Constant | Cosine | Ramp
+@dataclass(frozen=True)
+class Piecewise:
+    """Constant in each of equal parts of the run, such as what a population's survivor had."""
+
+    values: tuple[float, ...]
+    """The value in each part, in order."""
+
+    def __post_init__(self) -> None:
+        require(len(self.values) > 0, "Piecewise.values must name at least one value")
+
+    def __call__(self, progress: Progress) -> float:
+        # In whole images: a part's bound, as a share, may be off by a rounding.
+        part = progress.images_seen * len(self.values) // progress.total_images
+        return self.values[min(part, len(self.values) - 1)]
+
+
+Schedule = Constant | Cosine | Ramp | Piecewise
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Location:
             self.filesystem, posixpath.join(self.path, name), posixpath.join(self.uri, name)
         )
 
+    @property
+    def parent(self) -> "Location":
+        return Location(self.filesystem, posixpath.dirname(self.path), posixpath.dirname(self.uri))
+
     def __str__(self) -> str:
         return self.uri
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from tyro.constructors import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs n
 
     from selfray.cluster.launch import RunResult
     from selfray.experiment import Experiment
-    from selfray.sweep import Question
+    from selfray.sweep import Axis, Question, Range
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -154,6 +154,10 @@ def _launch(
     return 0
 
 
+SHORT_EPOCHS = 20
+"""Epochs of each run of a sweep over the embedded digits, where none are given: minutes in all."""
+
+
 @dataclass(frozen=True)
 class SweepFlags:
     """What all sweeps have in common; each script adds what it varies."""
@@ -162,14 +166,35 @@ class SweepFlags:
     """The recipe that is varied."""
     data: str | None = None
     """Images: as --data.path of pretrain.py; None takes the recipe's."""
+    test_data: str | None = None
+    """Labelled images for the probes' test, where `data` holds none of its own."""
     epochs: int | None = None
-    """None takes the recipe's."""
+    """Epochs of each run; None takes 20 for the embedded digits, else the recipe's."""
     batch_size: int | None = None
     """None takes the recipe's."""
     workers: int | None = None
     """Train workers of each run; None takes the recipe's."""
     seeds: int = 1
     """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
+    probes: int = 4
+    """Checkpoints of each run, every one of them probed beside the training."""
+    search: Literal["grid", "random", "optuna", "population"] = "grid"
+    """Which values are tried: all that are given; some of them, or some between two bounds, drawn
+    at random; drawn where the ones before did well (Optuna's TPE); or runs side by side, of which
+    the worse take over from the better and vary (population-based training, for schedules)."""
+    samples: int = 8
+    """Values that a search draws, or members of a population."""
+    rank_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
+    """What ranks the runs; None takes the probe that judges the method, and RankMe where the
+    images have no labels (not for MAE and BEiT, which it misleads about)."""
+    stop_worse: bool = False
+    """Stop runs that are not among the best at a rung (ASHA), judged at their checkpoints."""
+    stop_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
+    """What runs are stopped by; None takes what ranks."""
+    first_rung: float = 0.25
+    """Share of the images that every run sees before it may be stopped."""
+    rung_factor: float = 2.0
+    """One run in this many goes on from each rung."""
     at_once: int | None = None
     """Runs at a time; None takes as many as the cluster holds."""
     output: str = "runs"
@@ -182,22 +207,46 @@ class SweepFlags:
             raise ValueError(
                 f"--recipe {self.recipe} cannot be swept here: give one of {', '.join(fitting)}"
             )
+        recipe = recipes[self.recipe]
         given = {
             "data.path": self.data,
+            "data.test_path": self.test_data,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "workers": self.workers,
+            "probe.times": self.probes,
             "output": self.output,
         }
         changes = {path: value for path, value in given.items() if value is not None}
-        return config.override(recipes[self.recipe], **changes)
+        base = config.override(recipe, **changes)
+        if self.epochs is None and base.data.path.startswith("embedded:"):
+            base = replace(base, epochs=min(SHORT_EPOCHS, base.epochs))
+        return base
+
+    def question(self, name: str, *axes: "Axis | Range") -> "Question":
+        """What these flags ask of some axes. ValueError where it makes no sense."""
+        from selfray.sweep import Halving, Question
+
+        halving = Halving(self.stop_by, self.first_rung, self.rung_factor)
+        if not self.stop_worse and self.stop_by is not None:
+            raise ValueError(f"--stop-by {self.stop_by} stops nothing without --stop-worse")
+        return Question(
+            name,
+            axes,
+            self.rank_by,
+            self.seeds,
+            self.search,
+            self.samples,
+            self.probes if self.search == "population" else 4,
+            halving if self.stop_worse else None,
+        )
 
 
 def run_sweep(
     flags: SweepFlags,
     base: "Experiment",
     question: "Question",
-    asked: str,
+    words: str,
     ray: runtime.Starting,
 ) -> int:
     """A sweep script's life after its flags are read. Returns the exit code."""
@@ -205,7 +254,7 @@ def run_sweep(
 
     def body(console: Console) -> int:
         with ray.session():
-            result = sweep(base, question, asked, console, at_once=flags.at_once)
+            result = sweep(base, question, words, console, at_once=flags.at_once)
         return 1 if any(outcome.failure for outcome in result.outcomes) else 0
 
     try:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +72,10 @@ class RunResult:
 
     history: History
     """The points of its curves."""
+    images_seen: int = 0
+    """Up to the last checkpoint."""
+    stopped: str | None = None
+    """Why it was ended before its end, with a checkpoint to go on from; None where it was not."""
 
     @property
     def final_probe(self) -> ProbeResult | None:
@@ -86,6 +90,21 @@ class PartOf:
     """The sweep's MLflow run; None where the server was not reached."""
     params: Mapping[str, str]
     """More parameters of the run in MLflow: what the sweep varies, in its own words."""
+    folder: str | None = None
+    """The run's folder, where the sweep gives it one; None takes the run's own."""
+    until_step: int | None = None
+    """Where the run pauses, with a checkpoint; None goes to its end."""
+    stop_file: str | None = None
+    """The run ends, with a checkpoint, soon after this file appears; it holds {"reason": ...}."""
+    on_probe: Callable[[int, ProbeResult], None] | None = None
+    """Told (images seen, result) of every probe, in the probes' thread; after a restart those of
+    before come again."""
+
+    def stop_reason(self) -> str | None:
+        """Why the run is to end; None while it may go on."""
+        if self.stop_file is None or not Location.of(self.stop_file).exists():
+            return None
+        return str(Location.of(self.stop_file).read_json()["reason"])
 
 
 def launch(
@@ -112,7 +131,8 @@ def launch(
     started = started or time.time()
     experiment = _located(experiment)
     output = Location.of(experiment.output)
-    run = output / experiment.run_name
+    part = part_of or PartOf(None, {})
+    run = Location.of(part.folder) if part.folder else output / experiment.run_name
     check_init_from(experiment)
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
@@ -122,15 +142,15 @@ def launch(
     placement = place(experiment, runtime.cluster_resources())
     _say_plan(console, experiment, plan, data, run)
     with _alone(run):
-        finished = _finished_result(run)
+        finished = _finished_result(run, part)
         if finished is not None:
             console.say(
                 f"this run is complete, nothing to do: {run}; change a setting, such as --seed "
                 f"{experiment.seed + 1}, for another"
             )
             return finished
-        tracker = _tracker(experiment, run, plan, used, tracking, part_of, console)
-        return _carry_out(experiment, console, run, data, plan, placement, tracker, started)
+        tracker = _tracker(experiment, run, plan, used, tracking, part, console)
+        return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
 def _carry_out(
@@ -142,6 +162,7 @@ def _carry_out(
     placement: Placement,
     tracker: Tracker,
     started: float,
+    part: PartOf,
 ) -> RunResult:
     found = checkpoint.latest(run)
     if found is not None:
@@ -153,15 +174,24 @@ def _carry_out(
     _write_record(run, experiment, "running")
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
-    probed = experiment.probe.times and data.can_probe
-    job = _probe_job(experiment, data) if probed else None
-    monitor = Monitor(console, run, experiment, plan, tracker, job, started)
+    job = _probe_job(experiment, data) if experiment.probe.times else None
+    monitor = Monitor(console, run, experiment, plan, tracker, job, started, part.on_probe)
     monitor.start()
     status: Any = "FAILED"
+    goal = part.until_step or plan.total_steps
     try:
-        _fit(experiment, run, data, placement)
+        if found is None or (found.step < goal and part.stop_reason() is None):
+            _fit(experiment, run, data, placement, part)
         monitor.training_ended()
-        _log_pictures(experiment, run, data, plan, monitor, tracker, console)
+        reached = checkpoint.latest(run)
+        if reached is None:
+            raise RunFailed("the run ended before its first checkpoint")
+        is_whole = reached.step == plan.total_steps
+        stopped = None if is_whole else part.stop_reason()
+        if is_whole:
+            _log_pictures(experiment, run, data, plan, monitor, tracker, console)
+        if stopped is not None:
+            tracker.set_tags({"stopped": stopped})
         status = "FINISHED"
     except RunFailed as error:
         _write_record(run, experiment, "failed", failure=str(error))
@@ -179,8 +209,11 @@ def _carry_out(
         monitor.first_step_seconds,
         monitor.probes,
         monitor.history,
+        reached.images_seen,
+        stopped,
     )
-    _write_record(run, experiment, "finished", result=asdict(result))
+    ended = "finished" if is_whole else "stopped" if stopped else "paused"
+    _write_record(run, experiment, ended, result=asdict(result))
     console.say(monitor.summary())
     console.say(tracker.describe())
     return result
@@ -192,16 +225,16 @@ def _tracker(
     plan: ReadPlan,
     used: Mapping[str, str],
     tracking: str | None,
-    part_of: PartOf | None,
+    part: PartOf,
     console: Console,
 ) -> Tracker:
     params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
     return Tracker(
         tracking_uri(Location.of(experiment.output), tracking),
         "selfray",
-        experiment.run_name,
+        run.name,
         run,
-        params | (dict(part_of.params) if part_of else {}),
+        params | dict(part.params),
         {
             **environment_tags(),
             "method": experiment.method.name,
@@ -211,12 +244,14 @@ def _tracker(
             "run.folder": run.uri,
             **used,
         },
-        parent_run_id=part_of.parent_run_id if part_of else None,
+        parent_run_id=part.parent_run_id,
         say=console.say,
     )
 
 
-def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Placement) -> None:
+def _fit(
+    experiment: Experiment, run: Location, data: DataSets, placement: Placement, part: PartOf
+) -> None:
     """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -236,6 +271,8 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
                 placement.cpus_per_worker,
                 placement.data_cpus,
                 launch_id,
+                part.until_step,
+                part.stop_file,
             )
         },
         scaling_config=ScalingConfig(
@@ -246,7 +283,7 @@ def _fit(experiment: Experiment, run: Location, data: DataSets, placement: Place
         run_config=RunConfig(
             # A new name for each start: selfray resumes from its own checkpoints, which survive
             # a full disk and a crash between two polls of Ray's controller.
-            name=f"{experiment.run_name}-{launch_id}",
+            name=f"{run.name}-{launch_id}",
             storage_path=ray_storage(run),
             failure_config=FailureConfig(max_failures=experiment.max_failures),
             logging_config=LoggingConfig("ERROR"),
@@ -449,23 +486,25 @@ def _record(run: Location) -> dict[str, Any]:
 def _write_record(
     run: Location,
     experiment: Experiment,
-    status: Literal["running", "failed", "finished"],
+    status: Literal["running", "failed", "finished", "stopped", "paused"],
     **more: Any,
 ) -> None:
     (run / RUN_FILE).write_json(
         {
             "status": status,
-            "name": experiment.run_name,
+            "name": run.name,
             "experiment": config.to_json(experiment),
             **more,
         }
     )
 
 
-def _finished_result(run: Location) -> RunResult | None:
-    """The result of a run that has ended well before; None where it has not."""
+def _finished_result(run: Location, part: PartOf) -> RunResult | None:
+    """The result of a run that has ended well before, or that its sweep stopped; None where there
+    is something left to do."""
     record = _record(run)
-    if record.get("status") != "finished":
+    stays_stopped = record.get("status") == "stopped" and part.stop_reason() is not None
+    if record.get("status") != "finished" and not stays_stopped:
         return None
     result = record["result"]
     probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
@@ -477,7 +516,8 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
     """Probes at the encoder's size, or at the `largest` side in pixels where that is less."""
     side = min(experiment.encoder.image_size, largest or experiment.encoder.image_size)
     train, test = data.samples(side, experiment.probe.train_limit, experiment.probe.test_limit)
-    return ProbeJob(train, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
+    labelled = train if data.can_probe else None
+    return ProbeJob(labelled, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
 
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
@@ -498,7 +538,10 @@ def _say_plan(
         f"{experiment.workers} worker{'s' if experiment.workers > 1 else ''}"
     )
     if not data.can_probe and experiment.probe.times:
-        console.say("the data has no labels: the encoder is not probed")
+        console.say(
+            "the data has no labels: the encoder is judged by what needs none, RankMe, alignment "
+            "and uniformity"
+        )
     console.say(f"folder: {run}")
 
 

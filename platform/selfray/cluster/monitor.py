@@ -9,6 +9,7 @@ import queue
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from selfray import checkpoint
@@ -42,7 +43,10 @@ class Monitor:
         tracker: Tracker,
         probe_job: ProbeJob | None,
         started: float,
+        on_probe: Callable[[int, ProbeResult], None] | None = None,
     ) -> None:
+        """`on_probe(images_seen, result)` is told of every probe, in the probes' thread; those of
+        an earlier start come again."""
         self.console = console
         self.run = run
         self.experiment = experiment
@@ -52,6 +56,7 @@ class Monitor:
         self.probes: dict[int, ProbeResult] = {}
         self.first_step_seconds = 0.0
         self._probe_job = probe_job
+        self._on_probe = on_probe
         self._probe_steps = even_steps(plan.total_steps, experiment.probe.times)
         self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
         self._reader = SpoolReader(run / SPOOL)
@@ -157,8 +162,9 @@ class Monitor:
 
     def _keep_probe(self, step: int, images_seen: int, result: ProbeResult) -> None:
         self.probes[step] = result
-        self.history.knn.append((images_seen, result.knn))
-        self.history.linear.append((images_seen, result.linear))
+        if result.knn is not None and result.linear is not None:
+            self.history.knn.append((images_seen, result.knn))
+            self.history.linear.append((images_seen, result.linear))
 
     def _react(self, record: dict[str, Any]) -> None:
         match record["kind"]:
@@ -204,7 +210,8 @@ class Monitor:
 
     def _on_checkpoint(self, record: dict[str, Any]) -> None:
         self._losses[record["step"]] = record["loss"]
-        if self._probe_job is not None and record["step"] in self._probe_steps:
+        all_of_them = self.experiment.probe.every_checkpoint
+        if self._probe_job is not None and (all_of_them or record["step"] in self._probe_steps):
             encoder = EncoderRef.of(Checkpoint.open(record["path"]))
             self._ask_probe(encoder, record["step"], record["images_seen"])
         self._retain()
@@ -228,16 +235,20 @@ class Monitor:
 
     def _best_step(self) -> int | None:
         """The checkpoint with the best probe; where there is no probe, with the lowest loss."""
-        judged = {step: result for step, result in self.probes.items() if step > 0}
-        if judged:
-            by = self.experiment.method.judged_by
-            return max(judged, key=lambda step: getattr(judged[step], by))
+        by = self.experiment.method.judged_by
+        judged = {s: getattr(result, by) for s, result in self.probes.items() if s > 0}
+        known = {step: value for step, value in judged.items() if value is not None}
+        if known:
+            return max(known, key=lambda step: known[step])
         return min(self._losses, key=lambda step: self._losses[step], default=None)
 
     # --- the probing thread
 
     def _probe_all(self) -> None:
         """One probe after the other, as they are asked for; None ends it."""
+        images = self.experiment.batch_size
+        for step in sorted(self.probes):  # an earlier start may have ended before it told of them
+            self._tell(step * images, self.probes[step])
         while (asked := self._to_probe.get()) is not None:
             self._probe(*asked)
 
@@ -266,10 +277,14 @@ class Monitor:
         )
         epoch = images_seen / self.plan.images_per_epoch
         self.console.say(
-            f"epoch {epoch:g}: kNN {result.knn:.1%}, linear {result.linear:.1%}"
-            + (" (untrained)" if step == 0 else "")
+            f"epoch {epoch:g}: {result.described}" + (" (untrained)" if step == 0 else "")
         )
+        self._tell(images_seen, result)
         self._retain()
+
+    def _tell(self, images_seen: int, result: ProbeResult) -> None:
+        if self._on_probe is not None:
+            self._on_probe(images_seen, result)
 
 
 def _clock(seconds: float) -> str:

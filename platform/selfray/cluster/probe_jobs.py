@@ -92,7 +92,8 @@ def _loaded(ref: EncoderRef) -> Encoder:
 class ProbeJob:
     """Where probes get their images and what they may use."""
 
-    train: Sample
+    train: Sample | None
+    """None where there are no labels: what needs none is told all the same."""
     test: Sample
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -132,7 +133,7 @@ class ProbeJob:
 
     def run(self, encoder: EncoderRef | None) -> ProbeResult:
         """Features of train and test, then every protocol, in a task of its own."""
-        train = self.features(self.train, encoder)
+        train = None if self.train is None else self.features(self.train, encoder)
         test = self.features(self.test, encoder, crops=encoder is not None)
         # A sweep's trial holds a placement group of next to nothing: this task must not be put
         # into it.

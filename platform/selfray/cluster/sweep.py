@@ -3,67 +3,38 @@
 import hashlib
 import json
 import logging
-import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ray import tune
-
-from selfray import config, pictures
+from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.command import asking_mlflow
-from selfray.cluster.launch import PartOf, RunFailed, launch, place
-from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.inputs import open_data
+from selfray.cluster.population import evolve
+from selfray.cluster.runtime import Console
+from selfray.cluster.sweep_plan import Asking, SweepPlan, asked, fitting, placed
+from selfray.cluster.sweep_report import SweepResult, report, result_of
 from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
+from selfray.cluster.trial import Outcome, Task, failed
+from selfray.cluster.tuning import Rungs, TaskSource, run_tasks
 from selfray.experiment import Experiment
+from selfray.plan import ReadPlan
+from selfray.population import first_generation
+from selfray.source import source_of
 from selfray.storage import Location
-from selfray.sweep import Question, Score, Trial, answer, rank_correlation, ranked
+from selfray.sweep import METRIC_NAMES, Choice, Question, Range, is_accuracy
 
 log = logging.getLogger(__name__)
 
-TRIAL_CPUS = 0.01
-"""A trial only waits for the Ray Train run that it started, whose workers take the CPUs."""
 POLL_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a trial leaves: its file in the sweep's folder."""
-
-    label: str
-    seed: int
-    run: str | None
-    """The run's folder; None where it could not be begun."""
-    knn: float | None
-    linear: float | None
-    untrained_knn: float | None
-    untrained_linear: float | None
-    rankme: float | None
-    uniformity: float | None
-    alignment: float | None
-    images_per_second: float | None
-    failure: str | None
-    """The cause in one line where the run did not end well."""
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep came to."""
-
-    folder: str
-    outcomes: list[Outcome]
-    scores: list[Score]
-    """The best first."""
-    answer: str
 
 
 def sweep(
     base: Experiment,
     question: Question,
-    asked: str,
+    words: str,
     console: Console,
     tracking: str | None = None,
     at_once: int | None = None,
@@ -72,53 +43,40 @@ def sweep(
 
     Args:
         base: the experiment that is varied.
-        question: what is varied, and how often.
-        asked: the question in words; the answer begins with it.
+        question: what is varied, how it is searched, and how often.
+        words: the question in words; the answer begins with it.
         console: where progress is shown.
         tracking: MLflow tracking URI, as for `launch`.
         at_once: runs at a time; None takes as many as the cluster holds.
 
     Raises:
-        ValueError: bad input, before any run is started.
+        ValueError, FileNotFoundError: bad input, before any run is started.
     """
-    trials = question.trials
-    experiments = [trial.experiment(base) for trial in trials]  # refused here, if at all
-    folder = Location.of(base.output) / "sweeps" / f"{question.name}-{_identity(experiments)}"
-    folder.make_folder()
+    output = Location.of(base.output)
+    base = _probed_at_every_checkpoint(base)
+    _refuse_impossible(base, question)
+    # Read, and converted, once and not by each run; a wrong path is told before any is begun.
+    data = open_data(base.data, output, console.say)
+    read_plan = source_of(base, data.train).plan
+    question = _with_metrics(question, base, data.can_probe)
+    folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
+    (folder / "trials").make_folder()
     cluster = runtime.cluster_resources()
-    at_once = at_once or _fitting(base, cluster)
-    console.say(
-        f"{question.name}: {len(trials)} runs of {base.name}, {at_once} at a time: "
-        f"{', '.join(axis.name for axis in question.axes)}"
-        + (f", {question.seeds} seeds" if question.seeds > 1 else "")
-    )
-    console.say(f"folder: {folder}")
-    uri = tracking_uri(Location.of(base.output), tracking)
-    tracker = _parent(base, question, asked, folder, uri, console)
+    at_once = at_once or fitting(base, cluster)
+    base = placed(base, cluster, at_once)
+    _say_plan(console, base, question, folder, at_once)
+    uri = tracking_uri(output, tracking)
+    tracker = _parent(base, question, words, folder, uri, console)
     tracker.start()
     status: Status = "FAILED"
-    watch = _Watch(folder, trials, console)
+    watch = _Watch(folder / "trials", question.runs, console)
     watch.start()
     try:
-        parent = tracker.wait_for_run(30)
-        tasks = [
-            _Task(
-                str(folder / "trials" / f"{number:04d}.json"),
-                str(folder / "logs" / f"{number:04d}.log"),
-                trial.label,
-                trial.seed,
-                config.dumps(_placed(experiment, cluster, at_once)),
-                os.getcwd(),
-                uri,
-                parent,
-                {f"sweep.{name}": option.label for name, option in trial.choice.items()},
-            )
-            for number, (trial, experiment) in enumerate(zip(trials, experiments, strict=True))
-        ]
-        _run_all(tasks, folder, at_once)
-        outcomes = watch.finish()
-        result = _result(folder, question, asked, trials, outcomes)
-        _report(result, question, base, tracker, console)
+        plan = SweepPlan(folder.uri, base, question, uri, tracker.wait_for_run(30))
+        _run(plan, read_plan, at_once, console)
+        outcomes = _in_order(plan, watch.finish())
+        result = result_of(plan, words, outcomes)
+        report(result, plan, tracker, console)
         status = "FINISHED"
         return result
     except KeyboardInterrupt:
@@ -130,95 +88,153 @@ def sweep(
         tracker.finish(status)
 
 
-# One trial, in a process of its own
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a trial is told. Plain values, so that any process can unpickle it."""
-
-    file: str
-    """Where the outcome is written."""
-    log: str
-    label: str
-    seed: int
-    experiment: str
-    """As JSON."""
-    folder: str
-    """The driver's current one: relative paths of the experiment begin there."""
-    tracking: str
-    parent_run_id: str | None
-    params: dict[str, str]
-
-
-def _run_trial(setting: dict[str, Any]) -> dict[str, Any]:
-    """What Tune runs for each trial. A failure is an outcome: it does not take the sweep down."""
-    task: _Task = setting["task"]
-    experiment: Experiment = config.loads(task.experiment)
-    if Path(task.folder).is_dir():
-        os.chdir(task.folder)  # Tune has gone into a folder of its own
-    part = PartOf(task.parent_run_id, task.params)
-    try:
-        with _LogConsole(task.log) as console:
-            result = launch(experiment, console, task.tracking, part_of=part)
-        probe, untrained = result.final_probe, result.probes.get(0)
-        found = Outcome(
-            task.label,
-            task.seed,
-            result.folder,
-            probe and probe.knn,
-            probe and probe.linear,
-            untrained and untrained.knn,
-            untrained and untrained.linear,
-            probe and probe.rankme,
-            probe and probe.uniformity,
-            probe and probe.alignment,
-            result.images_per_second,
-            None,
-        )
-    except (RunFailed, ValueError, OSError) as error:
-        log.exception("%s, seed %d", task.label, task.seed)
-        found = _failed(task.label, task.seed, str(error))
-    Location.of(task.file).write_json(asdict(found))
-    return {"done": True}
-
-
-class _LogConsole(Console):
-    """What a single run would tell a person, in a file."""
-
-    def __init__(self, path: str) -> None:
-        local = Path(path) if "://" not in path else Path(os.devnull)
-        local.parent.mkdir(parents=True, exist_ok=True)
-        self.file = local.open("a", encoding="utf-8")
-        super().__init__(self.file, None)
-
-    def __enter__(self) -> "_LogConsole":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-# All trials
-
-
-def _run_all(tasks: Sequence[_Task], folder: Location, at_once: int) -> None:
-    """Let Tune run what has no outcome yet. A run that was under way goes on from its checkpoint,
-    since `launch` does so: the sweep keeps no second record of it."""
-    left = [task for task in tasks if not Location.of(task.file).exists()]
-    if not left:
+def _run(plan: SweepPlan, read_plan: ReadPlan, at_once: int, console: Console) -> None:
+    """Run what has no outcome yet. A run that was under way goes on from its checkpoint, since
+    `launch` does so: the sweep keeps no second record of it."""
+    question, folder = plan.question, plan.location
+    if question.search == "population":
+        evolve(plan, read_plan.total_steps, at_once, console.say)
         return
-    tuner = tune.Tuner(
-        tune.with_resources(_run_trial, {"cpu": TRIAL_CPUS}),
-        param_space={"task": tune.grid_search(left)},
-        tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=False),
-        run_config=tune.RunConfig(
-            name=f"tune-{os.getpid()}", storage_path=(folder / "tune").uri, verbose=0
-        ),
+    source = Asking(plan) if question.search == "optuna" else TaskSource(_left(plan))
+    scheduler = None
+    if question.halving is not None:
+        record, stops = folder / "rungs.json", folder / "stops"
+        scheduler = Rungs(question.halving, read_plan.total_images, record, stops)
+    if not source.is_done:
+        run_tasks(source, scheduler, folder, at_once)
+
+
+def _left(plan: SweepPlan) -> list[Task]:
+    tasks = [
+        task
+        for number, choice in enumerate(plan.question.choices)
+        for task in plan.tasks_of(number, choice)
+    ]
+    return [task for task in tasks if plan.outcome(task.number) is None]
+
+
+def _in_order(plan: SweepPlan, found: Mapping[int, Outcome]) -> list[Outcome]:
+    """An outcome for each run of the sweep; of one whose process died, that."""
+    question = plan.question
+    if question.search == "population":
+        return [found[number] for number in sorted(found)]
+    choices = asked(plan) if question.search == "optuna" else question.choices
+    trials = [trial for choice in choices for trial in question.trials(choice)]
+    return [
+        found.get(number) or failed(trial.label, trial.seed, "its process died")
+        for number, trial in enumerate(trials)
+    ]
+
+
+# Before anything is run
+
+
+def _probed_at_every_checkpoint(base: Experiment) -> Experiment:
+    """So that a curve, a scheduler and whoever compares see each checkpoint's worth."""
+    if base.probe.times == 0:
+        raise ValueError("--probes 0: a sweep ranks runs by their probes; give at least 1")
+    return config.override(
+        base, **{"probe.every_checkpoint": True, "checkpoint.times": base.probe.times}
     )
-    for result in tuner.fit():
-        if result.error is not None:
-            log.error("a trial's process died: %s", result.error)
+
+
+def _refuse_impossible(base: Experiment, question: Question) -> None:
+    """ValueError in the experiment's own words where no run could have what is asked."""
+    if question.search == "population":
+        for member in first_generation(question):
+            member.experiment(base, question)
+        return
+    choices = question.choices
+    if question.search == "optuna":  # what will be asked is not known, but its bounds are
+        choices = [_end(question, place) for place in (0.0, 1.0)]
+    for choice in choices:
+        for trial in question.trials(choice):
+            trial.experiment(base)
+
+
+def _end(question: Question, place: float) -> Choice:
+    """The combination at one end of every range."""
+    return {
+        axis.name: place if isinstance(axis, Range) else axis.options[-int(place)].label
+        for axis in question.axes
+    }
+
+
+def _with_metrics(question: Question, base: Experiment, labelled: bool) -> Question:
+    """The question with what ranks and what stops runs written down. ValueError where the images
+    have no labels for it."""
+    judged_by = base.method.judged_by
+    metric = question.metric
+    if metric is None and not labelled:
+        if judged_by != "knn":
+            raise ValueError(
+                f"the images have no labels, and what can be told without, such as RankMe, "
+                f"misleads for {base.method.name}: name labelled images with --test-data, or "
+                "give --rank-by rankme all the same"
+            )
+        metric = "rankme"
+    metric = metric or judged_by
+    halving = question.halving and replace(
+        question.halving, metric=question.halving.metric or metric
+    )
+    for name, value in (("rank-by", metric), ("stop-by", halving and halving.metric)):
+        if value is not None and is_accuracy(value) and not labelled:
+            raise ValueError(
+                f"--{name} {value} needs labels, and the images have none: name labelled images "
+                f"with --test-data, or give --{name} rankme"
+            )
+    return replace(question, metric=metric, halving=halving)
+
+
+def _identity(base: Experiment, question: Question) -> str:
+    """Eight characters that differ where two sweeps ask something else."""
+    asked_of = json.dumps([base.identity, config.to_json(question)], sort_keys=True)
+    return hashlib.sha256(asked_of.encode()).hexdigest()[:8]
+
+
+def _say_plan(
+    console: Console, base: Experiment, question: Question, folder: Location, at_once: int
+) -> None:
+    assert question.metric is not None
+    varied = "; ".join(f"{axis.name} {axis.described}" for axis in question.axes)
+    console.say(
+        f"{question.name}: {question.runs} runs of {base.name} by {question.search} search, "
+        f"{at_once} at a time, ranked by {METRIC_NAMES[question.metric]}: {varied}"
+        + (f"; {question.seeds} seeds" if question.seeds > 1 else "")
+    )
+    halving = question.halving
+    if halving is not None:
+        assert halving.metric is not None
+        console.say(
+            f"from {halving.first:.0%} of the images on, one run in {halving.factor:g} goes on "
+            f"at each rung, by {METRIC_NAMES[halving.metric]}"
+        )
+        if not is_accuracy(halving.metric) and base.method.judged_by != "knn":
+            console.say(f"note: {METRIC_NAMES[halving.metric]} misleads for {base.method.name}")
+    console.say(f"folder: {folder}")
+
+
+def _parent(
+    base: Experiment,
+    question: Question,
+    words: str,
+    folder: Location,
+    uri: str,
+    console: Console,
+) -> Tracker:
+    params: dict[str, Any] = {
+        "recipe": base.name,
+        "seeds": question.seeds,
+        "rank_by": question.metric,
+        "search": question.search,
+        "runs": question.runs,
+        **{f"sweep.{axis.name}": axis.described for axis in question.axes},
+    }
+    tags = {**environment_tags(), "sweep.question": words, "run.folder": folder.uri}
+    return Tracker(uri, "selfray", folder.name, folder, params, tags, say=console.say)
+
+
+# While it runs
 
 
 def _mark_killed(uri: str, parent_run_id: str | None) -> None:
@@ -235,60 +251,35 @@ def _mark_killed(uri: str, parent_run_id: str | None) -> None:
         log.exception("MLflow cannot be told that the runs were stopped")
 
 
-def _fitting(experiment: Experiment, cluster: Resources) -> int:
-    """How many runs the cluster holds at a time."""
-    if cluster.gpus >= 1 and experiment.gpus_per_worker != 0:
-        return max(1, int(cluster.gpus // (experiment.workers * (experiment.gpus_per_worker or 1))))
-    # Without GPUs a run uses what it gets: two cores for each worker, one of them for its data.
-    return max(1, int(cluster.cpus // (2 * experiment.workers)))
-
-
-def _placed(experiment: Experiment, cluster: Resources, at_once: int) -> Experiment:
-    """The experiment with its part of the cluster written down, so that no run takes it all. One
-    that does not fit is left as it is: `launch` says what is missing."""
-    share = Resources((cluster.cpus - TRIAL_CPUS * at_once) / at_once, cluster.gpus / at_once)
-    try:
-        placement = place(experiment, share)
-    except ValueError:
-        return experiment
-    return replace(
-        experiment,
-        cpus_per_worker=placement.cpus_per_worker,
-        gpus_per_worker=placement.gpus_per_worker,
-        data_cpus=int(placement.data_cpus * 100) / 100,
-    )
-
-
 class _Watch:
-    """Tells of each trial that ends, by its file."""
+    """Tells of each run that ends, by its file."""
 
-    def __init__(self, folder: Location, trials: Sequence[Trial], console: Console) -> None:
-        self._folder = folder / "trials"
-        self._trials = trials
+    def __init__(self, folder: Location, runs: int, console: Console) -> None:
+        self._folder = folder
+        self._runs = runs
         self._console = console
         self._found: dict[int, Outcome] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="selfray-sweep")
 
     def start(self) -> None:
-        self._folder.make_folder()
         self._look(tell=False)
         for number, outcome in list(self._found.items()):
             if outcome.failure is not None:  # it may have been mended
-                file = self._folder / f"{number:04d}.json"
+                file = self._folder / _file(number)
                 file.filesystem.delete_file(file.path)
                 del self._found[number]
         if self._found:
-            self._console.say(f"{len(self._found)} of {len(self._trials)} runs were done before")
+            self._console.say(f"{len(self._found)} of {self._runs} runs were done before")
         self._thread.start()
 
-    def finish(self) -> list[Outcome | None]:
-        """All outcomes in the trials' order; None for one whose process died."""
+    def finish(self) -> Mapping[int, Outcome]:
+        """All outcomes by the runs' numbers."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
         self._look(tell=True)
-        return [self._found.get(number) for number in range(len(self._trials))]
+        return self._found
 
     def _watch(self) -> None:
         while not self._ended.wait(POLL_SECONDS):
@@ -298,138 +289,17 @@ class _Watch:
                 log.exception("the sweep's folder cannot be read now")
 
     def _look(self, tell: bool) -> None:
-        for number in range(len(self._trials)):
+        for number in range(self._runs):
             if number in self._found:
                 continue
             try:
-                outcome = Outcome(**(self._folder / f"{number:04d}.json").read_json())
+                outcome = Outcome.from_json((self._folder / _file(number)).read_json())
             except (FileNotFoundError, json.JSONDecodeError):
                 continue
             self._found[number] = outcome
             if tell:
-                self._console.say(f"[{len(self._found)} of {len(self._trials)}] {_line(outcome)}")
+                self._console.say(f"[{len(self._found)} of {self._runs}] {outcome.described}")
 
 
-def _line(outcome: Outcome) -> str:
-    name = f"{outcome.label}, seed {outcome.seed}"
-    if outcome.failure is not None:
-        return f"{name} failed: {outcome.failure}"
-    if outcome.knn is None or outcome.linear is None:
-        return f"{name}: not probed, the data has no labels"
-    return f"{name}: kNN {outcome.knn:.1%}, linear {outcome.linear:.1%}"
-
-
-# The answer
-
-
-def _result(
-    folder: Location,
-    question: Question,
-    asked: str,
-    trials: Sequence[Trial],
-    outcomes: Sequence[Outcome | None],
-) -> SweepResult:
-    ended = [
-        outcome or _failed(trial.label, trial.seed, "its process died")
-        for trial, outcome in zip(trials, outcomes, strict=True)
-    ]
-    scores = []
-    for label in dict.fromkeys(trial.label for trial in trials):
-        mine = [outcome for outcome in ended if outcome.label == label]
-        values = [getattr(outcome, question.metric) for outcome in mine]
-        failures = tuple(outcome.failure for outcome in mine if outcome.failure)
-        scores.append(Score(label, tuple(v for v in values if v is not None), failures))
-    scores = ranked(scores)
-    name = METRIC_NAMES[question.metric]
-    return SweepResult(folder.uri, ended, scores, answer(asked, scores, name))
-
-
-def _failed(label: str, seed: int, cause: str) -> Outcome:
-    return Outcome(label, seed, *[None] * 9, failure=cause)
-
-
-def agreement(outcomes: Sequence[Outcome]) -> str:
-    """How far the label-free figures order the runs as kNN does, in a line; empty for few runs."""
-    # Lower is better for the last two.
-    signs = {"rankme": 1, "uniformity": -1, "alignment": -1}
-    parts = []
-    for name, sign in signs.items():
-        pairs = [(o.knn, getattr(o, name)) for o in outcomes]
-        known = [(k, sign * v) for k, v in pairs if k is not None and v is not None]
-        found = rank_correlation(*zip(*known, strict=True)) if known else None
-        if found is not None:
-            parts.append(f"{name} {found:+.2f}")
-    return f"rank correlation with kNN, without labels: {', '.join(parts)}" if parts else ""
-
-
-METRIC_NAMES = {"knn": "kNN", "linear": "linear"}
-
-
-def table(scores: Sequence[Score], metric: str) -> str:
-    """The ranks in markdown."""
-    lines = [f"| | {METRIC_NAMES[metric]} | spread over seeds | runs |", "|---|---|---|---|"]
-    for score in scores:
-        mean = f"{score.mean:.1%}" if score.values else "-"
-        spread = "-" if score.spread is None else f"{100 * score.spread:.1f}"
-        failed = f", {len(score.failures)} failed" if score.failures else ""
-        lines.append(f"| {score.label} | {mean} | {spread} | {len(score.values)}{failed} |")
-    return "\n".join(lines)
-
-
-def _report(
-    result: SweepResult, question: Question, base: Experiment, tracker: Tracker, console: Console
-) -> None:
-    """The table, the sentence and the figure: on the console, in the folder, in MLflow."""
-    text = f"{table(result.scores, question.metric)}\n\n{result.answer}\n"
-    if told := agreement(result.outcomes):
-        text += f"\n{told}\n"
-    console.say()
-    console.say(text)
-    folder = Location.of(result.folder)
-    (folder / "table.md").write_bytes(text.encode())
-    (folder / "outcomes.json").write_json({"outcomes": [asdict(o) for o in result.outcomes]})
-    tracker.set_tags({"sweep.answer": result.answer})
-    if folder.is_local:
-        tracker.log_artifact(Path(folder.path) / "table.md")
-    measured = [score for score in result.scores if score.values]
-    if measured:
-        by_label = {score.label: score.values for score in measured}
-        asked_order = dict.fromkeys(trial.label for trial in question.trials)
-        untrained = [getattr(o, f"untrained_{question.metric}") for o in result.outcomes]
-        known = [value for value in untrained if value is not None]
-        figure = pictures.sweep(
-            {label: by_label[label] for label in asked_order if label in by_label},
-            METRIC_NAMES[question.metric],
-            sum(known) / len(known) if known else None,
-            f"{question.name} of {base.name}",
-            result.answer,
-        )
-        tracker.log_picture(figure, "sweep.png")
-    console.say(f"figure    {result.folder}/artifacts/sweep.png")
-    console.say(tracker.describe())
-
-
-def _parent(
-    base: Experiment,
-    question: Question,
-    asked: str,
-    folder: Location,
-    uri: str,
-    console: Console,
-) -> Tracker:
-    params: Mapping[str, Any] = {
-        "recipe": base.name,
-        "seeds": question.seeds,
-        "metric": question.metric,
-        **{
-            f"sweep.{axis.name}": ", ".join(option.label for option in axis.options)
-            for axis in question.axes
-        },
-    }
-    tags = {**environment_tags(), "sweep.question": asked, "run.folder": folder.uri}
-    return Tracker(uri, "selfray", folder.name, folder, params, tags, say=console.say)
-
-
-def _identity(experiments: Sequence[Experiment]) -> str:
-    """Eight characters that differ where two sweeps consist of other runs."""
-    return hashlib.sha256(" ".join(e.identity for e in experiments).encode()).hexdigest()[:8]
+def _file(number: int) -> str:
+    return f"{number:04d}.json"

@@ -1,5 +1,6 @@
 """One rank's training: build or resume the state, stream, train, checkpoint."""
 
+import contextlib
 import logging
 import math
 import os
@@ -45,7 +46,14 @@ def run(task: WorkerTask) -> None:
     run_folder = Location.of(task.run)
     source = source_of(experiment, task.shards)
     state = TrainState.start(experiment, source.plan.total_images, device)
-    recorder = Recorder(experiment, run_folder, source.plan.total_steps, share.rank == 0)
+    recorder = Recorder(
+        experiment,
+        run_folder,
+        source.plan.total_steps,
+        share.rank == 0,
+        task.until_step,
+        None if task.stop_file is None else Location.of(task.stop_file),
+    )
     found = checkpoint.latest(run_folder)
     if found is not None:
         state.load_state_dict(found.state())
@@ -55,8 +63,14 @@ def run(task: WorkerTask) -> None:
 
     stream = Stream(source, share, state.progress.step, task.data_cpus / share.world_size)
     batches = _checked(stream, experiment, recorder)
-    train(state, batches, experiment, lambda step: recorder.on_step(state, step), device)
+    with contextlib.suppress(EndedEarly):
+        train(state, batches, experiment, lambda step: recorder.on_step(state, step), device)
     recorder.finished(state)
+
+
+class EndedEarly(Exception):  # noqa: N818 - it is no error
+    """A run that pauses or was told to stop, after its checkpoint; raised on all ranks in one
+    step."""
 
 
 def _checked(stream: Stream, experiment: Experiment, recorder: "Recorder") -> Iterator[Batch]:
@@ -89,6 +103,8 @@ class Recorder:
     run: Location
     total_steps: int
     writes: bool
+    until_step: int | None = None
+    stop_file: Location | None = None
     spool: SpoolWriter = field(init=False)
     checkpoint_steps: set[int] = field(init=False)
     guard: CollapseGuard = field(init=False)
@@ -127,12 +143,16 @@ class Recorder:
         # Without the images, a view into the whole batch: a window of those would fill a GPU.
         self.window.append(replace(step, images=step.images[:0].clone()))
         number = step.progress.step
+        ends = self._ends(step)
         if not self.writes:
             self.window.clear()
+            if ends:
+                raise EndedEarly
             return
         logs = number == 1 or number % self.experiment.log_every == 0 or step.progress.finished
         age = time.monotonic() - self.saved_at
         saves = number in self.checkpoint_steps or age > 60 * self.experiment.checkpoint.minutes
+        saves |= ends
         if not (logs or saves):
             return
         # A checkpoint's step is a point of the metrics too, so that nothing is saved unexamined.
@@ -143,7 +163,21 @@ class Recorder:
             self.saved_at = time.monotonic()
         elif saves or self.owes_checkpoint:
             self._check_weights(state)
-            self._save(state, loss)
+            self._save(state, loss, is_last=ends or state.progress.finished)
+        if ends:
+            raise EndedEarly
+
+    def _ends(self, step: Step) -> bool:
+        """Whether the run is to end here, before its end; the same on all ranks."""
+        if step.progress.finished:
+            return False
+        number = step.progress.step
+        if number == self.until_step:
+            return True
+        if self.stop_file is None or number % self.experiment.log_every:
+            return False
+        told = self.writes and self.stop_file.exists()
+        return distributed.any_rank(told, step.loss.device)
 
     def _record(self, state: TrainState, step: Step) -> float:
         """One point of every metric: means over the steps since the last point. Returns the loss;
@@ -217,14 +251,14 @@ class Recorder:
             "another --seed"
         )
 
-    def _save(self, state: TrainState, loss: float) -> None:
+    def _save(self, state: TrainState, loss: float, is_last: bool) -> None:
         """Write a checkpoint. A full disk or a failing store is told, and training goes on."""
         try:
             saved = checkpoint.save(state, self.experiment, self.run, loss)
         except OSError as error:
             log.exception("checkpoint failed")
             self.spool.event("checkpoint_failed", step=state.progress.step, message=str(error))
-            if state.progress.finished:
+            if is_last:
                 raise OSError(
                     f"the last checkpoint cannot be written to {self.run}: {error}; make room and "
                     "start the same command again"

@@ -35,6 +35,10 @@ class WorkerTask:
     """CPUs for the data tasks of all workers together."""
     launch: str
     """Which start of the command this is: a failure of an earlier one is no reason to give up."""
+    until_step: int | None = None
+    """Where the run pauses, with a checkpoint; None goes to its end."""
+    stop_file: str | None = None
+    """The run ends, with a checkpoint, soon after this file appears."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Frozen features of labelled images, and the probes that judge them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,17 +37,31 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The numbers of one encoder, with the protocols that made them: accuracies in 0..1, and what
-    can be told without labels (see LabelFree; None where it was not asked for)."""
+    """The numbers of one encoder, with the protocols that made them: accuracies in 0..1 (None where
+    there are no labels), and what can be told without (see LabelFree; None where not asked for)."""
 
-    knn: float
-    linear: float
+    knn: float | None
+    linear: float | None
     train_images: int
     test_images: int
     protocols: dict[str, str]
     rankme: float | None = None
     uniformity: float | None = None
     alignment: float | None = None
+
+    @property
+    def described(self) -> str:
+        """The accuracies, or where there are none what is told without labels."""
+        return described(vars(self))
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """A probe's numbers by name, as a person reads them: the accuracies, or what there is."""
+    if found["knn"] is not None and found["linear"] is not None:
+        return f"kNN {found['knn']:.1%}, linear {found['linear']:.1%}"
+    names = {"rankme": "RankMe", "alignment": "alignment", "uniformity": "uniformity"}
+    known = [(shown, found[name]) for name, shown in names.items()]
+    return ", ".join(f"{shown} {value:.3g}" for shown, value in known if value is not None)
 
 
 def embed(
@@ -77,24 +93,36 @@ def pixels(views: np.ndarray) -> np.ndarray:
     return views.reshape(len(views), -1).astype(np.float32) / 255
 
 
-def probe(train: LabelledFeatures, test: LabelledFeatures) -> ProbeResult:
+def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult:
     """Judge features by every protocol: kNN sees the class token, as in DINO's paper, the linear
-    probe all that there is. ValueError where train or test holds no label."""
+    probe all that there is. Without `train`, by what needs no labels alone. ValueError where train
+    or test holds no label."""
+    labelfree = LabelFree()
+    if train is None:
+        found = _without_labels(labelfree, test)
+        protocols = {"labelfree": str(labelfree)}
+        return ProbeResult(None, None, 0, len(test.labels), protocols, *found)
     train, test = train.labelled(), test.labelled()
     if len(train.labels) < 2 or len(test.labels) < 1:
         raise ValueError(
             f"probes need labelled images; {len(train.labels)} of train and {len(test.labels)} of "
             "test have a label"
         )
-    knn, linear, labelfree = KNN(), Linear(), LabelFree()
-    crops = test.of_crops
+    knn, linear = KNN(), Linear()
     return ProbeResult(
         knn.accuracy(train.cls, train.labels, test.cls, test.labels),
         linear.accuracy(train.features, train.labels, test.features, test.labels),
         len(train.labels),
         len(test.labels),
         {"knn": str(knn), "linear": str(linear), "labelfree": str(labelfree)},
-        labelfree.rankme(test.cls),
-        labelfree.uniformity(test.cls),
-        None if crops is None else labelfree.alignment(test.cls, crops),
+        *_without_labels(labelfree, test),
     )
+
+
+def _without_labels(
+    labelfree: LabelFree, test: LabelledFeatures
+) -> tuple[float, float, float | None]:
+    """RankMe, uniformity, and alignment where there are crops."""
+    crops = test.of_crops
+    alignment = None if crops is None else labelfree.alignment(test.cls, crops)
+    return labelfree.rankme(test.cls), labelfree.uniformity(test.cls), alignment
