@@ -238,7 +238,8 @@ def write(table: list[dict[str, Any]], pixels: "ProbeResult | None", folder: Pat
         if line["runs"]
     }
     if ended and pixels is not None:
-        lines = {"knn": pixels.knn, "linear": pixels.linear}
+        both = {"knn": pixels.knn, "linear": pixels.linear}
+        lines = {name: value for name, value in both.items() if value is not None}
         title = "Pretrained on handwritten digits without labels"
         comparison(ended, lines, title).save(folder / "comparison.png")
 

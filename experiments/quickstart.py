@@ -68,11 +68,7 @@ def quickstart(
     ]
     (folder / "table.json").write_text(json.dumps(table, indent=1))
     histories = {"SimCLR": simclr_result.history, "MAE": mae_result.history}
-    known = {
-        name: probe.knn
-        for name, probe in (("raw pixels, kNN", pixels), ("untrained, kNN", untrained))
-        if probe.knn is not None
-    }
+    known = {"raw pixels, kNN": pixels.knn, "untrained, kNN": untrained.knn}
     baselines = {name: knn for name, knn in known.items() if knn is not None}
     curves(histories, baselines).save(folder / "curves.png")
     runs = [simclr_result, mae_result]
