@@ -48,6 +48,8 @@ POINTS_OF_A_CURVE = (40, 600)
 """Fewest and most."""
 LARGEST_PICTURE_BYTES = 300_000
 """A larger one is packed anew."""
+MOST_COLUMNS = 24
+"""Runs in the table of all parameters that differ."""
 PAGE = "comparison.html"
 MARK = "<!-- made by selfray compare -->"
 """Stands in every page: such a file may be written over."""
@@ -141,9 +143,10 @@ def ranked(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     counts = Counter(run.judged_by for run in runs if run.score is not None)
 
     def place(run: ComparedRun) -> tuple[bool, int, str, float, int, str]:
-        unprobed, score = run.score is None, run.score or 0.0
-        group = (0, "") if unprobed else (-counts[run.judged_by], run.judged_by)
-        return unprobed, *group, -score, statuses.index(run.status), run.title
+        if run.score is None:
+            return True, 0, "", 0.0, statuses.index(run.status), run.title
+        judge = run.judged_by
+        return False, -counts[judge], judge, -run.score, statuses.index(run.status), run.title
 
     return sorted(runs, key=place)
 
@@ -472,9 +475,13 @@ def _figure(value: float | None, form: str, kind: str = "number") -> str:
     return _cell(_number(value, form), value, kind)
 
 
-def _parameter(value: Scalar | None) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return _cell(shown(value), None if value is None else value, "number" if is_number else "")
+def _parameter(value: Scalar | None, is_number: bool) -> str:
+    return _cell(shown(value), value, "number" if is_number else "")
+
+
+def _is_numeric(values: Sequence[Scalar | None]) -> bool:
+    kinds = {type(value) for value in values if value is not None}
+    return bool(kinds) and kinds <= {int, float}
 
 
 def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
@@ -497,6 +504,8 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         for name, hint in heads
     )
     rows = []
+    varied = list(found.varied.items())
+    numeric = {name for name, values in varied if _is_numeric(values)}
     for index, run in enumerate(runs):
         cells = [_cell(str(index + 1), index + 1, "number")]
         detail = f"{run.name}\n{run.folder}" + (f"\n{run.note}" if run.note else "")
@@ -520,45 +529,57 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
             _figure(run.images_seen, ","),
             _figure(run.images_per_second, ",.0f"),
         ]
-        cells += [_parameter(values[index]) for values in found.varied.values()]
+        cells += [_parameter(values[index], name in numeric) for name, values in varied]
         rows.append(f"<tr data-run={index}>{''.join(cells)}</tr>")
     return f"<table id=ranking><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
-    """Every parameter that differs, a line each: a column for each run."""
+    """Every parameter that differs, a line each; a column for each of the best runs."""
     everything = {**found.varied, **found.of_recipes}
+    columns = sorted(featured(runs)[:MOST_COLUMNS])
     if not everything:
         return "<p>The runs differ in no parameter.</p>" if len(runs) > 1 else ""
     head = "".join(
         f'<th scope=col data-run={index} title="{html.escape(run.title, quote=True)}">'
         f"{html.escape(str(index + 1))}</th>"
-        for index, run in enumerate(runs)
+        for index, run in ((index, runs[index]) for index in columns)
     )
     rows = []
     for name, values in everything.items():
         kind = "" if name in found.varied else " class=of-recipe"
         cells = "".join(
-            f"<td data-run={index}>{html.escape(shown(value))}</td>"
-            for index, value in enumerate(values)
+            f"<td data-run={index}>{html.escape(shown(values[index]))}</td>" for index in columns
         )
         rows.append(f"<tr{kind}><th scope=row>{html.escape(name)}</th>{cells}</tr>")
+    limit = (
+        f"<p class=hint>Of the best {len(columns)} runs; the table of the runs has what was varied "
+        "for all.</p>"
+        if len(columns) < len(runs)
+        else ""
+    )
     return (
+        f"{limit}<div class=scroll tabindex=0 role=region aria-label='parameters that differ'>"
         "<table id=parameters><thead><tr><th scope=col>parameter</th>"
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-KINDS = ("reconstructions", "tokens", "attention", "embedding", "neighbours", "views", "curves")
-"""The order in which kinds of pictures are offered; others follow by name."""
+KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
+"""The order in which kinds of pictures are offered where as many runs have them; others follow."""
 
 
 def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
     if not chosen:
         return "<p>None of these runs has pictures: they are made at the end of a run.</p>"
     having = sum(bool(run.pictures) for run in runs)
-    kinds = {kind for index in chosen for kind in runs[index].pictures}
-    ordered = sorted(kinds, key=lambda k: (KINDS.index(k) if k in KINDS else len(KINDS), k))
+    counts = Counter(kind for index in chosen for kind in runs[index].pictures)
+
+    def place(kind: str) -> tuple[int, int, str]:
+        # What most runs have is shown first.
+        return -counts[kind], KINDS.index(kind) if kind in KINDS else len(KINDS), kind
+
+    ordered = sorted(counts, key=place)
     options = "".join(
         f'<option value="{html.escape(kind, quote=True)}">{html.escape(kind)}</option>'
         for kind in ordered
@@ -596,7 +617,7 @@ def _picture(file: Location, alternative: str) -> str:
         reason = " ".join(str(error).split())
         return f"<p class=missing>{html.escape(f'{file} cannot be read: {reason}')}</p>"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<img src="{source}" alt="{html.escape(alternative, quote=True)}" loading=lazy>'
+    return f'<img src="{source}" alt="{html.escape(alternative, quote=True)}">'
 
 
 def _packed(data: bytes) -> tuple[str, bytes]:

@@ -175,7 +175,7 @@ def _of_sweep(sweep: Location, ended: bool, tracking: str | None, say: Say) -> l
 
 
 def _trials(sweep: Location, parent: str) -> list[_Named]:
-    """The trials that have an outcome in a sweep's folder; none where that is not seen from here."""
+    """The trials that have an outcome in a sweep's folder; none where that is out of sight."""
     found = []
     for info in (sweep / TRIALS).list():
         outcome = _read_json(sweep / TRIALS / info.base_name)

@@ -74,14 +74,6 @@ class Compare:
         file = compare.default_page(self.runs) if self.page is None else Location.of(self.page)
         _require_ours(file)
         runs = comparison.ranked(compare.read_runs(self.runs, self.tracking, console.say))
-        for line in comparison.table(runs):
-            console.say(line)
-        console.say()
-        for text in comparison.cautions(runs).values():
-            console.say(text)
-        for run in runs[: comparison.MOST_LINES]:
-            if run.note:
-                console.say(f"{run.title}: {run.status}: {run.note}")
         console.live("writing the page")
         page = comparison.write_page(runs, self.title or _title(self.runs), self.pictures)
         try:
@@ -90,9 +82,19 @@ class Compare:
             raise OSError(
                 f"{file} cannot be written ({error.strerror or error}): give --page another file"
             ) from None
-        console.say(f"page: {file}")
         if self.json is not None:
             Location.of(self.json).write_json(comparison.as_json(runs))
+        # What is written is written before anything is shown: a reader such as `head` may leave.
+        for line in comparison.table(runs):
+            console.say(line)
+        console.say()
+        for text in comparison.cautions(runs).values():
+            console.say(text)
+        for run in runs[: comparison.MOST_LINES]:
+            if run.note:
+                console.say(f"{run.title}: {run.status}: {run.note}")
+        console.say(f"page: {file}")
+        if self.json is not None:
             console.say(f"written to {Location.of(self.json)}")
         if not self.no_track:
             console.live("logging to MLflow")
