@@ -185,7 +185,7 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["", "shards", "shards build", "shards check", "export", "probe", "doctor"]
+    "words", ["", "shards", "shards build", "shards check", "export", "probe", "compare", "doctor"]
 )
 def test_every_help_text_has_an_example_to_type(typed, words):
     said = typed(*words.split(), "--help")

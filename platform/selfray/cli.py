@@ -1,4 +1,4 @@
-"""The command `selfray`: make and check shards, export and probe encoders, look at the machine.
+"""The command `selfray`: make and check shards, export, probe and compare, look at the machine.
 
 Only tyro is imported at the top: torch, timm, ray and mlflow take seconds, and --help needs none.
 """
@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
 from selfray import __version__
+from selfray.cluster.command import TrackingFlag, flag
+from selfray.cluster.compare_command import Compare
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.storage import Location
 from selfray.views import require
@@ -45,15 +47,6 @@ LINES_WITHOUT_TERMINAL = 10
 GIB = 2**30
 
 log = logging.getLogger(__name__)
-
-
-def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:
-    """A flag's help. Not its docstring: tyro would keep the line breaks of the source.
-
-    `default` says in words what happens without the flag; None shows the value.
-    """
-    hint = None if default is None else f"(default: {default})" if default else ""
-    return arg(help=" ".join(text.split()), metavar=metavar, help_behavior_hint=hint)
 
 
 # shards -----------------------------------------------------------------------------------------
@@ -268,10 +261,6 @@ CheckpointArgument = Annotated[
         s3:// or gs://; or mlruns:/RUN_ID for a run in MLflow.""",
         "CHECKPOINT",
     ),
-]
-TrackingFlag = Annotated[
-    str | None,
-    flag("Where MLflow is.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
 ]
 
 
@@ -663,7 +652,14 @@ def _track(
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
     from selfray.cluster.command import mlflow_tags
     from selfray.cluster.probe_jobs import metrics_of, tags_of
-    from selfray.cluster.tracking import RUN_RECORD, SHIPPED, SPOOL, Tracker, tracking_uri
+    from selfray.cluster.tracking import (
+        RUN_RECORD,
+        SHIPPED,
+        SPOOL,
+        Tracker,
+        is_training,
+        tracking_uri,
+    )
     from selfray.spool import SpoolWriter
 
     run = _run_folder(checkpoint)
@@ -679,7 +675,7 @@ def _track(
     writer.metrics(checkpoint.images_seen, values)
     writer.tags(tags_of(results[0].result))
     writer.close()
-    if _is_training(run):
+    if is_training(run):
         console.say("the run is still training: it sends these numbers to MLflow with its own")
         return
     record = (run / RUN_RECORD).read_json()
@@ -699,23 +695,6 @@ def _track(
     if tracker.finish(shipped.get("status") or "KILLED"):
         console.say(f"logged as {', '.join(values)}")
         console.say(tracker.describe())
-
-
-def _is_training(run: Location) -> bool:
-    """Whether a command is writing into the run's folder now."""
-    import fcntl
-
-    if not run.is_local:
-        record = run / "run.json"
-        return record.exists() and record.read_json().get("status") == "running"
-    try:
-        with open(Path(run.path) / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 # A checkpoint by any name -----------------------------------------------------------------------
@@ -971,10 +950,11 @@ Command = (
     ]
     | Annotated[Export, subcommand("export")]
     | Annotated[Probe, subcommand("probe")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
-AnyCommand = BuildShards | CheckShards | Export | Probe | Doctor
+AnyCommand = BuildShards | CheckShards | Export | Probe | Compare | Doctor
 
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.
 

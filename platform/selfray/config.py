@@ -37,7 +37,7 @@ def from_json(value: Any) -> Any:
     fields = {key: from_json(item) for key, item in value.items() if key != TYPE_KEY}
     if TYPE_KEY not in value:
         return fields
-    kind = _config_type(value[TYPE_KEY])
+    kind = config_type(value[TYPE_KEY])
     unknown = set(fields) - {f.name for f in dataclasses.fields(kind)}
     if unknown:
         raise ValueError(
@@ -57,7 +57,8 @@ def from_json(value: Any) -> Any:
     return kind(**fields)
 
 
-def _config_type(name: object) -> type:
+def config_type(name: object) -> type:
+    """The frozen dataclass that a "type" names. ValueError where it is none of selfray's."""
     module, _, qualname = str(name).partition(":")
     if module.split(".")[0] != "selfray":
         raise ValueError(f"a config may only name types of selfray, got {name}")

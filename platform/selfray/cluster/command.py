@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import (
@@ -41,6 +41,21 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
+
+
+def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:
+    """A flag's help. Not its docstring: tyro would keep the line breaks of the source.
+
+    `default` says in words what happens without the flag; None shows the value.
+    """
+    hint = None if default is None else f"(default: {default})" if default else ""
+    return tyro.conf.arg(help=" ".join(text.split()), metavar=metavar, help_behavior_hint=hint)
+
+
+TrackingFlag = Annotated[
+    str | None,
+    flag("Where MLflow is.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
+]
 
 
 def run_experiment(

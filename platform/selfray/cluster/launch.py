@@ -19,7 +19,14 @@ from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
 from selfray.cluster.runtime import Console, Resources
-from selfray.cluster.tracking import ARTIFACTS, Tracker, environment_tags, tracking_uri
+from selfray.cluster.tracking import (
+    ARTIFACTS,
+    LOCK,
+    RUN_FILE,
+    Tracker,
+    environment_tags,
+    tracking_uri,
+)
 from selfray.cluster.worker import (
     FAILURE,
     WorkerTask,
@@ -37,7 +44,6 @@ from selfray.storage import Location
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 PROBE_CPUS = 0.2
 """Probes run beside training and must never wait for a CPU that training holds."""
 SMALLEST_DATA_CPUS = 0.5
@@ -460,7 +466,7 @@ def _alone(run: Location) -> Iterator[None]:
     if not run.is_local:
         yield
         return
-    with open(Path(run.path) / "lock", "a+") as file:
+    with open(Path(run.path) / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -493,6 +499,8 @@ def _write_record(
         {
             "status": status,
             "name": run.name,
+            # Beside the experiment, whose types bring torch with them, for readers in a hurry.
+            "judged_by": experiment.method.judged_by,
             "experiment": config.to_json(experiment),
             **more,
         }

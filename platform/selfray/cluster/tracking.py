@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Scalar = str | int | float
 
+RUN_FILE = "run.json"
+"""What a run is and how it stands; launch.py writes it."""
+LOCK = "lock"
+"""Held by the command that writes into a run's folder, where that is local."""
 SPOOL = "spool"
 ARTIFACTS = "artifacts"
 RUN_RECORD = "mlflow.json"
@@ -94,6 +98,21 @@ def everything_shipped(run_folder: Location) -> bool:
     shipped = _read_json(run_folder / SHIPPED)
     records, _ = SpoolReader(run_folder / SPOOL).read(shipped.get("offsets", {}))
     return shipped.get("status") is not None and not records and not shipped.get("artifacts")
+
+
+def is_training(run: Location) -> bool:
+    """Whether a command is writing into the run's folder now; where that is no local one, whether
+    its record says so, which is not taken back by a command that is killed."""
+    if not run.is_local:
+        return _read_json(run / RUN_FILE).get("status") == "running"
+    try:
+        with open(Path(run.path) / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 class Tracker:
