@@ -36,7 +36,8 @@ def run(task: WorkerTask) -> None:
     experiment: Experiment = config.loads(task.experiment)
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
-    share = Share(context.get_world_rank(), context.get_world_size(), experiment.accumulate)
+    mine = experiment.shared_by(context.get_world_size())
+    share = Share(context.get_world_rank(), context.get_world_size(), mine.accumulate)
     if device.type == "cpu":
         # No more threads than CPUs that are ours: OpenMP's threads wait for one another, so a step
         # whose second thread shares its core with a data task takes three times as long as a
@@ -53,9 +54,9 @@ def run(task: WorkerTask) -> None:
         state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
-    stream = Stream(source, share, state.progress.step, task.data_cpus / share.world_size)
+    stream = Stream(source, share, state.progress.step, task.data_cpus)
     batches = _checked(stream, experiment, recorder)
-    train(state, batches, experiment, lambda step: recorder.on_step(state, step), device)
+    train(state, batches, mine, lambda step: recorder.on_step(state, step), device)
     recorder.finished(state)
 
 

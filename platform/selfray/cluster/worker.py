@@ -32,7 +32,7 @@ class WorkerTask:
     cpus: float
     """CPUs of each train worker."""
     data_cpus: float
-    """CPUs for the data tasks of all workers together."""
+    """CPUs for the data tasks of each worker: an elastic run's grow and shrink with it."""
     launch: str
     """Which start of the command this is: a failure of an earlier one is no reason to give up."""
 
