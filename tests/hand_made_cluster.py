@@ -36,7 +36,7 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def wait_for(what: str, found: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
     """The first true answer. AssertionError says what did not happen."""
     until = time.monotonic() + seconds
     while not (answer := found()):
@@ -94,6 +94,8 @@ class HandMadeCluster:
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         print("\n".join(["", *self.timeline]))
+        if hasattr(self, "said"):
+            print(self.said.read_text())
 
     def add_node(self, name: str, cpus: int, **resources: float) -> None:
         flags = ("--num-cpus", str(cpus), "--resources", json.dumps(resources))
@@ -170,20 +172,24 @@ class HandMadeCluster:
         return done.stdout
 
     def command(self, *words: str) -> subprocess.Popen[str]:
-        """A script of experiments/, run on this machine against the cluster."""
+        """A script of experiments/, run on this machine against the cluster; `said` is the file of
+        what it says."""
         environment = {
             **self.environment,
             "RAY_ADDRESS": self.address,
             "PYTHONPATH": str(CHECKOUT / "platform"),
         }
-        return subprocess.Popen(
-            [sys.executable, *words],
-            env=environment,
-            cwd=CHECKOUT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self.said = self.home / "command.log"
+        with self.said.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, *words],
+                env=environment,
+                cwd=CHECKOUT,
+                text=True,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from selfray.source import BROKEN, POSITION, source_of
 from selfray.spool import SpoolWriter
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
+from selfray.views import require
 
 SPOOL = "spool"
 log = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ def run(task: WorkerTask) -> None:
         # step on one thread (measured).
         torch.set_num_threads(max(1, int(task.cpus)))
     run_folder = Location.of(task.run)
+    require(
+        run_folder.exists(),
+        f"--output: {run_folder} is not seen on node {socket.gethostname()}: give storage that all "
+        "nodes see (s3://, gs:// or a shared folder)",
+    )
     source = source_of(experiment, task.shards)
     state = TrainState.start(experiment, source.plan.total_images, device)
     recorder = Recorder(experiment, run_folder, source.plan.total_steps, share.rank == 0)

@@ -28,7 +28,7 @@ def told(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[
         yield
     finally:
         ended.set()
-        thread.join(POLL_SECONDS)
+        thread.join(0.5)  # it may be asking a cluster that is gone: nothing waits for that
 
 
 def _watch(

@@ -5,6 +5,7 @@ and would spend seconds on them, and a worker first has a process started for it
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         if _would_repeat(cause):
             name = type(cause).__name__
             message = str(cause).strip() or name
-            record.write_json({"launch": task.launch, "type": name, "message": message})
+            with suppress(OSError):  # the folder itself may be what is missing
+                record.write_json({"launch": task.launch, "type": name, "message": message})
         raise
 
 
