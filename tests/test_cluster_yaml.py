@@ -1,11 +1,14 @@
 """cluster.yaml against Ray's own schema and checks; no cloud is asked."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from selfray.cluster.runtime import ENVIRONMENT, largest_cluster
 
 FILE = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -44,7 +47,32 @@ def test_nothing_but_ssh_from_one_address_is_open(cluster):
 
 
 def test_every_value_that_a_user_must_change_is_marked():
-    placeholders = ("203.0.113.7", "ami-0123456789abcdef0", "us-east-1", "Name: selfray #")
-    marked = [line for line in FILE.read_text().splitlines() if "CHANGE" in line]
-    for placeholder in placeholders:
-        assert any(placeholder in line for line in marked), placeholder
+    lines = FILE.read_text().splitlines()
+    # In the value's own line, or in a comment of at most three lines above it.
+    for placeholder in (
+        "203.0.113.7",
+        "ami-0123456789abcdef0",
+        "region: us-east-1",
+        "availability_zone",
+        "Name: selfray",
+        "mlflow_database: ~",
+        "s3://YOUR-BUCKET/mlflow",
+    ):
+        places = [i for i, line in enumerate(lines) if placeholder in line]
+        assert any("CHANGE" in "".join(lines[max(0, i - 6) : i + 1]) for i in places), placeholder
+
+
+def test_all_nodes_agree_on_how_ray_authenticates(cluster):
+    # runtime.py says so to the drivers.
+    assert ENVIRONMENT["RAY_AUTH_MODE"] == "disabled"
+    assert any("RAY_AUTH_MODE=disabled" in command for command in cluster["setup_commands"])
+
+
+def test_no_password_stands_in_a_file_that_is_committed(cluster):
+    assert "postgresql://" not in json.dumps(cluster)
+
+
+def test_what_the_cluster_can_grow_to_is_read_from_it(cluster):
+    found = largest_cluster(prepare_config(cluster))
+    assert found["CPU"] == 8 * 48 + 16 * 16
+    assert found["GPU"] == 8 * 4

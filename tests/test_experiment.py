@@ -13,6 +13,7 @@ PLACEMENT = {
     "workers": 2,
     "gpus_per_worker": 0.5,
     "cpus_per_worker": 2.0,
+    "worker_resources": "trainer=1",
     "data_cpus": 3,
     "output": "elsewhere",
     "max_failures": 9,
@@ -170,6 +171,16 @@ def test_a_small_stem_needs_a_stem_of_one_convolution():
             lambda: experiment(MAE, RESNET),
             ["needs a ViT, not encoder.name resnet18", "--encoder.name vit_small_patch16_224"],
         ),
+        (lambda: replace(WANTED, workers="many"), ["workers must be a number such as 4", "many"]),
+        (lambda: replace(WANTED, workers="4:2"), ["workers 4:2 must be from the fewest"]),
+        (
+            lambda: replace(WANTED, workers="1:3"),
+            ["workers 1:3: batch_size 8 does not divide", "give bounds out of 1, 2, 4"],
+        ),
+        (
+            lambda: replace(WANTED, worker_resources="trainer"),
+            ["worker_resources must be names with amounts such as trainer=1, got trainer"],
+        ),
         (lambda: replace(WANTED, precision="fp16"), ["precision", "fp16"]),
         (lambda: replace(WANTED, seed=-1), ["seed", "-1"]),
         (lambda: replace(WANTED, seed=2**64), ["seed", str(2**64)]),
@@ -205,3 +216,34 @@ def test_the_options_are_what_timm_receives_and_nothing_else():
         "depth": 2,
         "num_heads": 2,
     }
+
+
+# Elastic
+
+
+def test_an_elastic_run_has_only_numbers_of_workers_that_its_batch_divides_among():
+    elastic = replace(WANTED, workers="1:4")
+    assert (elastic.min_workers, elastic.max_workers) == (1, 4)
+    assert elastic.world_sizes == (1, 2, 4)
+    assert replace(WANTED, workers=2).world_sizes == (2,)
+    assert elastic.identity == WANTED.identity
+
+
+def test_fewer_workers_of_an_elastic_run_take_more_micro_batches_of_the_same_size():
+    elastic = replace(WANTED, batch_size=24, workers="1:6", accumulate=2)
+    for workers in elastic.world_sizes:
+        shared = elastic.shared_by(workers)
+        parts = workers * shared.accumulate
+        assert 24 % parts == 0
+        assert parts >= 12, "no micro-batch is larger than on the full cluster"
+        assert shared.batch_size == 24
+    assert elastic.shared_by(6).accumulate == 2
+
+
+def test_a_method_that_cannot_accumulate_takes_larger_batches_on_fewer_workers():
+    elastic = experiment(SIMCLR, workers="1:4")
+    assert elastic.shared_by(1).accumulate == 1
+
+
+def test_a_fixed_number_of_workers_is_shared_as_it_says():
+    assert replace(WANTED, workers=2, accumulate=2).shared_by(2).accumulate == 2

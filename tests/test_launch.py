@@ -23,9 +23,10 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import checkpoint, config
 from selfray.checkpoint import Checkpoint
-from selfray.cluster.launch import RunFailed, launch, place
+from selfray.cluster.launch import Placement, RunFailed, launch, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.shards import write_arrays
+from selfray.cluster.waiting import room_for
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
 from selfray.spool import SpoolReader
@@ -316,6 +317,55 @@ def test_as_many_workers_as_cpus_leave_some_cpu_for_the_data() -> None:
     placement = place(experiment("x", Path("y"), workers=2), Resources(cpus=2, gpus=0))
     assert placement.cpus_per_worker * 2 + placement.data_cpus < 2
     assert placement.data_cpus >= 0.5
+
+
+AWS = Resources(640, 32, {"trainer": 4}, grows=True)
+"""What cluster.yaml may grow to."""
+
+
+def test_a_run_on_a_growing_cluster_asks_for_some_cpus_for_its_data_and_not_for_all() -> None:
+    wanted = experiment("x", Path("y"), workers=8)
+    assert place(wanted, AWS) == Placement(8, 1, 1, 64)
+    assert place(replace(wanted, data_cpus=500), AWS).data_cpus == 500
+    with pytest.raises(ValueError, match="--workers 32 x --gpus-per-worker 2 need 64 GPUs"):
+        place(replace(wanted, workers=32, gpus_per_worker=2), AWS)
+
+
+def test_what_a_silent_cluster_can_add_is_believed_and_asked_for_where_it_is_not_said() -> None:
+    silent = Resources(0, 0, is_unknown=True)
+    wanted = experiment("x", Path("y"), workers=4)
+    with pytest.raises(ValueError, match="does not tell what it can add: give --gpus-per-worker"):
+        place(wanted, silent)
+    told = replace(wanted, gpus_per_worker=1, data_cpus=6)
+    assert place(told, silent) == Placement(4, 1, 1, 6)
+
+
+def test_an_elastic_run_is_placed_at_the_size_that_the_cluster_has_room_for() -> None:
+    wanted = experiment("x", Path("y"), workers="2:8")
+    assert place(wanted, Resources(32, 4)).workers == 4
+    assert place(wanted, Resources(64, 16)).workers == 8
+    with pytest.raises(ValueError, match="--workers 2:8 x --gpus-per-worker 1 need 2 GPUs"):
+        place(wanted, Resources(8, 1))
+
+
+def test_what_a_trainers_node_must_have_is_reserved_and_missed_by_name() -> None:
+    wanted = experiment("x", Path("y"), workers=4, worker_resources="trainer=1")
+    placement = place(wanted, AWS)
+    assert placement.resources(wanted) == {"CPU": 1, "GPU": 1, "trainer": 1}
+    with pytest.raises(ValueError, match="need 8 of trainer and the cluster has 4"):
+        place(replace(wanted, workers=8), AWS)
+
+
+def test_a_worker_never_wants_more_cpus_than_a_node_has() -> None:
+    wanted = experiment("x", Path("y"), workers=2)
+    assert place(wanted, Resources(32, 0, largest_node_cpus=4)).cpus_per_worker == 4
+
+
+def test_nodes_have_room_for_whole_workers_only() -> None:
+    nodes = [{"CPU": 3.0}, {"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert room_for({"CPU": 2}, iter(nodes)) == 1 + 0 + 4
+    assert room_for({"CPU": 0.1}, iter(nodes[1:2])) == 10  # 1.0 // 0.1 is 9
+    assert room_for({"CPU": 1, "GPU": 1}, iter(nodes)) == 0 + 1 + 2
 
 
 def test_a_checkpoint_of_another_method_or_encoder_is_refused(shards, tmp_path) -> None:

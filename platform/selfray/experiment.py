@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from selfray import config
@@ -11,7 +12,7 @@ from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
 from selfray.plan import Share
-from selfray.views import Views, require, require_one_of
+from selfray.views import Views, named_amounts, require, require_one_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -113,16 +114,21 @@ class Experiment:
     guard: GuardConfig = field(default_factory=GuardConfig)
     """When a run whose features have collapsed is ended."""
 
-    workers: int = 1
-    """Train workers: one process each, on one GPU or CPU."""
+    workers: int | str = 1
+    """Train workers: one process each, on one GPU or CPU. A range such as 1:4 is elastic: as many
+    as the cluster holds at the time, at the same global batch."""
     gpus_per_worker: float | None = None
     """GPUs of each train worker; None takes one where the cluster has any, else none."""
     cpus_per_worker: float | None = None
     """CPUs reserved for each train worker; None takes one, or less where the machine is small."""
+    worker_resources: str = ""
+    """What else the node of each train worker must have, by Ray's names: trainer=1 for nodes
+    started with such a resource, accelerator_type:A100=0.001 for a kind of GPU."""
     data_cpus: float | None = None
     """CPUs that decode and augment; None takes what the train workers leave."""
     output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://."""
+    """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
+    under ~/selfray of the machine that runs the job."""
     max_failures: int = 3
     """How often a run whose workers die is started again from its last checkpoint."""
     log_every: int = 10
@@ -133,6 +139,7 @@ class Experiment:
             "workers",
             "gpus_per_worker",
             "cpus_per_worker",
+            "worker_resources",
             "data_cpus",
             "output",
             "max_failures",
@@ -146,7 +153,7 @@ class Experiment:
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
         require(self.batch_size > 0, f"batch_size must be positive, got {self.batch_size}")
-        require(self.workers > 0, f"workers must be at least 1, got {self.workers}")
+        require(self.min_workers > 0, f"workers must be at least 1, got {self.workers}")
         require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
         require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
         require(self.max_failures >= 0, f"max_failures must be at least 0, got {self.max_failures}")
@@ -158,11 +165,10 @@ class Experiment:
             self.cpus_per_worker is None or self.cpus_per_worker > 0,
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
+        named_amounts("worker_resources", self.worker_resources)
         require_one_of("precision", self.precision, ("float32", "bf16"))
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
-        reason = self.method.why_not_accumulate
-        if reason is None and self.encoder.is_resnet:
-            reason = f"the batch norms of {self.encoder.name} would see micro-batches"
+        reason = self.why_not_accumulate
         if self.accumulate > 1 and reason:
             raise ValueError(
                 f"accumulate {self.accumulate} would change the loss of {self.method.name}: "
@@ -174,7 +180,7 @@ class Experiment:
                 f"optimizer.{name} is for ViTs, not for encoder.name {self.encoder.name}",
             )
         self.method.check_batch_size(self.batch_size)
-        Share(0, self.workers, self.accumulate).micro_batch(self.batch_size)
+        self._check_workers()
         # A method that cannot use this encoder says so here.
         for name, group in self.views.items():
             sizes = sorted({view.size or 0 for view in group})
@@ -182,6 +188,64 @@ class Experiment:
                 len(sizes) == 1,
                 f"the {name} views have {' and '.join(map(str, sizes))} pixels: give them one size",
             )
+
+    def _check_workers(self) -> None:
+        least, most = self.min_workers, self.max_workers
+        if not self.is_elastic:
+            Share(0, most, self.accumulate).micro_batch(self.batch_size)
+            return
+        require(least <= most, f"workers {self.workers} must be from the fewest to the most")
+        parts = [size * self.accumulate for size in (least, most)]
+        possible = [n for n in range(1, 2 * most + 1) if self._divides_among(n)]
+        require(
+            self._divides_among(least) and self._divides_among(most),
+            f"workers {self.workers}: batch_size {self.batch_size} does not divide into both "
+            f"{parts[0]} and {parts[1]} parts: give bounds out of "
+            f"{', '.join(map(str, possible)) or 'none'}, or another --batch-size",
+        )
+
+    def _divides_among(self, workers: int) -> bool:
+        return self.batch_size % (workers * self.accumulate) == 0
+
+    @property
+    def why_not_accumulate(self) -> str | None:
+        """Why micro-batches would change the loss; None where they do not."""
+        if self.method.why_not_accumulate is None and self.encoder.is_resnet:
+            return f"the batch norms of {self.encoder.name} would see micro-batches"
+        return self.method.why_not_accumulate
+
+    @property
+    def is_elastic(self) -> bool:
+        return ":" in str(self.workers)
+
+    @property
+    def min_workers(self) -> int:
+        return _bounds(self.workers)[0]
+
+    @property
+    def max_workers(self) -> int:
+        return _bounds(self.workers)[1]
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may have at a time: those among which its global
+        batch divides."""
+        sizes = range(self.min_workers, self.max_workers + 1)
+        return tuple(size for size in sizes if self._divides_among(size))
+
+    def shared_by(self, workers: int) -> "Experiment":
+        """The experiment as that many workers carry it out, at the same global batch.
+
+        Fewer workers than an elastic run's most have more images each. They take them in more
+        micro-batches where the method allows it, so that a micro-batch that fits the memory of a
+        full cluster's GPUs fits them always.
+        """
+        accumulate = self.accumulate
+        if self.is_elastic and self.why_not_accumulate is None:
+            accumulate = math.ceil(self.max_workers * self.accumulate / workers)
+            while self.batch_size % (workers * accumulate):
+                accumulate += 1
+        return replace(self, workers=workers, accumulate=accumulate)
 
     @property
     def views(self) -> Views:
@@ -202,3 +266,14 @@ class Experiment:
     def run_name(self) -> str:
         """The run's folder under `output`: the same command finds the same folder again."""
         return f"{self.name}-{self.identity}"
+
+
+def _bounds(workers: int | str) -> tuple[int, int]:
+    """(fewest, most) of a number or a range such as 1:4."""
+    first, _, last = str(workers).partition(":")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise ValueError(
+            f"workers must be a number such as 4, or a range such as 1:4, got {workers}"
+        ) from None

@@ -88,12 +88,13 @@ def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment"
     )
     # A schedule's kind stays what the recipe has; only its numbers are flags.
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-    return tyro.cli(
+    experiment = tyro.cli(
         command,  # type: ignore[arg-type]
         description=description,
         config=settings,
         registry=_own_rules(),
     )
+    return replace(experiment, output=runtime.lasting(experiment.output))
 
 
 def _own_rules() -> ConstructorRegistry:
@@ -187,8 +188,8 @@ class SweepFlags:
     """Epochs of each run; None takes 20 for the embedded digits, else the recipe's."""
     batch_size: int | None = None
     """None takes the recipe's."""
-    workers: int | None = None
-    """Train workers of each run; None takes the recipe's."""
+    workers: int | str | None = None
+    """Train workers of each run, such as 2 or 1:4; None takes the recipe's."""
     seeds: int = 1
     """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
     probes: int = 4
@@ -213,7 +214,8 @@ class SweepFlags:
     at_once: int | None = None
     """Runs at a time; None takes as many as the cluster holds."""
     output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://."""
+    """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
+    under ~/selfray of the machine that runs the job."""
 
     def base(self, recipes: "Mapping[str, Experiment]", *methods: str) -> "Experiment":
         """The recipe with these flags. ValueError where it is none, or of no method that fits."""
@@ -230,7 +232,7 @@ class SweepFlags:
             "batch_size": self.batch_size,
             "workers": self.workers,
             "probe.times": self.probes,
-            "output": self.output,
+            "output": runtime.lasting(self.output),
         }
         changes = {path: value for path, value in given.items() if value is not None}
         base = config.override(recipe, **changes)
@@ -273,14 +275,14 @@ def run_sweep(
         return 1 if any(outcome.failure for outcome in result.outcomes) else 0
 
     try:
-        return with_console(log_folder(flags.output), body)
+        return with_console(log_folder(base.output), body)
     finally:
         ray.stop()
 
 
 def log_folder(output: str) -> Path:
     """Where a command's own log lies: on this machine, wherever its output goes."""
-    return Path(output if "://" not in output else "runs") / "logs"
+    return Path(output if "://" not in output else runtime.lasting("runs")) / "logs"
 
 
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
-from selfray.cluster import runtime
+from selfray.cluster import runtime, waiting
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
@@ -41,12 +42,15 @@ from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.source import Source, source_of
 from selfray.storage import Location
+from selfray.views import named_amounts
 
 log = logging.getLogger(__name__)
 
 PROBE_CPUS = 0.2
 """Probes run beside training and must never wait for a CPU that training holds."""
 SMALLEST_DATA_CPUS = 0.5
+DATA_CPUS_PER_WORKER = 8.0
+"""What a run asks for by itself where an autoscaler adds nodes; --data-cpus asks for more."""
 
 
 class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
@@ -57,9 +61,18 @@ class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
 class Placement:
     """What each part of a run gets of the cluster."""
 
+    workers: int
+    """Train workers: as many of an elastic run's as the cluster holds."""
     cpus_per_worker: float
     gpus_per_worker: float
     data_cpus: float
+    """For the data tasks of all these workers together."""
+
+    def resources(self, experiment: Experiment) -> dict[str, float]:
+        """What Ray reserves for each train worker."""
+        wanted = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        wanted |= named_amounts("worker_resources", experiment.worker_resources)
+        return {name: amount for name, amount in wanted.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ def _carry_out(
     goal = part.until_step or plan.total_steps
     try:
         if found is None or (found.step < goal and part.stop_reason() is None):
-            _fit(experiment, run, data, placement, part)
+            _fit(experiment, run, data, placement, part, console)
         monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
@@ -256,18 +269,29 @@ def _tracker(
 
 
 def _fit(
-    experiment: Experiment, run: Location, data: DataSets, placement: Placement, part: PartOf
+    experiment: Experiment,
+    run: Location,
+    data: DataSets,
+    placement: Placement,
+    part: PartOf,
+    console: Console,
 ) -> None:
     """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
-    if placement.gpus_per_worker:
-        resources["GPU"] = placement.gpus_per_worker
+    resources = placement.resources(experiment)
     launch_id = f"{time.time_ns()}"
-    trainer = TorchTrainer(
+    workers: Any = experiment.max_workers
+    kind: Any = TorchTrainer
+    if experiment.is_elastic:
+        from selfray.cluster import elastic
+
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", elastic.START_SECONDS)
+        workers = (experiment.min_workers, experiment.max_workers)
+        kind = partial(elastic.ElasticTrainer, sizes=experiment.world_sizes, run=run.uri)
+    trainer = kind(
         train_worker,
         train_loop_config={
             "task": WorkerTask(
@@ -275,16 +299,17 @@ def _fit(
                 data.train,
                 run.uri,
                 placement.cpus_per_worker,
-                placement.data_cpus,
+                placement.data_cpus / placement.workers,
                 launch_id,
                 part.until_step,
                 part.stop_file,
             )
         },
         scaling_config=ScalingConfig(
-            num_workers=experiment.workers,
+            num_workers=workers,
             use_gpu=placement.gpus_per_worker > 0,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=runtime.CONSIDER_SECONDS,
         ),
         run_config=RunConfig(
             # A new name for each start: selfray resumes from its own checkpoints, which survive
@@ -296,7 +321,8 @@ def _fit(
         ),
     )
     try:
-        trainer.fit()
+        with waiting.told(resources, experiment.min_workers, console):
+            trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
         # The worker that began it wrote its cause down; another one may have lost its peer first.
@@ -350,43 +376,74 @@ def _cause(error: Exception) -> str:
 def place(experiment: Experiment, cluster: Resources) -> Placement:
     """Share the cluster among train workers and data tasks. ValueError says what is missing.
 
-    Ray would wait forever for a worker that fits nowhere.
+    Ray would wait forever for a worker that fits nowhere. Where nodes come when they are asked
+    for and nobody says how many, what the flags say is believed.
     """
-    workers = experiment.workers
+    asked, least = experiment.max_workers, experiment.min_workers
     gpus = experiment.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if cluster.gpus >= 1 else 0.0
+    if cluster.is_unknown:
+        return _believed(experiment, gpus)
+    flag = f"--workers {experiment.workers}"
+    workers = asked if not experiment.is_elastic else max(least, min(asked, cluster.holds(gpus)))
     if gpus * workers > cluster.gpus:
         raise ValueError(
-            f"--workers {workers} x --gpus-per-worker {gpus:g} need {gpus * workers:g} GPUs and "
+            f"{flag} x --gpus-per-worker {gpus:g} need {gpus * workers:g} GPUs and "
             f"the cluster has {cluster.gpus:g}: give fewer workers, or add GPU nodes"
         )
+    for name, amount in named_amounts("worker_resources", experiment.worker_resources).items():
+        has = cluster.others.get(name, 0.0)
+        # Ray knows a node's kind of GPU when the node is there.
+        is_told_later = cluster.grows and name.startswith("accelerator_type:")
+        if amount * workers > has and not is_told_later:
+            raise ValueError(
+                f"{flag} x --worker-resources {experiment.worker_resources} need "
+                f"{amount * workers:g} of {name} and the cluster has {has:g}: give fewer workers, "
+                "or add nodes that have it"
+            )
     cpus = experiment.cpus_per_worker
     if cpus is None:
         # Data tasks and probes need some too, or the workers would wait for them forever.
         spare = SMALLEST_DATA_CPUS + PROBE_CPUS
         # Where there is no GPU, training itself is what takes the CPUs.
-        wanted = 1 if gpus else max(1, int(0.7 * cluster.cpus / workers))
+        owned = gpus or experiment.worker_resources or cluster.grows
+        most = min(0.7 * cluster.cpus / workers, cluster.largest_node_cpus)
+        wanted = 1 if owned else max(1, int(most))
         cpus = min(wanted, int((cluster.cpus - spare) / workers * 100) / 100)
         if cluster.cpus < workers:
             raise ValueError(
-                f"--workers {workers} need {workers} CPUs and the cluster has {cluster.cpus:g}: "
+                f"{flag} need {workers} CPUs and the cluster has {cluster.cpus:g}: "
                 f"give --workers {max(1, int(cluster.cpus))} or fewer, or add nodes"
             )
     left = round(cluster.cpus - cpus * workers - PROBE_CPUS, 2)
     if left < SMALLEST_DATA_CPUS:
         raise ValueError(
-            f"--workers {workers} x --cpus-per-worker {cpus:g} leave {max(0.0, left):g} of the "
+            f"{flag} x --cpus-per-worker {cpus:g} leave {max(0.0, left):g} of the "
             f"cluster's {cluster.cpus:g} CPUs to read the data, which needs "
             f"{SMALLEST_DATA_CPUS}: give less of either"
         )
-    data_cpus = experiment.data_cpus or left
+    # All that is there, but not all that could be bought.
+    bought = min(left, DATA_CPUS_PER_WORKER * workers)
+    data_cpus = experiment.data_cpus or (bought if cluster.grows else left)
     if data_cpus > left:
         raise ValueError(
             f"--data-cpus {data_cpus:g} is more than the {left:g} CPUs that the train workers "
             f"leave of the cluster's {cluster.cpus:g}"
         )
-    return Placement(cpus, gpus, data_cpus)
+    return Placement(workers, cpus, gpus, data_cpus)
+
+
+def _believed(experiment: Experiment, gpus: float) -> Placement:
+    """What the flags say, for a cluster that tells nothing of itself."""
+    if experiment.gpus_per_worker is None or experiment.data_cpus is None:
+        raise ValueError(
+            "the cluster has no CPUs now and does not tell what it can add: give "
+            "--gpus-per-worker and --data-cpus, or say what it can have with "
+            "SELFRAY_CLUSTER=CPU=64,GPU=8"
+        )
+    cpus = experiment.cpus_per_worker or 1.0
+    return Placement(experiment.max_workers, cpus, gpus, experiment.data_cpus)
 
 
 def _located(experiment: Experiment) -> Experiment:
@@ -543,7 +600,7 @@ def _say_plan(
     console.say(
         f"{experiment.run_name}: {plan.rows:,} images, {experiment.epochs:,} epochs of "
         f"{plan.steps_per_epoch:,} steps of {experiment.batch_size:,}{tail}, "
-        f"{experiment.workers} worker{'s' if experiment.workers > 1 else ''}"
+        f"{experiment.workers} worker{'s' if experiment.max_workers > 1 else ''}"
     )
     if not data.can_probe and experiment.probe.times:
         console.say(

@@ -69,6 +69,7 @@ class Monitor:
         self._pending: set[int] = set()
         self._shown = 0
         self._finished_at: float | None = None
+        self._workers = 0
         self._tracking = False
         self._ended = threading.Event()
         self._threads = [
@@ -183,7 +184,13 @@ class Monitor:
                 self.console.say(f"cannot be read, left out: {record['names']}")
 
     def _on_started(self, record: dict[str, Any]) -> None:
-        if self.first_step_seconds:
+        before, self._workers = self._workers, record["world_size"]
+        if before and before != self._workers:
+            self.console.say(
+                f"{self._workers} worker{'s' if self._workers > 1 else ''} now, {before} before: "
+                f"going on from step {record['step']:,}"
+            )
+        elif self.first_step_seconds:
             self.console.say(f"a worker died: started again from step {record['step']:,}")
 
     def _on_progress(self, record: dict[str, Any]) -> None:

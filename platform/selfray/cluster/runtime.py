@@ -5,11 +5,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
+
+from selfray.views import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
 ENVIRONMENT = {
@@ -27,6 +31,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+CONSIDER_SECONDS = 10.0
+"""How often a healthy elastic run looks whether the cluster has room for more workers."""
+
 
 def set_environment() -> None:
     """Defaults for what the user has not set. Called before ray is imported."""
@@ -34,12 +41,39 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def lasting(output: str) -> str:
+    """Where an output really goes: a relative folder of a job under ~/selfray, any other as it is.
+
+    A job starts in a copy of the checkout that Ray removes after it, and that has another name
+    when a file was edited: a run there would be lost, and the same command would not find it.
+    """
+    if "://" in output or os.path.isabs(os.path.expanduser(output)) or not _is_uploaded_job():
+        return output
+    return os.path.join(os.path.expanduser("~"), "selfray", output)
+
+
+def _is_uploaded_job() -> bool:
+    """Whether this process is the driver of a `ray job submit` with a working folder."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "working_dir_files" in os.getcwd()
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has in all, or has free, in Ray's units."""
+    """What a cluster can have in all, in Ray's units."""
 
     cpus: float
     gpus: float
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources by name."""
+    largest_node_cpus: float = float("inf")
+    grows: bool = False
+    """Whether nodes are added when they are asked for: then what is asked for has a price."""
+    is_unknown: bool = False
+    """Whether nothing is there now and nobody says what may be added."""
+
+    def holds(self, gpus_per_worker: float) -> int:
+        """How many train workers it has room for."""
+        return int(self.gpus / gpus_per_worker if gpus_per_worker else self.cpus)
 
 
 @contextmanager
@@ -151,10 +185,57 @@ def stop() -> None:
 
 
 def cluster_resources() -> Resources:
-    import ray
+    """What the cluster has, or can have where an autoscaler adds nodes when they are asked for.
 
-    total = ray.cluster_resources()
-    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0))
+    Ray's own answer counts the nodes of this moment. What may be added is said by the user in
+    SELFRAY_CLUSTER (CPU=64,GPU=8), by Ray's control service where its autoscaler tells it, or by
+    the file that the autoscaler of this machine was started with: jobs run beside it, on the head.
+    """
+    import ray
+    from ray._private.state import state
+
+    total: dict[str, float] = dict(ray.cluster_resources())
+    limits = named_amounts("SELFRAY_CLUSTER", os.environ.get("SELFRAY_CLUSTER", ""))
+    limits = limits or state.get_max_resources_from_cluster_config() or {}
+    if not limits and (file := _autoscaling_file(ray.get_runtime_context().gcs_address)):
+        limits = largest_cluster(yaml.safe_load(file.read_text()))
+    for name, amount in limits.items():
+        total[name] = max(total.get(name, 0.0), float(amount))
+    own = {"CPU", "GPU", "memory", "object_store_memory"}
+    now = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return Resources(
+        total.get("CPU", 0.0),
+        total.get("GPU", 0.0),
+        {name: amount for name, amount in total.items() if name not in own},
+        largest_node_cpus=float("inf") if limits else max(now, default=0.0),
+        grows=bool(limits),
+        is_unknown=not total.get("CPU") and not limits,
+    )
+
+
+def largest_cluster(settings: Mapping[str, Any]) -> dict[str, float]:
+    """All resources of a cluster by its autoscaler's settings, when every node is there."""
+    most = settings.get("max_workers", 0)
+    found: dict[str, float] = {}
+    for name, kind in settings.get("available_node_types", {}).items():
+        is_head = name == settings.get("head_node_type")
+        nodes = 1 if is_head else min(most, kind.get("max_workers", most))
+        for resource, amount in kind.get("resources", {}).items():
+            found[resource] = found.get(resource, 0.0) + nodes * amount
+    return found
+
+
+def _autoscaling_file(gcs_address: str) -> Path | None:
+    """What the autoscaler of the cluster at this address was started with; None where it runs on
+    another machine, or adds no nodes."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        if flags.get("--gcs-address") == gcs_address and "--autoscaling-config" in flags:
+            return Path(flags["--autoscaling-config"]).expanduser()
+    return None
 
 
 class Console:
@@ -173,13 +254,15 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
+        if self._stream.closed:  # a thread that ends after the command has nobody to tell
+            return
         self._clear()
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def live(self, text: str) -> None:
         """Show a line that the next one replaces; nothing where nobody watches."""
-        if self.is_terminal:
+        if self.is_terminal and not self._stream.closed:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80
             self._stream.write("\r\x1b[K" + text[: width - 1])
             self._stream.flush()

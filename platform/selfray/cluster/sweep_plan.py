@@ -154,15 +154,20 @@ def _known(plan: SweepPlan, combination: int, choice: Choice) -> Any:
 def fitting(experiment: Experiment, cluster: Resources) -> int:
     """How many runs the cluster holds at a time."""
     if cluster.gpus >= 1 and experiment.gpus_per_worker != 0:
-        return max(1, int(cluster.gpus // (experiment.workers * (experiment.gpus_per_worker or 1))))
+        gpus = experiment.max_workers * (experiment.gpus_per_worker or 1)
+        return max(1, int(cluster.gpus // gpus))
     # Without GPUs a run uses what it gets: two cores for each worker, one of them for its data.
-    return max(1, int(cluster.cpus // (2 * experiment.workers)))
+    return max(1, int(cluster.cpus // (2 * experiment.max_workers)))
 
 
 def placed(experiment: Experiment, cluster: Resources, at_once: int) -> Experiment:
     """The experiment with its part of the cluster written down, so that no run takes it all.
     ValueError says what is missing where not even one fits."""
-    share = Resources((cluster.cpus - TRIAL_CPUS * at_once) / at_once, cluster.gpus / at_once)
+    share = replace(
+        cluster,
+        cpus=(cluster.cpus - TRIAL_CPUS * at_once) / at_once,
+        gpus=cluster.gpus / at_once,
+    )
     placement = place(experiment, share)
     return replace(
         experiment,

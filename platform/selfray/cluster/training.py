@@ -27,6 +27,7 @@ from selfray.source import BROKEN, POSITION, source_of
 from selfray.spool import SpoolWriter
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
+from selfray.views import require
 
 SPOOL = "spool"
 log = logging.getLogger(__name__)
@@ -37,13 +38,19 @@ def run(task: WorkerTask) -> None:
     experiment: Experiment = config.loads(task.experiment)
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
-    share = Share(context.get_world_rank(), context.get_world_size(), experiment.accumulate)
+    mine = experiment.shared_by(context.get_world_size())
+    share = Share(context.get_world_rank(), context.get_world_size(), mine.accumulate)
     if device.type == "cpu":
         # No more threads than CPUs that are ours: OpenMP's threads wait for one another, so a step
         # whose second thread shares its core with a data task takes three times as long as a
         # step on one thread (measured).
         torch.set_num_threads(max(1, int(task.cpus)))
     run_folder = Location.of(task.run)
+    require(
+        run_folder.exists(),
+        f"--output: {run_folder} is not seen on node {socket.gethostname()}: give storage that all "
+        "nodes see (s3://, gs:// or a shared folder)",
+    )
     source = source_of(experiment, task.shards)
     state = TrainState.start(experiment, source.plan.total_images, device)
     recorder = Recorder(
@@ -61,10 +68,10 @@ def run(task: WorkerTask) -> None:
         state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
-    stream = Stream(source, share, state.progress.step, task.data_cpus / share.world_size)
+    stream = Stream(source, share, state.progress.step, task.data_cpus)
     batches = _checked(stream, experiment, recorder)
     with contextlib.suppress(EndedEarly):
-        train(state, batches, experiment, lambda step: recorder.on_step(state, step), device)
+        train(state, batches, mine, lambda step: recorder.on_step(state, step), device)
     recorder.finished(state)
 
 

@@ -5,6 +5,7 @@ and would spend seconds on them, and a worker first has a process started for it
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class WorkerTask:
     cpus: float
     """CPUs of each train worker."""
     data_cpus: float
-    """CPUs for the data tasks of all workers together."""
+    """CPUs for the data tasks of each worker: an elastic run's grow and shrink with it."""
     launch: str
     """Which start of the command this is: a failure of an earlier one is no reason to give up."""
     until_step: int | None = None
@@ -63,7 +64,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         if _would_repeat(cause):
             name = type(cause).__name__
             message = str(cause).strip() or name
-            record.write_json({"launch": task.launch, "type": name, "message": message})
+            with suppress(OSError):  # the folder itself may be what is missing
+                record.write_json({"launch": task.launch, "type": name, "message": message})
         raise
 
 

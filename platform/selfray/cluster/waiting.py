@@ -1,0 +1,64 @@
+"""Says what a run waits for, where its train workers have no nodes: it would look hung."""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from selfray.cluster.runtime import Console
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 4.0
+"""A node that was just lost may be counted for a moment, and a new one not yet."""
+
+
+@contextmanager
+def told(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[None]:
+    """While this lasts, tell when the nodes have no room for `least` workers of `wanted` each."""
+    ended = threading.Event()
+    thread = threading.Thread(
+        target=_watch, args=(wanted, least, console, ended), daemon=True, name="selfray-waiting"
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(0.5)  # it may be asking a cluster that is gone: nothing waits for that
+
+
+def _watch(
+    wanted: Mapping[str, float], least: int, console: Console, ended: threading.Event
+) -> None:
+    short_for, said = 0.0, -1
+    while not ended.wait(POLL_SECONDS):
+        try:
+            room = room_for(wanted, (node["Resources"] for node in ray.nodes() if node["Alive"]))
+        except Exception:  # Ray is going down, or busy: it is asked again
+            log.exception("the nodes are not known now")
+            continue
+        if room >= least:
+            if said >= 0:
+                console.say("the nodes are there: the train workers start")
+            short_for, said = 0.0, -1
+            continue
+        short_for += POLL_SECONDS
+        if room != said and short_for >= PATIENCE_SECONDS:
+            said = room
+            each = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+            console.say(
+                f"waiting for nodes: {least} train worker{'s' if least > 1 else ''} of {each} "
+                f"each, and the cluster has room for {room}"
+            )
+
+
+def room_for(wanted: Mapping[str, float], nodes: Iterator[Mapping[str, float]]) -> int:
+    """How many workers fit into nodes, each of them whole on one."""
+    return sum(
+        min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
+        for node in nodes
+    )
