@@ -60,6 +60,7 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["sweep.answer"] == result.answer
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "comparison.html",
         "curves.png",
         "sweep.png",
         "table.md",

@@ -326,7 +326,15 @@ def _interrupt(number: int, frame: object) -> None:
 def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`; bad input is one line on standard error, and exit code 2."""
     try:
-        return main()
+        code = main()
+        if code == INTERRUPTED:
+            # Threads of Ray and MLflow may still be in native code, and Python's own way out would
+            # then abort with exit code -6.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except (BadSetting, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selfray import pictures
+from selfray.cluster.compare import read_runs
 from selfray.cluster.runtime import Console
 from selfray.cluster.sweep_plan import SweepPlan
 from selfray.cluster.tracking import Tracker
 from selfray.cluster.trial import Outcome
+from selfray.comparison import write_page
 from selfray.storage import Location
 from selfray.sweep import (
     METRIC_NAMES,
@@ -157,6 +159,11 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
         figure = pictures.sweep_curves(curves, METRIC_NAMES[metric], title, is_accuracy(metric))
         tracker.log_picture(figure, "curves.png")
         console.say(f"curves    {result.folder}/artifacts/curves.png")
+    if folder.is_local:
+        page = Path(folder.path) / "comparison.html"
+        page.write_text(write_page(read_runs([result.folder], say=console.say), title))
+        tracker.log_artifact(page)
+        console.say(f"compare   {page}")
     console.say(tracker.describe())
 
 
