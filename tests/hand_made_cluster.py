@@ -4,6 +4,7 @@ It has ports and a folder of its own and leaves any other Ray of this machine al
 `cluster_utils` writes its address where other sessions look for theirs, and `ray stop` ends all.)
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -43,6 +44,11 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
         assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.2)
     return answer
+
+
+def _end_with_parent() -> None:
+    """A test that is killed leaves no cluster behind: Linux ends its children with it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -85,7 +91,8 @@ class HandMadeCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self.nodes.values()):
+        commands = [self.process] if hasattr(self, "process") else []
+        for process in [*commands, *reversed(self.nodes.values())]:
             # With --block, Ray ends its own processes on it.
             process.send_signal(signal.SIGTERM)
             try:
@@ -123,6 +130,7 @@ class HandMadeCluster:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
         def is_up() -> bool:
@@ -171,7 +179,7 @@ class HandMadeCluster:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    def command(self, *words: str) -> subprocess.Popen[str]:
+    def command(self, *words: str) -> subprocess.Popen[bytes]:
         """A script of experiments/, run on this machine against the cluster; `said` is the file of
         what it says."""
         environment = {
@@ -181,15 +189,15 @@ class HandMadeCluster:
         }
         self.said = self.home / "command.log"
         with self.said.open("w") as file:
-            return subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, *words],
                 env=environment,
                 cwd=CHECKOUT,
-                text=True,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
             )
+        return self.process
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
