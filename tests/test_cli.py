@@ -577,7 +577,7 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     assert found["raw pixels at 16 x 16"] == (100.0, 100.0)
     assert lines[8].startswith("knn-v1 (k 20")
     assert lines[9].startswith("linear-v1 (")
-    assert lines[10].startswith("labelfree-v1 (")
+    assert lines[10].startswith("labelfree-v2 (")
     assert len(lines) == 14
 
     written = json.loads((tmp_path / "p.json").read_text())

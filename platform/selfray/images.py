@@ -13,6 +13,7 @@ import threading
 import warnings
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -32,7 +33,16 @@ _PNG_GRAY, _PNG_RGB = 0, 2
 _PNG_SPECIAL_CHUNKS = (b"tRNS", b"acTL", b"eXIf")
 # Start-of-frame markers that OpenCV's libjpeg reads: baseline, extended and progressive Huffman.
 _JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
+_JPEG_PROGRESSIVE = 0xC2
 _JPEG_NO_FRAMES = (0xC4, 0xC8, 0xCC)
+_EXIF_ORIENTATION = 0x0112
+_MCU_ROWS = 16
+_REDUCED = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 _JPEG_END = b"\xff\xd9"
 
 
@@ -51,6 +61,46 @@ class BrokenImage(ValueError):  # noqa: N818 - it names the image, not the fault
     def __reduce__(self):
         # Exceptions pickle by `args`, the joined message; Ray sends them between processes.
         return BrokenImage, (self.reason, self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """An image whose size is known and whose pixels are decoded when somebody says which."""
+
+    data: bytes
+    height: int
+    width: int
+    """Upright, by its EXIF orientation."""
+    frame: int | None
+    """Where a JPEG's frame header lies, if part of it can be decoded."""
+    baseline: bool
+    pixels: np.ndarray | None
+
+    def decode(self, bottom: int, least_factor: float) -> tuple[np.ndarray, int]:
+        """Pixels uint8 [h, W, 3], and by what whole number their sides were divided.
+
+        Rows from `bottom` on may be missing; the others are those of the whole image bit for bit.
+        `least_factor` is the least by which any crop of it will be shrunk: from 2 on, libjpeg
+        leaves out the frequencies that a half, a quarter or an eighth of the size has no room for.
+        """
+        if self.pixels is not None:
+            return self.pixels, 1
+        reduction = 1
+        data: bytes | bytearray = self.data
+        if self.frame is not None:
+            reduction = next((r for r in (8, 4, 2) if r <= least_factor), 1)
+            # A header that declares fewer rows ends the decoding early. A progressive file's scans
+            # have no such end. The chroma of a row depends on at most 16 further rows.
+            height = (bottom + 2 * _MCU_ROWS - 1) // _MCU_ROWS * _MCU_ROWS
+            if self.baseline and height < self.height:
+                data = bytearray(data)
+                struct.pack_into(">H", data, self.frame + 5, height)
+        pixels, _ = _codec_messages.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction])
+        if pixels is None:  # `decode` says what is wrong with it, or can read it.
+            return decode(self.data), 1
+        if reduction > 1:  # OpenCV cannot turn the channels as it reduces.
+            cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)
+        return pixels, reduction
 
 
 @dataclass(frozen=True)
@@ -72,6 +122,30 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     pixels, which a larger max_pixels does not lift for the formats that Pillow reads.)
     """
     return _decode(data, max_pixels)[0]
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
+    """Read the header alone of what OpenCV decodes; anything else is decoded whole at once.
+
+    Raises BrokenImage where `decode` does, or its decode will.
+    """
+    header = _plain_header(data) if data else None
+    if header is None or (header.exif is not None and not _is_upright(header.exif)):
+        pixels = decode(data, max_pixels)
+        return OpenImage(data, pixels.shape[0], pixels.shape[1], None, False, pixels)
+    _require_size(header.width, header.height, max_pixels)
+    baseline = header.frame is not None and data[header.frame + 1] != _JPEG_PROGRESSIVE
+    return OpenImage(data, header.height, header.width, header.frame, baseline, None)
+
+
+def _is_upright(exif: bytes) -> bool:
+    """Whether the orientation is surely none."""
+    try:
+        found = Image.Exif()
+        found.load(exif)
+        return found.get(_EXIF_ORIENTATION, 1) == 1
+    except Exception:  # as many kinds as there are ways to damage it
+        return False
 
 
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
@@ -135,12 +209,11 @@ def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, str, str]:
     header = _plain_header(data)
     if header is None:
         return *_decode_with_pillow(data, max_pixels), ""
-    image_format, width, height = header
-    _require_size(width, height, max_pixels)
+    _require_size(header.width, header.height, max_pixels)
     pixels, warning = _codec_messages.imdecode(np.frombuffer(data, np.uint8))
     if pixels is None:  # Pillow says what is wrong, or can read what OpenCV cannot.
         return *_decode_with_pillow(data, max_pixels), warning
-    return pixels, image_format, warning
+    return pixels, header.format, warning
 
 
 def _require_size(width: int, height: int, max_pixels: int) -> None:
@@ -153,15 +226,24 @@ def _require_size(width: int, height: int, max_pixels: int) -> None:
 def _declared_size(data: bytes) -> tuple[int, int]:
     header = _plain_header(data) if data else None
     if header is not None:
-        return header[1], header[2]
+        return header.width, header.height
     return _open_with_pillow(data, MAX_PIXELS).size
 
 
 # Headers, read by hand: Pillow takes 20 us to open an image that OpenCV decodes in 17.
 
 
-def _plain_header(data: bytes) -> tuple[str, int, int] | None:
-    """(format, width, height) of an image that OpenCV decodes right; None sends it to Pillow."""
+class _Header(NamedTuple):
+    format: str
+    width: int
+    height: int
+    frame: int | None = None
+    """Where a JPEG's frame header starts."""
+    exif: bytes | None = None
+
+
+def _plain_header(data: bytes) -> _Header | None:
+    """The header of an image that OpenCV decodes right; None sends it to Pillow."""
     if data.startswith(b"\xff\xd8"):
         return _plain_jpeg_header(data)
     if data.startswith(_PNG_SIGNATURE):
@@ -169,8 +251,8 @@ def _plain_header(data: bytes) -> tuple[str, int, int] | None:
     return None
 
 
-def _plain_jpeg_header(data: bytes) -> tuple[str, int, int] | None:
-    position, end = 2, len(data) - 10
+def _plain_jpeg_header(data: bytes) -> _Header | None:
+    position, end, exif = 2, len(data) - 10, None
     while position < end:
         if data[position] != 0xFF:
             return None
@@ -185,17 +267,20 @@ def _plain_jpeg_header(data: bytes) -> tuple[str, int, int] | None:
             # here. The search starts behind the frame header: EXIF thumbnails have their own end.
             if data.rfind(_JPEG_END, position) < 0:
                 raise BrokenImage("truncated", "the JPEG has no end marker")
-            return "JPEG", width, height
+            return _Header("JPEG", width, height, position, exif)
         elif marker in (0xD9, 0xDA):
             return None
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
             position += 2
         else:
-            position += 2 + (data[position + 2] << 8 | data[position + 3])
+            length = data[position + 2] << 8 | data[position + 3]
+            if marker == 0xE1 and data.startswith(b"Exif", position + 4):
+                exif = data[position + 4 : position + 2 + length]
+            position += 2 + length
     return None
 
 
-def _plain_png_header(data: bytes) -> tuple[str, int, int] | None:
+def _plain_png_header(data: bytes) -> _Header | None:
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
@@ -205,7 +290,7 @@ def _plain_png_header(data: bytes) -> tuple[str, int, int] | None:
     while position + 8 <= len(data):
         kind = data[position + 4 : position + 8]
         if kind == b"IDAT":
-            return "PNG", width, height
+            return _Header("PNG", width, height)
         if kind in _PNG_SPECIAL_CHUNKS:
             return None
         position += 12 + int.from_bytes(data[position : position + 4])
@@ -321,12 +406,14 @@ class _CodecMessages:
         self._is_set_up = False
         self._previous_level = 0
 
-    def imdecode(self, encoded: np.ndarray) -> tuple[np.ndarray | None, str]:
+    def imdecode(
+        self, encoded: np.ndarray, flags: int = cv2.IMREAD_COLOR_RGB
+    ) -> tuple[np.ndarray | None, str]:
         """RGB pixels or None, and what was printed (the last of several threads has it all)."""
         pixels = None
         self._enter()
         try:
-            pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+            pixels = cv2.imdecode(encoded, flags)
         except cv2.error:
             pass  # None, as for bytes that OpenCV cannot read
         finally:

@@ -20,7 +20,7 @@ class LabelFree(Protocol):
     arXiv:2005.10242), of at most `limit` images' class tokens."""
 
     name: ClassVar[str] = "labelfree"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     limit: int = 2_000
     crop_scale: tuple[float, float] = (0.5, 1.0)
