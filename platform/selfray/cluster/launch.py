@@ -109,6 +109,8 @@ class PartOf:
     """The sweep's MLflow run; None where the server was not reached."""
     params: Mapping[str, str]
     """More parameters of the run in MLflow: what the sweep varies, in its own words."""
+    title: str | None = None
+    """The run's name in MLflow; None takes its folder's."""
     folder: str | None = None
     """The run's folder, where the sweep gives it one; None takes the run's own."""
     until_step: int | None = None
@@ -251,7 +253,7 @@ def _tracker(
     return Tracker(
         tracking_uri(Location.of(experiment.output), tracking),
         "selfray",
-        run.name,
+        part.title or run.name,
         run,
         params | dict(part.params),
         {

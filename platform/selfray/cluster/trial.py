@@ -111,6 +111,7 @@ def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
     part = PartOf(
         task.parent_run_id,
         task.params,
+        f"{task.label}, seed {task.seed}" if task.run_folder is None else None,
         task.run_folder,
         task.until_step,
         task.stop_file,
