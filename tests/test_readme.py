@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import tyro
+from ray.scripts.scripts import cli as ray_commands
 
 from recipes import every
 from selfray import cli
@@ -33,8 +35,18 @@ def words_after(prefix: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_tested_here():
-    kinds = ("make ", "selfray ", COMPARE, *SCRIPTS, *SWEEPS)
+    kinds = ("make ", "selfray ", "ray ", COMPARE, *SCRIPTS, *SWEEPS)
     assert [line for line in commands() if not any(kind in line for kind in kinds)] == []
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("ray ")])
+def test_a_command_of_rays_in_the_readme_has_flags_that_ray_knows(line):
+    words = shlex.split(line.partition(" -- ")[0])[1:]
+    known = ray_commands
+    while isinstance(known, click.Group):
+        known = known.commands[words.pop(0)]
+    flags = {flag for parameter in known.params for flag in parameter.opts}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= flags
 
 
 @pytest.mark.parametrize("target", [words[0] for words in words_after("make ")])
@@ -53,7 +65,7 @@ COMPARE = "python experiments/compare_methods.py"
 SCRIPTS = ("python experiments/pretrain.py ", "python experiments/train_tokenizer.py ")
 
 
-SWEEPS = {f"python experiments/sweep_{name}.py ": name for name in SWEPT}
+SWEEPS = {f"python experiments/sweep_{name}.py": name for name in SWEPT}
 
 
 @pytest.mark.parametrize(
