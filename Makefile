@@ -16,7 +16,7 @@ help:
 	@echo "make test         the tests, under 8 minutes on 2 cores"
 	@echo "make test-all     the same and the long fault drills"
 	@echo "make lint         ruff and pyright"
-	@echo "make bench        speed of the augmentation beside torchvision's, on one core"
+	@echo "make bench        speed of the augmentation beside its peers' (installs them), for each core"
 	@echo "make clean        remove the environment (runs/ stays)"
 
 $(READY): pyproject.toml constraints.txt
@@ -41,7 +41,8 @@ lint: $(READY)
 	@$(BIN)/pyright
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/augmentation.py --output $(RUNS)/bench/augmentation.json
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@$(BIN)/python benchmarks/augmentation.py --output $(RUNS)/bench/augment.json
 
 ui: $(READY)
 	@test -f $(RUNS)/mlflow.db || { echo "there is no $(RUNS)/mlflow.db yet: run make quickstart first"; exit 2; }

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 from selfray import augment, device_augment
 from selfray.augment import DRAWS, JITTER_ORDERS, Jitter, Parameters
 from selfray.device_augment import BatchParameters, apply, parameters_from, uniforms
+from selfray.images import encode_png
 from selfray.views import ColorJitter, RandomMask, View, Views
 from test_augment import FACTORS, blurred, kolmogorov_smirnov, picture, tensor
 
@@ -293,3 +294,19 @@ def test_the_whole_chain_is_near_the_hosts():
 def test_views_that_the_device_cannot_draw_are_refused_by_name(views, message):
     with pytest.raises(ValueError, match=message):
         device_augment.augment(IMAGES, torch.arange(4), views, 0, 0)
+
+
+def test_views_finished_on_the_device_are_those_of_the_cpu():
+    images = [encode_png(picture(40 + i, 60 - i, seed=i)) for i in range(24)]
+    views: Views = {name: tuple(replace(v, size=48) for v in g) for name, g in VIEWS.items()}
+    host = augment.augment_batch(images, views, seed=2, epoch=3).arrays
+    crops = augment.augment_batch(images, views, 2, 3, photometric="device").arrays
+    for name, group in views.items():
+        rows = torch.from_numpy(crops[name + augment.PARAMETERS_SUFFIX])
+        finished = device_augment.recolour(torch.from_numpy(crops[name]), rows, group)
+        difference = (finished.int() - torch.from_numpy(host[name]).int()).abs().float()
+        assert (crops[name] != host[name]).mean() > 0.5
+        # One level apart before a contrast or a turn of the hue can be some after it; at 128 one
+        # level decides whether a value is solarized.
+        assert difference.mean() < 0.1
+        assert (difference > 2).float().mean() < 0.002

@@ -20,6 +20,7 @@ from selfray.images import (
     decode,
     encode_jpeg,
     encode_png,
+    open_image,
     shrink,
 )
 
@@ -395,3 +396,57 @@ def test_shrink_bounds_the_longer_side_and_turns_the_image_upright():
     assert np.abs(decode(small).astype(int) - expected).mean() < 4
     with pytest.raises(BrokenImage):
         shrink(b"", 100)
+
+
+# Part of a JPEG
+
+
+def photograph(height: int = 203, width: int = 331) -> np.ndarray:
+    """Smooth colours with edges and some noise."""
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(float)
+    return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def saved(pixels: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_the_rows_above_the_bottom_are_those_of_the_whole_image(subsampling, progressive):
+    data = saved(photograph(), subsampling=subsampling, progressive=progressive)
+    whole = decode(data)
+    for bottom in (1, 15, 16, 17, 100, 176, 191, 202, 203):
+        pixels, reduction = open_image(data).decode(bottom, 1.0)
+        assert reduction == 1
+        assert np.array_equal(pixels[:bottom], whole[:bottom])
+        if not progressive:
+            assert len(pixels) <= min(203, bottom + 31)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_an_image_decoded_smaller_is_near_the_whole_one_shrunk(reduction):
+    data = saved(photograph(400, 640), subsampling="4:2:0")
+    pixels, found = open_image(data).decode(400, reduction + 0.5)
+    assert found == reduction
+    assert pixels.shape == (400 // reduction, 640 // reduction, 3)
+    size = (640 // reduction, 400 // reduction)
+    wanted = cv2.resize(decode(data), size, interpolation=cv2.INTER_AREA)
+    difference = np.abs(pixels.astype(int) - wanted)
+    assert difference.mean() < 1.5
+    assert difference.max() <= 16
+
+
+def test_an_image_turned_by_its_exif_is_opened_upright_and_whole():
+    for orientation, size in ((1, (203, 331)), (6, (331, 203))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = open_image(saved(photograph(), exif=exif.tobytes()))
+        assert (image.height, image.width) == size
+        pixels, _ = image.decode(50, 1.0)
+        assert np.array_equal(pixels[:50], decode(image.data)[:50])
+        assert image.decode(50, 2.0)[1] == (2 if orientation == 1 else 1)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -23,7 +22,15 @@ import numpy as np
 from selfray import kernels
 from selfray.images import BrokenImage, open_image
 from selfray.kernels import LUMA as LUMA
-from selfray.views import BLUR_SIGMA, CROP_ASPECT, View, Views, blur_kernel_size, require
+from selfray.views import (
+    BLUR_SIGMA,
+    CROP_ASPECT,
+    Photometric,
+    View,
+    Views,
+    blur_kernel_size,
+    require,
+)
 
 BACKEND = f"selfray-2/opencv-{cv2.__version__}"
 """Tags a run: another version, or another OpenCV's JPEG decoder, may round pixels differently."""
@@ -46,9 +53,6 @@ _ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
 # Up to this side a view is drawn in one call; beyond it OpenCV transposes, 9 times as fast as
 # compiled loops, and its calls no longer count. The pixels are the same.
 _SMALL = 64
-
-Photometric = Literal["cpu", "device"]
-"""Where what follows crop and flip is computed: with them, or on the trainer's device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,17 @@ from selfray.augment import (
     LOG_ASPECT,
     LUMA,
 )
+from selfray.kernels import BLUR_SIGMA as BLUR_SIGMA_COLUMN
+from selfray.kernels import (
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GRAYSCALE,
+    HUE,
+    ORDER,
+    SATURATION,
+    SOLARIZE,
+)
 from selfray.views import BLUR_SIGMA, CROP_ASPECT, View, Views, blur_kernel_size, require
 
 BACKEND = f"selfray-torch-2/{torch.__version__}"
@@ -237,26 +248,36 @@ def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
 
 
 @torch.no_grad()
-def recolour(crops: Tensor, rows: Tensor, view: View) -> Tensor:
-    """What follows crop and flip, for one view: crops uint8 [n, 3, s, s] and the parameters that
-    augment.augment_batch drew, float64 [n, 13] -> uint8 [n, 3, s, s]."""
-    return _recoloured(crops.float(), parameters_of(rows), view).to(torch.uint8)
+def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
+    """What follows crop and flip, for a group of views: crops uint8 [B, V, 3, s, s] and the
+    parameters that augment.augment_batch drew, float64 [B, V, 13] -> uint8 [B, V, 3, s, s]."""
+    views = [
+        _recoloured(crops[:, place].float(), parameters_of(rows[:, place]), view)
+        for place, view in enumerate(group)
+    ]
+    return torch.stack(views, dim=1).to(torch.uint8)
 
 
 def parameters_of(rows: Tensor) -> BatchParameters:
     """augment.py's parameters, float64 [n, 13] in the columns of kernels.py."""
-    top, left, height, width, flip, order, *factors, gray, sigma, solarizes = rows.unbind(1)
-    box = (values.long() for values in (top, left, height, width))
-    blurs = sigma > 0
+    columns = rows.unbind(1)
+    top, left, height, width = (column.long() for column in columns[:4])
+    sigma = columns[BLUR_SIGMA_COLUMN]
     return BatchParameters(
-        *box,
-        flip > 0,
-        order.clamp(min=0).long(),
-        *factors,
-        gray > 0,
-        blurs,
-        torch.where(blurs, sigma, 1.0),
-        solarizes > 0,
+        top,
+        left,
+        height,
+        width,
+        columns[FLIP] > 0,
+        columns[ORDER].clamp(min=0).long(),
+        columns[BRIGHTNESS],
+        columns[CONTRAST],
+        columns[SATURATION],
+        columns[HUE],
+        columns[GRAYSCALE] > 0,
+        sigma > 0,
+        torch.where(sigma > 0, sigma, 1.0),
+        columns[SOLARIZE] > 0,
     )
 
 

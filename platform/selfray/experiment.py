@@ -12,7 +12,7 @@ from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
 from selfray.plan import Share
-from selfray.views import Views, named_amounts, require, require_one_of
+from selfray.views import Photometric, Views, named_amounts, require, require_one_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,11 +34,16 @@ class DataConfig:
     """Channel standard deviations of the data, in 0..1."""
     window_rows: int = 16_384
     """Shuffle window: images of this many rows are mixed with one another in each epoch."""
+    photometric: Photometric = "cpu"
+    """Where colours, blur and solarizing are computed: in the data tasks (cpu), or for a whole
+    batch at once on the trainer's device, which leaves the data tasks decoding and cropping. The
+    parameters are the same."""
     max_broken_fraction: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
 
     def __post_init__(self) -> None:
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
+        require_one_of("data.photometric", self.photometric, ("cpu", "device"))
         require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
         require(
             0 <= self.max_broken_fraction <= 1,

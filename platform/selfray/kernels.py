@@ -31,8 +31,7 @@ _RED, _GREEN, _BLUE = (f32(weight) for weight in LUMA)
 # own words.
 
 
-@intrinsic
-def _add_product(context, total, a, b):
+def _add_product_in_llvm(context, total, a, b) -> Any:
     """total + (a * b >> 16) of three int16 or three uint16, wrapping around."""
     kind: Any = types.uint16 if total == types.uint16 else types.int16
 
@@ -44,6 +43,9 @@ def _add_product(context, total, a, b):
         return builder.add(arguments[0], upper)
 
     return kind(kind, kind, kind), emit
+
+
+_add_product: Any = intrinsic(_add_product_in_llvm)
 
 
 # Random numbers: those of numpy's Philox, which takes 15 us to make for each image.
@@ -69,9 +71,8 @@ def fill_uniforms(keys, seed, epoch, out):
     shift = np.uint64(11)
     width = out.shape[1]
     for row in range(len(keys)):
-        block = 0
         for start in range(0, width, 4):
-            block += 1
+            block = start // 4 + 1
             c0, c1, c2, c3 = np.uint64(block), np.uint64(0), np.uint64(0), np.uint64(epoch)
             k0, k1 = np.uint64(keys[row]), np.uint64(seed)
             for _ in range(10):
@@ -156,7 +157,7 @@ def _weight_columns(length, size):
 
 @_compiled
 def _weigh(rows, last, first, weights, count, out):
-    """out[i] = the sum over k of row first + k at i, times weights[k], its fraction one bit shorter.
+    """out[i] = the sum over k of row first + k at i times weights[k], its fraction one bit shorter.
 
     Row r lies in rows[r % len(rows)]; rows beyond the edges 0 and `last` are those at the edges.
     Takes four rows at a time: their partial sums stay in registers.
@@ -368,7 +369,7 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
     Works in `padded` uint16 [W + 2 * reach + 2] and `blurred` uint16 [H + 1, 3 * W].
     """
     # Beyond three sigma a kernel moves no pixel by a whole level, and costs as much as within.
-    reach = min(reach, int(math.ceil(3 * sigma)))
+    reach = min(reach, math.ceil(3 * sigma))
     weights = np.zeros(reach + 2, u16)  # 1 is 2**16
     total = 1.0
     for k in range(1, reach + 1):
@@ -461,7 +462,7 @@ def window_of(start, length, reduction, limit):
     """Where [start, start + length) lies in an image `limit` long whose sides were divided by
     `reduction`: the first pixel, how many, the start counted from there, and the span."""
     first = int(start // reduction)
-    last = min(limit, int(math.ceil((start + length) / reduction)))
+    last = min(limit, math.ceil((start + length) / reduction))
     return first, last - first, start / reduction - first, length / reduction
 
 
@@ -513,15 +514,15 @@ def draw_crop(low, high, attempts, uniform, aspects, height, width, row):
         for attempt in range(attempts):
             area = height * width * (low + (high - low) * uniform[2 * attempt])
             aspect = math.exp(log_low + (log_high - log_low) * uniform[2 * attempt + 1])
-            crop_width = int(round(math.sqrt(area * aspect)))
-            crop_height = int(round(math.sqrt(area / aspect)))
+            crop_width = round(math.sqrt(area * aspect))
+            crop_height = round(math.sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 row[TOP] = int(uniform[2 * attempts] * (height - crop_height + 1))
                 row[LEFT] = int(uniform[2 * attempts + 1] * (width - crop_width + 1))
                 row[HEIGHT], row[WIDTH] = crop_height, crop_width
                 return
-    crop_height = min(height, int(round(width / aspects[0])))
-    crop_width = min(width, int(round(height * aspects[1])))
+    crop_height = min(height, round(width / aspects[0]))
+    crop_width = min(width, round(height * aspects[1]))
     row[TOP], row[LEFT] = (height - crop_height) // 2, (width - crop_width) // 2
     row[HEIGHT], row[WIDTH] = crop_height, crop_width
 

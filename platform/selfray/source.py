@@ -14,7 +14,7 @@ from selfray.augment import augment_batch, evaluation_view
 from selfray.images import BrokenImage, decode
 from selfray.plan import ReadPlan, Share
 from selfray.shards import ShardSet, read_rows
-from selfray.views import Views
+from selfray.views import Photometric, Views
 
 if TYPE_CHECKING:
     from selfray.experiment import Experiment
@@ -30,6 +30,7 @@ class Source:
     shards: ShardSet
     plan: ReadPlan
     views: Views
+    photometric: Photometric = "cpu"
 
     def draw(self, start: int, count: int) -> Arrays:
         """The augmented images at positions [start, start + count): one micro-batch.
@@ -45,7 +46,9 @@ class Source:
             for name, group in self.views.items()
             if any(view.mask is not None for view in group)
         }
-        drawn = augment_batch(images, self.views, self.plan.seed, chosen.epoch, quantiles)
+        drawn = augment_batch(
+            images, self.views, self.plan.seed, chosen.epoch, quantiles, self.photometric
+        )
         return drawn.arrays | {POSITION: chosen.positions, LABEL: labels}
 
     def originals(self, start: int, count: int, size: int) -> np.ndarray:
@@ -137,4 +140,4 @@ def source_of(experiment: "Experiment", shards: ShardSet) -> Source:
         experiment.seed,
         experiment.data.window_rows,
     )
-    return Source(shards, plan, experiment.views)
+    return Source(shards, plan, experiment.views, experiment.data.photometric)

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from selfray import distributed
+from selfray.augment import PARAMETERS_SUFFIX
+from selfray.device_augment import recolour
 from selfray.experiment import Experiment
 from selfray.method import Batch, Method
 from selfray.models.encoder import normalize
@@ -180,11 +182,17 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 
 
 def _prepare(batch: Batch, experiment: Experiment, device: torch.device) -> Batch:
-    """Move a batch to the device and normalise its views: uint8 -> float32."""
+    """Move a batch to the device, finish its views there where the data tasks have not, and
+    normalise them: uint8 -> float32."""
+    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
     prepared: Batch = {}
     for name, values in batch.items():
-        values = values.to(device, non_blocking=True)
+        if name.endswith(PARAMETERS_SUFFIX):
+            continue
         if name in experiment.views:
+            rows = batch.get(name + PARAMETERS_SUFFIX)
+            if rows is not None:
+                values = recolour(values, rows, experiment.views[name])
             values = normalize(values, experiment.data.mean, experiment.data.std)
         prepared[name] = values
     return prepared

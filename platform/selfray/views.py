@@ -7,7 +7,7 @@ declaration: `{"global": (View(...), View(...))}` becomes `batch["global"]`, a u
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -203,6 +203,9 @@ def asymmetric_views(crop_scale: tuple[float, float]) -> tuple[View, View]:
     first = View(crop_scale=crop_scale, color_jitter=ASYMMETRIC_JITTER, grayscale=0.2, blur=1.0)
     return first, replace(first, blur=0.1, solarize=0.2)
 
+
+Photometric = Literal["cpu", "device"]
+"""Where what follows crop and flip is computed: with them, or on the trainer's device."""
 
 Views = dict[str, tuple[View, ...]]
 """Groups of views of one size each, such as {"global": 2 views, "local": 8 views}."""

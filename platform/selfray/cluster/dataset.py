@@ -19,6 +19,7 @@ import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
 
+from selfray.augment import MASK_SUFFIX, PARAMETERS_SUFFIX
 from selfray.method import Batch
 from selfray.plan import Share
 from selfray.source import LABEL, POSITION, Arrays, Segment, Source
@@ -145,5 +146,6 @@ def configure(context: DataContext) -> None:
 
 def to_tensors(arrays: Arrays, views: Views) -> Batch:
     """What the loop trains on. Copied: Ray's arrays lie in shared memory and can't be written."""
-    names = [n for group in views for n in (group, f"{group}_mask") if n in arrays] + [LABEL]
+    parts = ("", MASK_SUFFIX, PARAMETERS_SUFFIX)
+    names = [group + part for group in views for part in parts if group + part in arrays] + [LABEL]
     return {name: torch.from_numpy(np.array(arrays[name])) for name in names}
