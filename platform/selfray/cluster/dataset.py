@@ -18,6 +18,7 @@ import ray
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from selfray.augment import MASK_SUFFIX, PARAMETERS_SUFFIX
 from selfray.method import Batch
@@ -135,6 +136,15 @@ def blocks_of_ids(count: int) -> ray.data.Dataset:
     whole CPU each and are not joined with a map that wants less, so on a small machine they would
     wait forever for a CPU that the train workers hold."""
     return ray.data.from_items([{"id": id} for id in range(count)], override_num_blocks=count)
+
+
+def keep_statistics_here() -> None:
+    """Start the actor in which Ray Data counts, on this node.
+
+    It outlives the job, on the node that asks first. That would be a train worker's, which an
+    autoscaler would then never see idle and never give back (Ray 2.60).
+    """
+    get_or_create_stats_actor()
 
 
 def configure(context: DataContext) -> None:

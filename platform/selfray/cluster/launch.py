@@ -16,6 +16,7 @@ from typing import Any, Literal
 from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
 from selfray.cluster import runtime, waiting
+from selfray.cluster.dataset import keep_statistics_here
 from selfray.cluster.inputs import DataSets, open_data
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
@@ -283,6 +284,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    keep_statistics_here()
     resources = placement.resources(experiment)
     launch_id = f"{time.time_ns()}"
     workers: Any = experiment.max_workers
