@@ -73,3 +73,25 @@ def test_a_plan_over_millions_of_rows_is_the_order_of_row_groups_only():
     plan = ReadPlan((40,) * 250_000, 256, epochs=800, seed=0)
     assert plan.rows == 10_000_000
     assert len(plan.read(255 * plan.images_per_epoch + 256 * 1000, 256).rows) == 256
+
+
+def test_reading_a_batch_does_not_go_through_all_row_groups():
+    class Counted(tuple):
+        """Row groups that count how often they are gone through."""
+
+        walks = 0
+
+        def __iter__(self):
+            Counted.walks += 1
+            return super().__iter__()
+
+        def __hash__(self):
+            Counted.walks += 1
+            return super().__hash__()
+
+    plan = ReadPlan(Counted((40,) * 100), 50, epochs=1, seed=0, window_rows=4000)
+    plan.read(0, 50)
+    before = Counted.walks
+    for step in range(1, 50):
+        plan.read(50 * step, 50)
+    assert Counted.walks == before

@@ -46,6 +46,10 @@ class ShardSet:
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
 
+    def __hash__(self) -> int:
+        # Asked for in each read: not over thousands of files and their row groups.
+        return hash((self.uri, self.image_column, len(self.files)))
+
     @property
     def rows(self) -> int:
         return sum(file.rows for file in self.files)

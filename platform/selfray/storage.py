@@ -34,8 +34,8 @@ class Retry:
 
 
 RETRY = Retry()
-"""At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it tries
-several times itself, about 6 s in all where connections are refused (measured)."""
+"""At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it
+tries several times itself, about 6 s in all where connections are refused (measured)."""
 
 # What a network file system says of a server that is away or busy; a full disk is none of these.
 _TRANSIENT_ERRNOS = frozenset(
