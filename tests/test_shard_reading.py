@@ -357,8 +357,7 @@ def test_the_cache_forgets_what_was_used_longest_ago_beyond_its_limit(tmp_path):
     path.unlink()
     assert row(shards, 0, cache)[0] == 0
     assert row(shards, 2, cache)[0] == 2
-    with pytest.raises(FileNotFoundError):
-        row(shards, 1, cache)
+    assert row(shards, 1, cache) == b"", "it asked the file, which is gone"
 
 
 def test_a_row_group_larger_than_the_cache_is_still_read(tmp_path):
@@ -367,8 +366,7 @@ def test_a_row_group_larger_than_the_cache_is_still_read(tmp_path):
     assert [row(shards, group, cache)[0] for group in range(4)] == [0, 1, 2, 3]
     path.unlink()
     assert row(shards, 3, cache)[0] == 3
-    with pytest.raises(FileNotFoundError):
-        row(shards, 2, cache)
+    assert row(shards, 2, cache) == b"", "it asked the file, which is gone"
 
 
 def test_a_row_group_is_read_once_for_all_of_its_rows(shards, tmp_path):

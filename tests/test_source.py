@@ -13,6 +13,7 @@ from selfray.source import (
     BROKEN,
     LABEL,
     POSITION,
+    REASON,
     VIEWS,
     Arrays,
     Sample,
@@ -73,6 +74,7 @@ def test_views_and_masks_have_the_declared_shapes_and_types(tmp_path):
         POSITION: ((8,), "int64"),
         LABEL: ((8,), "int64"),
         BROKEN: ((8,), "bool"),
+        REASON: ((8,), "object"),
     }
     assert (arrays["global_mask"].sum(-1) == 2).all()
 

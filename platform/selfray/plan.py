@@ -13,7 +13,7 @@ is close to the data set's own even where the shards are sorted.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -53,7 +53,12 @@ class ReadPlan:
             f"give --batch-size {self.rows} or less",
         )
 
-    @property
+    def __hash__(self) -> int:
+        # Not over all row groups, nor summed anew: of 10^6 rows in 25,000 groups, that took 12 ms
+        # for each batch.
+        return hash((len(self.group_rows), self.batch_size, self.epochs, self.seed))
+
+    @cached_property
     def rows(self) -> int:
         return sum(self.group_rows)
 

@@ -6,6 +6,7 @@ The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, a
 
 import fnmatch
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfray.storage import Location
+from selfray.storage import Location, is_about_the_file, one_line, patiently
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "validation", "valid", "val")
@@ -44,6 +45,10 @@ class ShardSet:
     image_column: str
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
+
+    def __hash__(self) -> int:
+        # Asked for in each read: not over thousands of files and their row groups.
+        return hash((self.uri, self.image_column, len(self.files)))
 
     @property
     def rows(self) -> int:
@@ -144,14 +149,18 @@ def open_shards(uris: Sequence[str], uri: str, image_column: str | None = None) 
 def _footer(uri: str) -> pq.FileMetaData:
     location = Location.of(uri)
     try:
-        with location.filesystem.open_input_file(location.path) as file:
-            return pq.ParquetFile(file).metadata
+        return patiently(lambda: _metadata(location), location)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{uri} is not a readable Parquet file ({reason}); mend or remove it, "
             "`selfray shards check FOLDER` tests them all"
         ) from None
+
+
+def _metadata(location: Location) -> pq.FileMetaData:
+    with location.filesystem.open_input_file(location.path) as file:
+        return pq.ParquetFile(file).metadata
 
 
 def _image_column(schema: pa.Schema, uri: str) -> str:
@@ -182,26 +191,49 @@ def _label_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None
     return tuple(names) if names else None
 
 
+class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
+    """A shard, or a row group of one, that is lost or damaged: `name` says which, `reason` why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
 class RowGroupCache:
     """The row groups that this process read last, up to a number of bytes.
 
     Units of one window share its row groups; a worker process that works on several units of a
-    window then reads each row group once.
+    window then reads each row group once. What cannot be read is remembered too, for a while.
     """
+
+    FORGET_SECONDS = 300.0
+    """How long a lost shard is not asked for again: each asking may wait for the storage."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._tables: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
 
     def read(self, shards: ShardSet, file: ShardFile, group: int) -> pa.Table:
+        """One row group's columns. UnreadableShard where the file is lost or damaged; OSError
+        where its storage fails for longer than it is waited for."""
         columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
         key = (file.uri, group, tuple(columns))
         if key in self._tables:
             self._tables.move_to_end(key)
             return self._tables[key]
-        location = Location.of(file.uri)
-        with location.filesystem.open_input_file(location.path) as stream:
-            table = pq.ParquetFile(stream).read_row_group(group, columns=columns)
+        for known in ((file.uri, None), (file.uri, group)):
+            until, error = self._unreadable.get(known, (0.0, None))
+            if error is not None and time.monotonic() < until:
+                raise error
+        try:
+            table = self._read(file, group, columns)
+        except UnreadableShard as error:
+            whole = error.name == file.uri
+            until = time.monotonic() + self.FORGET_SECONDS
+            self._unreadable[file.uri, None if whole else group] = (until, error)
+            raise
         self._tables[key] = table
         while (
             sum(t.nbytes for t in self._tables.values()) > self.limit_bytes
@@ -210,32 +242,93 @@ class RowGroupCache:
             self._tables.popitem(last=False)
         return table
 
+    @staticmethod
+    def _read(file: ShardFile, group: int, columns: list[str]) -> pa.Table:
+        location = Location.of(file.uri)
+        name = file.uri
+
+        def read() -> pa.Table:
+            nonlocal name
+            with location.filesystem.open_input_file(location.path) as stream:
+                parquet = pq.ParquetFile(stream)
+                found = parquet.metadata.num_row_groups
+                if found != len(file.group_rows):
+                    raise pa.ArrowInvalid(
+                        f"{found} row groups where there were {len(file.group_rows)} at the start"
+                    )
+                name = f"{file.uri} row group {group}"
+                rows = parquet.metadata.row_group(group).num_rows
+                if rows != file.group_rows[group]:
+                    raise pa.ArrowInvalid(
+                        f"{rows} rows where there were {file.group_rows[group]} at the start"
+                    )
+                return parquet.read_row_group(group, columns=columns)
+
+        try:
+            return patiently(read, location)
+        except pa.ArrowException as error:
+            raise UnreadableShard(name, one_line(error)) from error
+        except OSError as error:
+            if not location.is_local and not is_about_the_file(error):
+                raise  # the store is away, for longer than it was waited for: no fault of the file
+            raise UnreadableShard(name, _reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    return "the file is gone" if isinstance(error, FileNotFoundError) else one_line(error)
+
 
 CACHE = RowGroupCache(limit_bytes=256 * 2**20)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Some rows of a data set, in the order in which they were asked for."""
+
+    images: list[bytes]
+    """Empty where the row has no bytes or its shard cannot be read."""
+    labels: np.ndarray
+    """int64 [n]; -1 where there is none."""
+    unreadable: dict[int, UnreadableShard]
+    """Why a row's shard could not be read, by its place among the rows."""
+
+
+def read_chosen(
+    shards: ShardSet, groups: np.ndarray, rows: np.ndarray, cache: RowGroupCache = CACHE
+) -> ChosenRows:
+    """The chosen rows. A lost or damaged shard costs its own rows only; OSError where the storage
+    fails for longer than it is waited for."""
+    chosen = ChosenRows([b""] * len(rows), np.full(len(rows), NO_LABEL, dtype=np.int64), {})
+    where = _group_index(shards)
+    for group in np.unique(groups):
+        wanted = np.flatnonzero(groups == group)
+        try:
+            table = cache.read(shards, *where[int(group)])
+        except UnreadableShard as error:
+            chosen.unreadable.update(dict.fromkeys(wanted.tolist(), error))
+            continue
+        taken = table.take(pa.array(rows[wanted]))
+        column = taken.column(shards.image_column)
+        if pa.types.is_struct(column.type):
+            # flatten, not field: a struct that is null has bytes that mean nothing.
+            names = [column.type.field(i).name for i in range(column.type.num_fields)]
+            column = column.flatten()[names.index("bytes")]
+        for index, value in zip(wanted, column.to_pylist(), strict=True):
+            chosen.images[index] = value or b""
+        if shards.label_column:
+            # Unsigned integers have no room for -1.
+            values = taken.column(shards.label_column).cast(pa.int64()).fill_null(NO_LABEL)
+            chosen.labels[wanted] = values.to_numpy()
+    return chosen
 
 
 def read_rows(
     shards: ShardSet, groups: np.ndarray, rows: np.ndarray, cache: RowGroupCache = CACHE
 ) -> tuple[list[bytes], np.ndarray]:
     """(image bytes, labels int64 [n]) of chosen rows, in their order; the label is -1 where there
-    is none, the bytes are empty where the row has none."""
-    images: list[bytes] = [b""] * len(rows)
-    labels = np.full(len(rows), NO_LABEL, dtype=np.int64)
-    where = _group_index(shards)
-    for group in np.unique(groups):
-        wanted = np.flatnonzero(groups == group)
-        table = cache.read(shards, *where[int(group)])
-        taken = table.take(pa.array(rows[wanted]))
-        column = taken.column(shards.image_column)
-        if pa.types.is_struct(column.type):
-            column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
-        for index, value in zip(wanted, column.to_pylist(), strict=True):
-            images[index] = value or b""
-        if shards.label_column:
-            # Unsigned integers have no room for -1.
-            values = taken.column(shards.label_column).cast(pa.int64()).fill_null(NO_LABEL)
-            labels[wanted] = values.to_numpy()
-    return images, labels
+    is none, the bytes are empty where the row has none or its shard cannot be read."""
+    chosen = read_chosen(shards, groups, rows, cache)
+    return chosen.images, chosen.labels
 
 
 @lru_cache(maxsize=8)

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from selfray.augment import augment_batch, evaluation_view
+from selfray.augment import Augmented, augment_batch, evaluation_view
 from selfray.images import BrokenImage, decode
 from selfray.plan import ReadPlan, Share
-from selfray.shards import ShardSet, read_rows
+from selfray.shards import ShardSet, read_chosen, read_rows
 from selfray.views import Photometric, Views
 
 if TYPE_CHECKING:
     from selfray.experiment import Experiment
 
 POSITION, LABEL, BROKEN, VIEWS = "position", "label", "broken", "views"
+REASON = "reason"
+SUBSTITUTES = 16
+"""Where a whole micro-batch is unreadable, this many others, spread over the epoch, are asked for
+one readable image."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -36,20 +40,56 @@ class Source:
         """The augmented images at positions [start, start + count): one micro-batch.
 
         Each group of views as uint8 [count, V, 3, H, W], its masks as bool [count, V, N]; with
-        `position` int64, `label` int64 (-1 for none) and `broken` bool, all [count]. A broken
-        image's place is taken by a neighbour, so that counts stay what the plan says.
+        `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
+        A broken image's place is taken by a neighbour, so that counts stay what the plan says;
+        `reason` says what is broken and why: "FILE row 7: truncated: ...", or the same
+        "FILE: ..." for all rows of a shard that cannot be read. Empty for readable images.
         """
         chosen = self.plan.read(start, count)
-        images, labels = read_rows(self.shards, chosen.groups, chosen.rows)
+        read = read_chosen(self.shards, chosen.groups, chosen.rows)
         quantiles = {
             name: self.plan.quantiles(chosen.positions, len(group))
             for name, group in self.views.items()
             if any(view.mask is not None for view in group)
         }
-        drawn = augment_batch(
-            images, self.views, self.plan.seed, chosen.epoch, quantiles, self.photometric
+        try:
+            drawn = self._augment(read.images, chosen.epoch, quantiles)
+            arrays, broken = drawn.arrays, drawn.reasons
+        except BrokenImage as error:
+            substitute = self._substitute(start, count, str(error))
+            repeated = {n: np.concatenate([v[:1], v]) for n, v in quantiles.items()}
+            drawn = self._augment([substitute, *read.images], chosen.epoch, repeated)
+            arrays = {name: values[1:] for name, values in drawn.arrays.items()}
+            broken = {row - 1: reason for row, reason in drawn.reasons.items()}
+        reasons = np.full(count, "", dtype=object)
+        for row, reason in broken.items():
+            shard = read.unreadable.get(row)
+            name = self.name_of(int(chosen.positions[row]))
+            reasons[row] = f"{name}: {reason}" if shard is None else str(shard)
+        return arrays | {POSITION: chosen.positions, LABEL: read.labels, REASON: reasons}
+
+    def _augment(
+        self, images: Sequence[bytes], epoch: int, quantiles: dict[str, np.ndarray]
+    ) -> Augmented:
+        return augment_batch(images, self.views, self.plan.seed, epoch, quantiles, self.photometric)
+
+    def _substitute(self, start: int, count: int, reason: str) -> bytes:
+        """A readable image from elsewhere in the epoch. BrokenImage where none is found."""
+        epoch, offset = divmod(start, self.plan.images_per_epoch)
+        batches = self.plan.images_per_epoch // count
+        for step in np.unique(np.linspace(0, batches - 1, SUBSTITUTES + 1).astype(int))[1:]:
+            other = (offset // count + int(step)) % batches * count
+            rows = self.plan.read(epoch * self.plan.images_per_epoch + other, count)
+            for data in read_rows(self.shards, rows.groups, rows.rows)[0]:
+                try:
+                    decode(data)
+                except BrokenImage:
+                    continue
+                return data
+        raise BrokenImage(
+            "no readable image",
+            f"neither near {self.name_of(start)} nor elsewhere in the data set ({reason})",
         )
-        return drawn.arrays | {POSITION: chosen.positions, LABEL: labels}
 
     def originals(self, start: int, count: int, size: int) -> np.ndarray:
         """The same images unaugmented: central views uint8 [count, 3, size, size]."""

@@ -1,13 +1,116 @@
 """Paths that may be local, s3:// or gs://: one small layer over pyarrow's filesystems."""
 
+import errno
 import json
 import os
 import posixpath
+import random
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from pyarrow import fs
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long a store that fails for a while is waited for: exponential back-off with jitter."""
+
+    attempts: int = 8
+    first_seconds: float = 0.5
+    longest_seconds: float = 16.0
+
+    def pauses(self, rng: random.Random) -> Iterator[float]:
+        """Seconds before each further attempt: between half of and the whole of first, twice
+        first, four times first, ... seconds, so that many readers do not come back at once."""
+        for attempt in range(self.attempts - 1):
+            yield rng.uniform(0.5, 1.0) * min(self.longest_seconds, self.first_seconds * 2**attempt)
+
+
+RETRY = Retry()
+"""At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it
+tries several times itself, about 6 s in all where connections are refused (measured)."""
+
+# What a network file system says of a server that is away or busy; a full disk is none of these.
+_TRANSIENT_ERRNOS = frozenset(
+    {errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTUNREACH}
+)
+
+
+def is_about_the_file(error: OSError) -> bool:
+    """Whether an error of an object store is one of the named object, not of the store."""
+    about = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    # Arrow gives most of S3's refusals as a bare OSError with the cause in its text.
+    causes = ("ACCESS_DENIED", "NO_SUCH_", "RESOURCE_NOT_FOUND", "INVALID_", "HTTP status 40")
+    return isinstance(error, about) or any(cause in str(error) for cause in causes)
+
+
+def is_transient(error: OSError, is_local: bool) -> bool:
+    if is_local:
+        return error.errno in _TRANSIENT_ERRNOS
+    return not is_about_the_file(error) and error.errno != errno.ENOSPC
+
+
+def patiently(
+    action: Callable[[], _Result], what: "Location", retry: Retry | None = None
+) -> _Result:
+    """action(), tried again where the store fails for a while. It must be safe to repeat.
+
+    After the last attempt OSError says how often and how long it was tried, and the last error.
+    """
+    pauses = (retry or RETRY).pauses(random.Random())
+    started, attempts = time.monotonic(), 1
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if not is_transient(error, what.is_local):
+                raise
+            pause = next(pauses, None)
+            if pause is None:
+                raise OSError(
+                    error.errno or errno.EIO,
+                    f"{what} did not answer in {attempts} attempts over "
+                    f"{time.monotonic() - started:.0f} s; the last error: {one_line(error)}",
+                ) from error
+        time.sleep(pause)
+        attempts += 1
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@lru_cache(maxsize=16)
+def _object_store(
+    scheme: str, authority: str, environment: tuple[tuple[str, str], ...]
+) -> fs.FileSystem:
+    """One client for each store and process: its connections stay open between reads."""
+    return fs.FileSystem.from_uri(f"{scheme}://{authority}/")[0]
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    scheme, _, rest = uri.partition("://")
+    if scheme not in ("s3", "gs", "gcs"):
+        return fs.FileSystem.from_uri(uri)
+    if "?" in rest:
+        raise ValueError(
+            "settings behind a ? would not reach the files inside (set AWS_ENDPOINT_URL, "
+            "AWS_REGION and their like in the environment)"
+        )
+    authority, _, inner = rest.partition("/")
+    environment = tuple(
+        sorted(i for i in os.environ.items() if i[0].startswith(("AWS_", "GOOGLE_")))
+    )
+    filesystem = _object_store(scheme, authority, environment)
+    bucket = authority.rpartition("@")[2]
+    return filesystem, f"{bucket}/{unquote(inner)}".rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -29,7 +132,7 @@ class Location:
             absolute = os.path.abspath(text)
             return cls(fs.LocalFileSystem(), absolute, absolute)
         try:
-            filesystem, inner = fs.FileSystem.from_uri(text)
+            filesystem, inner = _open(text)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"cannot open {text}: {error}; use a local path, s3://bucket/folder or "
@@ -58,7 +161,7 @@ class Location:
         return self.uri
 
     def info(self) -> fs.FileInfo:
-        return self.filesystem.get_file_info(self.path)
+        return patiently(lambda: self.filesystem.get_file_info(self.path), self)
 
     def exists(self) -> bool:
         return self.info().type != fs.FileType.NotFound
@@ -69,7 +172,8 @@ class Location:
     def list(self, recursive: bool = False) -> list[fs.FileInfo]:
         """What lies in this folder, sorted by path; empty where the folder does not exist."""
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+        found = patiently(lambda: self.filesystem.get_file_info(selector), self)
+        return sorted(found, key=lambda info: info.path)
 
     def make_folder(self) -> None:
         self.filesystem.create_dir(self.path, recursive=True)
@@ -79,8 +183,11 @@ class Location:
             self.filesystem.delete_dir(self.path)
 
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.path) as stream:
+                return stream.read()
+
+        return patiently(read, self)
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -92,8 +199,12 @@ class Location:
         its upload is complete.
         """
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
+
+            def write() -> None:
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    stream.write(data)
+
+            patiently(write, self)
             return
         temporary = f"{self.path}.{os.getpid()}.tmp"
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from selfray import checkpoint
+from selfray.bottleneck import bottleneck
 from selfray.checkpoint import Checkpoint
 from selfray.cluster.probe_jobs import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
 from selfray.cluster.runtime import Console
@@ -118,11 +119,10 @@ class Monitor:
         waited = statistics.mean(self._waits) if self._waits else 0.0
         line = (
             f"trained in {self.seconds:.0f} s at {self.images_per_second:,.0f} images/s; "
-            f"first step after {self.first_step_seconds:.0f} s; waited for data {waited:.0%}"
+            f"first step after {self.first_step_seconds:.0f} s"
         )
-        if waited > 0.2:
-            line += ": more CPUs for data (--data-cpus, or CPU nodes) would speed it up"
-        return line
+        advice = bottleneck(waited, self.images_per_second, self.experiment.data_cpus)
+        return f"{line}; {advice}"
 
     # --- the watching thread
 

@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 
 from selfray import checkpoint, config, distributed
+from selfray.broken import BrokenTally
 from selfray.checkpoint import Checkpoint
 from selfray.cluster import dataset
 from selfray.cluster.dataset import Stream
@@ -23,7 +24,7 @@ from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.method import Batch
 from selfray.plan import Share, even_steps
 from selfray.schedules import Progress
-from selfray.source import BROKEN, POSITION, source_of
+from selfray.source import BROKEN, REASON, source_of
 from selfray.spool import SpoolWriter
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
@@ -82,20 +83,11 @@ class EndedEarly(Exception):  # noqa: N818 - it is no error
 
 def _checked(stream: Stream, experiment: Experiment, recorder: "Recorder") -> Iterator[Batch]:
     """The stream as tensors; broken images are reported by name, too many of them end the run."""
-    seen = broken = 0
+    tally = BrokenTally(experiment.data.max_broken_fraction)
     for arrays in stream:
-        seen += len(arrays[BROKEN])
-        if arrays[BROKEN].any():
-            positions = arrays[POSITION][arrays[BROKEN]]
-            broken += len(positions)
-            names = [stream.source.name_of(int(position)) for position in positions]
-            recorder.broken_images(names, broken)
-            if broken > max(10, experiment.data.max_broken_fraction * seen):
-                raise ValueError(
-                    f"{broken} of the first {seen} images cannot be read, more than "
-                    f"data.max_broken_fraction {experiment.data.max_broken_fraction}: the last is "
-                    f"{names[-1]}; look at the data with `selfray shards check --deep`"
-                )
+        new = tally.see(arrays[BROKEN], arrays[REASON])
+        if new:
+            recorder.broken_images(new, tally.broken)
         yield dataset.to_tensors(arrays, experiment.views)
 
 

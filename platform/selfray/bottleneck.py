@@ -1,0 +1,30 @@
+"""What a run waited for, in words, and what to change."""
+
+import math
+
+WORTH_SAYING = 0.1
+"""Below this share of waiting, other CPUs would hardly be noticed."""
+
+
+def bottleneck(waited: float, images_per_second: float, data_cpus: float | None = None) -> str:
+    """One sentence from the mean share of a step that waited for data, in [0, 1).
+
+    Where trainers wait, the data tasks give all they can; without waiting the trainers would take
+    images_per_second / (1 - waited), and the tasks' speed grows with their CPUs. `data_cpus` None,
+    not known, says how many times as many are needed.
+    """
+    if waited < WORTH_SAYING:
+        return f"trainers waited {waited:.0%} for data: their own compute is the limit"
+    factor = 1 / (1 - min(waited, 0.99))
+    if data_cpus is None:
+        cure = f"give the data {factor:.1f} times the CPUs (--data-cpus, or CPU nodes)"
+    else:
+        more = math.ceil(data_cpus * (factor - 1) - 1e-9)
+        cure = (
+            f"add {more} CPU{'s' if more > 1 else ''} for data (--data-cpus {data_cpus + more:g}, "
+            "or CPU nodes)"
+        )
+    return (
+        f"trainers waited {waited:.0%} for data and could take "
+        f"{images_per_second * factor:,.0f} images/s: {cure}"
+    )
