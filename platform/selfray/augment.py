@@ -25,6 +25,7 @@ from selfray.kernels import LUMA as LUMA
 from selfray.views import (
     BLUR_SIGMA,
     CROP_ASPECT,
+    ColorJitter,
     Photometric,
     View,
     Views,
@@ -447,3 +448,21 @@ def _draw_masks(
                 assert view.grid is not None
                 quantile = float(quantiles[name][index]) if quantiles else None
                 out[name + MASK_SUFFIX][index] = view.mask.draw(rng, view.grid, quantile)
+
+
+def compile_kernels() -> None:
+    """Compile all that a first batch would wait for; numba keeps it for the processes to come."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    encoded, data = cv2.imencode(".png", noise)
+    assert encoded
+    for size in (16, 96):
+        view = View(
+            size=size,
+            crop_scale=(0.2, 1.0),
+            flip=1.0,
+            color_jitter=ColorJitter(probability=1.0),
+            grayscale=0.5,
+            blur=1.0,
+            solarize=1.0,
+        )
+        augment_batch([data.tobytes()] * 4, {"global": (view, view)}, seed=0, epoch=0)
