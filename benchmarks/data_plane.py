@@ -1,0 +1,213 @@
+"""The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
+rows, the time to plan, and how well the shuffle mixes.
+
+    python benchmarks/data_plane.py                    # two minutes on two free cores
+    python benchmarks/data_plane.py --rows 1000 10000 100000
+
+All contestants draw the same micro-batches by the same function on as many processes, and take
+turns in short rounds, so that a busy machine slows all of them alike. Larger data sets repeat the
+same pictures under new keys.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from torch.utils.data import DataLoader, Dataset
+
+from selfray.cluster import runtime
+from selfray.cluster.dataset import Stream
+from selfray.images import encode_jpeg
+from selfray.plan import ReadPlan, Share
+from selfray.shards import open_shards, parquet_files
+from selfray.shuffle import shuffle_quality
+from selfray.source import POSITION, Source
+from selfray.views import ColorJitter, View, Views
+
+SIMCLR = View(size=224, color_jitter=ColorJitter(), grayscale=0.2, blur=0.5)
+VIEWS: Views = {"global": (SIMCLR, SIMCLR)}
+GROUP_ROWS = 40
+PICTURES = 64
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    rows: tuple[int, ...] = (1_000, 10_000)
+    """Sizes of the data sets, for the memory; the first is the one for the speed."""
+    side: int = 320
+    """Side of the stored pictures in pixels."""
+    batch_size: int = 32
+    steps: int = 40
+    """Steps in a round."""
+    rounds: int = 3
+    cpus: int = 2
+    windows: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
+    output: Path = Path("runs/bench/data_plane.json")
+
+
+def main() -> None:
+    settings = tyro.cli(Benchmark, description=__doc__)
+    report: dict[str, Any] = {"plan": plan_times(), "shuffle": shuffle(settings)}
+    with tempfile.TemporaryDirectory() as folder, runtime.session():
+        sources = {rows: make_source(Path(folder), rows, settings) for rows in settings.rows}
+        report["speed"] = speed(sources[settings.rows[0]], settings)
+        report["memory"] = {rows: memory(s, settings) for rows, s in sources.items()}
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.output.write_text(json.dumps(report, indent=1))
+
+
+def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
+    rng = np.random.default_rng(0)
+    small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
+    pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
+    (folder / str(rows)).mkdir()
+    for first in range(0, rows, 4_000):
+        # Bytes behind the JPEG's end change its key and nothing else.
+        numbers = range(first, min(first + 4_000, rows))
+        images = [pictures[i % PICTURES] + i.to_bytes(8) for i in numbers]
+        file = folder / str(rows) / f"{first:09}.parquet"
+        pq.write_table(pa.table({"image": images}), file, GROUP_ROWS, compression="none")
+    shards = open_shards(parquet_files(folder / str(rows)), str(folder / str(rows)))
+    epochs = 1 + settings.steps * settings.batch_size * 20 // rows
+    return Source(shards, ReadPlan(shards.group_rows, settings.batch_size, epochs, 0), VIEWS)
+
+
+# Speed
+
+
+@dataclass(frozen=True)
+class Batches(Dataset):
+    source: Source
+
+    def __len__(self) -> int:
+        return self.source.plan.total_steps
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        cv2.setNumThreads(1)
+        size = self.source.plan.batch_size
+        drawn = self.source.draw(step * size, size)
+        return {name: drawn[name] for name in ("global", POSITION)}
+
+    def count(self, step: int) -> int:
+        return len(self[step][POSITION])
+
+
+def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
+    batches = Batches(source)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=settings.cpus,
+        persistent_workers=True,
+        prefetch_factor=4,
+        multiprocessing_context="forkserver",
+    )
+    with ProcessPoolExecutor(settings.cpus, get_context("forkserver")) as pool:
+        contestants: dict[str, Callable[[], Any]] = {
+            # No consumer to wait for: it draws just what a round needs.
+            "bare function": lambda: pool.map(batches.count, range(settings.steps + WARM_STEPS)),
+            "DataLoader": lambda: iter(loader),
+            "Stream": lambda: iter(Stream(source, Share(0, 1), 0, settings.cpus)),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        for number in range(settings.rounds + 1):
+            for name, start in contestants.items():
+                rate = images_per_second(start(), settings)
+                if number:  # the first warms up
+                    rates[name].append(rate)
+    base = statistics.median(rates["bare function"])
+    print(f"\n{'':16}{'images/s':>10}{'range':>16}{'to bare':>9}   ({settings.cpus} processes)")
+    for name, measured in rates.items():
+        middle = statistics.median(measured)
+        spread = f"{min(measured):,.0f} - {max(measured):,.0f}"
+        print(f"{name:16}{middle:10,.0f}{spread:>16}{middle / base:9.2f}")
+    return rates
+
+
+WARM_STEPS = 8
+
+
+def images_per_second(batches: Any, settings: Benchmark) -> float:
+    """Of `steps` batches, after some that fill the pipeline."""
+    for _ in range(WARM_STEPS):
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(settings.steps):
+        next(batches)
+    return settings.steps * settings.batch_size / (time.perf_counter() - started)
+
+
+# Memory, planning, shuffle
+
+
+def memory(source: Source, settings: Benchmark) -> dict[str, float]:
+    """Peaks in MiB while `steps` steps stream: this process, the largest task, the object store."""
+    me, shared = psutil.Process(), psutil.disk_usage("/dev/shm").used
+    peaks = {"driver": 0.0, "largest task": 0.0, "object store": 0.0}
+    for step, _ in enumerate(Stream(source, Share(0, 1), 0, settings.cpus)):
+        tasks = [0]
+        for process in psutil.process_iter(["name", "memory_info"]):
+            if process.info["name"].startswith("ray::") and process.info["memory_info"]:
+                info = process.info["memory_info"]
+                tasks.append(info.rss - info.shared)
+        figures = (
+            me.memory_info().rss - me.memory_info().shared,
+            max(tasks),
+            psutil.disk_usage("/dev/shm").used - shared,
+        )
+        for name, value in zip(peaks, figures, strict=True):
+            peaks[name] = max(peaks[name], value / 2**20)
+        if step + 1 == settings.steps:
+            break
+    told = ", ".join(f"{name} {value:,.0f} MiB" for name, value in peaks.items())
+    print(f"{source.plan.rows:>10,} rows: {told}")
+    return peaks
+
+
+def plan_times() -> dict[int, dict[str, float]]:
+    """Seconds to the first batch of a plan, and for each further one."""
+    result = {}
+    for rows in (10**6, 10**7):
+        started = time.perf_counter()
+        plan = ReadPlan((GROUP_ROWS,) * (rows // GROUP_ROWS), 256, 800, 0)
+        plan.read(0, 256)
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        for step in range(1, 1001):
+            plan.read(256 * step, 256)
+        each = (time.perf_counter() - started) / 1000
+        print(f"plan of {rows:,} rows: first batch {first:.2f} s, then {each * 1e3:.2f} ms each")
+        result[rows] = {"first_seconds": first, "batch_seconds": each}
+    return result
+
+
+def shuffle(settings: Benchmark) -> dict[int, dict[str, float]]:
+    """How far the order of 10^6 rows, sorted by 10 and by 1,000 classes, leaks into batches."""
+    result = {}
+    for window in settings.windows:
+        plan = ReadPlan((GROUP_ROWS,) * (10**6 // GROUP_ROWS), 256, 1, 0, window_rows=window)
+        fine = plan.read(0, plan.images_per_epoch).groups // (len(plan.group_rows) // 1000)
+        few, many = shuffle_quality(fine // 100, 256), shuffle_quality(fine, 256)
+        print(
+            f"window of {window:>6,} rows: leak {few.leak:.3f} of 10 classes, "
+            f"{many.leak:.3f} of 1,000 (0 is a perfect shuffle, 1 none)"
+        )
+        result[window] = {"10": few.leak, "1000": many.leak}
+    return result
+
+
+if __name__ == "__main__":
+    main()
