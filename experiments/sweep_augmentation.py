@@ -47,13 +47,13 @@ def main() -> int:
     base = flags.base(every(), "simclr", "moco", "mocov3", "byol", "dino")
     values = {f.name: getattr(base.method, f.name) for f in fields(base.method)}
     views = {name: value for name, value in values.items() if isinstance(value, View)}
-    options = [Option("nothing", {})]
+    options = [Option("all", {})]
     for name, off in OFF.items():
         without = {f"method.{n}": replace(view, **off) for n, view in views.items()}
         if without != {f"method.{n}": view for n, view in views.items()}:
-            options.append(Option(name, without))
-    question = flags.question("sweep-augmentation", Axis("without", tuple(options)))
-    return run_sweep(flags, base, question, "What is best left out for these images?", ray)
+            options.append(Option(f"all but {name}", without))
+    question = flags.question("sweep-augmentation", Axis("augmentation", tuple(options)))
+    return run_sweep(flags, base, question, "Which augmentations matter for these images?", ray)
 
 
 if __name__ == "__main__":
