@@ -26,6 +26,7 @@ from test_launch import Screen, experiment, images, shards  # noqa: F401 - shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
+RATIO = Axis.over("ratio", "method.mask_ratio", [0.5])
 QUESTION = Question("sizes", (Axis.over("batch size", "batch_size", [16, 4096]),), metric="linear")
 
 
@@ -97,6 +98,19 @@ def test_a_trial_whose_record_is_lost_is_finished_and_not_trained_again(
     assert json.loads(file.read_text())["probes"] == known["probes"]
     log = (Path(first.folder) / "logs" / "0000.log").read_text()
     assert "this run is complete, nothing to do" in log
+
+
+def test_a_sweep_refuses_what_does_not_fit_the_cluster_before_any_run_is_begun(
+    shards: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base = experiment(shards, tmp_path)
+    with pytest.raises(ValueError, match=r"--at-once 500 is more than the cluster holds: give \d"):
+        sweep(base, QUESTION, "Which size?", Screen(), at_once=500)
+    crowd = experiment(shards, tmp_path, workers=32, batch_size=32)
+    with pytest.raises(ValueError, match="--workers 32 need 32 CPUs and the cluster has"):
+        sweep(crowd, Question("ratio", (RATIO,)), "Which ratio?", Screen())
+    assert not list(tmp_path.glob("sweeps/*/trials/*"))
 
 
 def test_a_sweep_refuses_what_no_run_could_do_before_any_is_begun(

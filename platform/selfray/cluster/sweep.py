@@ -62,8 +62,17 @@ def sweep(
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / "trials").make_folder()
     cluster = runtime.cluster_resources()
-    at_once = at_once or fitting(base, cluster)
-    base = placed(base, cluster, at_once)
+    fits = fitting(base, cluster)
+    at_once = at_once or fits
+    try:
+        base = placed(base, cluster, at_once)
+    except ValueError as error:
+        if at_once <= fits:
+            raise
+        raise ValueError(
+            f"--at-once {at_once} is more than the cluster holds: give {fits} or less, or add "
+            f"nodes ({error})"
+        ) from None
     _say_plan(console, base, question, folder, at_once)
     uri = tracking_uri(output, tracking)
     tracker = _parent(base, question, words, folder, uri, console)
