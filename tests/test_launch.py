@@ -109,7 +109,7 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
     (run,) = client.search_runs([tracked.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["method.mask_ratio"] == "0.75"
-    assert run.data.tags["augmentation.backend"].startswith("selfray-cv2/")
+    assert run.data.tags["augmentation.backend"].startswith("selfray-2/opencv-")
     assert run.data.tags["probe.knn.protocol"].startswith("knn-v1")
     for name in ("version.torch", "machine.cpus", "selfray.git_commit", "mlflow.source.name"):
         assert name in run.data.tags
@@ -158,7 +158,7 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         torch.testing.assert_close(ends["two"]["method"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_folder_of_images_without_labels_trains_and_is_not_probed(tmp_path) -> None:
+def test_a_folder_of_images_without_labels_trains_and_is_judged_without_them(tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for index, data in enumerate(images(40)):
@@ -167,7 +167,11 @@ def test_a_folder_of_images_without_labels_trains_and_is_not_probed(tmp_path) ->
     screen = Screen()
     wanted = experiment(str(folder), tmp_path / "runs", epochs=2)
     result = launch(wanted, screen)
-    assert result.probes == {}
+    for probe in result.probes.values():
+        assert probe.knn is probe.linear is None
+        assert probe.rankme is not None
+        assert probe.rankme >= 1
+    assert set(result.probes) == {0, 2}
     text = screen.text.getvalue()
     assert "1 files left out" in text
     assert "the data has no labels" in text
