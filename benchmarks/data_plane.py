@@ -80,7 +80,7 @@ def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
         images = [pictures[i % PICTURES] + i.to_bytes(8) for i in numbers]
         file = folder / str(rows) / f"{first:09}.parquet"
         pq.write_table(pa.table({"image": images}), file, GROUP_ROWS, compression="none")
-    shards = open_shards(parquet_files(folder / str(rows)), str(folder / str(rows)))
+    shards = open_shards(parquet_files(str(folder / str(rows))), str(folder / str(rows)))
     epochs = 1 + settings.steps * settings.batch_size * 20 // rows
     return Source(shards, ReadPlan(shards.group_rows, settings.batch_size, epochs, 0), VIEWS)
 
