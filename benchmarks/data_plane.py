@@ -156,9 +156,10 @@ def images_per_second(batches: Any, settings: Benchmark) -> float:
 
 
 def memory(source: Source, settings: Benchmark) -> dict[str, float]:
-    """Peaks in MiB while `steps` steps stream: this process, the largest task, the object store."""
-    me, shared = psutil.Process(), psutil.disk_usage("/dev/shm").used
-    peaks = {"driver": 0.0, "largest task": 0.0, "object store": 0.0}
+    """Peaks in MiB while `steps` steps stream: this process and the largest task, without
+    what they share. The object store is not measured."""
+    me = psutil.Process()
+    peaks = {"driver": 0.0, "largest task": 0.0}
     for step, _ in enumerate(Stream(source, Share(0, 1), 0, settings.cpus)):
         tasks = [0]
         for process in psutil.process_iter(["name", "memory_info"]):
@@ -168,7 +169,6 @@ def memory(source: Source, settings: Benchmark) -> dict[str, float]:
         figures = (
             me.memory_info().rss - me.memory_info().shared,
             max(tasks),
-            psutil.disk_usage("/dev/shm").used - shared,
         )
         for name, value in zip(peaks, figures, strict=True):
             peaks[name] = max(peaks[name], value / 2**20)
