@@ -51,8 +51,8 @@ DRAWS = CROP_DRAWS + 11
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
 _ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
-# Up to this side a view is drawn in one call; beyond it OpenCV transposes, 9 times as fast as
-# compiled loops, and its calls no longer count. The pixels are the same.
+# Up to this side a view is drawn in one call; beyond it OpenCV transposes, and its calls no longer
+# count. The pixels are the same.
 _SMALL = 64
 
 
@@ -380,7 +380,7 @@ def augment_batch(
     arrays = allocate(views, len(images), photometric)
     count = sum(map(len, views.values()))
     keys = [image_key(data) for data in images]
-    # All at once: a generator of numpy's for each image takes 15 us, these numbers 2.
+    # All at once: a generator of numpy's for each image takes 18 us, these numbers 0.3.
     uniform = np.empty((len(images), count * DRAWS))
     kernels.fill_uniforms(np.array(keys, np.uint64), np.uint64(seed), np.uint64(epoch), uniform)
     has_masks = any(view.mask is not None for group in views.values() for view in group)
