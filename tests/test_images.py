@@ -67,6 +67,8 @@ OPAQUE = {
     "png 1x1": encoded(picture(1, 1), "PNG"),
     "webp": encoded(picture(), "WEBP", quality=90),
     "webp lossless": encoded(picture(), "WEBP", lossless=True),
+    "avif": encoded(picture(), "AVIF", quality=90),
+    "avif orientation 6": encoded(picture(), "AVIF", exif=with_orientation(6)),
     "gif": encoded(picture(), "GIF"),
     "bmp": encoded(picture(), "BMP"),
     "bmp palette": encoded(picture().convert("P"), "BMP"),
@@ -226,7 +228,7 @@ def test_a_decompression_bomb_is_refused_before_its_pixels_are_allocated(name):
 
 
 def test_the_limit_on_pixels_is_the_callers():
-    for name in ("jpeg", "png", "gif", "tiff", "webp"):
+    for name in ("jpeg", "png", "gif", "tiff", "webp", "avif"):
         decode(OPAQUE[name], max_pixels=64 * 48)
         with pytest.raises(BrokenImage, match="64 x 48 pixels; the limit is 3071"):
             decode(OPAQUE[name], max_pixels=64 * 48 - 1)
@@ -253,7 +255,18 @@ def test_what_is_no_image_is_refused_with_its_reason(data, reason):
 
 @pytest.mark.parametrize(
     "name",
-    ["jpeg", "jpeg gray", "jpeg progressive", "jpeg cmyk", "png", "webp", "gif", "bmp", "tiff"],
+    [
+        "jpeg",
+        "jpeg gray",
+        "jpeg progressive",
+        "jpeg cmyk",
+        "png",
+        "webp",
+        "gif",
+        "avif",
+        "bmp",
+        "tiff",
+    ],
 )
 def test_a_truncated_file_never_passes_the_check(name):
     data = OPAQUE[name]

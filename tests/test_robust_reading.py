@@ -1,16 +1,14 @@
-"""Shards that are lost or damaged while a run reads them, and formats that are read right."""
+"""Shards that are lost or damaged while a run reads them."""
 
-import io
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from selfray import storage
 from selfray.broken import BrokenTally, too_many
-from selfray.images import BrokenImage, decode
+from selfray.images import BrokenImage
 from selfray.shards import RowGroupCache, UnreadableShard, read_chosen
 from selfray.source import BROKEN, REASON
 from selfray.storage import Location, Retry, patiently
@@ -162,15 +160,3 @@ def test_pauses_double_up_to_a_bound_and_differ_between_readers():
     for pause, longest in zip(pauses, (1, 2, 4, 4, 4), strict=True):
         assert longest / 2 <= pause <= longest
     assert pauses != list(Retry(6, 1.0, 4.0).pauses(random.Random(2)))
-
-
-# Formats
-
-
-@pytest.mark.xfail(strict=True, reason="images.FORMATS lacks AVIF, which Pillow reads")
-def test_avif_is_read_as_pillow_reads_it():
-    picture = Image.fromarray(np.full((16, 16, 3), 90, np.uint8))
-    file = io.BytesIO()
-    picture.save(file, "AVIF", quality=90)
-    expected = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")).astype(int)
-    assert np.abs(decode(file.getvalue()) - expected).max() <= 2

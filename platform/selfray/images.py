@@ -25,7 +25,7 @@ MAX_PIXELS = 100_000_000
 """Images that declare more pixels than this are refused (300 MB once decoded)."""
 
 # Pillow must not guess further: its EPS reader, for one, starts Ghostscript on untrusted bytes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_GRAY, _PNG_RGB = 0, 2

@@ -53,6 +53,23 @@ _add_product: Any = intrinsic(_add_product_in_llvm)
 
 
 @_compiled
+def digest(words, lanes):
+    """Mix uint64 words, a multiple of 4 of them, into the 4 lanes.
+
+    Each step is a bijection of its lane, so two texts that differ in one word differ in the end.
+    """
+    factor, half = np.uint64(0xD2E7470EE14C6C93), np.uint64(32)
+    a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
+    for i in range(0, len(words), 4):
+        a = (a ^ words[i]) * factor
+        b = (b ^ words[i + 1]) * factor
+        c = (c ^ words[i + 2]) * factor
+        d = (d ^ words[i + 3]) * factor
+        a, b, c, d = a ^ (a >> half), b ^ (b >> half), c ^ (c >> half), d ^ (d >> half)
+    lanes[0], lanes[1], lanes[2], lanes[3] = a, b, c, d
+
+
+@_compiled
 def _high_product(a, b):
     """The upper 64 bits of a product of two uint64."""
     low = np.uint64(0xFFFFFFFF)
@@ -187,7 +204,8 @@ def resize_rows(image, window, start, span, out):
     """A window (top, left, height, width) of an image uint8 [H, W, 3], of which the rows [start,
     start + span), counted from its top and not always whole, are resized along their height alone.
 
-    Into int16 out [size, 3 * width], the three channels side by side, with 6 fractional bits.
+    Into int16 out [size, width * 3] with 6 fractional bits. Transposed, [width, 3 * size], it is
+    what resize_columns takes: the channels part without a pass of their own.
     """
     top, left, height, width = window
     size = len(out)
@@ -201,11 +219,8 @@ def resize_rows(image, window, start, span, out):
         while ready < min(height, first[row] + count):
             source = flat[top + ready, 3 * left : 3 * (left + width)]
             wide = ring[ready % len(ring)]
-            red, green, blue = wide[:width], wide[width : 2 * width], wide[2 * width :]
-            for i in range(width):  # 7 fractional bits
-                red[i] = i16(source[3 * i]) << 7
-                green[i] = i16(source[3 * i + 1]) << 7
-                blue[i] = i16(source[3 * i + 2]) << 7
+            for i in range(3 * width):  # 7 fractional bits
+                wide[i] = i16(source[i]) << 7
             ready += 1
         _weigh(ring, height - 1, first[row], weights[row], count, out[row])
 
@@ -482,14 +497,12 @@ def draw_small(image, reduction, rows, orders, reach, padded, blurred, views, re
         row, planes = rows[view], views[view]
         top, height, y, y_span = window_of(row[TOP], row[HEIGHT], reduction, image.shape[0])
         left, width, x, x_span = window_of(row[LEFT], row[WIDTH], reduction, image.shape[1])
-        lines, columns = np.empty((size, 3 * width), i16), np.empty((width, 3 * size), i16)
+        lines, columns = np.empty((size, 3 * width), i16), np.empty((3 * width, size), i16)
         resize_rows(image, (top, left, height, width), y, y_span, lines)
-        for c in range(3):
-            _transpose(lines[:, c * width : (c + 1) * width], columns[:, c * size : (c + 1) * size])
+        _transpose(lines, columns)
         turned = np.empty((size, 3 * size), u8)
-        resize_columns(columns, x, x_span, row[FLIP] > 0, turned)
-        for c in range(3):
-            _transpose(turned[:, c * size : (c + 1) * size], planes[c])
+        resize_columns(columns.reshape(width, 3 * size), x, x_span, row[FLIP] > 0, turned)
+        _transpose(turned, planes.reshape(3 * size, size))
         if recolours:
             recolour(planes, row, orders, reach, padded, blurred)
 
