@@ -69,7 +69,14 @@ def run(task: WorkerTask) -> None:
         state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
-    stream = Stream(source, share, state.progress.step, task.data_cpus)
+    stream = Stream(
+        source,
+        share,
+        state.progress.step,
+        task.data_cpus,
+        task.until_step,
+        ray.cluster_resources().get("object_store_memory", math.inf),
+    )
     batches = _checked(stream, experiment, recorder)
     with contextlib.suppress(EndedEarly):
         train(state, batches, mine, lambda step: recorder.on_step(state, step), device)

@@ -1,0 +1,101 @@
+"""The stream through real Ray Data: the plan's micro-batches, in order, without a copy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from selfray.augment import BROKEN
+from selfray.cluster.dataset import CHUNK_BYTES, MOST_STEPS_PER_CHUNK, Stream
+from selfray.images import encode_png
+from selfray.plan import ReadPlan, Share
+from selfray.shards import open_shards
+from selfray.source import LABEL, POSITION, REASON, Source
+from selfray.views import RandomMask, View, Views
+
+VIEWS: Views = {
+    "global": (View(size=8, crop_scale=(0.2, 1.0), mask=RandomMask(0.5), grid=2),) * 2,
+    "local": (View(size=4, crop_scale=(0.1, 0.4)),) * 3,
+}
+ARRAYS = {"global", "global_mask", "local", POSITION, LABEL, BROKEN, REASON}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """48 images, four of them none, over 3 epochs of 6 batches of 8."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    images = [encode_png(rng.integers(0, 256, (12, 12, 3), np.uint8)) for _ in range(48)]
+    images[17] = images[23] = images[31] = images[40] = b"no image"
+    table = pa.table({"image": images, "label": [i % 5 for i in range(48)]})
+    pq.write_table(table, folder / "0.parquet", row_group_size=8)
+    shards = open_shards([str(folder / "0.parquet")], str(folder))
+    return Source(shards, ReadPlan(shards.group_rows, 8, 3, seed=3), VIEWS)
+
+
+def steps_of(stream: Stream) -> list[int]:
+    return [s for part in stream.segments() for s in range(part.first_step, part.last_step)]
+
+
+def test_a_stream_gives_what_the_function_draws_on_every_rank_to_the_bit(ray_session, source):
+    share = Share(1, 2, accumulate=2)
+    batches = list(Stream(source, share, 4, cpus=1))
+    starts = [start for step in range(4, 18) for start in share.starts(source.plan, step)]
+    assert len(batches) == len(starts) == 28
+    broken = 0
+    for start, batch in zip(starts, batches, strict=True):
+        expected = source.draw(start, 2)
+        assert set(batch) == ARRAYS
+        for name, values in batch.items():
+            assert values.dtype == expected[name].dtype, name
+            assert np.array_equal(values, expected[name]), name
+        broken += int(batch[BROKEN].sum())
+    assert broken > 0
+
+
+def test_views_lie_in_the_object_store_and_are_no_copy(ray_session, source):
+    batch = next(iter(Stream(source, Share(0, 1), 0, cpus=1)))
+    assert not batch["global"].flags.owndata
+    assert not batch["global"].flags.writeable
+
+
+def test_a_stream_ends_at_the_step_that_it_is_to_reach(ray_session, source):
+    stream = Stream(source, Share(0, 1), 2, cpus=1, until_step=5)
+    positions = np.concatenate([batch[POSITION] for batch in stream])
+    assert positions.tolist() == list(range(16, 40))
+
+
+def test_what_a_task_raises_reaches_the_trainer(ray_session, source):
+    gone = replace(source, shards=replace(source.shards, image_column="absent"))
+    with pytest.raises(Exception, match="absent"):
+        list(Stream(gone, Share(0, 1), 0, cpus=1))
+
+
+def sized(source: Source, size: int, batch_size: int, epochs: int = 2000) -> Source:
+    plan = ReadPlan((batch_size,), batch_size, epochs, 0)
+    return replace(source, plan=plan, views={"global": (View(size=size),) * 2})
+
+
+def test_chunks_begin_with_one_step_and_double_up_to_their_size(source):
+    stream = Stream(sized(source, 32, 64), Share(0, 1), 7, cpus=2)
+    sizes = [part.steps_per_chunk for part in stream.segments()]
+    assert sizes[:8] == [1, 2, 4, 8, 16, 32, 64, 64]
+    assert max(sizes) == MOST_STEPS_PER_CHUNK
+    assert steps_of(stream) == list(range(7, 2000))
+
+
+def test_two_executions_of_all_ranks_fit_into_a_third_of_the_object_store(source):
+    views = 2 * 3 * 224**2
+    for store, cpus, ranks in ((2**30, 2, 1), (2**34, 4, 8), (2**40, 16, 8)):
+        stream = Stream(sized(source, 224, 64 * ranks), Share(0, ranks), 0, cpus, store_bytes=store)
+        chunk = stream.most_steps_per_chunk * 64 * views
+        one_step = 64 * views
+        assert chunk <= max(CHUNK_BYTES, one_step)
+        assert stream.most_steps_per_chunk == 1 or 2 * stream.chunks * chunk * ranks <= store / 3
+        # No smaller than it must be.
+        assert (
+            chunk + one_step > CHUNK_BYTES
+            or 2 * stream.chunks * (chunk + one_step) * ranks > store / 3
+        )
