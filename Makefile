@@ -43,6 +43,9 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@# Alone: of what it depends on, its transforms need only what the extra has, and hydra-core
+	@# wants an antlr4 of 2021 beside which the tests' S3 server does not install.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lightly
 	@$(BIN)/python benchmarks/augmentation.py --output $(RUNS)/bench/augment.json
 
 ui: $(READY)

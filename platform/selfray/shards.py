@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selfray.pages import value_places
 from selfray.storage import Location, is_about_the_file, one_line, patiently
 
 TRAIN_NAMES = ("train",)
@@ -200,47 +201,166 @@ class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
         self.reason = reason
 
 
-class RowGroupCache:
-    """The row groups that this process read last, up to a number of bytes.
+_Key = tuple[str, int, tuple[str, ...]]
 
-    Units of one window share its row groups; a worker process that works on several units of a
-    window then reads each row group once. What cannot be read is remembered too, for a while.
+
+@dataclass(frozen=True)
+class _Places:
+    """A row group whose images are read one by one."""
+
+    places: np.ndarray
+    """int64 [rows, 2]: offset and length of each."""
+    labels: np.ndarray
+    """int64 [rows]."""
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    stream: pa.NativeFile
+    footer: pq.FileMetaData
+
+
+class RowGroupCache:
+    """What this process knows of the row groups that it read: whole ones, up to a number of bytes,
+    and beyond that where their images lie.
+
+    A small data set is soon in memory. Of a larger one, row groups read whole would push each other
+    out before their other rows' turn comes, so its images are read one by one (pages.py) where the
+    files are local and plain, as `selfray shards build` writes them. What cannot be read is
+    remembered too, for a while.
     """
 
     FORGET_SECONDS = 300.0
     """How long a lost shard is not asked for again: each asking may wait for the storage."""
+    OPEN_FILES = 64
+    KNOWN_PLACES = 65_536
+    """Row groups whose places are kept: about 1 kB each."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._tables: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._tables: OrderedDict[_Key, pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._places: OrderedDict[_Key, _Places] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._not_plain: set[tuple[str, str]] = set()
         self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
 
-    def read(self, shards: ShardSet, file: ShardFile, group: int) -> pa.Table:
-        """One row group's columns. UnreadableShard where the file is lost or damaged; OSError
-        where its storage fails for longer than it is waited for."""
+    def take(
+        self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
+    ) -> tuple[list[bytes], np.ndarray]:
+        """Some rows of a row group: images, empty where a row has none, and labels int64 [n].
+
+        UnreadableShard where the file is lost or damaged; OSError where its storage fails for
+        longer than it is waited for.
+        """
         columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
         key = (file.uri, group, tuple(columns))
-        if key in self._tables:
-            self._tables.move_to_end(key)
-            return self._tables[key]
+        try:
+            if key not in self._tables and key not in self._places:
+                self._raise_if_known_unreadable(file, group)
+                self._learn(key, shards, file, group)
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return _rows_of(self._tables[key], shards, rows)
+            self._places.move_to_end(key)
+            return self._take_by_places(self._places[key], file, group, rows)
+        except UnreadableShard as error:
+            until = time.monotonic() + self.FORGET_SECONDS
+            self._unreadable.setdefault(
+                (file.uri, None if error.name == file.uri else group), (until, error)
+            )
+            raise
+
+    def _raise_if_known_unreadable(self, file: ShardFile, group: int) -> None:
         for known in ((file.uri, None), (file.uri, group)):
             until, error = self._unreadable.get(known, (0.0, None))
             if error is not None and time.monotonic() < until:
                 raise error
+            self._unreadable.pop(known, None)
+
+    def _learn(self, key: "_Key", shards: ShardSet, file: ShardFile, group: int) -> None:
+        columns, count = list(key[2]), len(self._tables)
+        is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
+        if is_full and (file.uri, shards.image_column) not in self._not_plain:
+            places = self._find(shards, file, group)
+            if places is not None:
+                self._places[key] = places
+                while len(self._places) > self.KNOWN_PLACES:
+                    self._places.popitem(last=False)
+                return
+            self._not_plain.add((file.uri, shards.image_column))
+        self._tables[key] = table = self._read(file, group, columns)
+        self._bytes += table.nbytes
+        while self._bytes > self.limit_bytes and len(self._tables) > 1:
+            self._bytes -= self._tables.popitem(last=False)[1].nbytes
+
+    def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
+        """Where a row group's images lie; None where they must be read with it."""
+        location = Location.of(file.uri)
+        if not location.is_local:
+            return None  # a request for each image would wait longer than it reads
+        is_new = file.uri not in self._files
+        known = self._open(file)
+        places = self._places_in(known, shards, group)
+        if is_new and places is not None:
+            # Once it is read by what knows every kind of file: a mistake about where things lie is
+            # found before an image of it is used.
+            table = self._read(file, group, [shards.image_column])
+            images, _ = _rows_of(table, replace(shards, label_column=None), np.arange(len(table)))
+            if [known.stream.read_at(n, at) for at, n in places.places.tolist()] != images:
+                return None
+        return places
+
+    def _open(self, file: ShardFile) -> _OpenFile:
+        if file.uri in self._files:
+            self._files.move_to_end(file.uri)
+            return self._files[file.uri]
+        location = Location.of(file.uri)
         try:
-            table = self._read(file, group, columns)
-        except UnreadableShard as error:
-            whole = error.name == file.uri
-            until = time.monotonic() + self.FORGET_SECONDS
-            self._unreadable[file.uri, None if whole else group] = (until, error)
-            raise
-        self._tables[key] = table
-        while (
-            sum(t.nbytes for t in self._tables.values()) > self.limit_bytes
-            and len(self._tables) > 1
-        ):
-            self._tables.popitem(last=False)
-        return table
+            stream = location.filesystem.open_input_file(location.path)
+            footer = pq.ParquetFile(stream).metadata
+        except (pa.ArrowException, OSError) as error:
+            reason = _reason(error) if isinstance(error, OSError) else one_line(error)
+            raise UnreadableShard(file.uri, reason) from error
+        rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+        if rows != file.group_rows:
+            raise UnreadableShard(file.uri, "its row groups are not those of the start")
+        self._files[file.uri] = _OpenFile(stream, footer)
+        while len(self._files) > self.OPEN_FILES:
+            self._files.popitem(last=False)
+        return self._files[file.uri]
+
+    @staticmethod
+    def _places_in(file: _OpenFile, shards: ShardSet, group: int) -> _Places | None:
+        kind = file.footer.schema.to_arrow_schema().field(shards.image_column).type
+        column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
+        places = value_places(lambda at, n: file.stream.read_at(n, at), file.footer, group, column)
+        if places is None:
+            return None
+        labels = np.full(len(places), NO_LABEL, dtype=np.int64)
+        if shards.label_column:
+            parquet = pq.ParquetFile(file.stream, metadata=file.footer)
+            table = parquet.read_row_group(group, columns=[shards.label_column])
+            labels = _labels_of(table, shards.label_column)
+        return _Places(places, labels)
+
+    def _take_by_places(
+        self, group_places: _Places, file: ShardFile, group: int, rows: np.ndarray
+    ) -> tuple[list[bytes], np.ndarray]:
+        wanted = group_places.places[rows].tolist()
+
+        def read() -> list[bytes]:
+            stream = self._open(file).stream
+            try:
+                return [stream.read_at(length, at) for at, length in wanted]
+            except OSError:
+                self._files.pop(file.uri, None)  # opened anew if it is tried again
+                raise
+
+        images = patiently(read, Location.of(file.uri))
+        if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
+            raise UnreadableShard(f"{file.uri} row group {group}", "the file was cut short")
+        return images, group_places.labels[rows]
 
     @staticmethod
     def _read(file: ShardFile, group: int, columns: list[str]) -> pa.Table:
@@ -303,23 +423,32 @@ def read_chosen(
     for group in np.unique(groups):
         wanted = np.flatnonzero(groups == group)
         try:
-            table = cache.read(shards, *where[int(group)])
+            images, labels = cache.take(shards, *where[int(group)], rows[wanted])
         except UnreadableShard as error:
             chosen.unreadable.update(dict.fromkeys(wanted.tolist(), error))
             continue
-        taken = table.take(pa.array(rows[wanted]))
-        column = taken.column(shards.image_column)
-        if pa.types.is_struct(column.type):
-            # flatten, not field: a struct that is null has bytes that mean nothing.
-            names = [column.type.field(i).name for i in range(column.type.num_fields)]
-            column = column.flatten()[names.index("bytes")]
-        for index, value in zip(wanted, column.to_pylist(), strict=True):
-            chosen.images[index] = value or b""
-        if shards.label_column:
-            # Unsigned integers have no room for -1.
-            values = taken.column(shards.label_column).cast(pa.int64()).fill_null(NO_LABEL)
-            chosen.labels[wanted] = values.to_numpy()
+        for index, data in zip(wanted, images, strict=True):
+            chosen.images[index] = data
+        chosen.labels[wanted] = labels
     return chosen
+
+
+def _rows_of(table: pa.Table, shards: ShardSet, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+    taken = table.take(pa.array(rows))
+    column = taken.column(shards.image_column)
+    if pa.types.is_struct(column.type):
+        # flatten, not field: a struct that is null has bytes that mean nothing.
+        names = [column.type.field(i).name for i in range(column.type.num_fields)]
+        column = column.flatten()[names.index("bytes")]
+    images = [data or b"" for data in column.to_pylist()]
+    if shards.label_column is None:
+        return images, np.full(len(rows), NO_LABEL, dtype=np.int64)
+    return images, _labels_of(taken, shards.label_column)
+
+
+def _labels_of(table: pa.Table, column: str) -> np.ndarray:
+    # Unsigned integers have no room for -1.
+    return table.column(column).cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
 
 
 def read_rows(
