@@ -66,6 +66,8 @@ class Task:
 
     views: Views
     is_small: bool = False
+    max_side: int | None = None
+    """All contestants get the images as `selfray shards build --max-side` stores them."""
 
 
 def simclr(size: int, blur: float) -> Views:
@@ -86,6 +88,7 @@ def dino() -> Views:
 
 TASKS = {
     "simclr-224": Task(simclr(224, 0.5)),
+    "simclr-224-max-side-320": Task(simclr(224, 0.5), max_side=320),
     "simclr-32": Task(simclr(32, 0.0), is_small=True),
     "dino-224": Task(dino()),
     "mae-224": Task({"global": (View(size=224, crop_scale=(0.2, 1.0)),)}),
@@ -398,6 +401,10 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
     # Every so many, not the first: neighbours are of one kind.
     step = max(1, len(files) // settings.count)
     found = [file.read_bytes() for file in files[::step][: settings.count]]
+    if task.max_side is not None:
+        from selfray.images import shrink
+
+        found = [shrink(data, task.max_side) for data in found]
     return [found[i % len(found)] for i in range(settings.count)]
 
 

@@ -195,6 +195,22 @@ def test_a_shard_that_is_deleted_from_s3_costs_its_rows(gateway, shards_uri, tmp
         lost.write_bytes(kept)
 
 
+def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, shards_uri):
+    from selfray.shards import RowGroupCache, read_chosen
+
+    shards = open_shards(parquet_files(shards_uri), shards_uri)
+    groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
+    rows = np.concatenate([np.arange(n) for n in shards.group_rows])
+    whole, single = RowGroupCache(2**20), RowGroupCache(1)
+    expected = read_chosen(shards, groups, rows, whole)
+    assert all(expected.images)
+    for _ in range(2):
+        chosen = read_chosen(shards, groups, rows, single)
+        assert chosen.images == expected.images
+        assert np.array_equal(chosen.labels, expected.labels)
+    assert len(single._places) == len(shards.group_rows) - 1, "all but the first"
+
+
 def test_settings_behind_a_question_mark_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match="AWS_ENDPOINT_URL"):
         Location.of("s3://bucket/x?endpoint_override=localhost:5000")

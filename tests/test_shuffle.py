@@ -46,6 +46,8 @@ def test_the_summary_says_how_many_cpus_the_data_lacks():
     assert "add 12 CPUs for data (--data-cpus 32" in text
     assert "add 1 CPU for data (--data-cpus 2" in bottleneck(0.5, 10, 1)
     assert "2.0 times the CPUs" in bottleneck(0.5, 10, None)
+    assert "photometric" not in text
+    assert bottleneck(0.37, 630, 20, True).endswith("or set --data.photometric device")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -6,12 +6,18 @@ WORTH_SAYING = 0.1
 """Below this share of waiting, other CPUs would hardly be noticed."""
 
 
-def bottleneck(waited: float, images_per_second: float, data_cpus: float | None = None) -> str:
+def bottleneck(
+    waited: float,
+    images_per_second: float,
+    data_cpus: float | None = None,
+    gpu_could_colour: bool = False,
+) -> str:
     """One sentence from the mean share of a step that waited for data, in [0, 1).
 
     Where trainers wait, the data tasks give all they can; without waiting the trainers would take
     images_per_second / (1 - waited), and the tasks' speed grows with their CPUs. `data_cpus` None,
-    not known, says how many times as many are needed.
+    not known, says how many times as many are needed. `gpu_could_colour`: the trainers have GPUs
+    and the data tasks still do the photometric part.
     """
     if waited < WORTH_SAYING:
         return f"trainers waited {waited:.0%} for data: their own compute is the limit"
@@ -24,6 +30,8 @@ def bottleneck(waited: float, images_per_second: float, data_cpus: float | None 
             f"add {more} CPU{'s' if more > 1 else ''} for data (--data-cpus {data_cpus + more:g}, "
             "or CPU nodes)"
         )
+    if gpu_could_colour:
+        cure += ", or set --data.photometric device"
     return (
         f"trainers waited {waited:.0%} for data and could take "
         f"{images_per_second * factor:,.0f} images/s: {cure}"

@@ -32,8 +32,9 @@ class DataConfig:
     """Channel means of the data, in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations of the data, in 0..1."""
-    window_rows: int = 16_384
-    """Shuffle window: images of this many rows are mixed with one another in each epoch."""
+    window_rows: int = 65_536
+    """Shuffle window: images of this many rows are mixed with one another in each epoch. Of 10^6
+    rows sorted by 1,000 classes, 65,536 let 6 % of the order leak into batches, 16,384 23 %."""
     photometric: Photometric = "cpu"
     """Where colours, blur and solarizing are computed: in the data tasks (cpu), or for a whole
     batch at once on the trainer's device, which leaves the data tasks decoding and cropping. The

@@ -29,10 +29,13 @@ _TYPE, _PAGE_BYTES, _DATA_PAGE_HEADER = 1, 3, 5
 _VALUES, _ENCODING, _LEVEL_ENCODING = 1, 2, 3
 
 
-def value_places(read: Read, footer: pq.FileMetaData, group: int, column: str) -> np.ndarray | None:
+def value_places(
+    read: Read, footer: pq.FileMetaData, group: int, column: str, at_once: bool = False
+) -> np.ndarray | None:
     """(offset, length) of each value of a row group's binary column: int64 [rows, 2].
 
-    `column` is its path, such as "image.bytes". None where the values have no places.
+    `column` is its path, such as "image.bytes". None where the values have no places. `at_once`
+    asks for the whole column in one read, for storage where each read waits.
     """
     chunks = footer.row_group(group)
     for index in range(chunks.num_columns):
@@ -45,6 +48,8 @@ def value_places(read: Read, footer: pq.FileMetaData, group: int, column: str) -
             if footer.schema.column(index).max_repetition_level:
                 return None
             end = chunk.data_page_offset + chunk.total_compressed_size
+            if at_once:
+                read = _ahead(read, chunk.data_page_offset, end)
             try:
                 return _in_pages(read, chunk.data_page_offset, end, chunk.num_values, most)
             except (_NotPlain, LookupError, ValueError, TypeError, AttributeError, struct.error):
@@ -100,6 +105,11 @@ def _in_values(read: Read, first: int, end: int, count: int) -> list[tuple[int, 
     if position != end:
         raise _NotPlain
     return places
+
+
+def _ahead(read: Read, start: int, end: int) -> Read:
+    data = read(start, end - start)
+    return lambda at, length: data[at - start : at - start + length]
 
 
 def _levels(data: bytes, count: int, bits: int) -> np.ndarray:

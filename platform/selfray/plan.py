@@ -42,7 +42,7 @@ class ReadPlan:
     batch_size: int
     epochs: int
     seed: int
-    window_rows: int = 16_384
+    window_rows: int = 65_536
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, f"batch_size must be positive, got {self.batch_size}")

@@ -6,10 +6,12 @@ The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, a
 
 import fnmatch
 import json
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -226,13 +228,13 @@ class RowGroupCache:
 
     A small data set is soon in memory. Of a larger one, row groups read whole would push each other
     out before their other rows' turn comes, so its images are read one by one (pages.py) where the
-    files are local and plain, as `selfray shards build` writes them. What cannot be read is
-    remembered too, for a while.
+    files are plain, as `selfray shards build` writes them. What cannot be read is remembered too,
+    for a while. Threads may share a cache.
     """
 
     FORGET_SECONDS = 300.0
     """How long a lost shard is not asked for again: each asking may wait for the storage."""
-    OPEN_FILES = 64
+    OPEN_FILES = 512
     KNOWN_PLACES = 65_536
     """Row groups whose places are kept: about 1 kB each."""
 
@@ -244,6 +246,7 @@ class RowGroupCache:
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._not_plain: set[tuple[str, str]] = set()
         self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
+        self._lock = threading.Lock()
 
     def take(
         self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
@@ -256,14 +259,13 @@ class RowGroupCache:
         columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
         key = (file.uri, group, tuple(columns))
         try:
-            if key not in self._tables and key not in self._places:
+            known = self._known(key)
+            if known is None:
                 self._raise_if_known_unreadable(file, group)
-                self._learn(key, shards, file, group)
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return _rows_of(self._tables[key], shards, rows)
-            self._places.move_to_end(key)
-            return self._take_by_places(self._places[key], file, group, rows)
+                known = self._learn(key, shards, file, group)
+            if isinstance(known, _Places):
+                return self._take_by_places(known, file, group, rows)
+            return _rows_of(known, shards, rows)
         except UnreadableShard as error:
             until = time.monotonic() + self.FORGET_SECONDS
             self._unreadable.setdefault(
@@ -278,63 +280,86 @@ class RowGroupCache:
                 raise error
             self._unreadable.pop(known, None)
 
-    def _learn(self, key: "_Key", shards: ShardSet, file: ShardFile, group: int) -> None:
-        columns, count = list(key[2]), len(self._tables)
-        is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
+    def _known(self, key: "_Key") -> "pa.Table | _Places | None":
+        with self._lock:
+            for kept in (self._tables, self._places):
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key]
+        return None
+
+    def _learn(
+        self, key: "_Key", shards: ShardSet, file: ShardFile, group: int
+    ) -> "pa.Table | _Places":
+        with self._lock:
+            count = len(self._tables)
+            is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
         if is_full and (file.uri, shards.image_column) not in self._not_plain:
             places = self._find(shards, file, group)
             if places is not None:
-                self._places[key] = places
-                while len(self._places) > self.KNOWN_PLACES:
-                    self._places.popitem(last=False)
-                return
+                with self._lock:
+                    self._places[key] = places
+                    while len(self._places) > self.KNOWN_PLACES:
+                        self._places.popitem(last=False)
+                return places
             self._not_plain.add((file.uri, shards.image_column))
-        self._tables[key] = table = self._read(file, group, columns)
-        self._bytes += table.nbytes
-        while self._bytes > self.limit_bytes and len(self._tables) > 1:
-            self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        table = self._read(file, group, list(key[2]))
+        with self._lock:
+            self._tables[key] = table
+            self._bytes += table.nbytes
+            while self._bytes > self.limit_bytes and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        return table
 
     def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
         """Where a row group's images lie; None where they must be read with it."""
-        location = Location.of(file.uri)
-        if not location.is_local:
-            return None  # a request for each image would wait longer than it reads
         is_new = file.uri not in self._files
         known = self._open(file)
-        places = self._places_in(known, shards, group)
+        location = Location.of(file.uri)
+        places = patiently(
+            lambda: self._places_in(known, shards, group, location.is_local), location
+        )
         if is_new and places is not None:
             # Once it is read by what knows every kind of file: a mistake about where things lie is
             # found before an image of it is used.
             table = self._read(file, group, [shards.image_column])
             images, _ = _rows_of(table, replace(shards, label_column=None), np.arange(len(table)))
-            if [known.stream.read_at(n, at) for at, n in places.places.tolist()] != images:
-                return None
+            for row in (0, -1):
+                at, length = places.places[row].tolist()
+                if known.stream.read_at(length, at) != images[row]:
+                    return None
         return places
 
     def _open(self, file: ShardFile) -> _OpenFile:
-        if file.uri in self._files:
-            self._files.move_to_end(file.uri)
-            return self._files[file.uri]
+        with self._lock:
+            if file.uri in self._files:
+                self._files.move_to_end(file.uri)
+                return self._files[file.uri]
         location = Location.of(file.uri)
-        try:
+
+        def open_it() -> _OpenFile:
             stream = location.filesystem.open_input_file(location.path)
-            footer = pq.ParquetFile(stream).metadata
-        except (pa.ArrowException, OSError) as error:
-            reason = _reason(error) if isinstance(error, OSError) else one_line(error)
-            raise UnreadableShard(file.uri, reason) from error
+            return _OpenFile(stream, pq.ParquetFile(stream).metadata)
+
+        with _faults_named(location, lambda: file.uri):
+            opened = patiently(open_it, location)
+        footer = opened.footer
         rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
         if rows != file.group_rows:
             raise UnreadableShard(file.uri, "its row groups are not those of the start")
-        self._files[file.uri] = _OpenFile(stream, footer)
-        while len(self._files) > self.OPEN_FILES:
-            self._files.popitem(last=False)
-        return self._files[file.uri]
+        with self._lock:
+            self._files[file.uri] = opened
+            while len(self._files) > self.OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
 
     @staticmethod
-    def _places_in(file: _OpenFile, shards: ShardSet, group: int) -> _Places | None:
+    def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
         kind = file.footer.schema.to_arrow_schema().field(shards.image_column).type
         column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
-        places = value_places(lambda at, n: file.stream.read_at(n, at), file.footer, group, column)
+        places = value_places(
+            lambda at, n: file.stream.read_at(n, at), file.footer, group, column, not is_local
+        )
         if places is None:
             return None
         labels = np.full(len(places), NO_LABEL, dtype=np.int64)
@@ -354,10 +379,13 @@ class RowGroupCache:
             try:
                 return [stream.read_at(length, at) for at, length in wanted]
             except OSError:
-                self._files.pop(file.uri, None)  # opened anew if it is tried again
+                with self._lock:
+                    self._files.pop(file.uri, None)  # opened anew if it is tried again
                 raise
 
-        images = patiently(read, Location.of(file.uri))
+        location = Location.of(file.uri)
+        with _faults_named(location, lambda: file.uri):
+            images = patiently(read, location)
         if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
             raise UnreadableShard(f"{file.uri} row group {group}", "the file was cut short")
         return images, group_places.labels[rows]
@@ -384,20 +412,29 @@ class RowGroupCache:
                     )
                 return parquet.read_row_group(group, columns=columns)
 
-        try:
+        with _faults_named(location, lambda: name):
             return patiently(read, location)
-        except pa.ArrowException as error:
-            raise UnreadableShard(name, one_line(error)) from error
-        except OSError as error:
-            if not location.is_local and not is_about_the_file(error):
-                raise  # the store is away, for longer than it was waited for: no fault of the file
-            raise UnreadableShard(name, _reason(error)) from error
+
+
+@contextmanager
+def _faults_named(location: Location, name: Callable[[], str]) -> Iterator[None]:
+    """UnreadableShard in place of what pyarrow raises over a lost or damaged file."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise UnreadableShard(name(), one_line(error)) from error
+    except OSError as error:
+        if not location.is_local and not is_about_the_file(error):
+            raise  # the store is away, for longer than it was waited for: no fault of the file
+        raise UnreadableShard(name(), _reason(error)) from error
 
 
 def _reason(error: OSError) -> str:
     return "the file is gone" if isinstance(error, FileNotFoundError) else one_line(error)
 
 
+REMOTE_READS = 16
+"""Requests of one micro-batch that a task has under way at a time."""
 CACHE = RowGroupCache(limit_bytes=256 * 2**20)
 
 
@@ -420,16 +457,26 @@ def read_chosen(
     fails for longer than it is waited for."""
     chosen = ChosenRows([b""] * len(rows), np.full(len(rows), NO_LABEL, dtype=np.int64), {})
     where = _group_index(shards)
-    for group in np.unique(groups):
+
+    def take(group: int) -> None:
         wanted = np.flatnonzero(groups == group)
         try:
-            images, labels = cache.take(shards, *where[int(group)], rows[wanted])
+            images, labels = cache.take(shards, *where[group], rows[wanted])
         except UnreadableShard as error:
             chosen.unreadable.update(dict.fromkeys(wanted.tolist(), error))
-            continue
+            return
         for index, data in zip(wanted, images, strict=True):
             chosen.images[index] = data
         chosen.labels[wanted] = labels
+
+    distinct = np.unique(groups).tolist()
+    if len(distinct) == 1 or Location.of(where[distinct[0]][0].uri).is_local:
+        for group in distinct:
+            take(group)
+    else:
+        # Each request to an object store waits some 10 ms before its first byte.
+        with ThreadPoolExecutor(REMOTE_READS) as pool:
+            list(pool.map(take, distinct))
     return chosen
 
 

@@ -236,7 +236,7 @@ def _carry_out(
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
     _write_record(run, experiment, ended, result=asdict(result))
-    console.say(monitor.summary())
+    console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
     return result
 

@@ -114,14 +114,15 @@ class Monitor:
         self._start_tracking()
         self.tracker.finish(status)
 
-    def summary(self) -> str:
-        """What the run came to, in one line, with what held it up."""
+    def summary(self, data_cpus: float, has_gpu: bool) -> str:
+        """What the run came to, in one line, with what held it up: `data_cpus` drew its views."""
         waited = statistics.mean(self._waits) if self._waits else 0.0
         line = (
             f"trained in {self.seconds:.0f} s at {self.images_per_second:,.0f} images/s; "
             f"first step after {self.first_step_seconds:.0f} s"
         )
-        advice = bottleneck(waited, self.images_per_second, self.experiment.data_cpus)
+        could_colour = has_gpu and self.experiment.data.photometric == "cpu"
+        advice = bottleneck(waited, self.images_per_second, data_cpus, could_colour)
         return f"{line}; {advice}"
 
     # --- the watching thread
