@@ -23,7 +23,7 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import augment, checkpoint, config
 from selfray.checkpoint import Checkpoint
-from selfray.cluster.launch import Placement, RunFailed, launch, place
+from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.shards import write_arrays
 from selfray.cluster.waiting import room_for
@@ -186,6 +186,32 @@ def test_broken_images_inside_a_shard_are_named_and_do_not_stop_a_run(tmp_path) 
     screen = Screen()
     launch(experiment(str(tmp_path / "data"), tmp_path / "runs", **changes), screen)
     assert "a.parquet row 7" in screen.text.getvalue()
+
+
+def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(tmp_path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images(64))]
+    for part in range(4):
+        table = pa.table({"image": rows[16 * part : 16 * part + 16]})
+        pq.write_table(table, folder / f"{part}.parquet", row_group_size=8)
+    wanted = experiment(str(folder), tmp_path / "runs", **{"data.max_broken_fraction": 0.4})
+    first = launch(wanted, Screen(), part_of=PartOf(None, {}, until_step=5))
+    assert first.images_seen == 5 * 32
+    (folder / "1.parquet").unlink()
+    pq.write_table(pa.table({"image": rows[:8]}), folder / "0-more.parquet")
+    screen = Screen()
+    result = launch(wanted, screen)
+    text = screen.text.getvalue()
+    assert result.images_seen == 6 * 64, "as many as planned"
+    assert "1 of 4 shards of the start is gone, the first is 1.parquet: their 16" in text
+    assert "1 shard came since this run started, the first is 0-more.parquet" in text
+    assert f"{folder}/1.parquet: the file is gone" in text
+
+    table = pa.table({"image": rows[:16]})
+    pq.write_table(table, folder / "2.parquet", row_group_size=4)
+    with pytest.raises(ValueError, match=r"2\.parquet is not the file that .* started with"):
+        launch(wanted, Screen())
 
 
 def test_too_many_broken_images_end_a_run_with_the_cause(tmp_path) -> None:

@@ -4,19 +4,21 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from selfray.cluster import shards as shard_builder
 from selfray.experiment import DataConfig
-from selfray.shards import ShardSet, open_shards, parquet_files, sample_rows, split_files
+from selfray.shards import ShardFile, ShardSet, open_shards, parquet_files, sample_rows, split_files
 from selfray.source import Sample
 from selfray.storage import Location
 
 EMBEDDED = "embedded:"
 """Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
+DATA_FILE = "data.json"
+"""In a run's folder: the files and row groups of its data set."""
 DIGITS_TEST = 597
 """A third of the digits is kept for the probes' test, drawn at random."""
 HELD_OUT = 0.2
@@ -67,6 +69,61 @@ def open_data(data: DataConfig, output: Location, say: Callable[[str], None]) ->
         return DataSets(train, open_shards([*files, *more], folder, data.image_column))
     test = open_shards(test_files, folder, data.image_column) if test_files else None
     return DataSets(train, test)
+
+
+def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> ShardSet:
+    """The data set as a run found it when it started: which image is at which position follows from
+    its files and row groups, so a run that goes on must read by them.
+
+    A file that is gone since keeps its place, and costs its own rows; one that came since waits for
+    another run. ValueError names a file that is another than it was.
+    """
+    record = run / DATA_FILE
+    if not record.exists():
+        return shards
+    started: dict[str, list[int]] = record.read_json()["files"]
+    found = {_inner(file.uri, shards): file for file in shards.files}
+    for name, file in found.items():
+        if name in started and list(file.group_rows) != started[name]:
+            raise ValueError(
+                f"{file.uri} is not the file that {run} started with ({file.rows:,} rows in "
+                f"{len(file.group_rows)} row groups, then {sum(started[name]):,} in "
+                f"{len(started[name])}): put it back, or start another run with another --name"
+            )
+    lost, new = [n for n in started if n not in found], [n for n in found if n not in started]
+    if lost:
+        rows = sum(sum(started[name]) for name in lost)
+        say(
+            f"{len(lost)} of {len(started)} shards of the start {'are' if len(lost) > 1 else 'is'} "
+            f"gone, the first is {lost[0]}: their {rows:,} images count as broken"
+        )
+    if new:
+        say(
+            f"{len(new)} shard{'s' if len(new) > 1 else ''} came since this run started, the first "
+            f"is {new[0]}: it goes on without"
+        )
+    files = tuple(
+        found.get(name) or ShardFile(_outer(name, shards), tuple(rows))
+        for name, rows in started.items()
+    )
+    return replace(shards, files=files)
+
+
+def remember(shards: ShardSet, run: Location) -> None:
+    """Write down what `as_started` reads, once."""
+    if not (run / DATA_FILE).exists():
+        files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
+        (run / DATA_FILE).write_json({"files": files})
+
+
+def _inner(uri: str, shards: ShardSet) -> str:
+    """A file's name inside its data set, which may be moved as a whole."""
+    return uri.removeprefix(shards.uri.rstrip("/") + "/")
+
+
+def _outer(name: str, shards: ShardSet) -> str:
+    is_whole = "://" in name or name.startswith("/")
+    return name if is_whole else f"{shards.uri.rstrip('/')}/{name}"
 
 
 def _files(
