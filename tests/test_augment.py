@@ -1,6 +1,7 @@
 import io
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -428,6 +429,21 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
         addresses.add(batch["global"].ctypes.data)
         del batch
     assert address in addresses
+
+
+def test_threads_never_draw_into_the_same_memory():
+    expected = [
+        augment_batch(IMAGES, VIEWS, 0, epoch).arrays["global"].copy() for epoch in range(8)
+    ]
+
+    def draw_often(epoch: int) -> bool:
+        return all(
+            np.array_equal(augment_batch(IMAGES, VIEWS, 0, epoch).arrays["global"], expected[epoch])
+            for _ in range(20)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(draw_often, range(8)))
 
 
 def test_another_seed_epoch_or_image_gives_other_views():

@@ -319,14 +319,20 @@ def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dic
     return arrays
 
 
-_recent: list[np.ndarray] = []
+class _Recent(threading.local):
+    """The arrays of the last batches, of each thread its own: no two may find the same one free."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+
+    def is_free(self, place: int) -> bool:
+        """Views of an array, and whoever else shares its memory, hold it as their base."""
+        return sys.getrefcount(self.arrays[place]) == _UNHELD
+
+
+_recent = _Recent()
 _sample = [np.empty(0)]
 _UNHELD = sys.getrefcount(_sample[0])
-
-
-def _is_free(place: int) -> bool:
-    """Views of an array, and whoever else shares its memory, hold it as their base."""
-    return sys.getrefcount(_recent[place]) == _UNHELD
 
 
 def _recycled(shape: tuple[int, ...]) -> np.ndarray:
@@ -335,13 +341,14 @@ def _recycled(shape: tuple[int, ...]) -> np.ndarray:
     Fresh memory costs 64 us for a plane of 224 x 224 pixels, a page fault for each 4 kB, where the
     same memory costs 3 (measured on a virtual machine): a fifth of all the time of SimCLR's views.
     """
-    for place in range(len(_recent)):
-        if _recent[place].shape == shape and _is_free(place):
-            return _recent[place][:]
+    arrays = _recent.arrays
+    for place in range(len(arrays)):
+        if arrays[place].shape == shape and _recent.is_free(place):
+            return arrays[place][:]
     # Whoever needs more lets go what nobody holds: never more than was needed at one time.
-    _recent[:] = [_recent[place] for place in range(len(_recent)) if not _is_free(place)]
-    _recent.append(np.empty(shape, np.uint8))
-    return _recent[-1][:]
+    arrays[:] = [arrays[place] for place in range(len(arrays)) if not _recent.is_free(place)]
+    arrays.append(np.empty(shape, np.uint8))
+    return arrays[-1][:]
 
 
 def augment_image(
