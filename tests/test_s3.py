@@ -210,6 +210,19 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
         assert np.array_equal(chosen.labels, expected.labels)
     assert len(single._places) == len(shards.group_rows) - 1, "all but the first"
 
+    lost = Location.of(shards.files[1].uri)
+    kept = lost.read_bytes()
+    lost.filesystem.delete_file(lost.path)
+    try:
+        for _ in range(2):  # with the object open, and not even that
+            chosen = read_chosen(shards, groups, rows, single)
+            assert len(chosen.unreadable) == shards.files[1].rows
+            assert all(e.name.startswith(lost.uri) for e in chosen.unreadable.values())
+            single._files.clear()
+            single._unreadable.clear()
+    finally:
+        lost.write_bytes(kept)
+
 
 def test_settings_behind_a_question_mark_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match="AWS_ENDPOINT_URL"):

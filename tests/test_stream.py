@@ -6,9 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from selfray.augment import BROKEN
-from selfray.cluster.dataset import CHUNK_BYTES, MOST_STEPS_PER_CHUNK, Stream
+from selfray.cluster.dataset import (
+    CHUNK_BYTES,
+    CHUNKS_PER_CPU,
+    MOST_STEPS_PER_CHUNK,
+    Stream,
+    chunk_room,
+)
 from selfray.images import encode_png
 from selfray.plan import ReadPlan, Share
 from selfray.shards import open_shards
@@ -86,16 +93,16 @@ def test_chunks_begin_with_one_step_and_double_up_to_their_size(source):
     assert steps_of(stream) == list(range(7, 2000))
 
 
-def test_two_executions_of_all_ranks_fit_into_a_third_of_the_object_store(source):
-    views = 2 * 3 * 224**2
-    for store, cpus, ranks in ((2**30, 2, 1), (2**34, 4, 8), (2**40, 16, 8)):
-        stream = Stream(sized(source, 224, 64 * ranks), Share(0, ranks), 0, cpus, store_bytes=store)
-        chunk = stream.most_steps_per_chunk * 64 * views
-        one_step = 64 * views
-        assert chunk <= max(CHUNK_BYTES, one_step)
-        assert stream.most_steps_per_chunk == 1 or 2 * stream.chunks * chunk * ranks <= store / 3
-        # No smaller than it must be.
-        assert (
-            chunk + one_step > CHUNK_BYTES
-            or 2 * stream.chunks * (chunk + one_step) * ranks > store / 3
-        )
+def test_a_chunk_is_no_larger_than_its_room_and_no_smaller_than_it_must_be(source):
+    step = 64 * 2 * 3 * 224**2
+    for room, steps in ((1, 1), (step, 1), (2.5 * step, 2), (10**12, CHUNK_BYTES // step)):
+        stream = Stream(sized(source, 224, 64), Share(0, 1), 0, 2, room=room)
+        assert stream.most_steps_per_chunk == steps
+
+
+def test_the_streams_that_end_on_a_node_fit_into_a_third_of_its_object_store(ray_session):
+    (node,) = ray.nodes()
+    store, cpus = node["Resources"]["object_store_memory"], node["Resources"]["CPU"]
+    # However many runs share the CPUs, alone or as parts of a larger run with ranks elsewhere.
+    assert 2 * CHUNKS_PER_CPU * cpus * chunk_room(1, 1) == pytest.approx(store / 3)
+    assert 2 * CHUNKS_PER_CPU * cpus / 4 * chunk_room(2, 8) == pytest.approx(store / 3)

@@ -48,17 +48,36 @@ def value_places(
             if footer.schema.column(index).max_repetition_level:
                 return None
             end = chunk.data_page_offset + chunk.total_compressed_size
+            read = _inside(read, chunk.data_page_offset, end)
             if at_once:
                 read = _ahead(read, chunk.data_page_offset, end)
             try:
                 return _in_pages(read, chunk.data_page_offset, end, chunk.num_values, most)
-            except (_NotPlain, LookupError, ValueError, TypeError, AttributeError, struct.error):
-                return None  # damaged ones too: pyarrow will say what is wrong with them
+            except _DAMAGE:
+                return None  # pyarrow will say what is wrong with it
     return None
 
 
 class _NotPlain(Exception):  # noqa: N818 - it is no error: such a column is read whole
     """A page of another kind than this module reads."""
+
+
+_DAMAGE = (
+    *(_NotPlain, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, struct.error),
+)
+"""What reading bytes that are no page headers can end in."""
+
+
+def _inside(read: Read, start: int, end: int) -> Read:
+    """Only what lies in a column: damaged lengths must ask for nothing else, nor for gigabytes."""
+
+    def checked(at: int, length: int) -> bytes:
+        if length < 0 or at < start or at + length > end:
+            raise _NotPlain
+        return read(at, length)
+
+    return checked
 
 
 def _in_pages(read: Read, start: int, end: int, count: int, most_level: int) -> np.ndarray:
@@ -69,7 +88,7 @@ def _in_pages(read: Read, start: int, end: int, count: int, most_level: int) -> 
         if header.get(_TYPE) != _DATA_PAGE or page.get(_ENCODING) != _PLAIN:
             raise _NotPlain
         first, start = start + length, start + length + header[_PAGE_BYTES]
-        if start > end:
+        if not first <= start <= end:
             raise _NotPlain
         if most_level:
             size = struct.unpack("<I", read(first, 4))[0]
@@ -77,6 +96,8 @@ def _in_pages(read: Read, start: int, end: int, count: int, most_level: int) -> 
             if page.get(_LEVEL_ENCODING) != _RLE or (levels != most_level).any():
                 raise _NotPlain
             first += 4 + size
+            if first > start:
+                raise _NotPlain
         places += _in_values(read, first, start, page[_VALUES])
     if len(places) != count:
         raise _NotPlain

@@ -4,8 +4,10 @@ The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, a
 `label` column if there are labels. Files written by `datasets` open as they are.
 """
 
+import errno
 import fnmatch
 import json
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -194,6 +197,9 @@ def _label_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None
     return tuple(names) if names else None
 
 
+_Result = TypeVar("_Result")
+
+
 class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
     """A shard, or a row group of one, that is lost or damaged: `name` says which, `reason` why."""
 
@@ -214,12 +220,19 @@ class _Places:
     """int64 [rows, 2]: offset and length of each."""
     labels: np.ndarray
     """int64 [rows]."""
+    stamp: "_Stamp"
+    """Of the file that they are places in."""
+
+
+_Stamp = tuple[int, ...]
+"""Tells a file from another one that took its place."""
 
 
 @dataclass(frozen=True)
 class _OpenFile:
     stream: pa.NativeFile
     footer: pq.FileMetaData
+    stamp: _Stamp
 
 
 class RowGroupCache:
@@ -234,19 +247,22 @@ class RowGroupCache:
 
     FORGET_SECONDS = 300.0
     """How long a lost shard is not asked for again: each asking may wait for the storage."""
-    OPEN_FILES = 512
-    KNOWN_PLACES = 65_536
-    """Row groups whose places are kept: about 1 kB each."""
+    OPEN_FILES = 256
+    KNOWN_IMAGES = 2_000_000
+    """Images whose places are kept: 24 bytes each."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._tables: OrderedDict[_Key, pa.Table] = OrderedDict()
         self._bytes = 0
         self._places: OrderedDict[_Key, _Places] = OrderedDict()
+        self._placed = 0
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._not_plain: set[tuple[str, str]] = set()
+        self._is_plain: dict[tuple[str, str], bool] = {}
+        """Whether a file's images have places, by its name and column; checked once."""
         self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
         self._lock = threading.Lock()
+        self._check = threading.Lock()
 
     def take(
         self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
@@ -258,19 +274,25 @@ class RowGroupCache:
         """
         columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
         key = (file.uri, group, tuple(columns))
-        try:
-            known = self._known(key)
-            if known is None:
-                self._raise_if_known_unreadable(file, group)
-                known = self._learn(key, shards, file, group)
-            if isinstance(known, _Places):
-                return self._take_by_places(known, file, group, rows)
+        known = self._known(key)
+        if isinstance(known, pa.Table):
             return _rows_of(known, shards, rows)
+        self._raise_if_known_unreadable(file, group)
+        try:
+            if known is not None:
+                images = self._images_at(known, file, group, rows)
+                if images is not None:
+                    return images, known.labels[rows]
+            known = self._learn(key, shards, file, group)
+            if isinstance(known, pa.Table):
+                return _rows_of(known, shards, rows)
+            images = self._images_at(known, file, group, rows)
+            if images is None:
+                raise UnreadableShard(file.uri, "it is being written while it is read")
+            return images, known.labels[rows]
         except UnreadableShard as error:
             until = time.monotonic() + self.FORGET_SECONDS
-            self._unreadable.setdefault(
-                (file.uri, None if error.name == file.uri else group), (until, error)
-            )
+            self._unreadable[file.uri, None if error.name == file.uri else group] = (until, error)
             raise
 
     def _raise_if_known_unreadable(self, file: ShardFile, group: int) -> None:
@@ -278,7 +300,6 @@ class RowGroupCache:
             until, error = self._unreadable.get(known, (0.0, None))
             if error is not None and time.monotonic() < until:
                 raise error
-            self._unreadable.pop(known, None)
 
     def _known(self, key: "_Key") -> "pa.Table | _Places | None":
         with self._lock:
@@ -294,101 +315,110 @@ class RowGroupCache:
         with self._lock:
             count = len(self._tables)
             is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
-        if is_full and (file.uri, shards.image_column) not in self._not_plain:
+        if is_full and self._is_plain.get((file.uri, shards.image_column), True):
             places = self._find(shards, file, group)
             if places is not None:
-                with self._lock:
-                    self._places[key] = places
-                    while len(self._places) > self.KNOWN_PLACES:
-                        self._places.popitem(last=False)
+                self._keep_places(key, places)
                 return places
-            self._not_plain.add((file.uri, shards.image_column))
         table = self._read(file, group, list(key[2]))
         with self._lock:
-            self._tables[key] = table
-            self._bytes += table.nbytes
+            if key not in self._tables:
+                self._tables[key] = table
+                self._bytes += table.nbytes
             while self._bytes > self.limit_bytes and len(self._tables) > 1:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 
+    def _keep_places(self, key: "_Key", places: _Places) -> None:
+        with self._lock:
+            known = self._places.pop(key, None)
+            self._placed += len(places.labels) - (0 if known is None else len(known.labels))
+            self._places[key] = places
+            while self._placed > self.KNOWN_IMAGES and len(self._places) > 1:
+                self._placed -= len(self._places.popitem(last=False)[1].labels)
+
     def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
         """Where a row group's images lie; None where they must be read with it."""
-        is_new = file.uri not in self._files
-        known = self._open(file)
-        location = Location.of(file.uri)
-        places = patiently(
-            lambda: self._places_in(known, shards, group, location.is_local), location
+        is_local = Location.of(file.uri).is_local
+        places = self._with_file(
+            file, group, lambda opened: _places_in(opened, shards, group, is_local)
         )
-        if is_new and places is not None:
-            # Once it is read by what knows every kind of file: a mistake about where things lie is
-            # found before an image of it is used.
-            table = self._read(file, group, [shards.image_column])
-            images, _ = _rows_of(table, replace(shards, label_column=None), np.arange(len(table)))
-            for row in (0, -1):
-                at, length = places.places[row].tolist()
-                if known.stream.read_at(length, at) != images[row]:
-                    return None
-        return places
+        name = (file.uri, shards.image_column)
+        with self._check:
+            if places is None:
+                self._is_plain[name] = False
+            elif name not in self._is_plain:
+                # Read once by what knows every kind of file: a mistake about where things lie is
+                # found before an image of it is used.
+                table = self._read(file, group, [shards.image_column])
+                ends = np.array([0, len(table) - 1])
+                images, _ = _rows_of(table, replace(shards, label_column=None), ends)
+                self._is_plain[name] = self._images_at(places, file, group, ends) == images
+        return places if self._is_plain[name] else None
 
-    def _open(self, file: ShardFile) -> _OpenFile:
-        with self._lock:
-            if file.uri in self._files:
-                self._files.move_to_end(file.uri)
-                return self._files[file.uri]
+    def _images_at(
+        self, places: _Places, file: ShardFile, group: int, rows: np.ndarray
+    ) -> list[bytes] | None:
+        """Images by their places; None where these are of an earlier file of that name."""
+        wanted = places.places[rows].tolist()
+
+        def read(opened: _OpenFile) -> list[bytes] | None:
+            if opened.stamp != places.stamp:
+                return None
+            images = [opened.stream.read_at(length, at) for at, length in wanted]
+            if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
+                raise pa.ArrowInvalid("the file was cut short")
+            return images
+
+        return self._with_file(file, group, read)
+
+    def _with_file(
+        self, file: ShardFile, group: int, action: Callable[[_OpenFile], _Result]
+    ) -> _Result:
+        """action(the open file), tried again while its storage fails; faults as `take` has them."""
         location = Location.of(file.uri)
+        name = file.uri
 
-        def open_it() -> _OpenFile:
-            stream = location.filesystem.open_input_file(location.path)
-            return _OpenFile(stream, pq.ParquetFile(stream).metadata)
+        def attempt() -> _Result:
+            nonlocal name
+            name = file.uri
+            opened = self._open(file, location)
+            name = f"{file.uri} row group {group}"
+            try:
+                return action(opened)
+            except (OSError, pa.ArrowException):
+                self._forget(file.uri)
+                raise
 
-        with _faults_named(location, lambda: file.uri):
-            opened = patiently(open_it, location)
-        footer = opened.footer
-        rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-        if rows != file.group_rows:
-            raise UnreadableShard(file.uri, "its row groups are not those of the start")
+        with _faults_named(location, lambda: name):
+            return patiently(attempt, location)
+
+    def _forget(self, uri: str) -> None:
+        with self._lock:
+            self._files.pop(uri, None)
+
+    def _open(self, file: ShardFile, location: Location) -> _OpenFile:
+        with self._lock:
+            opened = self._files.get(file.uri)
+            if opened is not None and _is_still(opened, location):
+                self._files.move_to_end(file.uri)
+                return opened
+        try:
+            opened = _opened(location)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._files.clear()
+            opened = _opened(location)
+        rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
+        if rows != list(file.group_rows):
+            raise pa.ArrowInvalid("its row groups are not those of the start")
         with self._lock:
             self._files[file.uri] = opened
             while len(self._files) > self.OPEN_FILES:
                 self._files.popitem(last=False)
         return opened
-
-    @staticmethod
-    def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
-        kind = file.footer.schema.to_arrow_schema().field(shards.image_column).type
-        column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
-        places = value_places(
-            lambda at, n: file.stream.read_at(n, at), file.footer, group, column, not is_local
-        )
-        if places is None:
-            return None
-        labels = np.full(len(places), NO_LABEL, dtype=np.int64)
-        if shards.label_column:
-            parquet = pq.ParquetFile(file.stream, metadata=file.footer)
-            table = parquet.read_row_group(group, columns=[shards.label_column])
-            labels = _labels_of(table, shards.label_column)
-        return _Places(places, labels)
-
-    def _take_by_places(
-        self, group_places: _Places, file: ShardFile, group: int, rows: np.ndarray
-    ) -> tuple[list[bytes], np.ndarray]:
-        wanted = group_places.places[rows].tolist()
-
-        def read() -> list[bytes]:
-            stream = self._open(file).stream
-            try:
-                return [stream.read_at(length, at) for at, length in wanted]
-            except OSError:
-                with self._lock:
-                    self._files.pop(file.uri, None)  # opened anew if it is tried again
-                raise
-
-        location = Location.of(file.uri)
-        with _faults_named(location, lambda: file.uri):
-            images = patiently(read, location)
-        if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
-            raise UnreadableShard(f"{file.uri} row group {group}", "the file was cut short")
-        return images, group_places.labels[rows]
 
     @staticmethod
     def _read(file: ShardFile, group: int, columns: list[str]) -> pa.Table:
@@ -410,10 +440,56 @@ class RowGroupCache:
                     raise pa.ArrowInvalid(
                         f"{rows} rows where there were {file.group_rows[group]} at the start"
                     )
-                return parquet.read_row_group(group, columns=columns)
+                table = parquet.read_row_group(group, columns=columns)
+                if table.num_rows != rows:
+                    raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
+                return table
 
         with _faults_named(location, lambda: name):
             return patiently(read, location)
+
+
+def _opened(location: Location) -> _OpenFile:
+    stream = location.filesystem.open_input_file(location.path)
+    footer = pq.ParquetFile(stream).metadata
+    if location.is_local:
+        return _OpenFile(stream, footer, _stamp_of(location.path))
+    info = location.filesystem.get_file_info(location.path)
+    return _OpenFile(stream, footer, (info.size or 0, info.mtime_ns or 0))
+
+
+def _stamp_of(path: str) -> _Stamp:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _is_still(opened: _OpenFile, location: Location) -> bool:
+    """Whether an open file is the one of its name. One that was deleted can be read on; an object
+    store is not asked, since each asking is a request."""
+    if not location.is_local:
+        return True
+    try:
+        return _stamp_of(location.path) == opened.stamp
+    except OSError:
+        return True
+
+
+def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
+    kind = file.footer.schema.to_arrow_schema().field(shards.image_column).type
+    column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
+    places = value_places(
+        lambda at, n: file.stream.read_at(n, at), file.footer, group, column, not is_local
+    )
+    if places is None:
+        return None
+    labels = np.full(len(places), NO_LABEL, dtype=np.int64)
+    if shards.label_column:
+        parquet = pq.ParquetFile(file.stream, metadata=file.footer)
+        table = parquet.read_row_group(group, columns=[shards.label_column])
+        if table.num_rows != len(places):
+            raise pa.ArrowInvalid(f"{table.num_rows} labels of {len(places)} images")
+        labels = _labels_of(table, shards.label_column)
+    return _Places(places, labels, file.stamp)
 
 
 @contextmanager
@@ -470,7 +546,7 @@ def read_chosen(
         chosen.labels[wanted] = labels
 
     distinct = np.unique(groups).tolist()
-    if len(distinct) == 1 or Location.of(where[distinct[0]][0].uri).is_local:
+    if len(distinct) < 2 or Location.of(where[distinct[0]][0].uri).is_local:
         for group in distinct:
             take(group)
     else:

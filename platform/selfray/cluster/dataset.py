@@ -31,7 +31,7 @@ CHUNK_BYTES = 128 * 2**20
 task, whatever it makes: with 16 MiB a stream of SimCLR's views at 224 pixels came to 0.57 of the
 bare function's speed on the same two cores, with 64 to 0.84, with 128 to 0.89."""
 STORE_SHARE = 1 / 3
-"""All streams together keep at most about this share of the cluster's object stores filled."""
+"""All streams that end on a node keep at most about this share of its object store filled."""
 CHUNKS_PER_CPU = 4
 """Chunks in an execution, for each CPU; beginning one costs Ray Data about as much as two tasks."""
 MOST_STEPS_PER_CHUNK = 64
@@ -47,8 +47,8 @@ class Stream:
     cpus: float
     until_step: int | None = None
     """The step after the last; None for the run's end."""
-    store_bytes: float = math.inf
-    """What the cluster's object stores hold."""
+    room: float = math.inf
+    """Bytes that a chunk may have, from `chunk_room`."""
 
     @property
     def micro_batch(self) -> int:
@@ -64,9 +64,8 @@ class Stream:
         sizes = [view.size or 0 for group in self.source.views.values() for view in group]
         image_bytes = sum(3 * size**2 for size in sizes)
         step_bytes = image_bytes * self.micro_batch * self.share.accumulate
-        # Two executions are in memory, of every rank.
-        room = self.store_bytes * STORE_SHARE / (2 * self.chunks * self.share.world_size)
-        return int(np.clip(min(CHUNK_BYTES, room) // step_bytes, 1, MOST_STEPS_PER_CHUNK))
+        most = min(CHUNK_BYTES, self.room) // step_bytes
+        return int(np.clip(most, 1, MOST_STEPS_PER_CHUNK))
 
     def segments(self) -> Iterator[Segment]:
         """The rest of the run, one execution after the other.
@@ -99,6 +98,20 @@ class Stream:
                     )
                 yield batch
             running = upcoming
+
+
+def chunk_room(ranks_here: int, world_size: int) -> float:
+    """Bytes of a chunk for which the chunks of all streams that end on this node fit its store.
+
+    Two executions of each are in memory, of chunks in proportion to its CPUs. All streams of all
+    runs have the cluster's CPUs between them; of these a node with some ranks of a run feeds on
+    their part.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    resources = next((n["Resources"] for n in ray.nodes() if n["NodeID"] == here), {})
+    cpus = ray.cluster_resources().get("CPU", 1.0) * ranks_here / world_size
+    store = resources.get("object_store_memory", math.inf)
+    return STORE_SHARE * store / (2 * CHUNKS_PER_CPU * cpus)
 
 
 class _Execution:

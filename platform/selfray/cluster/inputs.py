@@ -90,7 +90,10 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
                 f"{len(file.group_rows)} row groups, then {sum(started[name]):,} in "
                 f"{len(started[name])}): put it back, or start another run with another --name"
             )
-    lost, new = [n for n in started if n not in found], [n for n in found if n not in started]
+    away = [n for n in started if n not in found]
+    # A file may only be called otherwise: `train-0.parquet` beside it makes it no part of the set.
+    lost = [n for n in away if not Location.of(_outer(n, shards)).exists()]
+    new = [n for n in found if n not in started]
     if lost:
         rows = sum(sum(started[name]) for name in lost)
         say(
@@ -110,10 +113,9 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
 
 
 def remember(shards: ShardSet, run: Location) -> None:
-    """Write down what `as_started` reads, once."""
-    if not (run / DATA_FILE).exists():
-        files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
-        (run / DATA_FILE).write_json({"files": files})
+    """Write down what `as_started` reads."""
+    files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
+    (run / DATA_FILE).write_json({"files": files})
 
 
 def _inner(uri: str, shards: ShardSet) -> str:

@@ -75,7 +75,7 @@ def run(task: WorkerTask) -> None:
         state.progress.step,
         task.data_cpus,
         task.until_step,
-        ray.cluster_resources().get("object_store_memory", math.inf),
+        dataset.chunk_room(context.get_local_world_size(), context.get_world_size()),
     )
     batches = _checked(stream, experiment, recorder)
     with contextlib.suppress(EndedEarly):
