@@ -188,6 +188,7 @@ def test_broken_images_inside_a_shard_are_named_and_do_not_stop_a_run(tmp_path) 
     assert "a.parquet row 7" in screen.text.getvalue()
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(tmp_path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
