@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,20 +58,15 @@ class Benchmark:
     windows: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
     output: Path = Path("runs/bench/data_plane.json")
 
-    @cached_property
-    def shared_memory(self) -> int:
-        """Bytes of the system's shared memory in use before this program."""
-        return shutil.disk_usage("/dev/shm").used
-
 
 def main() -> None:
     settings = tyro.cli(Benchmark, description=__doc__)
-    assert settings.shared_memory >= 0  # looked at now, before Ray starts
+    before_ray = shared_memory()
     report: dict[str, Any] = {"plan": plan_times(), "shuffle": shuffle(settings)}
     with tempfile.TemporaryDirectory() as folder, runtime.session():
         sources = {rows: make_source(Path(folder), rows, settings) for rows in settings.rows}
         report["speed"] = speed(sources[settings.rows[0]], settings)
-        report["memory"] = {rows: memory(s, settings) for rows, s in sources.items()}
+        report["memory"] = {rows: memory(s, settings, before_ray) for rows, s in sources.items()}
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     settings.output.write_text(json.dumps(report, indent=1))
 
@@ -165,7 +159,12 @@ def images_per_second(batches: Any, settings: Benchmark) -> float:
 # Memory, planning, shuffle
 
 
-def memory(source: Source, settings: Benchmark) -> dict[str, float]:
+def shared_memory() -> int:
+    """Bytes of the system's shared memory in use."""
+    return shutil.disk_usage("/dev/shm").used
+
+
+def memory(source: Source, settings: Benchmark, before_ray: int) -> dict[str, float]:
     """Peaks in MiB while `steps` steps stream: this process and the largest task, without what they
     share, and what the object store has touched of its shared memory since it started."""
     me = psutil.Process()
@@ -179,7 +178,7 @@ def memory(source: Source, settings: Benchmark) -> dict[str, float]:
         figures = (
             me.memory_info().rss - me.memory_info().shared,
             max(tasks),
-            shutil.disk_usage("/dev/shm").used - settings.shared_memory,
+            shared_memory() - before_ray,
         )
         for name, value in zip(peaks, figures, strict=True):
             peaks[name] = max(peaks[name], value / 2**20)

@@ -445,6 +445,14 @@ def test_threads_never_draw_into_the_same_memory():
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(draw_often, range(8)))
 
+    def drawn_at(_) -> int:
+        return augment_batch(IMAGES, VIEWS, 0, 0).arrays["global"].ctypes.data
+
+    own = drawn_at(0)
+    assert drawn_at(0) == own, "free again, and used again"
+    with ThreadPoolExecutor(1) as pool:
+        assert next(pool.map(drawn_at, [0])) != own, "but not by another thread"
+
 
 def test_another_seed_epoch_or_image_gives_other_views():
     first = [generator(*words).random(4).tobytes() for words in product(EXTREMES, repeat=3)]
@@ -462,6 +470,7 @@ def test_images_that_differ_in_any_one_byte_or_in_length_have_keys_of_their_own(
     others = [data[:i] + b"\xff" + data[i + 1 :] for i in range(len(data))]
     others += [data[:i] for i in range(len(data))] + [data + bytes(i) for i in range(1, 70)]
     assert len({image_key(other) for other in [data, *others]}) == 1 + len(others)
+    assert len({image_key(bytes(32 * i)) for i in range(10)}) == 10
 
 
 def test_the_draws_of_a_known_image_never_change():

@@ -57,11 +57,17 @@ def test_a_column_without_nulls_by_its_type_has_no_levels_to_skip(tmp_path):
         ({**PLAIN, "column_encoding": {"image": "DELTA_LENGTH_BYTE_ARRAY"}}, blobs(20, 100)),
         (PLAIN, [*blobs(20, 100), None]),
         (PLAIN, [None, *blobs(3, 100)]),
+        (PLAIN | {"data_page_size": 50_000}, [*blobs(9, 50_000), None, *blobs(9, 50_000)]),
     ],
 )
 def test_values_without_places_of_their_own_are_left_to_pyarrow(tmp_path, options, images):
     pq.write_table(pa.table({"image": images}), tmp_path / "a", **options)
     assert places(tmp_path / "a", "image") is None
+
+
+def test_values_of_lists_have_no_places(tmp_path):
+    pq.write_table(pa.table({"image": [blobs(3, 100), blobs(2, 100)]}), tmp_path / "a", **PLAIN)
+    assert places(tmp_path / "a", "image.list.element") is None
 
 
 def test_reading_places_never_leaves_the_column_whatever_its_headers_say(tmp_path):
@@ -81,7 +87,12 @@ def test_reading_places_never_leaves_the_column_whatever_its_headers_say(tmp_pat
     without = 0
     for content in damaged:
         file = pa.BufferReader(bytes(content))
-        found = value_places(lambda at, n, f=file: f.read_at(n, at), footer, 0, "image")
+
+        def read(at, length, file=file):
+            assert chunk.data_page_offset <= at <= at + length <= end
+            return file.read_at(length, at)
+
+        found = value_places(read, footer, 0, "image")
         if found is None:
             without += 1
         else:

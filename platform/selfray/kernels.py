@@ -48,8 +48,7 @@ def _add_product_in_llvm(context, total, a, b) -> Any:
 _add_product: Any = intrinsic(_add_product_in_llvm)
 
 
-# Random numbers: those of numpy's Philox, which takes 18 us to make and ask for each image; these
-# take 0.3.
+# Names of images
 
 
 @_compiled
@@ -67,6 +66,10 @@ def digest(words, lanes):
         d = (d ^ words[i + 3]) * factor
         a, b, c, d = a ^ (a >> half), b ^ (b >> half), c ^ (c >> half), d ^ (d >> half)
     lanes[0], lanes[1], lanes[2], lanes[3] = a, b, c, d
+
+
+# Random numbers: those of numpy's Philox, which takes 18 us to make and ask for each image; these
+# take 0.3.
 
 
 @_compiled

@@ -44,15 +44,16 @@ def value_places(
             plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
             if not plain or chunk.physical_type != "BYTE_ARRAY":
                 return None
-            most = footer.schema.column(index).max_definition_level
-            if footer.schema.column(index).max_repetition_level:
+            kind = footer.schema.column(index)
+            if kind.max_repetition_level:
                 return None
             end = chunk.data_page_offset + chunk.total_compressed_size
             read = _inside(read, chunk.data_page_offset, end)
             if at_once:
                 read = _ahead(read, chunk.data_page_offset, end)
             try:
-                return _in_pages(read, chunk.data_page_offset, end, chunk.num_values, most)
+                has_levels = kind.max_definition_level > 0
+                return _in_pages(read, chunk.data_page_offset, end, chunk.num_values, has_levels)
             except _DAMAGE:
                 return None  # pyarrow will say what is wrong with it
     return None
@@ -80,7 +81,7 @@ def _inside(read: Read, start: int, end: int) -> Read:
     return checked
 
 
-def _in_pages(read: Read, start: int, end: int, count: int, most_level: int) -> np.ndarray:
+def _in_pages(read: Read, start: int, end: int, count: int, has_levels: bool) -> np.ndarray:
     places: list[tuple[int, int]] = []
     while len(places) < count:
         header, length = _page_header(read, start, end)
@@ -90,14 +91,12 @@ def _in_pages(read: Read, start: int, end: int, count: int, most_level: int) -> 
         first, start = start + length, start + length + header[_PAGE_BYTES]
         if not first <= start <= end:
             raise _NotPlain
-        if most_level:
-            size = struct.unpack("<I", read(first, 4))[0]
-            levels = _levels(read(first + 4, size), page[_VALUES], most_level.bit_length())
-            if page.get(_LEVEL_ENCODING) != _RLE or (levels != most_level).any():
+        if has_levels:
+            if page.get(_LEVEL_ENCODING) != _RLE:
                 raise _NotPlain
-            first += 4 + size
-            if first > start:
-                raise _NotPlain
+            # What they say need not be known: a null is counted and takes no bytes, so the values
+            # of a page with nulls do not end where it ends.
+            first += 4 + struct.unpack("<I", read(first, 4))[0]
         places += _in_values(read, first, start, page[_VALUES])
     if len(places) != count:
         raise _NotPlain
@@ -114,13 +113,11 @@ def _page_header(read: Read, start: int, end: int) -> tuple[dict[int, Any], int]
 
 
 def _in_values(read: Read, first: int, end: int, count: int) -> list[tuple[int, int]]:
-    whole = read(first, end - first) if end - first < count * _SMALL_VALUES else None
+    if end - first < count * _SMALL_VALUES:
+        read = _ahead(read, first, end)
     places, position = [], first
     for _ in range(count):
-        text = (
-            read(position, 4) if whole is None else whole[position - first : position - first + 4]
-        )
-        length = struct.unpack("<I", text)[0]
+        length = struct.unpack("<I", read(position, 4))[0]
         places.append((position + 4, length))
         position += 4 + length
     if position != end:
@@ -131,27 +128,6 @@ def _in_values(read: Read, first: int, end: int, count: int) -> list[tuple[int, 
 def _ahead(read: Read, start: int, end: int) -> Read:
     data = read(start, end - start)
     return lambda at, length: data[at - start : at - start + length]
-
-
-def _levels(data: bytes, count: int, bits: int) -> np.ndarray:
-    """Definition levels from runs of one value and of packed values."""
-    runs, found, position = [], 0, 0
-    while found < count:
-        header, position = _varint(data, position)
-        if header & 1:
-            size = (header >> 1) * bits
-            packed = np.frombuffer(data, np.uint8, size, position)
-            bit = np.unpackbits(packed, bitorder="little").reshape(-1, bits)
-            runs.append(bit @ (1 << np.arange(bits)))
-        else:
-            size = (bits + 7) // 8
-            if header >> 1 > count:
-                raise _NotPlain
-            value = int.from_bytes(data[position : position + size], "little")
-            runs.append(np.full(header >> 1, value))
-        position += size
-        found += len(runs[-1])
-    return np.concatenate(runs)[:count]
 
 
 # Thrift's compact protocol, as far as page headers use it

@@ -279,17 +279,15 @@ class RowGroupCache:
             return _rows_of(known, shards, rows)
         self._raise_if_known_unreadable(file, group)
         try:
-            if known is not None:
-                images = self._images_at(known, file, group, rows)
+            for places in (known, None):
+                if places is None:
+                    places = self._learn(key, shards, file, group)
+                if isinstance(places, pa.Table):
+                    return _rows_of(places, shards, rows)
+                images = self._images_at(places, file, group, rows)
                 if images is not None:
-                    return images, known.labels[rows]
-            known = self._learn(key, shards, file, group)
-            if isinstance(known, pa.Table):
-                return _rows_of(known, shards, rows)
-            images = self._images_at(known, file, group, rows)
-            if images is None:
-                raise UnreadableShard(file.uri, "it is being written while it is read")
-            return images, known.labels[rows]
+                    return images, places.labels[rows]
+            raise UnreadableShard(file.uri, "it is being written while it is read")
         except UnreadableShard as error:
             until = time.monotonic() + self.FORGET_SECONDS
             self._unreadable[file.uri, None if error.name == file.uri else group] = (until, error)

@@ -17,7 +17,7 @@ from selfray import checkpoint, config, gallery
 from selfray.checkpoint import Checkpoint
 from selfray.cluster import runtime, waiting
 from selfray.cluster.dataset import keep_statistics_here
-from selfray.cluster.inputs import DATA_FILE, DataSets, as_started, open_data, remember
+from selfray.cluster.inputs import DataSets, as_started, open_data, remember
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_jobs import ProbeJob
 from selfray.cluster.runtime import Console, Resources
@@ -160,8 +160,7 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     data = open_data(experiment.data, output, console.say)
-    goes_on = checkpoint.latest(run) is not None
-    if goes_on:
+    if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
     placement = place(experiment, runtime.cluster_resources())
@@ -174,8 +173,7 @@ def launch(
                 f"{experiment.seed + 1}, for another"
             )
             return finished
-        if not (goes_on and (run / DATA_FILE).exists()):
-            remember(data.train, run)
+        remember(data.train, run)
         tracker = _tracker(experiment, run, plan, used, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
