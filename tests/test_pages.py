@@ -16,6 +16,7 @@ from selfray.shards import RowGroupCache, ShardSet, open_shards, read_chosen
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+SMALL_PAGES: dict[str, Any] = {"data_page_size": 5_000, "write_batch_size": 2}
 
 
 def blobs(count: int, size: int, seed: int = 0) -> list[bytes]:
@@ -31,7 +32,7 @@ def places(path: Path, column: str, group: int = 0) -> list[bytes] | None:
 
 @pytest.mark.parametrize("count", [1, 5, 8, 40, 300])
 @pytest.mark.parametrize("size", [10, 2_000, 50_000])
-@pytest.mark.parametrize("options", [{}, {"write_statistics": False}, {"data_page_size": 5_000}])
+@pytest.mark.parametrize("options", [{}, {"write_statistics": False}, SMALL_PAGES])
 def test_every_value_of_a_plain_column_is_found(tmp_path, count, size, options):
     images = blobs(count, size)
     rows = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
@@ -57,7 +58,7 @@ def test_a_column_without_nulls_by_its_type_has_no_levels_to_skip(tmp_path):
         ({**PLAIN, "column_encoding": {"image": "DELTA_LENGTH_BYTE_ARRAY"}}, blobs(20, 100)),
         (PLAIN, [*blobs(20, 100), None]),
         (PLAIN, [None, *blobs(3, 100)]),
-        (PLAIN | {"data_page_size": 50_000}, [*blobs(9, 50_000), None, *blobs(9, 50_000)]),
+        (PLAIN | SMALL_PAGES, [*blobs(9, 50_000), None, *blobs(9, 50_000)]),
     ],
 )
 def test_values_without_places_of_their_own_are_left_to_pyarrow(tmp_path, options, images):
