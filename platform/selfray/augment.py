@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from selfray import kernels
-from selfray.images import BrokenImage, open_image
+from selfray.images import BrokenImage, Planes, encode_jpeg, encode_png, open_image
 from selfray.kernels import LUMA as LUMA
 from selfray.views import (
     BLUR_SIGMA,
@@ -31,8 +31,9 @@ from selfray.views import (
     blur_kernel_size,
     require,
 )
+from selfray.workspace import Workspace
 
-BACKEND = f"selfray-3/opencv-{cv2.__version__}"
+BACKEND = f"selfray-4/opencv-{cv2.__version__}"
 """Tags a run: another version, or another OpenCV's JPEG decoder, may round pixels differently."""
 
 BROKEN = "broken"
@@ -50,9 +51,6 @@ DRAWS = CROP_DRAWS + 11
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
 _ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
-# Up to this side a view is drawn in one call; beyond it OpenCV transposes, and its calls no longer
-# count. The pixels are the same.
-_SMALL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,73 +181,45 @@ def _draw_rows(specs: np.ndarray, uniform: np.ndarray, height: int, width: int) 
 # How it is applied
 
 
-class _Room(threading.local):
-    """What each thread's kernels work in, kept from image to image: allocating it anew takes a
-    fresh page of the system for each 4 kB."""
-
-    def __init__(self) -> None:
-        self._flat: dict[str, np.ndarray] = {}
-        self._blur: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-
-    def get(self, name: str, height: int, width: int, dtype: type) -> np.ndarray:
-        flat = self._flat.get(name)
-        if flat is None or len(flat) < height * width:
-            flat = self._flat[name] = np.empty(height * width, dtype)
-        return flat[: height * width].reshape(height, width)
-
-    def blur(self, reach: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self._blur.get((reach, size))
-        if found is None:
-            found = self._blur[reach, size] = (
-                np.empty(size + 2 * reach + 2, np.uint16),
-                np.empty((size + 1, 3 * size), np.uint16),
-            )
-        return found
+_workspace = Workspace()
 
 
-_room = _Room()
+def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
+    """What the kernels work in for views of this size, and rows of this many bytes in all planes:
+    lines, columns, turned, padded, blurred."""
+    get = _workspace.get
+    reach = blur_kernel_size(size) // 2
+    return (
+        get("lines", kernels.padded_length(length) * size, np.int16),
+        get("columns", length * size, np.int16),
+        get("turned", 3 * size * size, np.uint8),
+        get("padded", size + 2 * reach + 4, np.uint16),
+        get("blurred", (size + 1) * 3 * size, np.uint16),
+    )
 
 
 def apply(image: np.ndarray, parameters: Parameters, size: int) -> np.ndarray:
     """The view of an image uint8 [H, W, 3] RGB: uint8 [size, size, 3]; leaves the image alone."""
     views = np.empty((1, 3, size, size), np.uint8)
-    draw_views(np.ascontiguousarray(image), parameters.row[None], views)
+    draw_views(Planes.of_rgb(image), parameters.row[None], views)
     return np.ascontiguousarray(views[0].transpose(1, 2, 0))
 
 
-def draw_views(
-    image: np.ndarray,
-    rows: np.ndarray,
-    views: np.ndarray,
-    reduction: int = 1,
-    recolours: bool = True,
-) -> None:
-    """Fill views uint8 [V, 3, size, size] of an image uint8 [H, W, 3] from parameters [V, 13].
-
-    The crop boxes are those of an image `reduction` times as high and wide. Without `recolours`,
-    nothing follows crop and flip.
-    """
+def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: bool = True) -> None:
+    """Fill views uint8 [V, 3, size, size] of an image from parameters [V, 13], whose crop boxes are
+    in the image's own pixels. Without `recolours`, nothing follows crop and flip."""
     size = views.shape[2]
-    reach = blur_kernel_size(size) // 2
-    padded, blurred = _room.blur(reach, size)
-    if size <= _SMALL:
-        kernels.draw_small(
-            image, reduction, rows, _ORDERS, reach, padded, blurred, views, recolours
-        )
-        return
-    for row, planes in zip(rows, views, strict=True):
-        top, height, y, y_span = kernels.window_of(row[0], row[2], reduction, image.shape[0])
-        left, width, x, x_span = kernels.window_of(row[1], row[3], reduction, image.shape[1])
-        lines = _room.get("lines", size, 3 * width, np.int16)
-        columns = _room.get("columns", 3 * width, size, np.int16)
-        turned = _room.get("turned", size, 3 * size, np.uint8)
-        kernels.resize_rows(image, (top, left, height, width), y, y_span, lines)
-        cv2.transpose(lines, columns)
-        columns = columns.reshape(width, 3 * size)
-        kernels.resize_columns(columns, x, x_span, row[kernels.FLIP] > 0, turned)
-        cv2.transpose(turned, planes.reshape(3 * size, size))
-        if recolours:
-            kernels.recolour(planes, row, _ORDERS, reach, padded, blurred)
+    kernels.draw_views(
+        planes.pixels,
+        planes.layout,
+        planes.turns,
+        rows,
+        _ORDERS,
+        blur_kernel_size(size) // 2,
+        _room(size, int(planes.layout[:, kernels.STRIDE].sum())),
+        views,
+        recolours,
+    )
 
 
 def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
@@ -437,17 +407,17 @@ def _draw_image(
 ) -> None:
     """The views of one image from uniform [all views, DRAWS] into out's arrays. BrokenImage."""
     image = open_image(data)
-    rows, least, bottom, first = {}, math.inf, 0.0, 0
+    rows, first, cover = {}, 0, np.array((math.inf, math.inf, 0, 0, math.inf))
     for name, group in views.items():
         part = uniform[first : first + len(group)]
         first += len(group)
         drawn = rows[name] = _draw_rows(_specs_of(group), part, image.height, image.width)
-        box = drawn[:, kernels.HEIGHT : kernels.WIDTH + 1]
-        least = min(least, float(box.min()) / out[name].shape[2])
-        bottom = max(bottom, float((drawn[:, kernels.TOP] + drawn[:, kernels.HEIGHT]).max()))
-    pixels, reduction = image.decode(int(bottom), least)
+        kernels.extend_cover(drawn, out[name].shape[2], cover)
+    *box, least = cover.tolist()
+    top, left, bottom, right = map(int, box)
+    planes = image.planes((top, left, bottom, right), least)
     for name, drawn in rows.items():
-        draw_views(pixels, drawn, out[name], reduction, photometric == "cpu")
+        draw_views(planes, drawn, out[name], photometric == "cpu")
         if photometric == "device":
             out[name + PARAMETERS_SUFFIX][:] = drawn
 
@@ -469,16 +439,14 @@ def _draw_masks(
 def compile_kernels() -> None:
     """Compile all that a first batch would wait for; numba keeps it for the processes to come."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
-    encoded, data = cv2.imencode(".png", noise)
-    assert encoded
-    for size in (16, 96):
-        view = View(
-            size=size,
-            crop_scale=(0.2, 1.0),
-            flip=1.0,
-            color_jitter=ColorJitter(probability=1.0),
-            grayscale=0.5,
-            blur=1.0,
-            solarize=1.0,
-        )
-        augment_batch([data.tobytes()] * 4, {"global": (view, view)}, seed=0, epoch=0)
+    view = View(
+        size=32,
+        crop_scale=(0.2, 1.0),
+        flip=1.0,
+        color_jitter=ColorJitter(probability=1.0),
+        grayscale=0.5,
+        blur=1.0,
+        solarize=1.0,
+    )
+    for data in (encode_png(noise), encode_jpeg(noise)):
+        augment_batch([data] * 4, {"global": (view, view)}, seed=0, epoch=0)

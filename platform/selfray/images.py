@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from selfray import jpeg
 from selfray.views import require
 
 MAX_PIXELS = 100_000_000
@@ -63,6 +64,24 @@ class BrokenImage(ValueError):  # noqa: N818 - it names the image, not the fault
         return BrokenImage, (self.reason, self.detail)
 
 
+class Planes(NamedTuple):
+    """As much of an image as was decoded; of a JPEG, valid until this thread decodes the next."""
+
+    pixels: np.ndarray
+    """uint8 [n], all of them."""
+    layout: np.ndarray
+    """int64 [P, 9]: where planes lie in it, in the columns that kernels.py names."""
+    turns: int
+    """3: one plane, of RGB. 1: Y alone, or Y, Cb and Cr."""
+
+    @classmethod
+    def of_rgb(cls, pixels: np.ndarray, reduction: int = 1) -> "Planes":
+        """Of uint8 [H, W, 3], by whose `reduction` an image's sides were divided."""
+        height, width = pixels.shape[:2]
+        layout = [[0, height, 3 * width, 0, 0, height, width, reduction, reduction]]
+        return cls(np.ascontiguousarray(pixels).reshape(-1), np.array(layout), 3)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenImage:
     """An image whose size is known and whose pixels are decoded when somebody says which."""
@@ -75,6 +94,14 @@ class OpenImage:
     """Where a JPEG's frame header lies, if part of it can be decoded."""
     baseline: bool
     pixels: np.ndarray | None
+
+    def planes(self, box: tuple[int, int, int, int], least_factor: float) -> "Planes":
+        """What crops within a box (top, left, bottom, right) need of it; see `decode`."""
+        if self.baseline:
+            found = jpeg.decode(self.data, box, least_factor)
+            if found is not None:
+                return Planes(*found, turns=1)
+        return Planes.of_rgb(*self.decode(box[2], least_factor))
 
     def decode(self, bottom: int, least_factor: float) -> tuple[np.ndarray, int]:
         """Pixels uint8 [h, W, 3], and by what whole number their sides were divided.

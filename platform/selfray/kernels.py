@@ -10,42 +10,20 @@ Compiled code is kept beside this file or, where that cannot be written, in numb
 """
 
 import math
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from selfray.intrinsics import TILE, add_product, transpose_tile
 
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R 601, with the digits that torchvision has."""
 
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
-i16, i32, i64, u8, u16, f32 = np.int16, np.int32, np.int64, np.uint8, np.uint16, np.float32
+i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
+u8, u16, u64 = np.uint8, np.uint16, np.uint64
 _RED, _GREEN, _BLUE = (f32(weight) for weight in LUMA)
-
-
-# numba widens whatever it adds or multiplies to 64 bits, and LLVM then finds the processor's 16-bit
-# products for some loops and not for others: four times slower. So this one step is given in LLVM's
-# own words.
-
-
-def _add_product_in_llvm(context, total, a, b) -> Any:
-    """total + (a * b >> 16) of three int16 or three uint16, wrapping around."""
-    kind: Any = types.uint16 if total == types.uint16 else types.int16
-
-    def emit(context, builder, signature, arguments):
-        wide, narrow = ir.IntType(32), ir.IntType(16)
-        extend = builder.zext if kind == types.uint16 else builder.sext
-        product = builder.mul(extend(arguments[1], wide), extend(arguments[2], wide))
-        upper = builder.trunc(builder.lshr(product, ir.Constant(wide, 16)), narrow)
-        return builder.add(arguments[0], upper)
-
-    return kind(kind, kind, kind), emit
-
-
-_add_product: Any = intrinsic(_add_product_in_llvm)
 
 
 # Names of images
@@ -114,136 +92,161 @@ def fill_uniforms(keys, seed, epoch, out):
 def _cubic(distance):
     """Keys' kernel with a = -0.5, Pillow's."""
     distance = abs(distance)
-    if distance < 1:
-        return (1.5 * distance - 2.5) * distance * distance + 1
-    if distance < 2:
-        return ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return 0.0
-
-
-@_compiled
-def _resampling(length, start, span, flip, first, weights):
-    """For each of the new pixels that divide [start, start + span) among `length` old ones, the
-    first old one that it sees and the weights int16 (1 is 2**15) of those from there on; `weights`
-    come as zeros. Returns the largest number of them.
-
-    An old pixel beyond an edge stands for the one at the edge: there a weight can exceed 1, which
-    int16 cannot hold, and its rest is put beyond.
-    """
-    size, most = len(first), 0
-    step = span / size
-    scale = max(step, 1.0)
-    values = np.empty(weights.shape[1] + 1, np.float64)
-    for new in range(size):
-        place = size - 1 - new if flip else new
-        centre = start + (new + 0.5) * step
-        low = max(0, int(centre - 2 * scale + 0.5))
-        high = min(length, int(centre + 2 * scale + 0.5))
-        # Whole factors have zeros there: an image of the size itself is copied.
-        while high - low > 1 and _cubic((low + 0.5 - centre) / scale) == 0:
-            low += 1
-        while high - low > 1 and _cubic((high - 0.5 - centre) / scale) == 0:
-            high -= 1
-        count, total, peak = high - low, 0.0, 0
-        for k in range(count):
-            values[k] = _cubic((low + k + 0.5 - centre) / scale)
-            total += values[k]
-            peak = k if values[k] > values[peak] else peak
-        rest = 32768
-        for k in range(count):
-            if k != peak:
-                weights[place, k] = i16(round(values[k] / total * 32768))
-                rest -= i64(weights[place, k])
-        # What is left goes to the largest: the weights sum to one, so a flat surface stays flat.
-        weights[place, peak] = i16(min(rest, 32767))
-        if rest > 32767:
-            if low == 0:
-                for k in range(count, 0, -1):
-                    weights[place, k] = weights[place, k - 1]
-                weights[place, 0] = i16(rest - 32767)
-                low = -1
-            else:
-                weights[place, count] = i16(rest - 32767)
-            count += 1
-        first[place] = low
-        most = max(most, count)
-    return most
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return near if distance < 1 else far if distance < 2 else 0.0
 
 
 @_compiled
 def _weight_columns(length, size):
-    """Room for one new pixel's weights, in whole groups of four."""
-    return (int(4 * max(length / size, 1.0)) + 5) // 4 * 4
+    """Room for one new pixel's weights, in whole groups of six."""
+    return (int(4 * max(length / size, 1.0)) + 7) // 6 * 6
+
+
+# A slice of an array costs numba two atomic additions, as much as what is done with a line of
+# pixels. So kernels go over lines within whole arrays, by the places of their first pixels; these
+# are unsigned, or numba would test each for being negative.
 
 
 @_compiled
-def _weigh(rows, last, first, weights, count, out):
-    """out[i] = the sum over k of row first + k at i times weights[k], its fraction one bit shorter.
+def _weigh(lines, length, count, edge, first, weights, new, number, out, to):
+    """out[to + i] = the sum over k of line first + k at i times weights[new, k], its fraction one
+    bit shorter, for i below `length`.
 
-    Row r lies in rows[r % len(rows)]; rows beyond the edges 0 and `last` are those at the edges.
-    Takes four rows at a time: their partial sums stay in registers.
+    Line r lies at (r % count) * length of lines; those beyond the edges, 0 and `edge`, are those at
+    the edges. Takes six lines at a time: their partial sums stay in registers.
     """
-    ring = len(rows)
     # Products are cut, not rounded: half a unit each on average comes back here.
-    half = i16((count + 1) // 2)
-    for k in range(0, count, 4):
-        a = rows[min(max(first + k, 0), last) % ring]
-        b = rows[min(max(first + k + 1, 0), last) % ring]
-        c = rows[min(max(first + k + 2, 0), last) % ring]
-        d = rows[min(max(first + k + 3, 0), last) % ring]
-        w, x, y, z = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        if k == 0:
-            for i in range(len(out)):
-                total = _add_product(_add_product(half, a[i], w), b[i], x)
-                out[i] = _add_product(_add_product(total, c[i], y), d[i], z)
+    half = i16((number + 1) // 2)
+    to, length = u64(to), u64(length)
+    for k in range(0, number, 6):
+        a = u64(min(max(first + k, 0), edge) % count) * length
+        b = u64(min(max(first + k + 1, 0), edge) % count) * length
+        c = u64(min(max(first + k + 2, 0), edge) % count) * length
+        d = u64(min(max(first + k + 3, 0), edge) % count) * length
+        e = u64(min(max(first + k + 4, 0), edge) % count) * length
+        f = u64(min(max(first + k + 5, 0), edge) % count) * length
+        u, v, w = weights[new, k], weights[new, k + 1], weights[new, k + 2]
+        x, y, z = weights[new, k + 3], weights[new, k + 4], weights[new, k + 5]
+        if number <= 4:
+            for i in range(length):
+                total = add_product(add_product(half, lines[a + i], u), lines[b + i], v)
+                out[to + i] = add_product(add_product(total, lines[c + i], w), lines[d + i], x)
+        elif k == 0:
+            for i in range(length):
+                total = add_product(add_product(half, lines[a + i], u), lines[b + i], v)
+                total = add_product(add_product(total, lines[c + i], w), lines[d + i], x)
+                out[to + i] = add_product(add_product(total, lines[e + i], y), lines[f + i], z)
         else:
-            for i in range(len(out)):
-                total = _add_product(_add_product(out[i], a[i], w), b[i], x)
-                out[i] = _add_product(_add_product(total, c[i], y), d[i], z)
+            for i in range(length):
+                total = add_product(add_product(out[to + i], lines[a + i], u), lines[b + i], v)
+                total = add_product(add_product(total, lines[c + i], w), lines[d + i], x)
+                out[to + i] = add_product(add_product(total, lines[e + i], y), lines[f + i], z)
 
 
 @_compiled
-def resize_rows(image, window, start, span, out):
-    """A window (top, left, height, width) of an image uint8 [H, W, 3], of which the rows [start,
-    start + span), counted from its top and not always whole, are resized along their height alone.
+def resampling(length, start, span, size, flip):
+    """What resizes [start, start + span) of `length` old pixels to `size` new ones: for each of
+    these the first old one that it sees, the weights int16 (1 is 2**15) of those from there on, and
+    how many of them count.
 
-    Into int16 out [size, width * 3] with 6 fractional bits. Transposed, [width, 3 * size], it is
-    what resize_columns takes: the channels part without a pass of their own.
+    An old pixel beyond an edge stands for the one at the edge: there a weight can exceed 1, which
+    int16 cannot hold, and its rest is put beyond.
     """
-    top, left, height, width = window
-    size = len(out)
+    step = span / size
+    scale = max(step, 1.0)
     room = _weight_columns(span, size)
     first, weights = np.empty(size, i64), np.zeros((size, room), i16)
-    count = _resampling(height, start, span, False, first, weights)
-    ring = np.empty((room + 1, 3 * width), i16)
-    flat = image.reshape(image.shape[0], image.shape[1] * 3)
-    ready = 0
-    for row in range(size):
-        while ready < min(height, first[row] + count):
-            source = flat[top + ready, 3 * left : 3 * (left + width)]
-            wide = ring[ready % len(ring)]
-            for i in range(3 * width):  # 7 fractional bits
-                wide[i] = i16(source[i]) << 7
-            ready += 1
-        _weigh(ring, height - 1, first[row], weights[row], count, out[row])
+    counts, offsets, totals = np.empty(size, i64), np.empty(size), np.zeros(size)
+    most = 0
+    for new in range(size):
+        centre = start + ((size - 1 - new if flip else new) + 0.5) * step
+        low = max(0, int(centre - 2 * scale + 0.5))
+        counts[new] = min(length, int(centre + 2 * scale + 0.5)) - low
+        most = max(most, counts[new])
+        first[new] = low
+        offsets[new] = low + 0.5 - centre
+    values = np.empty((most, size))
+    for k in range(most):
+        for new in range(size):
+            value = _cubic((offsets[new] + k) * (1 / scale))
+            value = value if k < counts[new] else 0.0
+            values[k, new] = value
+            totals[new] += value
+    for new in range(size):
+        rest, peak, unit = 32768, 0, 32768 / totals[new]
+        for k in range(counts[new]):
+            weight = i64(math.floor(values[k, new] * unit + 0.5))
+            weights[new, k] = i16(min(weight, 32767))
+            rest -= weight
+            peak = k if values[k, new] > values[peak, new] else peak
+        # What is left goes to the largest: the weights sum to one, so a flat surface stays flat.
+        largest = i64(math.floor(values[peak, new] * unit + 0.5)) + rest
+        weights[new, peak] = i16(min(largest, 32767))
+        if largest > 32767:
+            if first[new] == 0:
+                for k in range(counts[new], 0, -1):
+                    weights[new, k] = weights[new, k - 1]
+                weights[new, 0] = i16(largest - 32767)
+                first[new] = -1
+            else:
+                weights[new, counts[new]] = i16(largest - 32767)
+            most = max(most, counts[new] + 1)
+    return first, weights, most
 
 
 @_compiled
-def resize_columns(columns, start, span, flip, out):
-    """Columns [start, start + span) of int16 [width, 3 * size] with 6 fractional bits to columns
-    uint8 [size, 3 * size]."""
-    size = len(out)
-    width = len(columns)
-    first, weights = np.empty(size, i64), np.zeros((size, _weight_columns(span, size)), i16)
-    count = _resampling(width, start, span, flip, first, weights)
-    line = np.empty(columns.shape[1], i16)
-    for column in range(size):
-        _weigh(columns, width - 1, first[column], weights[column], count, line)
-        target = out[column]
-        for i in range(len(target)):
-            value = i16(line[i] + i16(16)) >> 5
-            value = value if value > 0 else i64(0)
-            target[i] = u8(value if value < 255 else i64(255))
+def resize_rows(pixels, starts, stride, window, plan, lines, length):
+    """A window (top, left, height, width) of channels uint8, resized along its height alone by
+    resampling's plan.
+
+    Channels start at `starts` of pixels [n], and their rows lie `stride` apart. Into int16 lines
+    [size, length] with 6 fractional bits, side by side.
+    """
+    top, left, height, width = window
+    first, weights, number = plan
+    count = weights.shape[1] + 1
+    ring = np.empty(count * length, i16)
+    ready = 0
+    for row in range(len(first)):
+        while ready < min(height, first[row] + number):
+            to = u64(ready % count * length)
+            for channel in range(len(starts)):
+                start = u64(starts[channel] + (top + ready) * stride + left)
+                for i in range(u64(width)):  # 7 fractional bits
+                    ring[to + i] = i16(pixels[start + i]) << 7
+                to += u64(width)
+            ready += 1
+        to = row * length
+        _weigh(ring, length, count, height - 1, first[row], weights, row, number, lines, to)
+
+
+@_compiled
+def resize_columns(columns, width, length, plan, pixels):
+    """`width` columns int16 of `length` with 6 fractional bits to `size` columns uint8."""
+    first, weights, number = plan
+    line = np.empty(length, i16)
+    for column in range(len(first)):
+        _weigh(columns, length, width, width - 1, first[column], weights, column, number, line, 0)
+        to = u64(column * length)
+        for i in range(u64(length)):
+            pixels[to + i] = _cut_fifth(i16(line[i] + i16(16)))
+
+
+@_compiled
+def _transpose(source, start, step, out, place, out_step, height, width):
+    """[height, width] elements whose rows lie `step` apart, transposed."""
+    whole_height, whole_width = height // TILE * TILE, width // TILE * TILE
+    for row in range(0, whole_height, TILE):
+        for column in range(0, whole_width, TILE):
+            old, new = start + row * step + column, place + column * out_step + row
+            transpose_tile(source, old, step, out, new, out_step)
+        for column in range(whole_width, width):
+            for i in range(row, row + TILE):
+                out[place + column * out_step + i] = source[start + i * step + column]
+    for row in range(whole_height, height):
+        for column in range(width):
+            out[place + column * out_step + row] = source[start + row * step + column]
 
 
 # Colour. `planes` are uint8 [3, n], changed in place; values are cut to integers after each
@@ -259,6 +262,28 @@ def _cut(value):
 @_compiled
 def _luma(red, green, blue):
     return f32(i32(_RED * f32(red) + _GREEN * f32(green) + _BLUE * f32(blue)))
+
+
+@_compiled
+def to_rgb(planes):
+    """From Y, Cb and Cr, as JFIF has them; exact to 1 / 16 of a level, before it is rounded."""
+    red, green, blue = planes[0], planes[1], planes[2]
+    # A chroma with 7 fractional bits times a weight with 14, >> 16, has 5.
+    for i in range(len(red)):
+        y = i16(i16(red[i]) << 5) + i16(16)
+        cb, cr = i16(i16(green[i]) - i16(128)) << 7, i16(i16(blue[i]) - i16(128)) << 7
+        red[i] = _cut_fifth(add_product(i16(y), i16(cr), i16(22970)))  # 1.402
+        mixed = add_product(i16(y), i16(cb), i16(-5638))  # 0.344136
+        green[i] = _cut_fifth(add_product(mixed, i16(cr), i16(-11700)))  # 0.714136
+        blue[i] = _cut_fifth(add_product(i16(y), i16(cb), i16(29032)))  # 1.772
+
+
+@_compiled
+def _cut_fifth(value):
+    """Of a number with 5 fractional bits."""
+    value = i16(value) >> 5
+    value = value if value > 0 else i64(0)
+    return u8(value if value < 255 else i64(255))
 
 
 @_compiled
@@ -298,15 +323,15 @@ def adjust_saturation(planes, factor):
 
 @_compiled
 def _turned(hue, offset, value, chroma):
-    sector = hue + f32(offset)
-    sector = sector - f32(6) if sector >= f32(6) else sector
-    sector = sector - f32(6) if sector >= f32(6) else sector
-    fall = f32(4) - sector
+    sector = hue + f32(offset) * chroma
+    sector = sector - f32(6) * chroma if sector >= f32(6) * chroma else sector
+    sector = sector - f32(6) * chroma if sector >= f32(6) * chroma else sector
+    fall = f32(4) * chroma - sector
     share = sector if sector < fall else fall
     share = share if share > f32(0) else f32(0)
-    share = share if share < f32(1) else f32(1)
+    share = share if share < chroma else chroma
     # 255.999 / 255 and then a cut: how torchvision goes from [0, 1] to integers.
-    return u8(i32((value - chroma * share) * f32(255.999 / 255)))
+    return u8(i32((value - share) * f32(255.999 / 255)))
 
 
 @_compiled
@@ -321,16 +346,13 @@ def adjust_hue(planes, shift):
         least = r if r < g else g
         least = b if b < least else least
         chroma = value - least
-        # A gray pixel has no hue, and no chroma to show a wrong one by.
-        scale = f32(1) / (chroma if chroma > f32(0) else f32(1))
-        hue_red = (g - b) * scale
-        hue_green = (b - r) * scale + f32(2)
-        hue_blue = (r - g) * scale + f32(4)
+        # Hues are times chroma here: no division, and a gray pixel stays what it is.
+        hue_green, hue_blue = (b - r) + f32(2) * chroma, (r - g) + f32(4) * chroma
         hue = hue_green if value == g else hue_blue
-        hue = hue_red if value == r else hue
-        hue = hue + turn  # in [-1, 11)
-        hue = hue + f32(6) if hue < f32(0) else hue
-        hue = hue - f32(6) if hue >= f32(6) else hue
+        hue = g - b if value == r else hue
+        hue = hue + turn * chroma  # in [-1, 11)
+        hue = hue + f32(6) * chroma if hue < f32(0) else hue
+        hue = hue - f32(6) * chroma if hue >= f32(6) * chroma else hue
         red[i] = _turned(hue, 5, value, chroma)
         green[i] = _turned(hue, 3, value, chroma)
         blue[i] = _turned(hue, 1, value, chroma)
@@ -369,27 +391,45 @@ def _mirrored(place, length):
 
 
 @_compiled
-def _weigh_centre(centre, weight, half, out):
-    for i in range(len(out)):
-        out[i] = _add_product(half, centre[i], weight)
+def _weigh_pairs(lines, centre, near, far, weights, half, out, to, length):
+    """The middle of a kernel: its centre and the first two pairs, at near and at far."""
+    u, v, w = weights[0], weights[1], weights[2]
+    a, b, c, d = near[0], near[1], far[0], far[1]
+    for i in range(length):
+        total = add_product(half, lines[centre + i], u)
+        total = add_product(total, u16(lines[a + i] + lines[b + i]), v)
+        out[to + i] = add_product(total, u16(lines[c + i] + lines[d + i]), w)
 
 
 @_compiled
-def _add_two_pairs(a, b, weight, c, d, other_weight, out):
-    for i in range(len(out)):
-        total = _add_product(out[i], u16(a[i] + b[i]), weight)
-        out[i] = _add_product(total, u16(c[i] + d[i]), other_weight)
+def _add_pairs(lines, near, far, weight, other_weight, out, to, length):
+    a, b, c, d = near[0], near[1], far[0], far[1]
+    for i in range(length):
+        total = add_product(out[to + i], u16(lines[a + i] + lines[b + i]), weight)
+        out[to + i] = add_product(total, u16(lines[c + i] + lines[d + i]), other_weight)
+
+
+@_compiled
+def _places_beside(centre, distance):
+    return centre - u64(distance), centre + u64(distance)
+
+
+@_compiled
+def _lines_beside(row, distance, height, length):
+    """Where the lines above and below a row lie."""
+    above, below = _mirrored(row - distance, height), _mirrored(row + distance, height)
+    return u64(above) * length, u64(below) * length
 
 
 @_compiled
 def gaussian_blur(planes, reach, sigma, padded, blurred):
     """Blur planes [3, H, W] with a kernel of `reach` pixels on each side; edges are mirrored.
 
-    Works in `padded` uint16 [W + 2 * reach + 2] and `blurred` uint16 [H + 1, 3 * W].
+    Works in `padded` uint16 [W + 2 * reach + 4] and `blurred` uint16 [(H + 1) * 3 * W].
     """
     # Beyond three sigma a kernel moves no pixel by a whole level, and costs as much as within.
     reach = min(reach, math.ceil(3 * sigma))
-    weights = np.zeros(reach + 2, u16)  # 1 is 2**16
+    weights = np.zeros(reach + 3, u16)  # 1 is 2**16
     total = 1.0
     for k in range(1, reach + 1):
         total += 2 * math.exp(-0.5 * (k / sigma) ** 2)
@@ -401,46 +441,35 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
     # Products are cut, not rounded: half a unit each on average comes back here.
     half = u16((reach + 1) // 2)
     height, width = planes.shape[1], planes.shape[2]
-    margin = reach + 1
+    pixels, margin, length = planes.reshape(planes.size), u64(reach + 2), u64(width)
     for channel in range(3):
         for row in range(height):
-            source = planes[channel, row]
-            inner = padded[margin : margin + width]
-            for i in range(width):  # 7 fractional bits: a pair's sum still fits
-                inner[i] = u16(u16(source[i]) << 7)
-            for k in range(1, margin + 1):
-                padded[margin - k] = u16(source[_mirrored(-k, width)]) << 7
+            start = u64((channel * height + row) * width)
+            for i in range(length):  # 7 fractional bits: a pair's sum still fits
+                padded[margin + i] = u16(u16(pixels[start + i]) << 7)
+            for k in range(1, reach + 3):
+                padded[margin - u64(k)] = padded[margin + u64(_mirrored(-k, width))]
                 beyond = width - 1 + k
-                padded[margin + beyond] = u16(source[_mirrored(beyond, width)]) << 7
-            line = blurred[row, channel * width : (channel + 1) * width]
-            _weigh_centre(inner, weights[0], half, line)
-            for k in range(1, reach + 1, 2):
-                _add_two_pairs(
-                    padded[margin - k :],
-                    padded[margin + k :],
-                    weights[k],
-                    padded[margin - k - 1 :],
-                    padded[margin + k + 1 :],
-                    weights[k + 1],
-                    line,
-                )
-    sums = blurred[height]
+                padded[margin + u64(beyond)] = padded[margin + u64(_mirrored(beyond, width))]
+            to = u64((row * 3 + channel) * width)
+            near, far = _places_beside(margin, 1), _places_beside(margin, 2)
+            _weigh_pairs(padded, margin, near, far, weights, half, blurred, to, length)
+            for k in range(3, reach + 1, 2):
+                near, far = _places_beside(margin, k), _places_beside(margin, k + 1)
+                _add_pairs(padded, near, far, weights[k], weights[k + 1], blurred, to, length)
+    length = u64(3 * width)
+    sums, half = u64(height) * length, u16(half + 64)
     for row in range(height):
-        _weigh_centre(blurred[row], weights[0], u16(half + 64), sums)
-        for k in range(1, reach + 1, 2):
-            _add_two_pairs(
-                blurred[_mirrored(row - k, height)],
-                blurred[_mirrored(row + k, height)],
-                weights[k],
-                blurred[_mirrored(row - k - 1, height)],
-                blurred[_mirrored(row + k + 1, height)],
-                weights[k + 1],
-                sums,
-            )
+        near, far = _lines_beside(row, 1, height, length), _lines_beside(row, 2, height, length)
+        _weigh_pairs(blurred, u64(row) * length, near, far, weights, half, blurred, sums, length)
+        for k in range(3, reach + 1, 2):
+            near = _lines_beside(row, k, height, length)
+            far = _lines_beside(row, k + 1, height, length)
+            _add_pairs(blurred, near, far, weights[k], weights[k + 1], blurred, sums, length)
         for channel in range(3):
-            target, line = planes[channel, row], sums[channel * width : (channel + 1) * width]
-            for i in range(width):
-                target[i] = u8(line[i] >> 7)
+            start, to = u64((channel * height + row) * width), sums + u64(channel * width)
+            for i in range(u64(width)):
+                pixels[start + i] = u8(blurred[to + i] >> 7)
 
 
 # A view
@@ -486,28 +515,84 @@ def window_of(start, length, reduction, limit):
 
 
 @_compiled
-def _transpose(source, out):
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = source[j, i]
+def padded_length(length):
+    """Lines of so many 16-bit numbers start where lines of the processor's cache do."""
+    return -(-length // 32) * 32
 
 
 @_compiled
-def draw_small(image, reduction, rows, orders, reach, padded, blurred, views, recolours):
-    """All views [V, 3, size, size] of an image with parameters [V, 13], in one call."""
+def _draw_channels(pixels, starts, stride, box, plans, room, planes, first, count):
+    """A box (top, left, height, width) of `count` channels that lie alike, into planes [3, size,
+    size] from the `first` on. One start of several channels means that their pixels take turns."""
+    top, left, height, width = box
+    down, across = plans
+    lines, columns, turned = room[0], room[1], room[2]
+    size = planes.shape[1]
+    taking_turns = count // len(starts)
+    window = (top, left * taking_turns, height, width * taking_turns)
+    step, length = padded_length(count * width), count * size
+    resize_rows(pixels, starts, stride, window, down, lines, step)
+    # From [size, start, x, turn] to [x, start or turn, size].
+    if taking_turns > 1:
+        _transpose(lines, 0, step, columns, 0, size, size, count * width)
+    else:
+        for channel in range(count):
+            old, new = channel * width, channel * size
+            _transpose(lines, old, step, columns, new, length, size, width)
+    resize_columns(columns, width, length, across, turned)
+    flat = planes.reshape(planes.size)
+    for channel in range(count):
+        old, new = channel * size, (first + channel) * size * size
+        _transpose(turned, old, length, flat, new, size, size, size)
+
+
+START, STORED, STRIDE, FIRST_ROW, FIRST_COLUMN, ROWS, COLUMNS, DOWN, ACROSS = range(9)
+"""A decoded plane as int64 [9]: where it starts among all bytes, its rows there and their length in
+bytes, which row and column of the whole plane comes first, the whole one's size, and by what the
+image's height and width are divided to give it."""
+
+
+@_compiled
+def _alike(plane, other):
+    alike = True
+    for column in range(STORED, ACROSS + 1):
+        alike &= plane[column] == other[column]
+    return alike
+
+
+@_compiled
+def draw_views(pixels, planes, turns, rows, orders, reach, room, views, recolours):
+    """All views [V, 3, size, size] of an image with parameters [V, 13].
+
+    Its planes int64 [P, 9] lie in uint8 pixels [n]: Y alone, or Y, Cb and Cr, or with 3 `turns` one
+    of RGB. `room` is augment's _room. Without `recolours`, nothing follows crop and flip.
+    """
     size = views.shape[2]
     for view in range(len(views)):
-        row, planes = rows[view], views[view]
-        top, height, y, y_span = window_of(row[TOP], row[HEIGHT], reduction, image.shape[0])
-        left, width, x, x_span = window_of(row[LEFT], row[WIDTH], reduction, image.shape[1])
-        lines, columns = np.empty((size, 3 * width), i16), np.empty((3 * width, size), i16)
-        resize_rows(image, (top, left, height, width), y, y_span, lines)
-        _transpose(lines, columns)
-        turned = np.empty((size, 3 * size), u8)
-        resize_columns(columns.reshape(width, 3 * size), x, x_span, row[FLIP] > 0, turned)
-        _transpose(turned, planes.reshape(3 * size, size))
+        row, channel = rows[view], 0
+        while channel < len(planes):
+            plane, count = planes[channel], 1
+            # Planes alike are resized together: fewer lines, and longer ones.
+            while channel + count < len(planes) and _alike(plane, planes[channel + count]):
+                count += 1
+            top, height, y, span = window_of(row[TOP], row[HEIGHT], plane[DOWN], plane[ROWS])
+            down = resampling(height, y, span, size, False)
+            left, width, x, span = window_of(row[LEFT], row[WIDTH], plane[ACROSS], plane[COLUMNS])
+            plans = (down, resampling(width, x, span, size, row[FLIP] > 0))
+            box = (top - plane[FIRST_ROW], left - plane[FIRST_COLUMN], height, width)
+            starts = planes[channel : channel + count, START]
+            _draw_channels(
+                pixels, starts, plane[STRIDE], box, plans, room, views[view], channel, count * turns
+            )
+            channel += count
+        flat = views[view].reshape(3, size * size)
+        if len(planes) == 3:
+            to_rgb(flat)
+        elif turns == 1:
+            for i in range(size * size):
+                flat[1, i] = flat[2, i] = flat[0, i]
         if recolours:
-            recolour(planes, row, orders, reach, padded, blurred)
+            recolour(views[view], row, orders, reach, room[3], room[4])
 
 
 # What is drawn
@@ -564,3 +649,14 @@ def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, w
         if drawn[first + 8] < spec[9]:
             row[BLUR_SIGMA] = sigmas[0] + (sigmas[1] - sigmas[0]) * drawn[first + 9]
         row[SOLARIZE] = drawn[first + 10] < spec[10]
+
+
+@_compiled
+def extend_cover(rows, size, cover):
+    """Extend a box (top, left, bottom, right) float64 [5] over the crops of parameters [V, 13], and
+    in its last place keep the least factor by which a crop is shrunk to `size`."""
+    for row in rows:
+        cover[0], cover[1] = min(cover[0], row[TOP]), min(cover[1], row[LEFT])
+        cover[2] = max(cover[2], row[TOP] + row[HEIGHT])
+        cover[3] = max(cover[3], row[LEFT] + row[WIDTH])
+        cover[4] = min(cover[4], min(row[HEIGHT], row[WIDTH]) / size)

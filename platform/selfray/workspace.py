@@ -1,0 +1,20 @@
+"""Memory to work in, kept from image to image."""
+
+import threading
+
+import numpy as np
+
+
+class Workspace(threading.local):
+    """Arrays by name, of each thread its own: allocating them anew takes a fresh page of the system
+    for each 4 kB."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def get(self, name: str, size: int, dtype: type) -> np.ndarray:
+        """An array [size] that holds whatever it held before."""
+        array = self._arrays.get(name)
+        if array is None or len(array) < size:
+            array = self._arrays[name] = np.empty(size, dtype)
+        return array[:size]
