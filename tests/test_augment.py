@@ -85,8 +85,9 @@ def blurred(pixels: np.ndarray, kernel_size: int, sigma: float) -> np.ndarray:
     height, width = pixels.shape[:2]
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     reach = kernel_size // 2
-    padded = np.empty(width + 2 * reach + 4, np.uint16)
-    room = np.empty((height + 1) * 3 * width, np.uint16)
+    line = kernels.blurred_length(width, reach)
+    padded = np.zeros(line + 2 * reach, np.int16)
+    room = np.empty(height * line, np.int16)
     kernels.gaussian_blur(planes, reach, sigma, padded, room)
     return planes.transpose(1, 2, 0)
 

@@ -189,12 +189,13 @@ def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
     lines, columns, turned, padded, blurred."""
     get = _workspace.get
     reach = blur_kernel_size(size) // 2
+    line = kernels.blurred_length(size, reach)
     return (
         get("lines", kernels.padded_length(length) * size, np.int16),
         get("columns", length * size, np.int16),
         get("turned", 3 * size * size, np.uint8),
-        get("padded", size + 2 * reach + 4, np.uint16),
-        get("blurred", (size + 1) * 3 * size, np.uint16),
+        get("padded", line + 2 * reach, np.int16),
+        get("blurred", size * line, np.int16),
     )
 
 

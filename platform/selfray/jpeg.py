@@ -535,12 +535,6 @@ def _inverse_8(a, b, c, d, e, f, g, h):
 
 
 @_compiled
-def _level(value):
-    value = value if value > f32(0) else f32(0)
-    return u8(i32(value if value < f32(255) else f32(255)))
-
-
-@_compiled
 def _transform(coefficients, chunk, row, part, quantisation, tile, turned, out):
     """The pixels of one component in a chunk of a row's units, of the groups that are kept."""
     down, across, groups, first, last, side, pixels, stride, table = part
@@ -599,14 +593,14 @@ def _transform_whole(source, quantisation, tile, turned):
                 tile[at + 96],
                 tile[at + 112],
             )
-            turned[at] = _level(a)
-            turned[at + 16] = _level(b)
-            turned[at + 32] = _level(c)
-            turned[at + 48] = _level(d)
-            turned[at + 64] = _level(e)
-            turned[at + 80] = _level(f)
-            turned[at + 96] = _level(g)
-            turned[at + 112] = _level(h)
+            turned[at] = kernels.cut(a)
+            turned[at + 16] = kernels.cut(b)
+            turned[at + 32] = kernels.cut(c)
+            turned[at + 48] = kernels.cut(d)
+            turned[at + 64] = kernels.cut(e)
+            turned[at + 80] = kernels.cut(f)
+            turned[at + 96] = kernels.cut(g)
+            turned[at + 112] = kernels.cut(h)
 
 
 @_compiled
@@ -627,4 +621,4 @@ def _transform_lowest(source, quantisation, tile, side, out, stride):
                 total = f32(128.5)
                 for k in range(side):
                     total += basis[x, k] * tile[(side * y + k) * 16 + i]
-                out[y * stride + i * side + x] = _level(total)
+                out[y * stride + i * side + x] = kernels.cut(total)

@@ -22,7 +22,7 @@ LUMA = (0.2989, 0.587, 0.114)
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
-u8, u16, u64 = np.uint8, np.uint16, np.uint64
+u8, u64 = np.uint8, np.uint64
 _RED, _GREEN, _BLUE = (f32(weight) for weight in LUMA)
 
 
@@ -97,35 +97,25 @@ def _cubic(distance):
     return near if distance < 1 else far if distance < 2 else 0.0
 
 
-@_compiled
-def _weight_columns(length, size):
-    """Room for one new pixel's weights, in whole groups of six."""
-    return (int(4 * max(length / size, 1.0)) + 7) // 6 * 6
-
-
 # A slice of an array costs numba two atomic additions, as much as what is done with a line of
 # pixels. So kernels go over lines within whole arrays, by the places of their first pixels; these
 # are unsigned, or numba would test each for being negative.
 
 
 @_compiled
-def _weigh(lines, length, count, edge, first, weights, new, number, out, to):
-    """out[to + i] = the sum over k of line first + k at i times weights[new, k], its fraction one
+def _weigh(lines, places, weights, new, number, out, to, length):
+    """out[to + i] = the sum over k of lines[places[k] + i] times weights[new, k], its fraction one
     bit shorter, for i below `length`.
 
-    Line r lies at (r % count) * length of lines; those beyond the edges, 0 and `edge`, are those at
-    the edges. Takes six lines at a time: their partial sums stay in registers.
+    Takes six lines at a time, whose partial sums stay in registers: beyond `number`, weights are 0
+    and places anywhere.
     """
     # Products are cut, not rounded: half a unit each on average comes back here.
     half = i16((number + 1) // 2)
     to, length = u64(to), u64(length)
     for k in range(0, number, 6):
-        a = u64(min(max(first + k, 0), edge) % count) * length
-        b = u64(min(max(first + k + 1, 0), edge) % count) * length
-        c = u64(min(max(first + k + 2, 0), edge) % count) * length
-        d = u64(min(max(first + k + 3, 0), edge) % count) * length
-        e = u64(min(max(first + k + 4, 0), edge) % count) * length
-        f = u64(min(max(first + k + 5, 0), edge) % count) * length
+        a, b, c = places[k], places[k + 1], places[k + 2]
+        d, e, f = places[k + 3], places[k + 4], places[k + 5]
         u, v, w = weights[new, k], weights[new, k + 1], weights[new, k + 2]
         x, y, z = weights[new, k + 3], weights[new, k + 4], weights[new, k + 5]
         if number <= 4:
@@ -137,11 +127,27 @@ def _weigh(lines, length, count, edge, first, weights, new, number, out, to):
                 total = add_product(add_product(half, lines[a + i], u), lines[b + i], v)
                 total = add_product(add_product(total, lines[c + i], w), lines[d + i], x)
                 out[to + i] = add_product(add_product(total, lines[e + i], y), lines[f + i], z)
+        elif number - k <= 3:
+            for i in range(length):
+                total = add_product(add_product(out[to + i], lines[a + i], u), lines[b + i], v)
+                out[to + i] = add_product(total, lines[c + i], w)
         else:
             for i in range(length):
                 total = add_product(add_product(out[to + i], lines[a + i], u), lines[b + i], v)
                 total = add_product(add_product(total, lines[c + i], w), lines[d + i], x)
                 out[to + i] = add_product(add_product(total, lines[e + i], y), lines[f + i], z)
+
+
+@_compiled
+def _room_for(number):
+    """In whole groups of six."""
+    return (number + 5) // 6 * 6
+
+
+@_compiled
+def padded_length(length):
+    """Lines of so many 16-bit numbers start where lines of the processor's cache do."""
+    return -(-length // 32) * 32
 
 
 @_compiled
@@ -155,7 +161,7 @@ def resampling(length, start, span, size, flip):
     """
     step = span / size
     scale = max(step, 1.0)
-    room = _weight_columns(span, size)
+    room = _room_for(int(4 * scale) + 2)
     first, weights = np.empty(size, i64), np.zeros((size, room), i16)
     counts, offsets, totals = np.empty(size, i64), np.empty(size), np.zeros(size)
     most = 0
@@ -206,7 +212,7 @@ def resize_rows(pixels, starts, stride, window, plan, lines, length):
     top, left, height, width = window
     first, weights, number = plan
     count = weights.shape[1] + 1
-    ring = np.empty(count * length, i16)
+    ring, places = np.empty(count * length, i16), np.zeros(count, u64)
     ready = 0
     for row in range(len(first)):
         while ready < min(height, first[row] + number):
@@ -217,17 +223,21 @@ def resize_rows(pixels, starts, stride, window, plan, lines, length):
                     ring[to + i] = i16(pixels[start + i]) << 7
                 to += u64(width)
             ready += 1
-        to = row * length
-        _weigh(ring, length, count, height - 1, first[row], weights, row, number, lines, to)
+        for k in range(number):
+            line = min(max(first[row] + k, 0), height - 1)
+            places[k] = line % count * length
+        _weigh(ring, places, weights, row, number, lines, row * length, length)
 
 
 @_compiled
 def resize_columns(columns, width, length, plan, pixels):
     """`width` columns int16 of `length` with 6 fractional bits to `size` columns uint8."""
     first, weights, number = plan
-    line = np.empty(length, i16)
+    line, places = np.empty(length, i16), np.zeros(weights.shape[1], u64)
     for column in range(len(first)):
-        _weigh(columns, length, width, width - 1, first[column], weights, column, number, line, 0)
+        for k in range(number):
+            places[k] = min(max(first[column] + k, 0), width - 1) * length
+        _weigh(columns, places, weights, column, number, line, 0, length)
         to = u64(column * length)
         for i in range(u64(length)):
             pixels[to + i] = _cut_fifth(i16(line[i] + i16(16)))
@@ -254,14 +264,24 @@ def _transpose(source, start, step, out, place, out_step, height, width):
 
 
 @_compiled
-def _cut(value):
-    value = value if value > f32(0) else f32(0)
-    return u8(i32(value if value < f32(255) else f32(255)))
+def cut(value):
+    # As an integer: of two comparisons of float32, LLVM makes four instructions for one each.
+    value = i32(value)
+    value = value if value > i32(0) else i32(0)
+    return u8(value if value < i32(255) else i32(255))
 
 
 @_compiled
 def _luma(red, green, blue):
     return f32(i32(_RED * f32(red) + _GREEN * f32(green) + _BLUE * f32(blue)))
+
+
+@_compiled
+def _luma_sum(red, green, blue):
+    total = i32(0)
+    for i in range(len(red)):
+        total = i32(total + i32(_luma(red[i], green[i], blue[i])))
+    return i64(total)
 
 
 @_compiled
@@ -291,21 +311,22 @@ def adjust_brightness(planes, factor):
     factor = f32(factor)
     values = planes.reshape(planes.size)
     for i in range(len(values)):
-        values[i] = _cut(f32(values[i]) * factor)
+        values[i] = cut(f32(values[i]) * factor)
 
 
 @_compiled
 def adjust_contrast(planes, factor):
     """Blend with the mean luma."""
     red, green, blue = planes[0], planes[1], planes[2]
-    total = i64(0)
-    for i in range(len(red)):
-        total += i32(_RED * f32(red[i]) + _GREEN * f32(green[i]) + _BLUE * f32(blue[i]))
+    total = 0
+    for start in range(0, len(red), 65536):  # the sum of so many fits into 32 bits
+        end = start + 65536
+        total += _luma_sum(red[start:end], green[start:end], blue[start:end])
     other = f32(f32(1 - factor) * f32(total / len(red)))
     factor = f32(factor)
     values = planes.reshape(planes.size)
     for i in range(len(values)):
-        values[i] = _cut(f32(values[i]) * factor + other)
+        values[i] = cut(f32(values[i]) * factor + other)
 
 
 @_compiled
@@ -316,18 +337,16 @@ def adjust_saturation(planes, factor):
     factor = f32(factor)
     for i in range(len(red)):
         other = rest * _luma(red[i], green[i], blue[i])
-        red[i] = _cut(f32(red[i]) * factor + other)
-        green[i] = _cut(f32(green[i]) * factor + other)
-        blue[i] = _cut(f32(blue[i]) * factor + other)
+        red[i] = cut(f32(red[i]) * factor + other)
+        green[i] = cut(f32(green[i]) * factor + other)
+        blue[i] = cut(f32(blue[i]) * factor + other)
 
 
 @_compiled
-def _turned(hue, offset, value, chroma):
-    sector = hue + f32(offset) * chroma
-    sector = sector - f32(6) * chroma if sector >= f32(6) * chroma else sector
-    sector = sector - f32(6) * chroma if sector >= f32(6) * chroma else sector
-    fall = f32(4) * chroma - sector
-    share = sector if sector < fall else fall
+def _turned(hue, value, chroma):
+    """A channel at a hue's distance from its own, within [-2, 9) sixths of the circle."""
+    hue = hue - f32(6) * chroma if hue >= f32(3) * chroma else hue
+    share = f32(2) * chroma - abs(hue)
     share = share if share > f32(0) else f32(0)
     share = share if share < chroma else chroma
     # 255.999 / 255 and then a cut: how torchvision goes from [0, 1] to integers.
@@ -351,11 +370,10 @@ def adjust_hue(planes, shift):
         hue = hue_green if value == g else hue_blue
         hue = g - b if value == r else hue
         hue = hue + turn * chroma  # in [-1, 11)
-        hue = hue + f32(6) * chroma if hue < f32(0) else hue
         hue = hue - f32(6) * chroma if hue >= f32(6) * chroma else hue
-        red[i] = _turned(hue, 5, value, chroma)
-        green[i] = _turned(hue, 3, value, chroma)
-        blue[i] = _turned(hue, 1, value, chroma)
+        red[i] = _turned(hue + f32(3) * chroma, value, chroma)
+        green[i] = _turned(hue + chroma, value, chroma)
+        blue[i] = _turned(hue - chroma, value, chroma)
 
 
 @_compiled
@@ -391,85 +409,54 @@ def _mirrored(place, length):
 
 
 @_compiled
-def _weigh_pairs(lines, centre, near, far, weights, half, out, to, length):
-    """The middle of a kernel: its centre and the first two pairs, at near and at far."""
-    u, v, w = weights[0], weights[1], weights[2]
-    a, b, c, d = near[0], near[1], far[0], far[1]
-    for i in range(length):
-        total = add_product(half, lines[centre + i], u)
-        total = add_product(total, u16(lines[a + i] + lines[b + i]), v)
-        out[to + i] = add_product(total, u16(lines[c + i] + lines[d + i]), w)
-
-
-@_compiled
-def _add_pairs(lines, near, far, weight, other_weight, out, to, length):
-    a, b, c, d = near[0], near[1], far[0], far[1]
-    for i in range(length):
-        total = add_product(out[to + i], u16(lines[a + i] + lines[b + i]), weight)
-        out[to + i] = add_product(total, u16(lines[c + i] + lines[d + i]), other_weight)
-
-
-@_compiled
-def _places_beside(centre, distance):
-    return centre - u64(distance), centre + u64(distance)
-
-
-@_compiled
-def _lines_beside(row, distance, height, length):
-    """Where the lines above and below a row lie."""
-    above, below = _mirrored(row - distance, height), _mirrored(row + distance, height)
-    return u64(above) * length, u64(below) * length
+def blurred_length(width, reach):
+    """Of a line of all three channels, with what lies between them."""
+    return padded_length(3 * width + 4 * reach)
 
 
 @_compiled
 def gaussian_blur(planes, reach, sigma, padded, blurred):
     """Blur planes [3, H, W] with a kernel of `reach` pixels on each side; edges are mirrored.
 
-    Works in `padded` uint16 [W + 2 * reach + 4] and `blurred` uint16 [(H + 1) * 3 * W].
+    Works in `padded` int16 [blurred_length + 2 * reach] and `blurred` int16 [H * blurred_length].
     """
     # Beyond three sigma a kernel moves no pixel by a whole level, and costs as much as within.
     reach = min(reach, math.ceil(3 * sigma))
-    weights = np.zeros(reach + 3, u16)  # 1 is 2**16
+    number = 2 * reach + 1
+    weights, places = np.zeros((1, _room_for(number)), i16), np.zeros(_room_for(number), u64)
     total = 1.0
     for k in range(1, reach + 1):
         total += 2 * math.exp(-0.5 * (k / sigma) ** 2)
-    rest = 65536
+    rest = 32768
     for k in range(1, reach + 1):
-        weights[k] = u16(round(math.exp(-0.5 * (k / sigma) ** 2) / total * 65536))
-        rest -= 2 * i64(weights[k])
-    weights[0] = u16(min(65535, rest))
-    # Products are cut, not rounded: half a unit each on average comes back here.
-    half = u16((reach + 1) // 2)
+        weight = math.floor(math.exp(-0.5 * (k / sigma) ** 2) / total * 32768 + 0.5)
+        weights[0, reach - k] = weights[0, reach + k] = i16(weight)
+        rest -= 2 * weight
+    weights[0, reach] = i16(min(32767, rest))
     height, width = planes.shape[1], planes.shape[2]
-    pixels, margin, length = planes.reshape(planes.size), u64(reach + 2), u64(width)
-    for channel in range(3):
-        for row in range(height):
-            start = u64((channel * height + row) * width)
-            for i in range(length):  # 7 fractional bits: a pair's sum still fits
-                padded[margin + i] = u16(u16(pixels[start + i]) << 7)
-            for k in range(1, reach + 3):
-                padded[margin - u64(k)] = padded[margin + u64(_mirrored(-k, width))]
-                beyond = width - 1 + k
-                padded[margin + u64(beyond)] = padded[margin + u64(_mirrored(beyond, width))]
-            to = u64((row * 3 + channel) * width)
-            near, far = _places_beside(margin, 1), _places_beside(margin, 2)
-            _weigh_pairs(padded, margin, near, far, weights, half, blurred, to, length)
-            for k in range(3, reach + 1, 2):
-                near, far = _places_beside(margin, k), _places_beside(margin, k + 1)
-                _add_pairs(padded, near, far, weights[k], weights[k + 1], blurred, to, length)
-    length = u64(3 * width)
-    sums, half = u64(height) * length, u16(half + 64)
+    pixels = planes.reshape(planes.size)
+    # A row of all three channels at a time, each with its margins: what lies over these is left.
+    step, length = width + 2 * reach, blurred_length(width, reach)
     for row in range(height):
-        near, far = _lines_beside(row, 1, height, length), _lines_beside(row, 2, height, length)
-        _weigh_pairs(blurred, u64(row) * length, near, far, weights, half, blurred, sums, length)
-        for k in range(3, reach + 1, 2):
-            near = _lines_beside(row, k, height, length)
-            far = _lines_beside(row, k + 1, height, length)
-            _add_pairs(blurred, near, far, weights[k], weights[k + 1], blurred, sums, length)
         for channel in range(3):
-            start, to = u64((channel * height + row) * width), sums + u64(channel * width)
+            start, to = u64((channel * height + row) * width), u64(channel * step + reach)
+            for i in range(u64(width)):  # 7 fractional bits
+                padded[to + i] = i16(pixels[start + i]) << 7
+            for k in range(1, reach + 1):
+                padded[to - u64(k)] = padded[to + u64(_mirrored(-k, width))]
+                beyond = width - 1 + k
+                padded[to + u64(beyond)] = padded[to + u64(_mirrored(beyond, width))]
+        for k in range(number):
+            places[k] = k
+        _weigh(padded, places, weights, 0, number, blurred, row * length, length)
+    for row in range(height):
+        for k in range(number):
+            places[k] = _mirrored(row + k - reach, height) * length
+        _weigh(blurred, places, weights, 0, number, padded, 0, length)
+        for channel in range(3):
+            start, to = u64((channel * height + row) * width), u64(channel * step)
             for i in range(u64(width)):
-                pixels[start + i] = u8(blurred[to + i] >> 7)
+                pixels[start + i] = u8(i16(padded[to + i] + i16(16)) >> 5)
 
 
 # A view
@@ -512,12 +499,6 @@ def window_of(start, length, reduction, limit):
     first = int(start // reduction)
     last = min(limit, math.ceil((start + length) / reduction))
     return first, last - first, start / reduction - first, length / reduction
-
-
-@_compiled
-def padded_length(length):
-    """Lines of so many 16-bit numbers start where lines of the processor's cache do."""
-    return -(-length // 32) * 32
 
 
 @_compiled
