@@ -7,6 +7,11 @@ are resized from the planes, and only their pixels are turned into RGB.
 
 It reads one scan of Huffman codes with 8 bits, as cameras write them and most of the web has them;
 all else, and whatever is damaged, is left to libjpeg. It is compiled by numba, like kernels.py.
+
+Measured on 150 photographs, views of whole images that libjpeg decoded beside these: at 224 pixels
+they differ by 0.37 of 255 on average and 99 % by at most 2; at 96, where most crops are shrunk by
+more than 2 and high frequencies left out, by 0.66 and at most 5 (libjpeg's own reduced decoding by
+0.68 and 8). Decoding takes 0.75 ms where libjpeg takes 1.23, of which both spend 0.6 on the codes.
 """
 
 import math
@@ -61,17 +66,18 @@ def decode(
         headers.short,
         headers.long,
     )
-    if count == 0:
+    frame = headers.frame
+    if count == 0 or box[2] > frame[_FRAME_HEIGHT] or box[3] > frame[_FRAME_WIDTH]:
         return None
     parts, planes = headers.parts[:count], headers.planes[:count]
     blocks, groups, pixels, units = _plan(
-        headers.frame, headers.components[:count], box, least_factor, headers.blocks, parts, planes
+        frame, headers.components[:count], box, least_factor, headers.blocks, parts, planes
     )
-    interval = int(headers.frame[_INTERVAL])
+    interval = int(frame[_INTERVAL])
     bits = get("bits", len(data) + _MARGIN + WORD, np.uint8)
     ends = get("ends", 1 + (len(data) // 2 if interval else 0), np.int64)
     out = get("pixels", pixels, np.uint8)
-    runs = _unstuff(source, headers.frame[_SCAN], interval > 0, bits, ends)
+    runs = _unstuff(source, frame[_SCAN], interval > 0, bits, ends)
     complete = _decode_scan(
         bits,
         ends[:runs],
@@ -144,7 +150,7 @@ def _read_headers(source, frame, components, quantisation, short, long):
             if not _read_codes(source, start, end, short, long):
                 return 0
         elif marker == 0xC0 or marker == 0xC1:  # baseline, and extended sequential
-            if end - start < 6 or end - start < 6 + 3 * source[start + 5]:
+            if frame_at or end - start < 6 or end - start < 6 + 3 * source[start + 5]:
                 return 0
             frame_at = start
         elif marker == 0xDD:
@@ -275,7 +281,9 @@ def _long_code(long, table, window):
     peek = i64(window >> u64(48))
     for length in range(_PEEK + 1, 17):
         if peek < long[table, length]:
-            return u64(long[table, _ENTRIES + (peek >> (16 - length)) + long[table, 17 + length]])
+            place = (peek >> (16 - length)) + long[table, 17 + length]
+            # Below 0 lie the shorter codes; that `short` has none says they are none.
+            return u64(long[table, _ENTRIES + place]) if place >= 0 else u64(0)
     return u64(0)
 
 
@@ -449,7 +457,8 @@ def _decode_scan(
                     entry = u64(short[dc, window >> peek])
                     if entry == 0:
                         entry = _long_code(long, dc, window)
-                    known = entry > 0
+                        if entry == 0:
+                            return False
                     taken, _, value = _meaning(entry, window)
                     window <<= taken
                     held -= taken
@@ -467,7 +476,8 @@ def _decode_scan(
                             entry = u64(short[ac, window >> peek])
                             if entry == 0:
                                 entry = _long_code(long, ac, window)
-                                known &= entry > 0
+                                if entry == 0:
+                                    return False
                             taken, step, value = _meaning(entry, window)
                             window <<= taken
                             held -= taken
@@ -475,7 +485,7 @@ def _decode_scan(
                             coefficients[first + _PLACES[passed]] = i16(value)
                             if passed >= u64(63):
                                 break
-                    if not known or u64(63) < passed < u64(_END) or i64(place) > end + 16:
+                    if u64(63) < passed < u64(_END) or i64(place) > end + 16:
                         return False
             if row >= first_row:
                 for part in range(len(parts)):

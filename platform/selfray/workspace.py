@@ -4,6 +4,9 @@ import threading
 
 import numpy as np
 
+MOST_BYTES = 32 << 20
+"""Of an array that is kept: a process does not hold forever what its largest image took."""
+
 
 class Workspace(threading.local):
     """Arrays by name, of each thread its own: allocating them anew takes a fresh page of the system
@@ -16,5 +19,7 @@ class Workspace(threading.local):
         """An array [size] that holds whatever it held before."""
         array = self._arrays.get(name)
         if array is None or len(array) < size:
-            array = self._arrays[name] = np.empty(size, dtype)
+            array = np.empty(size, dtype)
+            if array.nbytes <= MOST_BYTES:
+                self._arrays[name] = array
         return array[:size]
