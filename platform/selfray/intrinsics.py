@@ -80,9 +80,12 @@ def _transpose_tile_in_llvm(context, source, start, step, out, place, out_step) 
             index = builder.add(first, offset)
             return _pointer(context, builder, signature, arguments, array, index, kind)
 
-        rows = [builder.load(row(0, *arguments[1:3], number), align=1) for number in range(TILE)]
+        rows = [
+            builder.load(row(0, arguments[1], arguments[2], number), align=1)
+            for number in range(TILE)
+        ]
         for number, value in enumerate(_transposed(builder, rows, TILE)):
-            builder.store(value, row(3, *arguments[4:6], number), align=1)
+            builder.store(value, row(3, arguments[4], arguments[5], number), align=1)
         return context.get_dummy_value()
 
     number = types.int64
