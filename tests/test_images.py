@@ -455,11 +455,11 @@ def test_an_image_decoded_smaller_is_near_the_whole_one_shrunk(reduction):
 
 
 def test_an_image_turned_by_its_exif_is_opened_upright_and_whole():
-    for orientation, size in ((1, (203, 331)), (6, (331, 203))):
+    for orientation, size in ((0, (203, 331)), (1, (203, 331)), (6, (331, 203))):
         exif = Image.Exif()
         exif[0x0112] = orientation
         image = open_image(saved(photograph(), exif=exif.tobytes()))
         assert (image.height, image.width) == size
         pixels, _ = image.decode(50, 1.0)
         assert np.array_equal(pixels[:50], decode(image.data)[:50])
-        assert image.decode(50, 2.0)[1] == (2 if orientation == 1 else 1)
+        assert image.decode(50, 2.0)[1] == (1 if orientation == 6 else 2)

@@ -166,11 +166,11 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
 
 
 def _is_upright(exif: bytes) -> bool:
-    """Whether the orientation is surely none."""
+    """Whether it is surely not to be turned: of the values, 2 to 8 say how."""
     try:
         found = Image.Exif()
         found.load(exif)
-        return found.get(_EXIF_ORIENTATION, 1) == 1
+        return found.get(_EXIF_ORIENTATION, 1) not in range(2, 9)
     except Exception:  # as many kinds as there are ways to damage it
         return False
 

@@ -304,7 +304,7 @@ def _meaning(entry, window):
 # one instruction of the transform takes all of them.
 
 _GROUP = 16
-_GROUP_STRIDE = 64 * _GROUP + _GROUP
+_GROUP_STRIDE = 64 * _GROUP + 2 * _GROUP
 """With a place for what would be written behind a block's end."""
 _MARGIN = 320
 """Bytes of zeros behind the codes: more than a block can take."""
