@@ -1,5 +1,6 @@
 import io
 import struct
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -204,7 +205,9 @@ NOT_OURS = {
     "no quantisation": without_tables(without_tables(JPEG, 0xDB), 0xDB),
     "no codes": without_tables(JPEG, 0xC4),
     "no blocks": JPEG.replace(frame_of(JPEG), frame_of(JPEG).replace(b"\x01\x22", b"\x01\x00")),
-    "too many blocks": JPEG.replace(frame_of(JPEG), frame_of(JPEG).replace(b"\x11", b"\x44")),
+    "too many blocks": JPEG.replace(
+        frame_of(JPEG), frame_of(JPEG)[:4] + frame_of(JPEG)[4:].replace(b"\x11", b"\x44")
+    ),
     "a scan of one component of three": JPEG.replace(
         b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x0c\x01"
     ),
@@ -269,7 +272,46 @@ def test_one_pixel_of_a_large_images_corner_is_found():
     pixels = np.zeros((1000, 1500, 3), np.uint8)
     pixels[-8:, -8:] = 255
     data = saved(pixels, subsampling="4:4:4", quality=100)
-    for plane, (top, left) in planes_of(data, (999, 1499, 1000, 1500))[:1]:
-        assert plane[999 - top, 1499 - left] >= 254
-        assert plane[0, 0] <= 1
+    (plane, (top, left)), *_ = planes_of(data, (999, 1499, 1000, 1500))
+    assert plane[999 - top, 1499 - left] >= 254
+    assert plane[0, 0] <= 1
     assert decode_whole(data)[999, 1499].min() >= 254
+
+
+def exif(kind: int, value: bytes) -> bytes:
+    """An orientation as a TIFF entry of this type."""
+    entry = struct.pack("<HHI", 0x0112, kind, 1) + value
+    return segment(0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("where", ["before the frame", "behind it"])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 7])
+def test_an_orientation_that_only_one_decoder_sees_harms_nothing(kind, where, progressive):
+    """The crops are drawn for the header's size; an image turned behind its back has another."""
+    data = saved(photograph(40, 120), progressive=progressive)
+    value = struct.pack("<I", 0x00010006) if kind == 4 else b"\6\0\0\0"
+    place = 2 if where == "before the frame" else data.index(b"\xff\xda")
+    data = data[:place] + exif(kind, value) + data[place:]
+    opened = open_image(data)
+    for bottom in (opened.height // 2, opened.height):
+        pixels, reduction = opened.decode(bottom, 1.0)
+        assert reduction == 1
+        assert pixels.shape[1] == opened.width
+        assert pixels.shape[0] >= bottom
+    assert not augment_batch([data], CROPS, seed=0, epoch=0).arrays["broken"].any()
+
+
+def test_a_marker_that_no_header_has_hides_no_second_image():
+    hidden = JPEG[:2] + segment(0x00, saved(photograph(16, 16))) + JPEG[2:]
+    assert jpeg.decode(hidden, (0, 0, 203, 331), 1.0) is None
+    with pytest.raises(BrokenImage, match="corrupt"):
+        open_image(hidden)
+
+
+def test_an_image_that_decodes_to_another_size_than_declared_is_broken():
+    opened = open_image(saved(photograph(40, 120), progressive=True))
+    with pytest.raises(BrokenImage, match="declares 121 x 40 pixels, and 120 x 40 were decoded"):
+        replace(opened, width=121).decode(40, 1.0)
+    with pytest.raises(BrokenImage, match="declares 120 x 41 pixels"):
+        replace(opened, height=41).decode(41, 1.0)

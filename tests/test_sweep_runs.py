@@ -1,6 +1,7 @@
 """A sweep on a real Ray, with a real MLflow store."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,8 @@ def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
     tmp_path: Path,
 ) -> None:
     byol = {"method": tiny(BYOLConfig), "encoder": RESNET, "probe.times": 2}
-    base = experiment(shards, tmp_path, epochs=4, **byol)
+    data = shutil.copytree(shards, tmp_path / "data")
+    base = experiment(str(data), tmp_path, epochs=4, **byol)
     momentum = Range("momentum", "method.momentum", 0.5, 0.99, "to_one", is_schedule=True)
     question = Question(
         "momentum", (momentum,), metric="rankme", search="population", samples=2, generations=2
@@ -230,6 +232,21 @@ def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 2  # one for each member, over all generations
+
+    # Interrupted in its second generation, and by then its data has grown: each member goes on, and
+    # ends, at the steps of the data that the sweep started with.
+    (shard,) = data.glob("*.parquet")
+    shutil.copy(shard, data / "more.parquet")
+    shutil.rmtree(folder / "generations" / "1")
+    shutil.rmtree(folder / "trials")
+    for run in runs:
+        shutil.rmtree(Checkpoint.open(str(run)).location.uri)
+        left = json.loads((run / "run.json").read_text()) | {"status": "running"}
+        (run / "run.json").write_text(json.dumps(left))
+    screen = Screen()
+    sweep(base, question, "Which momentum?", screen)
+    assert any("1 shard came since" in line for line in screen.lines)
+    assert all(Checkpoint.open(str(run)).images_seen == 4 * 96 for run in runs)
 
 
 @pytest.mark.long

@@ -1,7 +1,8 @@
 """Encoded images to pixels and back: decoding that refuses broken and absurd files, and says why.
 
-Ordinary 8-bit JPEG and PNG take OpenCV's decoder (about three times as fast as Pillow's for small
-images); every other format and mode takes Pillow. Both paths read the declared size first.
+Views of a baseline JPEG take jpeg.py; what else there is of 8-bit JPEG and PNG takes OpenCV's decoder
+(about three times as fast as Pillow's for small images), every other format and mode Pillow's. All
+read the declared size first.
 """
 
 import ctypes
@@ -122,11 +123,21 @@ class OpenImage:
             if self.baseline and height < self.height:
                 data = bytearray(data)
                 struct.pack_into(">H", data, self.frame + 5, height)
-        pixels, _ = _codec_messages.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction])
+        # Upright by what the header says: an orientation that only OpenCV sees must not turn it.
+        flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels, _ = _codec_messages.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:  # `decode` says what is wrong with it, or can read it.
-            return decode(self.data), 1
-        if reduction > 1:  # OpenCV cannot turn the channels as it reduces.
+            pixels, reduction = decode(self.data), 1
+        elif reduction > 1:  # OpenCV cannot turn the channels as it reduces.
             cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)
+        # Crops were drawn for the size that the header declared, and kernels check no bounds.
+        height, width = -(-min(bottom, self.height) // reduction), -(-self.width // reduction)
+        if pixels.shape[0] < height or pixels.shape[1] != width:
+            raise BrokenImage(
+                "corrupt",
+                f"the header declares {self.width} x {self.height} pixels, and "
+                f"{pixels.shape[1]} x {pixels.shape[0]} were decoded",
+            )
         return pixels, reduction
 
 
@@ -166,11 +177,11 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
 
 
 def _is_upright(exif: bytes) -> bool:
-    """Whether it is surely not to be turned: of the values, 2 to 8 say how."""
+    """Whether it is surely not to be turned: 0 is no value, but means as much as 1."""
     try:
         found = Image.Exif()
         found.load(exif)
-        return found.get(_EXIF_ORIENTATION, 1) not in range(2, 9)
+        return found.get(_EXIF_ORIENTATION, 1) in (0, 1)
     except Exception:  # as many kinds as there are ways to damage it
         return False
 
@@ -295,8 +306,8 @@ def _plain_jpeg_header(data: bytes) -> _Header | None:
             if data.rfind(_JPEG_END, position) < 0:
                 raise BrokenImage("truncated", "the JPEG has no end marker")
             return _Header("JPEG", width, height, position, exif)
-        elif marker in (0xD9, 0xDA):
-            return None
+        elif marker in (0xD9, 0xDA) or marker == 0 or 0x02 <= marker < 0xC0:
+            return None  # no segment: decoders differ on where to go on
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
             position += 2
         else:

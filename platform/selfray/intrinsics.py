@@ -1,4 +1,7 @@
-"""Steps of the kernels in LLVM's own words, for which numba has none or LLVM finds no good ones."""
+"""Steps of the kernels in LLVM's own words, for which numba has none or LLVM finds no good ones.
+
+Arrays must be contiguous, and nothing checks their bounds.
+"""
 
 from typing import Any
 
@@ -15,16 +18,13 @@ TILE = 8
 def _add_product_in_llvm(context, total, a, b) -> Any:
     # numba widens whatever it adds or multiplies to 64 bits, and LLVM then finds the processor's
     # 16-bit products for some loops and not for others: four times slower.
-    kind: Any = types.uint16 if total == types.uint16 else types.int16
-
     def emit(context, builder, signature, arguments):
         wide, narrow = ir.IntType(32), ir.IntType(16)
-        extend = builder.zext if kind == types.uint16 else builder.sext
-        product = builder.mul(extend(arguments[1], wide), extend(arguments[2], wide))
+        product = builder.mul(*(builder.sext(value, wide) for value in arguments[1:]))
         upper = builder.trunc(builder.lshr(product, ir.Constant(wide, 16)), narrow)
         return builder.add(arguments[0], upper)
 
-    return kind(kind, kind, kind), emit
+    return types.int16(types.int16, types.int16, types.int16), emit
 
 
 def _pointer(context, builder, signature, arguments, array: int, index: Any, kind: ir.Type) -> Any:
@@ -109,7 +109,7 @@ def _interleave_in_llvm(context, source, start, out, place) -> Any:
 
 
 add_product: Any = intrinsic(_add_product_in_llvm)
-"""add_product(total, a, b): total + (a * b >> 16) of int16 or of uint16, wrapping around."""
+"""add_product(total, a, b): total + (a * b >> 16) of int16, wrapping around."""
 
 load_word: Any = intrinsic(_load_word_in_llvm)
 """load_word(array, index): eight bytes of a uint8 array as one uint64, the first the highest."""
@@ -120,7 +120,7 @@ uint64 in the processor's own order."""
 
 transpose_tile: Any = intrinsic(_transpose_tile_in_llvm)
 """transpose_tile(source, start, step, out, place, out_step): TILE x TILE elements of source [n],
-whose rows lie `step` apart from start on, transposed into out. Nothing checks the bounds."""
+whose rows lie `step` apart from start on, transposed into out."""
 
 interleave: Any = intrinsic(_interleave_in_llvm)
 """interleave(source, start, out, place): 8 x 16 bytes of source [n], transposed, 128 into out."""

@@ -190,7 +190,7 @@ def resampling(length, start, span, size, flip):
         largest = i64(math.floor(values[peak, new] * unit + 0.5)) + rest
         weights[new, peak] = i16(min(largest, 32767))
         if largest > 32767:
-            if first[new] == 0:
+            if first[new] == 0 and peak == 0:
                 for k in range(counts[new], 0, -1):
                     weights[new, k] = weights[new, k - 1]
                 weights[new, 0] = i16(largest - 32767)
@@ -612,7 +612,7 @@ def draw_crop(low, high, attempts, uniform, aspects, height, width, row):
 
 @_compiled
 def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, width, out):
-    """What uniform numbers [V, draws] mean for views: parameters [V, 13]; see augment.specs_of."""
+    """What uniform numbers [V, draws] mean for views: parameters [V, 13]; see augment._specs_of."""
     for view in range(len(specs)):
         spec, row, drawn = specs[view], out[view], uniform[view]
         draw_crop(spec[0], spec[1], attempts, drawn, aspects, height, width, row)

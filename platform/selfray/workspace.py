@@ -21,6 +21,7 @@ class Workspace(threading.local):
     def get(self, name: str, size: int, dtype: type) -> np.ndarray:
         """An array [size] that holds whatever it held before and starts with a line."""
         array = self._arrays.get(name)
+        assert array is None or array.dtype == dtype, name
         if array is None or len(array) < size:
             array = _aligned(size, np.dtype(dtype))
             if array.nbytes <= MOST_BYTES:

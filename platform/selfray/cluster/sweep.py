@@ -11,7 +11,7 @@ from typing import Any
 from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.command import asking_mlflow
-from selfray.cluster.inputs import open_data
+from selfray.cluster.inputs import as_started, open_data, remember
 from selfray.cluster.population import evolve
 from selfray.cluster.runtime import Console
 from selfray.cluster.sweep_plan import Asking, SweepPlan, asked, fitting, placed
@@ -57,10 +57,13 @@ def sweep(
     _refuse_impossible(base, question)
     # Read, and converted, once and not by each run; a wrong path is told before any is begun.
     data = open_data(base.data, output, console.say)
-    read_plan = source_of(base, data.train).plan
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / "trials").make_folder()
+    # Generations and rungs are at steps and images of the data that the sweep started with.
+    shards = as_started(data.train, folder, console.say)
+    remember(shards, folder)
+    read_plan = source_of(base, shards).plan
     cluster = runtime.cluster_resources()
     fits = fitting(base, cluster)
     at_once = at_once or fits
