@@ -1,8 +1,8 @@
 """Encoded images to pixels and back: decoding that refuses broken and absurd files, and says why.
 
-Views of a baseline JPEG take jpeg.py; what else there is of 8-bit JPEG and PNG takes OpenCV's decoder
-(about three times as fast as Pillow's for small images), every other format and mode Pillow's. All
-read the declared size first.
+Views of a baseline JPEG take jpeg.py; other 8-bit JPEG and PNG OpenCV's decoder (about three times
+as fast as Pillow's for small images), every other format and mode Pillow's. All read the declared
+size first.
 """
 
 import ctypes
