@@ -289,6 +289,7 @@ def test_a_run_whose_features_collapse_keeps_its_last_good_checkpoint_and_can_go
     assert run.data.tags["failure"] == ""
 
 
+@pytest.mark.long
 def test_a_dead_tracking_server_is_announced_once_and_stops_nothing(shards, tmp_path) -> None:
     wanted = experiment(shards, tmp_path, **{"probe.times": 0})
     screen = Screen()

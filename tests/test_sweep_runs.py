@@ -233,20 +233,32 @@ def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
     children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 2  # one for each member, over all generations
 
-    # Interrupted in its second generation, and by then its data has grown: each member goes on, and
-    # ends, at the steps of the data that the sweep started with.
-    (shard,) = data.glob("*.parquet")
-    shutil.copy(shard, data / "more.parquet")
-    shutil.rmtree(folder / "generations" / "1")
-    shutil.rmtree(folder / "trials")
-    for run in runs:
-        shutil.rmtree(Checkpoint.open(str(run)).location.uri)
-        left = json.loads((run / "run.json").read_text()) | {"status": "running"}
-        (run / "run.json").write_text(json.dumps(left))
-    screen = Screen()
-    sweep(base, question, "Which momentum?", screen)
-    assert any("1 shard came since" in line for line in screen.lines)
-    assert all(Checkpoint.open(str(run)).images_seen == 4 * 96 for run in runs)
+
+def test_a_sweep_goes_on_by_the_data_that_it_started_with(
+    shards: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the generations of a population, and ASHA's rungs, would end where its runs never do."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    steps = []
+
+    def interrupted(plan, read_plan, at_once, console):
+        steps.append(read_plan.total_steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfray.cluster.sweep._run", interrupted)
+    ratio = Axis.over("ratio", "method.mask_ratio", (0.5, 0.75))
+    base = experiment(str(data), tmp_path)
+    said = []
+    for _ in range(2):
+        screen = Screen()
+        with pytest.raises(KeyboardInterrupt):
+            sweep(base, Question("mask", (ratio,)), "Which ratio?", screen)
+        said.append([line for line in screen.lines if "1 shard came since" in line])
+        shutil.copytree(shards, data / "more", dirs_exist_ok=True)
+    assert steps[0] == steps[1] > 0
+    assert [len(lines) for lines in said] == [0, 1]
 
 
 @pytest.mark.long
