@@ -204,6 +204,14 @@ NOT_OURS = {
     "12 bits": JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc1\x00\x11\x0c"),
     "no quantisation": without_tables(without_tables(JPEG, 0xDB), 0xDB),
     "no codes": without_tables(JPEG, 0xC4),
+    "components called RGB": JPEG.replace(
+        frame_of(JPEG), frame_of(JPEG)[:10] + b"R\x22\x00G\x11\x01B\x11\x01"
+    ).replace(b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03", b"\xff\xda\x00\x0c\x03R\x00G\x11B"),
+    "16-bit quantisation": JPEG[:2] + segment(0xDB, b"\x10" + bytes(128)) + JPEG[2:],
+    "sampling that does not divide": JPEG.replace(
+        frame_of(JPEG),
+        frame_of(JPEG).replace(b"\x01\x22", b"\x01\x31").replace(b"\x02\x11", b"\x02\x21"),
+    ),
     "no blocks": JPEG.replace(frame_of(JPEG), frame_of(JPEG).replace(b"\x01\x22", b"\x01\x00")),
     "too many blocks": JPEG.replace(
         frame_of(JPEG), frame_of(JPEG)[:4] + frame_of(JPEG)[4:].replace(b"\x11", b"\x44")
@@ -245,7 +253,7 @@ def test_damaged_bytes_never_hang_or_harm(interval):
     options = (cv2.IMWRITE_JPEG_RST_INTERVAL, interval)
     pristine = np.frombuffer(saved_by_opencv(photograph(70, 90), *options), np.uint8)
     rng = np.random.default_rng(interval)
-    outcomes = {"planes": 0, "left": 0}
+    outcomes = {"planes": 0, "left": 0, "views": 0}
     for _ in range(1500):
         data = pristine.copy()
         # Half the time within the headers alone, which are a tenth of the file.
@@ -265,7 +273,16 @@ def test_damaged_bytes_never_hang_or_harm(interval):
             pixels, layout = found
             for start, stored, stride, *_ in layout.tolist():
                 assert start + stored * stride <= len(pixels)
-    assert min(outcomes.values()) > 50  # both were met
+        top, bottom = np.sort(rng.choice(opened.height + 1, 2, replace=False)).tolist()
+        left, right = np.sort(rng.choice(opened.width + 1, 2, replace=False)).tolist()
+        jpeg.decode(image, (top, left, bottom, right), rng.uniform(0.3, 20))
+        try:
+            views = augment_batch([image], CROPS, seed=0, epoch=0).arrays["global"]
+        except BrokenImage:
+            continue
+        assert views.shape == (1, 2, 3, 96, 96)
+        outcomes["views"] += 1
+    assert min(outcomes.values()) > 50  # all were met
 
 
 def test_one_pixel_of_a_large_images_corner_is_found():

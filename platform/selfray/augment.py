@@ -263,6 +263,7 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dict[str, np.ndarray]:
     """The arrays of a batch, not yet filled: those of Augmented."""
+    require(len(views) > 0, "views are empty: name a group of them")
     arrays = {}
     for name, group in views.items():
         require(len(group) > 0, f"views.{name} is empty")

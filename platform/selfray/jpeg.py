@@ -40,7 +40,7 @@ class _Headers(threading.local):
         self.short = np.zeros((8, 1 << _PEEK), np.uint16)
         self.long = np.zeros((8, _ENTRIES + 256), np.int64)
         self.blocks = np.zeros((_MAX_BLOCKS, 5), np.int64)
-        self.parts = np.zeros((3, 9), np.int64)
+        self.parts = np.zeros((3, 7), np.int64)
         self.planes = np.zeros((3, 9), np.int64)
 
 
@@ -85,6 +85,7 @@ def decode(
         units,
         headers.blocks[:blocks],
         parts,
+        planes,
         headers.short,
         headers.long,
         headers.quantisation,
@@ -289,6 +290,12 @@ def _long_code(long, table, window):
 
 
 @_compiled
+def _refill(ahead, window, place, held):
+    """The window with 56 bits or more, where the bits after these lie, and how many it holds."""
+    return window | ahead >> held, place + ((u64(63) - held) >> u64(3)), held | u64(56)
+
+
+@_compiled
 def _meaning(entry, window):
     """Of the next bits: how many they are, by how many places to go on, and the value."""
     taken, size = entry & u64(31), (entry >> u64(5)) & u64(15)
@@ -321,9 +328,9 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
     """What to decode.
 
     Fills a unit's blocks [10, 5]: the component, its codes for DC and AC, its first place among a
-    chunk's blocks, and the step to the next unit's. Of the components, parts [3, 9]: blocks down
+    chunk's blocks, and the step to the next unit's. Of the components, parts [3, 7]: blocks down
     and across a unit, the first group in a chunk, the groups of a line to keep from and to, the
-    side of a block's pixels, the first pixel, the stride, and the quantisation. And planes [3, 9].
+    side of a block's pixels, and the quantisation. And planes [3, 9].
     Returns the numbers of blocks, groups and pixels, and which units to read: columns, rows, and
     the first row to keep.
     """
@@ -351,14 +358,8 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
         last = -(-(-(-right // unit_width) * part[_ACROSS]) // _GROUP)
         stride, height = (last - first) * _GROUP * side, (last_row - first_row) * part[_DOWN] * side
         keep = parts[place]
-        keep[0], keep[1], keep[2], keep[3], keep[4] = (
-            part[_DOWN],
-            part[_ACROSS],
-            groups,
-            first,
-            last,
-        )
-        keep[5], keep[6], keep[7], keep[8] = side, pixels, stride, part[_QUANTISATION]
+        keep[0], keep[1], keep[2] = part[_DOWN], part[_ACROSS], groups
+        keep[3], keep[4], keep[5], keep[6] = first, last, side, part[_QUANTISATION]
         plane = planes[place]
         plane[kernels.START], plane[kernels.STORED], plane[kernels.STRIDE] = pixels, height, stride
         plane[kernels.FIRST_ROW] = first_row * part[_DOWN] * side
@@ -415,6 +416,7 @@ def _decode_scan(
     units,
     blocks,
     parts,
+    planes,
     short,
     long,
     quantisation,
@@ -451,9 +453,7 @@ def _decode_scan(
                     part, dc, ac = blocks[block, 0], u64(blocks[block, 1]), u64(blocks[block, 2])
                     index = blocks[block, 3] + column * blocks[block, 4]
                     first = u64(index // _GROUP * _GROUP_STRIDE + index % _GROUP)
-                    window |= ahead >> held
-                    place += (u64(63) - held) >> u64(3)
-                    held |= u64(56)
+                    window, place, held = _refill(ahead, window, place, held)
                     ahead = load_word(bits, place)
                     entry = u64(short[dc, window >> peek])
                     if entry == 0:
@@ -470,9 +470,7 @@ def _decode_scan(
                         for turn in range(3):
                             # Two codes and their values take at most 54 bits; three rarely do.
                             if turn == 0 or (turn == 2 and held < u64(27)):
-                                window |= ahead >> held
-                                place += (u64(63) - held) >> u64(3)
-                                held |= u64(56)
+                                window, place, held = _refill(ahead, window, place, held)
                                 ahead = load_word(bits, place)
                             entry = u64(short[ac, window >> peek])
                             if entry == 0:
@@ -495,6 +493,7 @@ def _decode_scan(
                         chunk // _GROUP,
                         row - first_row,
                         parts[part],
+                        planes[part],
                         quantisation,
                         tile,
                         turned,
@@ -546,9 +545,10 @@ def _inverse_8(a, b, c, d, e, f, g, h):
 
 
 @_compiled
-def _transform(coefficients, chunk, row, part, quantisation, tile, turned, out):
+def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, out):
     """The pixels of one component in a chunk of a row's units, of the groups that are kept."""
-    down, across, groups, first, last, side, pixels, stride, table = part
+    down, across, groups, first, last, side, table = part
+    stride = plane[kernels.STRIDE]
     for line in range(down):
         for column in range(across):
             group = chunk * across + column
@@ -556,7 +556,8 @@ def _transform(coefficients, chunk, row, part, quantisation, tile, turned, out):
                 continue
             at = (groups + line * across + column) * _GROUP_STRIDE
             source = coefficients[at : at + 64 * _GROUP]
-            place = pixels + (row * down + line) * side * stride + (group - first) * _GROUP * side
+            place = plane[kernels.START] + (row * down + line) * side * stride
+            place += (group - first) * _GROUP * side
             if side == _BLOCK:
                 _transform_whole(source, quantisation[table], tile, turned)
                 for y in range(_BLOCK):

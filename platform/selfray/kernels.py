@@ -2,9 +2,9 @@
 
 Pixels are planes: uint8 [3, H, W] or [3, n], as a batch has them, so nothing is rearranged at the
 end. Each operation computes what torchvision.transforms.v2.functional computes on uint8; only
-resizing and blurring are in fixed point, for those that vectorise to 16-bit products of a machine
-word's upper halves (`(a * b) >> 16`). Sums are of integers and fast-math is off, so a processor's
-vector width changes no pixel.
+resizing, blurring and the step from a JPEG's Y, Cb and Cr to RGB are in fixed point, for those
+vectorise to 16-bit products of a machine word's upper halves (`(a * b) >> 16`). Sums are of
+integers and fast-math is off, so a processor's vector width changes no pixel.
 
 Compiled code is kept beside this file or, where that cannot be written, in numba's cache folder.
 """
@@ -456,7 +456,7 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
         for channel in range(3):
             start, to = u64((channel * height + row) * width), u64(channel * step)
             for i in range(u64(width)):
-                pixels[start + i] = u8(i16(padded[to + i] + i16(16)) >> 5)
+                pixels[start + i] = _cut_fifth(i16(padded[to + i] + i16(16)))
 
 
 # A view
