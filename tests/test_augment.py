@@ -151,6 +151,28 @@ def test_blur_is_torchvisions_within_one_level(size, sigma):
     assert errors(blurred(pixels, kernel, sigma), theirs).max() <= 1
 
 
+def test_white_stays_white_under_the_widest_blur():
+    white = np.full((224, 224, 3), 255, np.uint8)
+    assert (blurred(white, blur_kernel_size(224), 4.0) == 255).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_weights_of_a_few_pixels_are_the_cubics(length, flip):
+    """Each alone can weigh more than 1, which int16 does not hold."""
+    size = 96
+    first, weights, number = kernels.resampling(length, 0.0, float(length), size, flip)
+    ours = np.zeros((size, length))
+    for new in range(size):
+        for k in range(number):
+            ours[new, min(max(first[new] + k, 0), length - 1)] += weights[new, k] / 2**15
+    row = torch.eye(length)[:, None, None]  # as many images of one row, each with one pixel lit
+    theirs = torch.nn.functional.interpolate(
+        row, (1, size), mode="bicubic", align_corners=False, antialias=True
+    )[:, 0, 0].numpy()
+    assert np.abs(ours - (theirs[:, ::-1] if flip else theirs).T).max() < 1e-3
+
+
 def test_solarize_is_torchvisions_exactly():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     assert (

@@ -224,6 +224,52 @@ NOT_OURS = {
 }
 
 
+def flat(*samplings: int) -> bytes:
+    """Grey everywhere: 16 x 16 pixels of components that are sampled so and have all one table of
+    codes, in more blocks than it takes, all zero."""
+    data = saved(np.full((16, 16), 128, np.uint8))
+    places = range(1, len(samplings) + 1)
+    shape = b"\x08\x00\x10\x00\x10" + bytes((len(samplings),))
+    frame = b"".join(bytes((place, samplings[place - 1], 0)) for place in places)
+    scan = b"".join(bytes((place, 0)) for place in places)
+    headers = data[: data.index(b"\xff\xc0")] + segment(0xC0, shape + frame)
+    tables = data[data.index(b"\xff\xc4") : data.index(b"\xff\xda")]
+    scan = segment(0xDA, bytes((len(samplings),)) + scan + b"\x00\x3f\x00")
+    zeros = int("001010" * 64, 2).to_bytes(48)  # no difference of DC, then the end of the block
+    return headers + tables + scan + zeros + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("samplings", [(0x11,), (0x21, 0x11, 0x11), (0x41, 0x21, 0x11)])
+def test_a_hand_made_file_is_read(samplings):
+    for plane, _ in planes_of(flat(*samplings), (0, 0, 16, 16)):
+        assert (plane == 128).all()
+
+
+@pytest.mark.parametrize(
+    "samplings",
+    [
+        (0x31, 0x21, 0x11),  # 3 columns are no multiple of 2
+        (0x13, 0x12, 0x11),
+        (0x22, 0x44, 0x44),  # 36 blocks
+        (0x20, 0x11, 0x11),
+        (0x02, 0x11, 0x11),
+        (0x11, 0x11),
+    ],
+)
+def test_units_that_no_decoder_has_to_read_are_not_read(samplings):
+    assert jpeg.decode(flat(*samplings), (0, 0, 16, 16), 1.0) is None
+
+
+def test_a_single_component_has_its_blocks_in_order_whatever_its_sampling():
+    pixels = photograph()[:, :, 0]
+    data = saved(pixels)
+    ((luma, _),) = planes_of(data, whole(pixels))
+    other = data.replace(frame_of(data), frame_of(data).replace(b"\x01\x11", b"\x01\x22"))
+    assert other != data
+    ((same, _),) = planes_of(other, whole(pixels))
+    assert np.array_equal(same, luma)
+
+
 @pytest.mark.parametrize("kind", sorted(NOT_OURS))
 def test_what_is_not_for_it_is_left_to_libjpeg(kind):
     assert NOT_OURS[kind] != JPEG
@@ -240,6 +286,7 @@ def test_damage_above_the_boxs_bottom_is_left_to_libjpeg_and_below_it_not_seen()
     middle = (start + len(JPEG)) // 2
     cut = JPEG[:middle] + b"\xff\xd9"
     assert jpeg.decode(cut, (0, 0, 203, 331), 1.0) is None
+    assert jpeg.decode(JPEG[:-6] + b"\xff\xd9", (0, 0, 203, 331), 1.0) is None
     found = planes_of(cut, (0, 0, 48, 331))
     for (ours, _), (whole_plane, _) in zip(found, planes_of(JPEG, (0, 0, 48, 331)), strict=True):
         assert np.array_equal(ours, whole_plane)
