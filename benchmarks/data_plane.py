@@ -1,7 +1,7 @@
 """The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
 rows, the time to plan, and how well the shuffle mixes.
 
-    python benchmarks/data_plane.py                    # four minutes on two free cores
+    python benchmarks/data_plane.py                    # ten minutes on two free cores
     python benchmarks/data_plane.py --rows 1000 10000 100000
 
 All contestants draw the same micro-batches by the same function on as many processes, and take
@@ -51,8 +51,9 @@ class Benchmark:
     side: int = 320
     """Side of the stored pictures in pixels."""
     batch_size: int = 32
-    steps: int = 300
-    """Steps in a round."""
+    steps: int = 1_000
+    """Steps in a round. A stream's first ones come in small tasks, so that training starts at once;
+    a run has many more."""
     rounds: int = 3
     cpus: int = 2
     windows: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)

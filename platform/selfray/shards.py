@@ -555,16 +555,17 @@ def read_chosen(
 
 
 def _rows_of(table: pa.Table, shards: ShardSet, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-    taken = table.take(pa.array(rows))
-    column = taken.column(shards.image_column)
+    column = table.column(shards.image_column)
     if pa.types.is_struct(column.type):
         # flatten, not field: a struct that is null has bytes that mean nothing.
         names = [column.type.field(i).name for i in range(column.type.num_fields)]
         column = column.flatten()[names.index("bytes")]
-    images = [data or b"" for data in column.to_pylist()]
+    # One by one: a window's rows are in many row groups, few in each, and for one row `take` and
+    # `to_pylist` need 12 us where this needs 2.
+    images = [column[row].as_py() or b"" for row in rows.tolist()]
     if shards.label_column is None:
         return images, np.full(len(rows), NO_LABEL, dtype=np.int64)
-    return images, _labels_of(taken, shards.label_column)
+    return images, _labels_of(table.select([shards.label_column]).take(rows), shards.label_column)
 
 
 def _labels_of(table: pa.Table, column: str) -> np.ndarray:

@@ -37,6 +37,9 @@ RETRY = Retry()
 """At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it
 tries several times itself, about 6 s in all where connections are refused (measured)."""
 
+_JITTER = random.Random()
+"""Apart from the generator that a run seeds. Not made anew: that took 10 us of each read."""
+
 # What a network file system says of a server that is away or busy; a full disk is none of these.
 _TRANSIENT_ERRNOS = frozenset(
     {errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTUNREACH}
@@ -64,7 +67,7 @@ def patiently(
 
     After the last attempt OSError says how often and how long it was tried, and the last error.
     """
-    pauses = (retry or RETRY).pauses(random.Random())
+    pauses = (retry or RETRY).pauses(_JITTER)
     started, attempts = time.monotonic(), 1
     while True:
         try:
