@@ -34,12 +34,12 @@ STORE_SHARE = 1 / 3
 """All streams that end on a node keep at most about this share of its object store filled."""
 CHUNKS_PER_CPU = 2
 """Chunks in an execution, for each CPU, since beginning one costs 40 ms. More of them lie in more
-of the object store's memory, which each task touches for the first time: with 4 of 256 MiB tasks
-spent 60 us of an image in the kernel, with 2 of them 20."""
+of the object store's memory, which each task's process touches for the first time: with 4 of
+256 MiB the tasks spent 100 us of each image in the kernel, with 2 of them 22 and 35."""
 MOST_STEPS_PER_CHUNK = 64
 GROWTH = 4
 """How many times as many steps the chunks of the next execution have. Over the first 300 steps of
-32 images, doubling gave 0.78 of the bare function's speed, this 0.85."""
+32 images, doubling gave 0.77 and 0.78 of the bare function's speed, this 0.85 (one run)."""
 
 
 @dataclass(frozen=True)
