@@ -1,7 +1,7 @@
 """The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
 rows, the time to plan, and how well the shuffle mixes.
 
-    python benchmarks/data_plane.py                    # ten minutes on two free cores
+    python benchmarks/data_plane.py                    # four minutes on two free cores
     python benchmarks/data_plane.py --rows 1000 10000 100000
 
 All contestants draw the same micro-batches by the same function on as many processes, and take

@@ -47,17 +47,15 @@ def test_the_quickstart_ends_with_encoders_that_are_better_than_untrained_ones(t
 
 
 def quickstart(tmp_path: Path) -> tuple[Path, list[str]]:
-    """Its output and what it wrote on the console; run here unless QUICKSTART_RUNS names the output
-    of `make quickstart`, with what that wrote in console.txt."""
-    if ready := os.environ.get("QUICKSTART_RUNS"):
-        return Path(ready), (Path(ready) / "console.txt").read_text().splitlines()
-    output = tmp_path / "runs"
-    done = subprocess.run(
-        [sys.executable, "experiments/quickstart.py", "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return output, done.stdout.splitlines()
+    """Its output and what it wrote on the console. Run here unless QUICKSTART_RUNS names the output
+    of `make quickstart`, with what that wrote in console.txt and errors.txt."""
+    ready = os.environ.get("QUICKSTART_RUNS")
+    output = Path(ready) if ready else tmp_path
+    if not ready:
+        command = [sys.executable, "experiments/quickstart.py", "--output", str(output)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (output / "console.txt").write_text(done.stdout)
+        (output / "errors.txt").write_text(done.stderr)
+    assert (output / "errors.txt").read_text() == ""
+    return output, (output / "console.txt").read_text().splitlines()

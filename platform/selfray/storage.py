@@ -26,9 +26,11 @@ class Retry:
     first_seconds: float = 0.5
     longest_seconds: float = 16.0
 
-    def pauses(self, rng: random.Random) -> Iterator[float]:
+    def pauses(self, rng: random.Random | None = None) -> Iterator[float]:
         """Seconds before each further attempt: between half of and the whole of first, twice
         first, four times first, ... seconds, so that many readers do not come back at once."""
+        # Made at the first failure: it takes 10 us, and nearly every read succeeds.
+        rng = rng or random.Random()
         for attempt in range(self.attempts - 1):
             yield rng.uniform(0.5, 1.0) * min(self.longest_seconds, self.first_seconds * 2**attempt)
 
@@ -36,9 +38,6 @@ class Retry:
 RETRY = Retry()
 """At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it
 tries several times itself, about 6 s in all where connections are refused (measured)."""
-
-_JITTER = random.Random()
-"""Apart from the generator that a run seeds. Not made anew: that took 10 us of each read."""
 
 # What a network file system says of a server that is away or busy; a full disk is none of these.
 _TRANSIENT_ERRNOS = frozenset(
@@ -67,7 +66,7 @@ def patiently(
 
     After the last attempt OSError says how often and how long it was tried, and the last error.
     """
-    pauses = (retry or RETRY).pauses(_JITTER)
+    pauses = (retry or RETRY).pauses()
     started, attempts = time.monotonic(), 1
     while True:
         try:
