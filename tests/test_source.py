@@ -130,27 +130,63 @@ def test_the_name_of_a_position_is_its_file_and_its_row(tmp_path):
         assert wanted.name_of(position) == f"{tmp_path}/{file}.parquet row {row}"
 
 
-@pytest.mark.parametrize(("ranks", "accumulate", "per_chunk"), [(1, 1, 1), (2, 1, 2), (2, 2, 4)])
-def test_the_chunks_of_all_ranks_together_are_the_plan(tmp_path, ranks, accumulate, per_chunk):
+@pytest.mark.parametrize(
+    ("ranks", "accumulate", "bounds"),
+    [(1, 1, (1, 2, 3, 4, 5, 6)), (2, 1, (1, 3, 5, 6)), (2, 2, (1, 5, 6))],
+)
+def test_the_chunks_of_all_ranks_together_are_the_plan(tmp_path, ranks, accumulate, bounds):
     wanted = source(data_set(tmp_path))
     seen = []
     for rank in range(ranks):
         share = Share(rank, ranks, accumulate)
-        segment = Segment(wanted, share, 1, 6, per_chunk)
-        assert segment.chunks == -(-5 // per_chunk)
-        parts = list(segment.draw({"id": np.arange(segment.chunks)}))
-        assert len(parts) == 5 * accumulate
-        assert [int(p[POSITION][0]) for p in parts] == list(segment.starts(1, 6))
-        seen += [position for part in parts for position in part[POSITION].tolist()]
+        segment = Segment(wanted, share, bounds)
+        chunks = list(segment.draw({"id": np.arange(segment.chunks)}))
+        assert len(chunks) == segment.chunks == len(bounds) - 1
+        for number, chunk in enumerate(chunks):
+            starts = list(segment.starts(number))
+            parts = list(segment.micro_batches(chunk))
+            assert [int(p[POSITION][0]) for p in parts] == starts
+            assert len(starts) == accumulate * (bounds[number + 1] - bounds[number])
+            seen += [position for part in parts for position in part[POSITION].tolist()]
     assert sorted(seen) == list(range(8, 48))
 
 
+def test_a_chunk_is_its_micro_batches_end_to_end_and_can_be_taken_apart(tmp_path):
+    wanted = source(data_set(tmp_path, broken={9: b"no image"}), RANDOM)
+    segment = Segment(wanted, Share(1, 2), (0, 1, 4))
+    (chunk,) = segment.draw({"id": np.array([1])})
+    parts = list(segment.micro_batches(chunk))
+    assert len(parts) == 3
+    for start, part in zip(segment.starts(1), parts, strict=True):
+        expected = wanted.draw(start, 4)
+        assert set(part) == set(expected)
+        for name, values in part.items():
+            assert values.dtype == expected[name].dtype, name
+            assert np.array_equal(values, expected[name]), name
+            assert np.shares_memory(values, chunk[name]), name
+    assert chunk[BROKEN].sum() == 1
+
+
 def test_chunks_can_be_drawn_one_by_one_in_any_order(tmp_path):
-    segment = Segment(source(data_set(tmp_path)), Share(0, 1), 0, 6, 2)
+    segment = Segment(source(data_set(tmp_path)), Share(0, 1), (0, 2, 4, 6))
     together = list(segment.draw({"id": np.arange(3)}))
-    alone = [list(segment.draw({"id": np.array([chunk])})) for chunk in (2, 0, 1)]
-    for one, other in zip(together, [*alone[1], *alone[2], *alone[0]], strict=True):
+    alone = [next(segment.draw({"id": np.array([chunk])})) for chunk in (2, 0, 1)]
+    for one, other in zip(together, [alone[1], alone[2], alone[0]], strict=True):
         assert np.array_equal(one["global"], other["global"])
+
+
+def test_a_batch_without_a_readable_image_lies_where_it_is_to_lie_too(tmp_path):
+    wanted = source(data_set(tmp_path, broken=dict.fromkeys(range(12), b"junk")), RANDOM)
+    unreadable = next(p for p in range(24) if wanted.draw(p, 1)[BROKEN].all())
+    out = wanted.allocate(1)
+    for values in out.values():
+        values[:] = 0
+    drawn = wanted.draw(unreadable, 1, out)
+    expected = wanted.draw(unreadable, 1)
+    for name, values in out.items():
+        assert drawn[name] is values
+        assert values.any(), name
+        assert np.array_equal(values, expected[name]), name
 
 
 def test_a_sample_gives_the_chosen_rows_in_blocks_without_the_broken_ones(tmp_path):

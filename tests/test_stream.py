@@ -1,14 +1,21 @@
 """The stream through real Ray Data: the plan's micro-batches, in order, without a copy."""
 
-from dataclasses import replace
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.data import DataContext
 
 from selfray.augment import BROKEN
+from selfray.cluster import dataset
 from selfray.cluster.dataset import (
     CHUNK_BYTES,
     CHUNKS_PER_CPU,
@@ -16,10 +23,11 @@ from selfray.cluster.dataset import (
     Stream,
     chunk_room,
 )
+from selfray.cluster.gate import Gate, GateClosed
 from selfray.images import encode_png
 from selfray.plan import ReadPlan, Share
 from selfray.shards import open_shards
-from selfray.source import LABEL, POSITION, REASON, Source
+from selfray.source import LABEL, POSITION, REASON, Arrays, Source
 from selfray.views import RandomMask, View, Views
 
 VIEWS: Views = {
@@ -40,10 +48,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     pq.write_table(table, folder / "0.parquet", row_group_size=8)
     shards = open_shards([str(folder / "0.parquet")], str(folder))
     return Source(shards, ReadPlan(shards.group_rows, 8, 3, seed=3), VIEWS)
-
-
-def steps_of(stream: Stream) -> list[int]:
-    return [s for part in stream.segments() for s in range(part.first_step, part.last_step)]
 
 
 def test_a_stream_gives_what_the_function_draws_on_every_rank_to_the_bit(ray_session, source):
@@ -86,11 +90,13 @@ def sized(source: Source, size: int, batch_size: int, epochs: int = 2000) -> Sou
 
 
 def test_chunks_begin_with_one_step_and_grow_up_to_their_size(source):
-    stream = Stream(sized(source, 32, 64), Share(0, 1), 7, cpus=2)
-    sizes = [part.steps_per_chunk for part in stream.segments()]
-    assert sizes[:5] == [1, 4, 16, 64, 64]
+    stream = Stream(sized(source, 32, 64), Share(0, 1), 7, cpus=1)
+    bounds = list(stream.bounds())
+    sizes = np.diff(bounds).tolist()
+    assert sizes[:10] == [1] * 3 + [4] * 3 + [16] * 3 + [64]
     assert max(sizes) == MOST_STEPS_PER_CHUNK
-    assert steps_of(stream) == list(range(7, 2000))
+    assert (bounds[0], bounds[-1]) == (7, 2000)
+    assert all(sizes)
 
 
 def test_a_chunk_is_no_larger_than_its_room_and_no_smaller_than_it_must_be(source):
@@ -100,14 +106,122 @@ def test_a_chunk_is_no_larger_than_its_room_and_no_smaller_than_it_must_be(sourc
         assert stream.most_steps_per_chunk == steps
 
 
-def test_an_execution_has_chunks_in_proportion_to_its_cpus(source):
+def test_executions_follow_one_another_without_a_gap(ray_session, source, monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNKS_PER_EXECUTION", 3)
+    stream = Stream(source, Share(0, 1), 1, cpus=1)
+    bounds = [segment.bounds for segment in stream.segments()]
+    assert len(bounds) == 3
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(bounds))
+    positions = np.concatenate([batch[POSITION] for batch in stream])
+    assert positions.tolist() == list(range(8, 144))
+
+
+def test_a_stream_without_a_step_left_is_empty(ray_session, source):
+    assert list(Stream(source, Share(0, 1), 18, cpus=1)) == []
+    assert list(Stream(source, Share(0, 1), 5, cpus=1, until_step=5)) == []
+
+
+def test_a_window_has_chunks_in_proportion_to_its_cpus(source):
     # Else the streams of a sweep, with half a CPU each, would hold twice what they have room for.
-    assert [Stream(source, Share(0, 1), 0, c).chunks for c in (0.25, 0.5, 1, 2)] == [1, 1, 2, 4]
+    assert [Stream(source, Share(0, 1), 0, c).window for c in (0.25, 0.5, 1, 2)] == [2, 2, 3, 6]
 
 
 def test_the_streams_that_end_on_a_node_fit_into_a_third_of_its_object_store(ray_session):
     (node,) = ray.nodes()
     store, cpus = node["Resources"]["object_store_memory"], node["Resources"]["CPU"]
     # However many runs share the CPUs, alone or as parts of a larger run with ranks elsewhere.
-    assert 2 * CHUNKS_PER_CPU * cpus * chunk_room(1, 1) == pytest.approx(store / 3)
-    assert 2 * CHUNKS_PER_CPU * cpus / 4 * chunk_room(2, 8) == pytest.approx(store / 3)
+    assert CHUNKS_PER_CPU * cpus * chunk_room(1, 1) == pytest.approx(store / 3)
+    assert CHUNKS_PER_CPU * cpus / 4 * chunk_room(2, 8) == pytest.approx(store / 3)
+
+
+# How far a stream runs ahead
+
+
+def told(source: Source, folder: Path) -> Source:
+    """Of many steps, each of which leaves a file when it is drawn."""
+
+    @dataclass(frozen=True)
+    class Told(Source):
+        def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
+            (folder / str(start // count)).touch()
+            return super().draw(start, count, out)
+
+    plan = replace(source.plan, epochs=100)
+    return Told(source.shards, plan, source.views)
+
+
+def settled(folder: Path) -> int:
+    """How many steps were drawn, once there come no more."""
+    count = -1
+    while count != (count := len(list(folder.iterdir()))):
+        time.sleep(2)
+    return count
+
+
+def test_what_is_drawn_ahead_of_a_slow_consumer_is_a_window_of_chunks(
+    ray_session, source, tmp_path
+):
+    stream = Stream(told(source, tmp_path), Share(0, 1), 0, cpus=1)
+    bounds = list(stream.bounds())
+    batches = iter(stream)
+    for step in range(7):
+        next(batches)
+        (chunk,) = [i for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a <= step < b]
+        if step in (0, 2, 6):
+            assert settled(tmp_path) == bounds[chunk + stream.window]
+
+
+def test_a_consumer_may_pause_for_longer_than_an_execution_may_stand_still(
+    ray_session, source, monkeypatch
+):
+    # Probes and checkpoints take their time.
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
+    batches = iter(Stream(source, Share(0, 1), 0, cpus=1))
+    seen = [next(batches)[POSITION]]
+    time.sleep(4)
+    seen += [batch[POSITION] for batch in batches]
+    assert np.concatenate(seen).tolist() == list(range(144))
+
+
+def test_an_execution_ends_with_its_consumer(ray_session, source, tmp_path, capfd):
+    def threads() -> set[threading.Thread]:
+        names = ("stream", "StreamingExecutor")
+        return {t for t in threading.enumerate() if t.name.startswith(names)}
+
+    before = threads()
+    batches = iter(Stream(told(source, tmp_path), Share(0, 1), 0, cpus=1))
+    next(batches)
+    assert threads() > before
+    del batches
+    until = time.monotonic() + 30
+    while threads() > before:
+        assert time.monotonic() < until, threads()
+        time.sleep(0.1)
+    drawn = settled(tmp_path)
+    assert drawn < 20
+    assert "GateClosed" not in "".join(capfd.readouterr())
+
+
+def test_a_gate_lets_tasks_through_in_order_and_only_so_many_at_once():
+    gate = Gate(tasks=10, tasks_at_once=2)
+    gate.open_to(3)
+    assert [gate.admits(submitted, active=1) for submitted in range(5)] == [True] * 3 + [False] * 2
+    assert not gate.admits(0, active=2)
+    gate.open_to(5)
+    assert gate.admits(4, active=1)
+
+
+def test_where_nothing_runs_and_nothing_may_a_gate_is_waited_for():
+    gate = Gate(tasks=10, tasks_at_once=2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gate.admits, 0, 0)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        gate.open_to(1)
+        assert waiting.result(timeout=10)
+        waiting = pool.submit(gate.admits, 1, 0)
+        gate.close()
+        with pytest.raises(GateClosed):
+            waiting.result(timeout=10)
+    with pytest.raises(GateClosed):
+        gate.admits(1, active=1)

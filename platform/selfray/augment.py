@@ -347,12 +347,13 @@ def augment_batch(
     epoch: int,
     quantiles: Mapping[str, np.ndarray] | None = None,
     photometric: Photometric = "cpu",
+    out: Mapping[str, np.ndarray] | None = None,
 ) -> Augmented:
     """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes):
     each is computed by itself, so what else is in the batch cannot change a bit of it.
 
     A mask whose ratio is spread over the batch is one of its place there, too: `quantiles`, by
-    group, float [B, V].
+    group, float [B, V]. With `out`, arrays as `allocate` makes them, they are filled.
 
     A row whose image is broken is a copy of the nearest earlier readable row, else of the next
     later one, and is marked in `broken`. Raises BrokenImage if no image can be read. Views must
@@ -365,7 +366,7 @@ def augment_batch(
     require(0 <= seed < 2**64, f"seed must lie in [0, 2**64), got {seed}")
     require(0 <= epoch < 2**64, f"epoch must lie in [0, 2**64), got {epoch}")
     cv2.setNumThreads(0)
-    arrays = allocate(views, len(images), photometric)
+    arrays = allocate(views, len(images), photometric) if out is None else dict(out)
     count = sum(map(len, views.values()))
     keys = [image_key(data) for data in images]
     # All at once: a generator of numpy's for each image takes 18 us, these numbers 0.3.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from selfray.augment import Augmented, augment_batch, evaluation_view
+from selfray.augment import Augmented, allocate, augment_batch, evaluation_view
 from selfray.images import BrokenImage, decode
 from selfray.plan import ReadPlan, Share
 from selfray.shards import ShardSet, read_chosen, read_rows
@@ -36,8 +36,13 @@ class Source:
     views: Views
     photometric: Photometric = "cpu"
 
-    def draw(self, start: int, count: int) -> Arrays:
-        """The augmented images at positions [start, start + count): one micro-batch.
+    def allocate(self, count: int) -> Arrays:
+        """Room for the views of so many images, with their masks: what `draw` fills."""
+        return allocate(self.views, count, self.photometric)
+
+    def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
+        """The augmented images at positions [start, start + count): one micro-batch; its views
+        lie in `out`, which `allocate` made, if that is given.
 
         Each group of views as uint8 [count, V, 3, H, W], its masks as bool [count, V, N]; with
         `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
@@ -53,13 +58,16 @@ class Source:
             if any(view.mask is not None for view in group)
         }
         try:
-            drawn = self._augment(read.images, chosen.epoch, quantiles)
+            drawn = self._augment(read.images, chosen.epoch, quantiles, out)
             arrays, broken = drawn.arrays, drawn.reasons
         except BrokenImage as error:
             substitute = self._substitute(start, count, str(error))
             repeated = {n: np.concatenate([v[:1], v]) for n, v in quantiles.items()}
             drawn = self._augment([substitute, *read.images], chosen.epoch, repeated)
             arrays = {name: values[1:] for name, values in drawn.arrays.items()}
+            for name, values in (out or {}).items():
+                values[:] = arrays[name]
+                arrays[name] = values
             broken = {row - 1: reason for row, reason in drawn.reasons.items()}
         reasons = np.full(count, "", dtype=object)
         for row, reason in broken.items():
@@ -69,9 +77,14 @@ class Source:
         return arrays | {POSITION: chosen.positions, LABEL: read.labels, REASON: reasons}
 
     def _augment(
-        self, images: Sequence[bytes], epoch: int, quantiles: dict[str, np.ndarray]
+        self,
+        images: Sequence[bytes],
+        epoch: int,
+        quantiles: dict[str, np.ndarray],
+        out: Arrays | None = None,
     ) -> Augmented:
-        return augment_batch(images, self.views, self.plan.seed, epoch, quantiles, self.photometric)
+        seed = self.plan.seed
+        return augment_batch(images, self.views, seed, epoch, quantiles, self.photometric, out)
 
     def _substitute(self, start: int, count: int, reason: str) -> bytes:
         """A readable image from elsewhere in the epoch. BrokenImage where none is found."""
@@ -110,31 +123,45 @@ class Source:
 
 @dataclass(frozen=True)
 class Segment:
-    """One rank's micro-batches of steps [first_step, last_step), in chunks of one task each."""
+    """One rank's micro-batches of consecutive steps, in chunks of one task each."""
 
     source: Source
     share: Share
-    first_step: int
-    last_step: int
-    steps_per_chunk: int
+    bounds: tuple[int, ...]
+    """The first step of each chunk, and the step after the last."""
 
     @property
     def chunks(self) -> int:
-        return -(-(self.last_step - self.first_step) // self.steps_per_chunk)
+        return len(self.bounds) - 1
 
-    def starts(self, first_step: int, last_step: int) -> Iterator[int]:
-        """The first positions of this rank's micro-batches in some steps, in order."""
-        for step in range(first_step, last_step):
+    @property
+    def micro_batch(self) -> int:
+        return self.share.micro_batch(self.source.plan.batch_size)
+
+    def starts(self, chunk: int) -> Iterator[int]:
+        """The first positions of this rank's micro-batches in a chunk, in order."""
+        for step in range(*self.bounds[chunk : chunk + 2]):
             yield from self.share.starts(self.source.plan, step)
 
     def draw(self, ids: Arrays) -> Iterator[Arrays]:
-        """The micro-batches of the chunks in ids["id"]: what one data task does."""
+        """The chunks in ids["id"], each its micro-batches end to end: what one data task does."""
         cv2.setNumThreads(1)  # a task has one CPU; a library that takes all would only fight
-        count = self.share.micro_batch(self.source.plan.batch_size)
         for chunk in ids["id"]:
-            first = self.first_step + int(chunk) * self.steps_per_chunk
-            for start in self.starts(first, min(first + self.steps_per_chunk, self.last_step)):
-                yield self.source.draw(start, count)
+            starts = list(self.starts(int(chunk)))
+            # Drawn where they will lie: joining them would copy them all.
+            views = self.source.allocate(len(starts) * self.micro_batch)
+            others = []
+            for start, out in zip(starts, self.micro_batches(views), strict=True):
+                drawn = self.source.draw(start, self.micro_batch, out)
+                others.append({name: drawn[name] for name in drawn.keys() - views.keys()})
+            yield views | {name: np.concatenate([o[name] for o in others]) for name in others[0]}
+
+    def micro_batches(self, chunk: Arrays) -> Iterator[Arrays]:
+        """A chunk's arrays taken apart, without a copy."""
+        rows = len(next(iter(chunk.values())))
+        for first in range(0, rows, self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            yield {name: values[part] for name, values in chunk.items()}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ world size and its cursor, so nothing has to be agreed on beforehand: a restart,
 size too, just starts another stream.
 """
 
+import itertools
 import math
 import queue
 import threading
@@ -17,10 +18,11 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from ray.data import DataContext, ExecutionResources
+from ray.data import DataContext
 from ray.data._internal.stats import get_or_create_stats_actor
 
 from selfray.augment import MASK_SUFFIX, PARAMETERS_SUFFIX
+from selfray.cluster.gate import Gate
 from selfray.method import Batch
 from selfray.plan import Share
 from selfray.source import LABEL, POSITION, Arrays, Segment, Source
@@ -32,14 +34,13 @@ makes, 14 ms on one of 0.4 s: of SimCLR's views at 224 pixels, on two cores, 45 
 image with 128 MiB, 36 to 42 with 192, 34 with 256, which came no faster and takes more memory."""
 STORE_SHARE = 1 / 3
 """All streams that end on a node keep at most about this share of its object store filled."""
-CHUNKS_PER_CPU = 2
-"""Chunks in an execution, for each CPU, since beginning one costs 40 ms. More of them lie in more
-of the object store's memory, which each task's process touches for the first time: with 4 of
-256 MiB the tasks spent 100 us of each image in the kernel, with 2 of them 22 and 35."""
+CHUNKS_PER_CPU = 3
+"""Chunks in memory for each CPU: being drawn, waiting for a CPU, and waiting for the trainer."""
 MOST_STEPS_PER_CHUNK = 64
 GROWTH = 4
-"""How many times as many steps the chunks of the next execution have. Over the first 300 steps of
-32 images, doubling gave 0.77 and 0.78 of the bare function's speed, this 0.85 (one run)."""
+"""How many times as many steps chunks have after a window of them."""
+CHUNKS_PER_EXECUTION = 128
+"""Beginning an execution costs the trainer's CPU 40 ms and 1 ms for each chunk."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Stream:
         return self.share.micro_batch(self.source.plan.batch_size)
 
     @property
-    def chunks(self) -> int:
-        """How many chunks an execution has."""
-        return max(1, math.ceil(CHUNKS_PER_CPU * self.cpus))
+    def window(self) -> int:
+        """How many chunks are in memory at most."""
+        return max(2, math.ceil(CHUNKS_PER_CPU * self.cpus))
 
     @property
     def most_steps_per_chunk(self) -> int:
@@ -73,62 +74,89 @@ class Stream:
         return int(np.clip(most, 1, MOST_STEPS_PER_CHUNK))
 
     def segments(self) -> Iterator[Segment]:
-        """The rest of the run, one execution after the other.
+        """The rest of the run, one execution after the other."""
+        firsts = self.bounds()
+        bounds = list(itertools.islice(firsts, CHUNKS_PER_EXECUTION + 1))
+        while len(bounds) > 1:
+            yield Segment(self.source, self.share, tuple(bounds))
+            bounds = [bounds[-1], *itertools.islice(firsts, CHUNKS_PER_EXECUTION)]
+
+    def bounds(self) -> Iterator[int]:
+        """The first step of each chunk, and the step after the last.
 
         The first chunks are of one step, so that training starts at once; then they grow.
         """
         end = self.source.plan.total_steps if self.until_step is None else self.until_step
         first, steps = self.first_step, 1
-        while first < end:
-            last = min(first + self.chunks * steps, end)
-            yield Segment(self.source, self.share, first, last, steps)
-            first, steps = last, min(GROWTH * steps, self.most_steps_per_chunk)
+        for number in itertools.count(1):
+            yield min(first, end)
+            if first >= end:
+                return
+            first += steps
+            if number % self.window == 0:
+                steps = min(GROWTH * steps, self.most_steps_per_chunk)
 
     def __iter__(self) -> Iterator[Arrays]:
         """Micro-batches in the plan's order, `accumulate` for each step."""
         segments = self.segments()
         running = _Execution.of(next(segments, None), self.cpus)
-        while running is not None:
-            # The next one is drawn while this one is consumed: no gap between them, and never more
-            # than two in memory.
-            upcoming = _Execution.of(next(segments, None), self.cpus)
-            segment = running.segment
-            starts = list(segment.starts(segment.first_step, segment.last_step))
-            for wanted, batch in zip(starts, running, strict=True):
-                # Whatever happened on the way, a batch is the one that the plan has here.
-                expected = np.arange(wanted, wanted + self.micro_batch)
-                if not np.array_equal(batch[POSITION], expected):
-                    raise AssertionError(
-                        f"the stream gave positions from {batch[POSITION][0]}, not from {wanted}"
-                    )
-                yield batch
-            running = upcoming
+        upcoming: _Execution | None = None
+        try:
+            while running is not None:
+                chunks = running.segment.chunks
+                for chunk in range(chunks):
+                    # As one chunk is taken up, one more may be drawn: no bubble, and never more
+                    # than a window of them in memory, over the end of an execution too.
+                    ahead = chunk + self.window
+                    running.gate.open_to(ahead)
+                    if upcoming is None and ahead + self.window >= chunks:
+                        upcoming = _Execution.of(next(segments, None), self.cpus)
+                    if upcoming is not None:
+                        upcoming.gate.open_to(max(0, ahead - chunks))
+                    for wanted in running.segment.starts(chunk):
+                        yield self._checked(running.take(), wanted)
+                running, upcoming = upcoming, None
+        finally:
+            for execution in (running, upcoming):
+                if execution is not None:
+                    execution.gate.close()
+
+    def _checked(self, batch: Arrays, wanted: int) -> Arrays:
+        """Whatever happened on the way, a batch is the one that the plan has here."""
+        expected = np.arange(wanted, wanted + self.micro_batch)
+        if not np.array_equal(batch[POSITION], expected):
+            raise AssertionError(
+                f"the stream gave positions from {batch[POSITION][0]}, not from {wanted}"
+            )
+        return batch
 
 
 def chunk_room(ranks_here: int, world_size: int) -> float:
     """Bytes of a chunk for which the chunks of all streams that end on this node fit its store.
 
-    Two executions of each are in memory, of chunks in proportion to its CPUs. All streams of all
-    runs have the cluster's CPUs between them; of these a node with some ranks of a run feeds on
-    their part.
+    Each has a window of them, in proportion to its CPUs. All streams of all runs have the cluster's
+    CPUs between them; of these a node with some ranks of a run feeds on their part.
     """
     here = ray.get_runtime_context().get_node_id()
     resources = next((n["Resources"] for n in ray.nodes() if n["NodeID"] == here), {})
     cpus = ray.cluster_resources().get("CPU", 1.0) * ranks_here / world_size
     store = resources.get("object_store_memory", math.inf)
-    return STORE_SHARE * store / (2 * CHUNKS_PER_CPU * cpus)
+    return STORE_SHARE * store / (CHUNKS_PER_CPU * cpus)
 
 
 class _Execution:
-    """A segment that Ray Data carries out in a thread, as fast as its CPUs go.
+    """A segment that Ray Data carries out, and a thread that takes over its results.
 
-    Its results are taken at once and kept here: an execution that waits for a slow consumer spins
-    (Ray 2.60) and takes the interpreter lock from the trainer, which then runs at half its speed.
+    The thread waits for what comes from other nodes, while the trainer computes.
     """
 
     def __init__(self, segment: Segment, cpus: float) -> None:
         self.segment = segment
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # A finished task is noticed up to 0.1 s later (Ray 2.60): half as many more wait for the
+        # CPUs of those that run.
+        tasks = max(1, int(cpus / task_cpus(cpus)))
+        self.gate = Gate(segment.chunks, tasks + math.ceil(tasks / 2))
+        self._queue: queue.SimpleQueue[Arrays | BaseException] = queue.SimpleQueue()
         thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
         thread.start()
 
@@ -138,41 +166,42 @@ class _Execution:
 
     def _run(self, cpus: float) -> None:
         try:
-            for batch in execute(self.segment, cpus):
+            for batch in execute(self.segment, task_cpus(cpus), self.gate):
                 self._queue.put(batch)
-            self._queue.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._queue.put(error)
 
-    def __iter__(self) -> Iterator[Arrays]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    def take(self) -> Arrays:
+        """The next micro-batch."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
 
-def execute(segment: Segment, cpus: float) -> Iterator[Arrays]:
+def task_cpus(cpus: float) -> float:
+    """How many CPUs a task of a stream with `cpus` CPUs asks for."""
+    return min(1.0, cpus)
+
+
+def execute(segment: Segment, cpus: float, gate: Gate) -> Iterator[Arrays]:
     """One Ray Data execution: a task for each chunk, micro-batches in order, as read-only arrays
     in the object store's own memory.
 
-    A task's micro-batches come as one block, each the record batch that the task made of it. Ray
-    Data's own `iter_batches` would copy them, in eight threads that take the interpreter lock from
-    the trainer.
+    A chunk comes as one block and is taken apart here. Ray Data's own `iter_batches` would copy
+    micro-batches, in eight threads that take the interpreter lock from the trainer.
     """
     configure(DataContext.get_current())
-    task_cpus = min(1.0, cpus)
     draw: Any = segment.draw  # Ray's stubs know no dict of arrays
-    dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=task_cpus)
+    dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=cpus)
     dataset.context.target_max_block_size = None  # a block is never cut, at whatever row
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    options.resource_limits = ExecutionResources.for_limits(cpu=max(cpus, task_cpus))
+    dataset.context.execution_options.preserve_order = True
+    gate.apply(dataset.context)
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
             block: Any = ray.get(entry.ref)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            for batch in block.to_batches():
-                names, columns = batch.schema.names, batch.columns
-                yield {n: as_numpy(column) for n, column in zip(names, columns, strict=True)}
+            chunk = {name: as_numpy(block[name].chunk(0)) for name in block.column_names}
+            yield from segment.micro_batches(chunk)
 
 
 def as_numpy(column: Any) -> np.ndarray:
