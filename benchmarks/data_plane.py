@@ -1,8 +1,9 @@
 """The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
 rows, the time to plan, and how well the shuffle mixes.
 
-    python benchmarks/data_plane.py                    # four minutes on two free cores
+    python benchmarks/data_plane.py                    # eight minutes on two free cores
     python benchmarks/data_plane.py --rows 1000 10000 100000
+    python benchmarks/data_plane.py --pictures DIR     # JPEG files instead of made ones
 
 All contestants draw the same micro-batches by the same function on as many processes, and take
 turns in short rounds, so that a busy machine slows all of them alike. Larger data sets repeat the
@@ -14,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -49,12 +50,15 @@ class Benchmark:
     rows: tuple[int, ...] = (1_000, 10_000)
     """Sizes of the data sets, for the memory; the first is the one for the speed."""
     side: int = 320
-    """Side of the stored pictures in pixels."""
+    """Side of the made pictures in pixels."""
+    pictures: Path | None = None
+    """A folder of JPEG files to take instead."""
     batch_size: int = 32
-    steps: int = 1_000
-    """Steps in a round. A stream's first ones come in small tasks, so that training starts at once;
-    a run has many more."""
-    rounds: int = 3
+    steps: int = 700
+    """Measured steps in a round, amid others: a stream's first ones come in small tasks, so that
+    training starts at once, and of its last ones one task may be left alone; a run has many more.
+    """
+    rounds: int = 6
     cpus: int = 2
     windows: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
     output: Path = Path("runs/bench/data_plane.json")
@@ -73,32 +77,39 @@ def main() -> None:
 
 
 def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
-    rng = np.random.default_rng(0)
-    small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
-    pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
+    if settings.pictures is None:
+        rng = np.random.default_rng(0)
+        small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
+        pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
+    else:
+        pictures = [f.read_bytes() for f in sorted(settings.pictures.glob("*.jp*g"))]
     (folder / str(rows)).mkdir()
     for first in range(0, rows, 4_000):
         # Bytes behind the JPEG's end change its key and nothing else.
         numbers = range(first, min(first + 4_000, rows))
-        images = [pictures[i % PICTURES] + i.to_bytes(8) for i in numbers]
+        images = [pictures[i % len(pictures)] + i.to_bytes(8) for i in numbers]
         file = folder / str(rows) / f"{first:09}.parquet"
         table = pa.table({"image": images})
         # As `selfray shards build` writes them.
         pq.write_table(table, file, GROUP_ROWS, compression="none", use_dictionary=False)
     shards = open_shards(parquet_files(str(folder / str(rows))), str(folder / str(rows)))
-    epochs = 1 + settings.steps * settings.batch_size * 20 // rows
+    epochs = 1 + 2 * (WARM_STEPS + settings.steps) * settings.batch_size // rows
     return Source(shards, ReadPlan(shards.group_rows, settings.batch_size, epochs, 0), VIEWS)
 
 
 # Speed
 
 
+WARM_STEPS, LAST_STEPS = 200, 64
+
+
 @dataclass(frozen=True)
 class Batches(Dataset):
     source: Source
+    steps: int
 
     def __len__(self) -> int:
-        return self.source.plan.total_steps
+        return self.steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         cv2.setNumThreads(1)
@@ -111,8 +122,8 @@ class Batches(Dataset):
 
 
 def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
-    batches = Batches(source)
-    first = source.plan.total_steps - settings.steps - WARM_STEPS
+    steps = WARM_STEPS + settings.steps + LAST_STEPS
+    batches = Batches(source, steps)
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -121,13 +132,13 @@ def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
         prefetch_factor=4,
         multiprocessing_context="forkserver",
     )
+    stream = Stream(source, Share(0, 1), 0, settings.cpus, until_step=steps)
     with ProcessPoolExecutor(settings.cpus, get_context("forkserver")) as pool:
         contestants: dict[str, Callable[[], Any]] = {
             # No consumer to wait for: it draws just what a round needs.
-            "bare function": lambda: pool.map(batches.count, range(settings.steps + WARM_STEPS)),
+            "bare function": lambda: pool.map(batches.count, range(steps)),
             "DataLoader": lambda: iter(loader),
-            # The run's last steps: a stream that went on would draw during the others' turns.
-            "Stream": lambda: iter(Stream(source, Share(0, 1), first, settings.cpus)),
+            "Stream": lambda: iter(stream),
         }
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(settings.rounds + 1):
@@ -135,26 +146,32 @@ def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
                 rate = images_per_second(start(), settings)
                 if number:  # the first warms up
                     rates[name].append(rate)
-    base = statistics.median(rates["bare function"])
-    print(f"\n{'':16}{'images/s':>10}{'range':>16}{'to bare':>9}   ({settings.cpus} processes)")
+    bare = rates["bare function"]
+    print(
+        f"\n{'':16}{'images/s':>10}{'range':>16}{'to bare':>9}{'range':>14}"
+        f"   ({settings.cpus} processes, {settings.rounds} rounds)"
+    )
     for name, measured in rates.items():
-        middle = statistics.median(measured)
+        ratios = [rate / base for rate, base in zip(measured, bare, strict=True)]
         spread = f"{min(measured):,.0f} - {max(measured):,.0f}"
-        print(f"{name:16}{middle:10,.0f}{spread:>16}{middle / base:9.2f}")
+        to_bare = f"{min(ratios):.2f} - {max(ratios):.2f}"
+        # Of all rounds' time: a machine whose speed drifts within a round favours none in the sum.
+        ratio = sum(1 / rate for rate in bare) / sum(1 / rate for rate in measured)
+        middle = statistics.median(measured)
+        print(f"{name:16}{middle:10,.0f}{spread:>16}{ratio:9.2f}{to_bare:>14}")
     return rates
 
 
-WARM_STEPS = 8
-
-
-def images_per_second(batches: Any, settings: Benchmark) -> float:
-    """Of `steps` batches, after some that fill the pipeline."""
+def images_per_second(batches: Iterator[Any], settings: Benchmark) -> float:
+    """Of `steps` batches, after those that fill the pipeline and before those that empty it."""
     for _ in range(WARM_STEPS):
         next(batches)
     started = time.perf_counter()
     for _ in range(settings.steps):
         next(batches)
-    return settings.steps * settings.batch_size / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    assert sum(1 for _ in batches) == LAST_STEPS
+    return settings.steps * settings.batch_size / seconds
 
 
 # Memory, planning, shuffle

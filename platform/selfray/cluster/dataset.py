@@ -30,8 +30,8 @@ from selfray.views import Views
 
 CHUNK_BYTES = 192 * 2**20
 """A task makes at most about this much. Ray Data spends the trainer's CPU on each task, whatever it
-makes, 14 ms on one of 0.4 s: of SimCLR's views at 224 pixels, on two cores, 45 to 50 us for each
-image with 128 MiB, 36 to 42 with 192, 34 with 256, which came no faster and takes more memory."""
+makes: of SimCLR's views at 224 pixels, on two cores, 91 us for each image with 64 MiB, 53 with 128,
+46 with 192 (medians of three rounds, in which an image took 1,600)."""
 STORE_SHARE = 1 / 3
 """All streams that end on a node keep at most about this share of its object store filled."""
 CHUNKS_PER_CPU = 3
@@ -41,11 +41,15 @@ GROWTH = 4
 """How many times as many steps chunks have after a window of them."""
 CHUNKS_PER_EXECUTION = 128
 """Beginning an execution costs the trainer's CPU 40 ms and 1 ms for each chunk."""
+CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One rank's micro-batches from a step on, drawn by Ray Data tasks on at most `cpus` CPUs."""
+    """One rank's micro-batches from a step on, drawn by Ray Data tasks on `cpus` CPUs.
+
+    Half as many tasks more wait for these CPUs, and run at once where others are free.
+    """
 
     source: Source
     share: Share
@@ -100,6 +104,7 @@ class Stream:
         """Micro-batches in the plan's order, `accumulate` for each step."""
         segments = self.segments()
         running = _Execution.of(next(segments, None), self.cpus)
+        previous: _Execution | None = None
         upcoming: _Execution | None = None
         try:
             while running is not None:
@@ -115,11 +120,11 @@ class Stream:
                         upcoming.gate.open_to(max(0, ahead - chunks))
                     for wanted in running.segment.starts(chunk):
                         yield self._checked(running.take(), wanted)
-                running, upcoming = upcoming, None
+                previous, running, upcoming = running, upcoming, None
         finally:
-            for execution in (running, upcoming):
+            for execution in (previous, running, upcoming):
                 if execution is not None:
-                    execution.gate.close()
+                    execution.close()
 
     def _checked(self, batch: Arrays, wanted: int) -> Arrays:
         """Whatever happened on the way, a batch is the one that the plan has here."""
@@ -152,13 +157,12 @@ class _Execution:
 
     def __init__(self, segment: Segment, cpus: float) -> None:
         self.segment = segment
-        # A finished task is noticed up to 0.1 s later (Ray 2.60): half as many more wait for the
-        # CPUs of those that run.
+        # A finished task is noticed up to 0.1 s late (Ray 2.60): by then its CPU has another.
         tasks = max(1, int(cpus / task_cpus(cpus)))
         self.gate = Gate(segment.chunks, tasks + math.ceil(tasks / 2))
         self._queue: queue.SimpleQueue[Arrays | BaseException] = queue.SimpleQueue()
-        thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
-        thread.start()
+        self._thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
+        self._thread.start()
 
     @classmethod
     def of(cls, segment: Segment | None, cpus: float) -> "_Execution | None":
@@ -168,8 +172,15 @@ class _Execution:
         try:
             for batch in execute(self.segment, task_cpus(cpus), self.gate):
                 self._queue.put(batch)
+            self._queue.put(AssertionError("the stream ended before its last micro-batch"))
         except BaseException as error:  # handed to the consumer, who raises it
             self._queue.put(error)
+
+    def close(self) -> None:
+        """End what still runs, and wait for that: a thread that asks Ray for something after
+        `ray.shutdown` starts another Ray."""
+        self.gate.close()
+        self._thread.join(CLOSE_SECONDS)
 
     def take(self) -> Arrays:
         """The next micro-batch."""
