@@ -137,6 +137,7 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
     assert any("complete, nothing to do" in line for line in again.lines)
 
 
+@pytest.mark.long
 def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_path) -> None:
     losses = {}
     for name, changes in {
@@ -215,6 +216,7 @@ def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(t
         launch(wanted, Screen())
 
 
+@pytest.mark.long
 def test_too_many_broken_images_end_a_run_with_the_cause(tmp_path) -> None:
     rows = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images(64))]
     for row in rows[::2]:
@@ -233,6 +235,7 @@ def tracked_run(output: Path) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_a_run_that_explodes_on_two_workers_ends_at_once_and_is_not_tried_again(
     shards, tmp_path
 ) -> None:

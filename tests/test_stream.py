@@ -94,6 +94,9 @@ def test_chunks_begin_with_one_step_and_grow_up_to_their_size(source):
     bounds = list(stream.bounds())
     sizes = np.diff(bounds).tolist()
     assert sizes[:10] == [1] * 3 + [4] * 3 + [16] * 3 + [64]
+    # The first of each execution is small, for it lies in memory to its end.
+    firsts = [segment.bounds[1] - segment.bounds[0] for segment in stream.segments()]
+    assert firsts == [1] * len(firsts)
     assert max(sizes) == MOST_STEPS_PER_CHUNK
     assert (bounds[0], bounds[-1]) == (7, 2000)
     assert all(sizes)
@@ -108,9 +111,11 @@ def test_a_chunk_is_no_larger_than_its_room_and_no_smaller_than_it_must_be(sourc
 
 def test_executions_follow_one_another_without_a_gap(ray_session, source, monkeypatch):
     monkeypatch.setattr(dataset, "CHUNKS_PER_EXECUTION", 3)
+    monkeypatch.setattr(dataset, "MOST_STEPS_PER_CHUNK", 2)
+    monkeypatch.setattr(Stream, "window", 1)
     stream = Stream(source, Share(0, 1), 1, cpus=1)
     bounds = [segment.bounds for segment in stream.segments()]
-    assert len(bounds) == 3
+    assert len(bounds) > 2
     assert all(a[-1] == b[0] for a, b in itertools.pairwise(bounds))
     positions = np.concatenate([batch[POSITION] for batch in stream])
     assert positions.tolist() == list(range(8, 144))
@@ -137,13 +142,15 @@ def test_the_streams_that_end_on_a_node_fit_into_a_third_of_its_object_store(ray
 # How far a stream runs ahead
 
 
-def told(source: Source, folder: Path) -> Source:
-    """Of many steps, each of which leaves a file when it is drawn."""
+def told(source: Source, folder: Path, waits_from: int = 10**9) -> Source:
+    """Of many steps, each of which leaves a file when it is drawn; some wait for another file."""
 
     @dataclass(frozen=True)
     class Told(Source):
         def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
             (folder / str(start // count)).touch()
+            while start // count >= waits_from and not (folder / "go").exists():
+                time.sleep(0.1)
             return super().draw(start, count, out)
 
     plan = replace(source.plan, epochs=100)
@@ -183,11 +190,12 @@ def test_a_consumer_may_pause_for_longer_than_an_execution_may_stand_still(
     assert np.concatenate(seen).tolist() == list(range(144))
 
 
-def test_an_execution_ends_with_its_consumer(ray_session, source, tmp_path, capfd):
-    def threads() -> set[threading.Thread]:
-        names = ("stream", "StreamingExecutor")
-        return {t for t in threading.enumerate() if t.name.startswith(names)}
+def threads() -> set[threading.Thread]:
+    names = ("stream", "StreamingExecutor")
+    return {t for t in threading.enumerate() if t.name.startswith(names)}
 
+
+def test_an_execution_ends_with_its_consumer(ray_session, source, tmp_path, capfd):
     before = threads()
     list(Stream(source, Share(0, 1), 16, cpus=1))
     assert threads() == before
@@ -201,6 +209,32 @@ def test_an_execution_ends_with_its_consumer(ray_session, source, tmp_path, capf
     assert "GateClosed" not in "".join(capfd.readouterr())
 
 
+def test_so_does_one_whose_tasks_were_all_submitted_before(ray_session, source, tmp_path):
+    before = threads()
+    stream = Stream(told(source, tmp_path, waits_from=1), Share(0, 1), 0, cpus=1, until_step=3)
+    batches = iter(stream)
+    next(batches)
+    while not (tmp_path / "1").exists():
+        time.sleep(0.1)
+    del batches
+    assert threads() == before
+    (tmp_path / "go").touch()
+
+
+def test_an_autoscaler_is_asked_for_no_more_than_the_streams_cpus(ray_session, source, monkeypatch):
+    limits = []
+    carry_out = ray.data.Dataset.iter_internal_ref_bundles
+
+    def watched(self: ray.data.Dataset):
+        limits.append(self.context.execution_options.resource_limits.cpu)
+        return carry_out(self)
+
+    monkeypatch.setattr(ray.data.Dataset, "iter_internal_ref_bundles", watched)
+    list(Stream(source, Share(0, 1), 16, cpus=1))
+    list(Stream(source, Share(0, 1), 16, cpus=0.5))
+    assert limits == [1, 0.5]
+
+
 def test_a_gate_lets_tasks_through_in_order_and_only_so_many_at_once():
     gate = Gate(tasks=10, tasks_at_once=2)
     gate.open_to(3)
@@ -208,6 +242,8 @@ def test_a_gate_lets_tasks_through_in_order_and_only_so_many_at_once():
     assert not gate.admits(0, active=2)
     gate.open_to(5)
     assert gate.admits(4, active=1)
+    gate.open_to(12)
+    assert gate.admits(10, active=0), "nothing is left to wait for"
 
 
 def test_where_nothing_runs_and_nothing_may_a_gate_is_waited_for():

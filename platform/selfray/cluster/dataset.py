@@ -18,11 +18,11 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
 from ray.data._internal.stats import get_or_create_stats_actor
 
 from selfray.augment import MASK_SUFFIX, PARAMETERS_SUFFIX
-from selfray.cluster.gate import Gate
+from selfray.cluster.gate import Gate, GateClosed
 from selfray.method import Batch
 from selfray.plan import Share
 from selfray.source import LABEL, POSITION, Arrays, Segment, Source
@@ -39,7 +39,7 @@ CHUNKS_PER_CPU = 3
 MOST_STEPS_PER_CHUNK = 64
 GROWTH = 4
 """How many times as many steps chunks have after a window of them."""
-CHUNKS_PER_EXECUTION = 128
+CHUNKS_PER_EXECUTION = 128  # or two windows
 """Beginning an execution costs the trainer's CPU 40 ms and 1 ms for each chunk."""
 CLOSE_SECONDS = 10.0
 
@@ -70,6 +70,10 @@ class Stream:
         return max(2, math.ceil(CHUNKS_PER_CPU * self.cpus))
 
     @property
+    def chunks_per_execution(self) -> int:
+        return max(CHUNKS_PER_EXECUTION, 2 * self.window)
+
+    @property
     def most_steps_per_chunk(self) -> int:
         sizes = [view.size or 0 for group in self.source.views.values() for view in group]
         image_bytes = sum(3 * size**2 for size in sizes)
@@ -79,11 +83,11 @@ class Stream:
 
     def segments(self) -> Iterator[Segment]:
         """The rest of the run, one execution after the other."""
-        firsts = self.bounds()
-        bounds = list(itertools.islice(firsts, CHUNKS_PER_EXECUTION + 1))
+        firsts, most = self.bounds(), self.chunks_per_execution
+        bounds = list(itertools.islice(firsts, most + 1))
         while len(bounds) > 1:
             yield Segment(self.source, self.share, tuple(bounds))
-            bounds = [bounds[-1], *itertools.islice(firsts, CHUNKS_PER_EXECUTION)]
+            bounds = [bounds[-1], *itertools.islice(firsts, most)]
 
     def bounds(self) -> Iterator[int]:
         """The first step of each chunk, and the step after the last.
@@ -92,39 +96,49 @@ class Stream:
         """
         end = self.source.plan.total_steps if self.until_step is None else self.until_step
         first, steps = self.first_step, 1
-        for number in itertools.count(1):
+        for number in itertools.count():
             yield min(first, end)
             if first >= end:
                 return
-            first += steps
-            if number % self.window == 0:
+            if number and number % self.window == 0:
                 steps = min(GROWTH * steps, self.most_steps_per_chunk)
+            # An execution's first block lies in memory to its end (Ray 2.60): a small one.
+            first += 1 if number % self.chunks_per_execution == 0 else steps
 
     def __iter__(self) -> Iterator[Arrays]:
         """Micro-batches in the plan's order, `accumulate` for each step."""
+        executions: list[_Execution] = []
+
+        def begin() -> _Execution | None:
+            segment = next(segments, None)
+            if segment is None:
+                return None
+            executions[:] = [e for e in executions if e.is_running]
+            executions.append(_Execution(segment, self.cpus))
+            return executions[-1]
+
         segments = self.segments()
-        running = _Execution.of(next(segments, None), self.cpus)
-        previous: _Execution | None = None
-        upcoming: _Execution | None = None
         try:
+            running = begin()
             while running is not None:
-                chunks = running.segment.chunks
+                chunks, upcoming = running.segment.chunks, None
                 for chunk in range(chunks):
                     # As one chunk is taken up, one more may be drawn: no bubble, and never more
                     # than a window of them in memory, over the end of an execution too.
                     ahead = chunk + self.window
                     running.gate.open_to(ahead)
                     if upcoming is None and ahead + self.window >= chunks:
-                        upcoming = _Execution.of(next(segments, None), self.cpus)
+                        upcoming = begin()
                     if upcoming is not None:
                         upcoming.gate.open_to(max(0, ahead - chunks))
                     for wanted in running.segment.starts(chunk):
                         yield self._checked(running.take(), wanted)
-                previous, running, upcoming = running, upcoming, None
+                running = upcoming
         finally:
-            for execution in (previous, running, upcoming):
-                if execution is not None:
-                    execution.close()
+            for execution in executions:
+                execution.stop()
+            for execution in executions:
+                execution.join()
 
     def _checked(self, batch: Arrays, wanted: int) -> Arrays:
         """Whatever happened on the way, a batch is the one that the plan has here."""
@@ -160,33 +174,43 @@ class _Execution:
         # A finished task is noticed up to 0.1 s late (Ray 2.60): by then its CPU has another.
         tasks = max(1, int(cpus / task_cpus(cpus)))
         self.gate = Gate(segment.chunks, tasks + math.ceil(tasks / 2))
+        self._left = sum(1 for chunk in range(segment.chunks) for _ in segment.starts(chunk))
         self._queue: queue.SimpleQueue[Arrays | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
         self._thread.start()
 
-    @classmethod
-    def of(cls, segment: Segment | None, cpus: float) -> "_Execution | None":
-        return None if segment is None else cls(segment, cpus)
-
     def _run(self, cpus: float) -> None:
         try:
-            for batch in execute(self.segment, task_cpus(cpus), self.gate):
+            for batch in execute(self.segment, cpus, self.gate):
                 self._queue.put(batch)
             self._queue.put(AssertionError("the stream ended before its last micro-batch"))
+        except GateClosed:
+            pass
         except BaseException as error:  # handed to the consumer, who raises it
             self._queue.put(error)
 
-    def close(self) -> None:
-        """End what still runs, and wait for that: a thread that asks Ray for something after
-        `ray.shutdown` starts another Ray."""
-        self.gate.close()
-        self._thread.join(CLOSE_SECONDS)
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Draw no more, unless all that was to be drawn is taken: then it ends by itself."""
+        if self._left:
+            self.gate.close()
+
+    def join(self) -> None:
+        """Wait for its end: a thread that asks Ray for something after `ray.shutdown` starts
+        another Ray."""
+        # A garbage collection may close a stream on any thread.
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
 
     def take(self) -> Arrays:
         """The next micro-batch."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
+        self._left -= 1
         return item
 
 
@@ -204,9 +228,13 @@ def execute(segment: Segment, cpus: float, gate: Gate) -> Iterator[Arrays]:
     """
     configure(DataContext.get_current())
     draw: Any = segment.draw  # Ray's stubs know no dict of arrays
-    dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=cpus)
+    num_cpus = task_cpus(cpus)
+    dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=num_cpus)
     dataset.context.target_max_block_size = None  # a block is never cut, at whatever row
-    dataset.context.execution_options.preserve_order = True
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    # No task waits for this, but without it Ray Data asks an autoscaler for ever more nodes.
+    options.resource_limits = ExecutionResources.for_limits(cpu=max(cpus, num_cpus))
     gate.apply(dataset.context)
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:

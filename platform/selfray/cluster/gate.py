@@ -47,7 +47,7 @@ class Gate:
     def admits(self, submitted: int, active: int) -> bool:
         """Whether one more may follow. GateClosed after `close`."""
         with self._changed:
-            if not active:  # no result to wait for either
+            if submitted < self.tasks and not active:  # no result to wait for either
                 self._changed.wait_for(lambda: self._closed or submitted < self._open_to)
             if self._closed:
                 raise GateClosed
@@ -73,8 +73,7 @@ class GatePolicy(BackpressurePolicy):
     """Asks the context's gate before each task."""
 
     def can_add_input(self, op: Any) -> bool:
-        gate: Gate = self._data_context.get_config(_GATE)
-        submitted = op.metrics.num_tasks_submitted
-        if not isinstance(op, MapOperator) or submitted == gate.tasks:
+        if not isinstance(op, MapOperator):
             return True
-        return gate.admits(submitted, op.num_active_tasks())
+        gate: Gate = self._data_context.get_config(_GATE)
+        return gate.admits(op.metrics.num_tasks_submitted, op.num_active_tasks())
