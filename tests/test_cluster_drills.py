@@ -56,7 +56,7 @@ def wait_for_event(cluster: HandMadeCluster, kind: str, count: int, **wanted: An
 
 
 def finish(process: subprocess.Popen[bytes], cluster: HandMadeCluster) -> str:
-    process.wait(120)
+    process.wait(300)
     said = cluster.said.read_text()
     cluster.note(f"the command ended with {process.returncode}")
     assert process.returncode == 0, said
