@@ -396,8 +396,7 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
         from sklearn.datasets import load_sample_images
 
         folder = Path(load_sample_images.__code__.co_filename).parent / "images"
-    names = (".jpg", ".jpeg")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in names)
+    files = photographs(folder)
     # Every so many, not the first: neighbours are of one kind.
     step = max(1, len(files) // settings.count)
     found = [file.read_bytes() for file in files[::step][: settings.count]]
@@ -406,6 +405,12 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
 
         found = [shrink(data, task.max_side) for data in found]
     return [found[i % len(found)] for i in range(settings.count)]
+
+
+def photographs(folder: Path) -> list[Path]:
+    """The JPEG files below a folder."""
+    names = (".jpg", ".jpeg")
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in names)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
 rows, the time to plan, and how well the shuffle mixes.
 
-    python benchmarks/data_plane.py                    # eight minutes on two free cores
+    python benchmarks/data_plane.py                    # ten minutes on two cores
     python benchmarks/data_plane.py --rows 1000 10000 100000
     python benchmarks/data_plane.py --pictures DIR     # JPEG files instead of made ones
 
@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
+from augmentation import photographs
 from selfray.cluster import runtime
 from selfray.cluster.dataset import Stream
 from selfray.images import encode_jpeg
@@ -37,7 +38,7 @@ from selfray.plan import ReadPlan, Share
 from selfray.shards import open_shards, parquet_files
 from selfray.shuffle import shuffle_quality
 from selfray.source import POSITION, Source
-from selfray.views import ColorJitter, View, Views
+from selfray.views import ColorJitter, View, Views, require
 
 SIMCLR = View(size=224, color_jitter=ColorJitter(), grayscale=0.2, blur=0.5)
 VIEWS: Views = {"global": (SIMCLR, SIMCLR)}
@@ -82,7 +83,8 @@ def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
         small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
         pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
     else:
-        pictures = [f.read_bytes() for f in sorted(settings.pictures.glob("*.jp*g"))]
+        pictures = [file.read_bytes() for file in photographs(settings.pictures)]
+        require(len(pictures) > 0, f"--pictures: no .jpg or .jpeg file in {settings.pictures}")
     (folder / str(rows)).mkdir()
     for first in range(0, rows, 4_000):
         # Bytes behind the JPEG's end change its key and nothing else.

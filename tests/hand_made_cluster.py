@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from helpers import wait_for
 from selfray.spool import SpoolReader
 from selfray.storage import Location
 
@@ -37,18 +38,23 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
-    """The first true answer. AssertionError says what did not happen."""
-    until = time.monotonic() + seconds
-    while not (answer := found()):
-        assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.2)
-    return answer
-
-
 def _end_with_parent() -> None:
     """A test that is killed leaves no cluster behind: Linux ends its children with it."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A process, its children, and theirs. None if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass
@@ -71,6 +77,8 @@ class HandMadeCluster:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            # Compiled kernels are taken from there: compiling them takes 40 s.
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path("~/.cache").expanduser())),
             # As in an environment that is active.
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.home),
@@ -93,12 +101,10 @@ class HandMadeCluster:
     def __exit__(self, *_: object) -> None:
         commands = [self.process] if hasattr(self, "process") else []
         for process in [*commands, *reversed(self.nodes.values())]:
-            # With --block, Ray ends its own processes on it.
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            # All at once. Asked to end, Ray takes up to 20 s, and leaves an agent of each node that
+            # looks for the head for a minute, with all of a core.
+            kill_all(family_of(process))
+            process.wait(20)
         shutil.rmtree(self.folder, ignore_errors=True)
         print("\n".join(["", *self.timeline]))
         if hasattr(self, "said"):
@@ -112,12 +118,7 @@ class HandMadeCluster:
     def kill_node(self, name: str) -> None:
         """As when a machine is switched off: nothing of it says goodbye."""
         process = self.nodes.pop(name)
-        family = psutil.Process(process.pid).children(recursive=True)
-        for each in [psutil.Process(process.pid), *family]:
-            try:
-                each.kill()
-            except psutil.NoSuchProcess:
-                continue
+        kill_all(family_of(process))
         process.wait(20)
         self.note(f"node {name} killed")
 
@@ -164,7 +165,7 @@ class HandMadeCluster:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=200,
+            timeout=600,
             check=False,
         )
 

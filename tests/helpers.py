@@ -14,7 +14,8 @@ import os
 import pkgutil
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -74,6 +75,16 @@ SMALLER: dict[str, Any] = {
 }
 """What the contract tests change in a method's config where it has such a field, to be fast. A
 new method with a large head adds the head's field here."""
+
+
+def wait_for(what: str, found: Callable[[], Any], seconds: float = 600) -> Any:
+    """The first true answer. AssertionError says what did not happen, after a time in which it
+    would have on any machine."""
+    until = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.02)
+    return answer
 
 
 def tiny(kind: type[Config]) -> Config:

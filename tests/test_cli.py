@@ -100,7 +100,7 @@ def shell(folder: Path, *arguments: object, **environment: str) -> subprocess.Co
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

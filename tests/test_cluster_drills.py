@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray.util.state
 
-from hand_made_cluster import CHECKOUT, HandMadeCluster, events, wait_for
+from hand_made_cluster import CHECKOUT, HandMadeCluster, events
+from helpers import wait_for
 from selfray.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.long
@@ -56,7 +57,7 @@ def wait_for_event(cluster: HandMadeCluster, kind: str, count: int, **wanted: An
 
 
 def finish(process: subprocess.Popen[bytes], cluster: HandMadeCluster) -> str:
-    process.wait(300)
+    process.wait(600)
     said = cluster.said.read_text()
     cluster.note(f"the command ended with {process.returncode}")
     assert process.returncode == 0, said

@@ -213,7 +213,7 @@ def run_world(world: int, folder: Path) -> list[dict[str, Any]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from hand_made_cluster import HandMadeCluster, wait_for
+from hand_made_cluster import HandMadeCluster
+from helpers import wait_for
 from selfray import checkpoint
 from selfray.storage import Location
 

@@ -50,7 +50,7 @@ def run_python(code: str, path: list[Path], **environment: str) -> str:
         env={**kept, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import ray
 from PIL import Image
 from pyarrow import fs
 
+from helpers import wait_for
 from selfray.cluster import shard_sources, shard_writer, shards
 from selfray.cluster.shards import BuildOptions, Manifest, build, check, write_arrays
 from selfray.storage import Location
@@ -437,9 +437,7 @@ def test_a_killed_build_is_finished_by_running_it_again(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", BUILD_SCRIPT, *arguments], env={**os.environ, "PYTHONPATH": PLATFORM}
     )
-    deadline = time.monotonic() + 60
-    while not list(out.glob("_build/shard-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for("a shard", lambda: list(out.glob("_build/shard-*.json")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()

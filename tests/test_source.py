@@ -148,6 +148,7 @@ def test_the_chunks_of_all_ranks_together_are_the_plan(tmp_path, ranks, accumula
             assert [int(p[POSITION][0]) for p in parts] == starts
             assert len(starts) == accumulate * (bounds[number + 1] - bounds[number])
             seen += [position for part in parts for position in part[POSITION].tolist()]
+        assert segment.batches == 5 * accumulate
     assert sorted(seen) == list(range(8, 48))
 
 

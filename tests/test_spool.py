@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from helpers import wait_for
 from selfray.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
@@ -24,13 +25,6 @@ def store(folder: Path) -> Location:
 
 def losses(records: list[dict]) -> list[float]:
     return [record["values"]["loss"] for record in records if record["kind"] == "metrics"]
-
-
-def wait_until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_what_is_written_is_read_once_and_in_order(tmp_path: Path) -> None:
@@ -200,7 +194,7 @@ def test_an_object_store_is_written_without_further_calls(tmp_path: Path) -> Non
     folder = store(tmp_path)
     writer = SpoolWriter(folder, "train", flush_seconds=0.05)
     writer.event("checkpoint", step=1)
-    wait_until(lambda: SpoolReader(folder).read({})[0])
+    wait_for("a record", lambda: SpoolReader(folder).read({})[0])
     writer.close()
 
 
@@ -212,10 +206,10 @@ def test_a_failing_store_neither_raises_nor_blocks_and_nothing_is_lost(
     writer = SpoolWriter(folder, "train", flush_seconds=0.02)
     for step in range(100):
         writer.metrics(step, {"loss": step})
-    wait_until(lambda: len(caplog.records) == 1)
+    wait_for("a warning", lambda: len(caplog.records) == 1)
     time.sleep(0.1)
     (tmp_path / "spool").unlink()
-    wait_until(lambda: losses(SpoolReader(folder).read({})[0]) == list(range(100)))
+    wait_for("all", lambda: losses(SpoolReader(folder).read({})[0]) == list(range(100)))
     writer.close()
     assert len(caplog.records) == 1
 

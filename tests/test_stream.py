@@ -14,6 +14,7 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from helpers import wait_for
 from selfray.augment import BROKEN
 from selfray.cluster import dataset
 from selfray.cluster.dataset import (
@@ -175,17 +176,20 @@ def test_what_is_drawn_ahead_of_a_slow_consumer_is_a_window_of_chunks(
         next(batches)
         (chunk,) = [i for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a <= step < b]
         if step in (0, 2, 6):
-            assert settled(tmp_path) == bounds[chunk + stream.window]
+            ahead = bounds[chunk + stream.window]
+            wait_for("a window of chunks", lambda n=ahead: len(list(tmp_path.iterdir())) >= n)
+            assert settled(tmp_path) == ahead
 
 
 def test_a_consumer_may_pause_for_longer_than_an_execution_may_stand_still(
     ray_session, source, monkeypatch
 ):
-    # Probes and checkpoints take their time.
-    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
+    # Probes and checkpoints take their time. A first task waits for a process to start, too.
+    list(Stream(source, Share(0, 1), 16, cpus=1))
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 4.0)
     batches = iter(Stream(source, Share(0, 1), 0, cpus=1))
     seen = [next(batches)[POSITION]]
-    time.sleep(4)
+    time.sleep(6)
     seen += [batch[POSITION] for batch in batches]
     assert np.concatenate(seen).tolist() == list(range(144))
 
@@ -214,8 +218,7 @@ def test_so_does_one_whose_tasks_were_all_submitted_before(ray_session, source, 
     stream = Stream(told(source, tmp_path, waits_from=1), Share(0, 1), 0, cpus=1, until_step=3)
     batches = iter(stream)
     next(batches)
-    while not (tmp_path / "1").exists():
-        time.sleep(0.1)
+    wait_for("the second step to begin", (tmp_path / "1").exists)
     del batches
     assert threads() == before
     (tmp_path / "go").touch()

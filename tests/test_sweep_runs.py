@@ -5,8 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from helpers import RESNET, SIMCLR, tiny
+from helpers import RESNET, SIMCLR, tiny, wait_for
 from selfray.checkpoint import MANIFEST, Checkpoint
 from selfray.cluster.launch import launch
 from selfray.cluster.shards import write_arrays
@@ -266,24 +265,25 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--epochs", "30", "--ratios", "0.5", "0.9"]
     command += ["--output", str(tmp_path)]
     with started(command, tmp_path / "first.txt") as first:
-        wait_for(lambda: list(tmp_path.glob("sweeps/*/trials/0000.json")))
+        wait_for("a first result", lambda: list(tmp_path.glob("sweeps/*/trials/0000.json")))
         # Both runs have folders by now, or soon: the second has none of the first's checkpoints.
-        wait_for(lambda: len({f.parts[-4] for f in tmp_path.glob(CHECKPOINTS)}) == 2)
+        wait_for("two runs", lambda: len({f.parts[-4] for f in tmp_path.glob(CHECKPOINTS)}) == 2)
         first.kill()
     (folder,) = (tmp_path / "sweeps").iterdir()
     done = (folder / "trials" / "0000.json").stat().st_mtime_ns
     assert not (folder / "trials" / "0001.json").exists()
     # A second death, this time as `kill` and `ray job stop` have it.
     with started(command, tmp_path / "second.txt") as second:
-        wait_for(lambda: "continuing from step" in (folder / "logs" / "0001.log").read_text())
+        log = folder / "logs" / "0001.log"
+        wait_for("it to go on", lambda: "continuing from step" in log.read_text())
         second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=60) == 130
+        assert second.wait(timeout=600) == 130
     assert "interrupted: the same command continues" in (tmp_path / "second.txt").read_text()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     statuses = sorted(run.info.status for run in client.search_runs(["1"]))
     assert statuses == ["FINISHED", "KILLED", "KILLED"]
 
-    third = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    third = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "1 of 2 runs were done before" in third.stdout
     assert (folder / "trials" / "0000.json").stat().st_mtime_ns == done
@@ -307,10 +307,3 @@ def started(command: list[str], output: Path) -> Iterator[subprocess.Popen]:
     finally:
         process.kill()
         process.wait()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it has not come to pass"
-        time.sleep(0.1)

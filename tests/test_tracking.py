@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
+from helpers import wait_for
 from selfray.cluster.tracking import (
     Tracker,
     environment_tags,
@@ -55,13 +56,6 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def start_driver(uri: str, folder: Path, points: int) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, uri, str(folder), str(points)],
@@ -90,7 +84,8 @@ def two_drivers(output: Path, uri: str) -> Iterator[dict[str, str]]:
     drivers = {name: start_driver(uri, output / name, 2500) for name in ("one", "two")}
     try:
         run_ids = {name: d.stdout.readline().strip() for name, d in drivers.items() if d.stdout}
-        wait_until(lambda: "train-0.jsonl" in (output / "two/shipped.json").read_text())
+        shipped = output / "two/shipped.json"
+        wait_for("what was shipped", lambda: "train-0.jsonl" in shipped.read_text())
         drivers["two"].send_signal(signal.SIGKILL)
         out, err = drivers["one"].communicate("\n", timeout=60)
         assert out == "True\n"
@@ -205,14 +200,14 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_when_it_is_up(
             writer.metrics(step, {"loss": step / 7})
         tracker.set_tags({"probe.knn.protocol": "v1"})
         tracker.log_picture(Image.new("RGB", (4, 4), "red"), "pictures/red.png")
-        wait_until(lambda: said)
+        wait_for("a line", lambda: said)
         assert len(said) == 1
         assert f"tracking server {server_uri} cannot be reached" in said[0]
         assert "Connection refused" in said[0]
         assert str(tracker.run_folder / "spool") in said[0]
         assert "next start of the command" in said[0]
 
-        wait_until(lambda: len(said) == 2, 120)
+        wait_for("a second line", lambda: len(said) == 2)
         # One line for all the attempts that were refused while the server was starting.
         assert said[1] == f"{server_uri} is back: all that was kept has been sent"
         writer.metrics(2000, {"loss": 0.25})
@@ -270,7 +265,7 @@ def test_a_server_that_never_answers_does_not_hold_up_the_driver(
         tracker = make(store=f"http://127.0.0.1:{listener.getsockname()[1]}")
         tracker.set_tags({"a": "b"})
         assert time.monotonic() - start < 5
-        wait_until(lambda: said)
+        wait_for("a line", lambda: said)
         start = time.monotonic()
         assert not tracker.finish("FINISHED", seconds=0.5)
         assert time.monotonic() - start < 8
@@ -327,7 +322,7 @@ def test_a_refused_uri_is_said_once_with_its_cause(
     store: str, make: Callable[..., Tracker], said: list[str]
 ) -> None:
     tracker = make(store=store)
-    wait_until(lambda: said)
+    wait_for("a line", lambda: said)
     tracker.finish("FINISHED", seconds=0.3)
     assert store in said[0]
     assert ("unsupported URI" if "gopher" in store else "maintenance mode") in said[0]
@@ -399,7 +394,7 @@ def test_a_reopened_run_is_running_until_it_finishes_and_children_know_their_par
     assert run_of(parent, uri).info.status == "FINISHED"
     parent = make()
     parent_id = parent.wait_for_run(30)
-    wait_until(lambda: run_of(parent, uri).info.status == "RUNNING")
+    wait_for("a running run", lambda: run_of(parent, uri).info.status == "RUNNING")
     folder = Location.of(tmp_path / "child")
     child = Tracker(uri, "tests", "child", folder, {}, {}, parent_run_id=parent_id)
     child.start()
@@ -418,10 +413,10 @@ def test_a_run_that_its_user_deleted_is_not_made_anew(
     assert run_id is not None
     client(uri).delete_run(run_id)
     SpoolWriter(tracker.run_folder / "spool", "train-0").metrics(1, {"loss": 1.0})
-    wait_until(lambda: said)
+    wait_for("a line", lambda: said)
     assert f"run {run_id} was deleted in MLflow" in said[0]
     client(uri).restore_run(run_id)
-    wait_until(lambda: history(uri, run_id, "loss") == [(1, 1.0)])
+    wait_for("the loss", lambda: history(uri, run_id, "loss") == [(1, 1.0)])
     assert tracker.finish("FINISHED")
 
 
@@ -453,7 +448,7 @@ def test_the_tracking_uri_is_the_explicit_one_or_the_environment_s_or_a_local_fi
 
 def test_passwords_in_a_uri_are_not_shown(make: Callable[..., Tracker], said: list[str]) -> None:
     tracker = make(store="http://user:secret@127.0.0.1:9")
-    wait_until(lambda: said)
+    wait_for("a line", lambda: said)
     tracker.finish("FINISHED", seconds=0.1)
     assert "secret" not in "".join(said) + tracker.describe()
     assert "user:***@127.0.0.1:9" in said[0]

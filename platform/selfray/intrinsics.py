@@ -1,8 +1,6 @@
 """Steps of the kernels in LLVM's own words, for which numba has none or LLVM finds no good ones.
 
-Arrays must be contiguous, and nothing checks their bounds. numba's cache of a file's kernels looks
-at that file alone: whoever changes something here, or what jpeg.py has of kernels.py, must touch
-the files that use it.
+Arrays must be contiguous, and nothing checks their bounds.
 """
 
 from typing import Any

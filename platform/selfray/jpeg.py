@@ -18,13 +18,11 @@ import math
 import threading
 
 import numpy as np
-from numba import njit
 
 from selfray import kernels
+from selfray.compiled import compiled
 from selfray.intrinsics import WORD, copy_word, interleave, load_word
 from selfray.workspace import Workspace
-
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
 u8, u64 = np.uint8, np.uint64
@@ -124,7 +122,7 @@ _SCALE = np.full(8, 0.5, np.float32)
 _SCALE[0] = math.sqrt(0.125)
 
 
-@_compiled
+@compiled
 def _read_headers(source, frame, components, quantisation, short, long):
     """The number of components, or 0 for a file that `decode` does not decode."""
     size, position, frame_at = len(source), 2, 0
@@ -175,12 +173,12 @@ def _read_headers(source, frame, components, quantisation, short, long):
     return 0
 
 
-@_compiled
+@compiled
 def _two_bytes(source, place):
     return i64(source[place]) << 8 | i64(source[place + 1])
 
 
-@_compiled
+@compiled
 def _read_quantisation(source, start, end, quantisation):
     """Into [4, 64], row-major: each step times the scale of the inverse transform."""
     while start < end:
@@ -195,7 +193,7 @@ def _read_quantisation(source, start, end, quantisation):
     return True
 
 
-@_compiled
+@compiled
 def _read_components(frame, scan, components, quantisation, long):
     count = i64(frame[5])
     if count != 1 and count != 3:
@@ -242,7 +240,7 @@ as long or shorter has; long[17 + l] what to add to a code for the place of its 
 """
 
 
-@_compiled
+@compiled
 def _read_codes(source, start, end, short, long):
     """Into short [8, 512], by the next bits, and long [8, 290]; even rows are for DC."""
     while start < end:
@@ -276,7 +274,7 @@ def _read_codes(source, start, end, short, long):
     return True
 
 
-@_compiled
+@compiled
 def _long_code(long, table, window):
     """The entry of a code that `short` does not have; 0 if it is none."""
     peek = i64(window >> u64(48))
@@ -289,13 +287,13 @@ def _long_code(long, table, window):
     return u64(0)
 
 
-@_compiled
+@compiled
 def _refill(ahead, window, place, held):
     """The window with 56 bits or more, where the bits after these lie, and how many it holds."""
     return window | ahead >> held, place + ((u64(63) - held) >> u64(3)), held | u64(56)
 
 
-@_compiled
+@compiled
 def _meaning(entry, window):
     """Of the next bits: how many they are, by how many places to go on, and the value."""
     taken, size = entry & u64(31), (entry >> u64(5)) & u64(15)
@@ -323,7 +321,7 @@ _PLACES[:64] = _ZIGZAG * _GROUP
 _headers, _workspace = _Headers(), Workspace()
 
 
-@_compiled
+@compiled
 def _plan(frame, components, box, least_factor, blocks, parts, planes):
     """What to decode.
 
@@ -373,7 +371,7 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
     return count, groups, pixels, (columns, last_row, first_row)
 
 
-@_compiled
+@compiled
 def _unstuff(source, start, restarts, bits, ends):
     """Copy codes without the zeros that follow their bytes of 255, up to the next marker; restart
     markers are left out, and `ends` gets the places where they, and all codes, end. Returns the
@@ -408,7 +406,7 @@ def _unstuff(source, start, restarts, bits, ends):
     return run + 1
 
 
-@_compiled
+@compiled
 def _decode_scan(
     bits,
     ends,
@@ -529,14 +527,14 @@ _COSINES = np.array(
 """For as few points, the sums themselves cost less than a case of their own."""
 
 
-@_compiled
+@compiled
 def _inverse_4(a, b, c, d):
     even, odd = c * _H2, (b + d) * _H2
     p, q, r, s = a + even, a - even, (b + odd) * _H4A, (b - odd) * _H4B
     return p + r, q + s, q - s, p - r
 
 
-@_compiled
+@compiled
 def _inverse_8(a, b, c, d, e, f, g, h):
     p, q, r, s = _inverse_4(a, c, e, g)
     t, u, v, w = _inverse_4(b, b + d, d + f, f + h)
@@ -544,7 +542,7 @@ def _inverse_8(a, b, c, d, e, f, g, h):
     return p + t, q + u, r + v, s + w, s - w, r - v, q - u, p - t
 
 
-@_compiled
+@compiled
 def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, out):
     """The pixels of one component in a chunk of a row's units, of the groups that are kept."""
     down, across, groups, first, last, side, table = part
@@ -566,7 +564,7 @@ def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned
                 _transform_lowest(source, quantisation[table], tile, side, out[place:], stride)
 
 
-@_compiled
+@compiled
 def _transform_whole(source, quantisation, tile, turned):
     """8 x 8 pixels of each of 16 blocks: turned[128 * y + 16 * x + block]."""
     q = quantisation
@@ -615,7 +613,7 @@ def _transform_whole(source, quantisation, tile, turned):
             turned[at + 112] = kernels.cut(h)
 
 
-@_compiled
+@compiled
 def _transform_lowest(source, quantisation, tile, side, out, stride):
     """side x side pixels of each of 16 blocks, from as many of their lowest frequencies."""
     basis = _COSINES[side // 2]  # 1, 2, 4 -> 0, 1, 2

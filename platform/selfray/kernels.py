@@ -5,31 +5,29 @@ end. Each operation computes what torchvision.transforms.v2.functional computes 
 resizing, blurring and the step from a JPEG's Y, Cb and Cr to RGB are in fixed point, for those
 vectorise to 16-bit products of a machine word's upper halves (`(a * b) >> 16`). Sums are of
 integers and fast-math is off, so a processor's vector width changes no pixel.
-
-Compiled code is kept beside this file or, where that cannot be written, in numba's cache folder.
 """
 
 import math
 
 import numpy as np
-from numba import njit
 
+from selfray.compiled import compiled
 from selfray.intrinsics import TILE, add_product, transpose_tile
 
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R 601, with the digits that torchvision has."""
 
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
-
 i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
 u8, u64 = np.uint8, np.uint64
 _RED, _GREEN, _BLUE = (f32(weight) for weight in LUMA)
+_ZERO = i64(0)
+"""For an argument 0 as it stands here, numba would compile what is called once more."""
 
 
 # Names of images
 
 
-@_compiled
+@compiled
 def digest(words, lanes):
     """Mix uint64 words, a multiple of 4 of them, into the 4 lanes.
 
@@ -50,7 +48,7 @@ def digest(words, lanes):
 # take 0.3.
 
 
-@_compiled
+@compiled
 def _high_product(a, b):
     """The upper 64 bits of a product of two uint64."""
     low = np.uint64(0xFFFFFFFF)
@@ -61,7 +59,7 @@ def _high_product(a, b):
     return a_high * b_high + (middle >> half) + (other >> half)
 
 
-@_compiled
+@compiled
 def fill_uniforms(keys, seed, epoch, out):
     """Row i of out float64 [n, m] as numpy's Generator(Philox(key=(keys[i], seed), counter=(0, 0,
     0, epoch))).random(m) fills it."""
@@ -88,7 +86,7 @@ def fill_uniforms(keys, seed, epoch, out):
 # Resizing: antialiased bicubic, as Pillow and torchvision have it
 
 
-@_compiled
+@compiled
 def _cubic(distance):
     """Keys' kernel with a = -0.5, Pillow's."""
     distance = abs(distance)
@@ -102,7 +100,7 @@ def _cubic(distance):
 # are unsigned, or numba would test each for being negative.
 
 
-@_compiled
+@compiled
 def _weigh(lines, places, weights, new, number, out, to, length):
     """out[to + i] = the sum over k of lines[places[k] + i] times weights[new, k], its fraction one
     bit shorter, for i below `length`.
@@ -138,19 +136,19 @@ def _weigh(lines, places, weights, new, number, out, to, length):
                 out[to + i] = add_product(add_product(total, lines[e + i], y), lines[f + i], z)
 
 
-@_compiled
+@compiled
 def _room_for(number):
     """In whole groups of six."""
     return (number + 5) // 6 * 6
 
 
-@_compiled
+@compiled
 def padded_length(length):
     """Lines of so many 16-bit numbers start where lines of the processor's cache do."""
     return -(-length // 32) * 32
 
 
-@_compiled
+@compiled
 def resampling(length, start, span, size, flip):
     """What resizes [start, start + span) of `length` old pixels to `size` new ones: for each of
     these the first old one that it sees, the weights int16 (1 is 2**15) of those from there on, and
@@ -201,7 +199,7 @@ def resampling(length, start, span, size, flip):
     return first, weights, most
 
 
-@_compiled
+@compiled
 def resize_rows(pixels, starts, stride, window, plan, lines, length):
     """A window (top, left, height, width) of channels uint8, resized along its height alone by
     resampling's plan.
@@ -229,7 +227,7 @@ def resize_rows(pixels, starts, stride, window, plan, lines, length):
         _weigh(ring, places, weights, row, number, lines, row * length, length)
 
 
-@_compiled
+@compiled
 def resize_columns(columns, width, length, plan, pixels):
     """`width` columns int16 of `length` with 6 fractional bits to `size` columns uint8."""
     first, weights, number = plan
@@ -237,13 +235,13 @@ def resize_columns(columns, width, length, plan, pixels):
     for column in range(len(first)):
         for k in range(number):
             places[k] = min(max(first[column] + k, 0), width - 1) * length
-        _weigh(columns, places, weights, column, number, line, 0, length)
+        _weigh(columns, places, weights, column, number, line, _ZERO, length)
         to = u64(column * length)
         for i in range(u64(length)):
             pixels[to + i] = _cut_fifth(i16(line[i] + i16(16)))
 
 
-@_compiled
+@compiled
 def _transpose(source, start, step, out, place, out_step, height, width):
     """[height, width] elements whose rows lie `step` apart, transposed."""
     whole_height, whole_width = height // TILE * TILE, width // TILE * TILE
@@ -263,7 +261,7 @@ def _transpose(source, start, step, out, place, out_step, height, width):
 # operation, as torchvision does.
 
 
-@_compiled
+@compiled
 def cut(value):
     # As an integer: of two comparisons of float32, LLVM makes four instructions for one each.
     value = i32(value)
@@ -271,12 +269,12 @@ def cut(value):
     return u8(value if value < i32(255) else i32(255))
 
 
-@_compiled
+@compiled
 def _luma(red, green, blue):
     return f32(i32(_RED * f32(red) + _GREEN * f32(green) + _BLUE * f32(blue)))
 
 
-@_compiled
+@compiled
 def _luma_sum(red, green, blue):
     total = i32(0)
     for i in range(len(red)):
@@ -284,7 +282,7 @@ def _luma_sum(red, green, blue):
     return i64(total)
 
 
-@_compiled
+@compiled
 def to_rgb(planes):
     """From Y, Cb and Cr, as JFIF has them; exact to 1 / 16 of a level, before it is rounded."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -298,7 +296,7 @@ def to_rgb(planes):
         blue[i] = _cut_fifth(add_product(i16(y), i16(cb), i16(29032)))  # 1.772
 
 
-@_compiled
+@compiled
 def _cut_fifth(value):
     """Of a number with 5 fractional bits."""
     value = i16(value) >> 5
@@ -306,7 +304,7 @@ def _cut_fifth(value):
     return u8(value if value < 255 else i64(255))
 
 
-@_compiled
+@compiled
 def adjust_brightness(planes, factor):
     factor = f32(factor)
     values = planes.reshape(planes.size)
@@ -314,7 +312,7 @@ def adjust_brightness(planes, factor):
         values[i] = cut(f32(values[i]) * factor)
 
 
-@_compiled
+@compiled
 def adjust_contrast(planes, factor):
     """Blend with the mean luma."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -329,7 +327,7 @@ def adjust_contrast(planes, factor):
         values[i] = cut(f32(values[i]) * factor + other)
 
 
-@_compiled
+@compiled
 def adjust_saturation(planes, factor):
     """Blend with each pixel's luma."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -342,7 +340,7 @@ def adjust_saturation(planes, factor):
         blue[i] = cut(f32(blue[i]) * factor + other)
 
 
-@_compiled
+@compiled
 def _turned(hue, value, chroma):
     """A channel at a hue's distance from its own, within [-2, 9) sixths of the circle."""
     hue = hue - f32(6) * chroma if hue >= f32(3) * chroma else hue
@@ -353,7 +351,7 @@ def _turned(hue, value, chroma):
     return u8(i32((value - share) * f32(255.999 / 255)))
 
 
-@_compiled
+@compiled
 def adjust_hue(planes, shift):
     """Turn the hue by a fraction of the circle, within [-0.5, 0.5]."""
     red, green, blue = planes[0], planes[1], planes[2]
@@ -376,7 +374,7 @@ def adjust_hue(planes, shift):
         blue[i] = _turned(hue - chroma, value, chroma)
 
 
-@_compiled
+@compiled
 def to_grayscale(planes):
     red, green, blue = planes[0], planes[1], planes[2]
     for i in range(len(red)):
@@ -386,7 +384,7 @@ def to_grayscale(planes):
         blue[i] = luma
 
 
-@_compiled
+@compiled
 def solarize(planes):
     """Invert the values from 128 up."""
     values = planes.reshape(planes.size)
@@ -398,7 +396,7 @@ def solarize(planes):
 # Blur
 
 
-@_compiled
+@compiled
 def _mirrored(place, length):
     """A place beyond an edge, reflected without repeating the edge; often, in a narrow image."""
     if length == 1:
@@ -408,13 +406,13 @@ def _mirrored(place, length):
     return place
 
 
-@_compiled
+@compiled
 def blurred_length(width, reach):
     """Of a line of all three channels, with what lies between them."""
     return padded_length(3 * width + 4 * reach)
 
 
-@_compiled
+@compiled
 def gaussian_blur(planes, reach, sigma, padded, blurred):
     """Blur planes [3, H, W] with a kernel of `reach` pixels on each side; edges are mirrored.
 
@@ -448,11 +446,11 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
                 padded[to + u64(beyond)] = padded[to + u64(_mirrored(beyond, width))]
         for k in range(number):
             places[k] = k
-        _weigh(padded, places, weights, 0, number, blurred, row * length, length)
+        _weigh(padded, places, weights, _ZERO, number, blurred, row * length, length)
     for row in range(height):
         for k in range(number):
             places[k] = _mirrored(row + k - reach, height) * length
-        _weigh(blurred, places, weights, 0, number, padded, 0, length)
+        _weigh(blurred, places, weights, _ZERO, number, padded, _ZERO, length)
         for channel in range(3):
             start, to = u64((channel * height + row) * width), u64(channel * step)
             for i in range(u64(width)):
@@ -469,7 +467,7 @@ PARAMETERS = 13
 BLUR_SIGMA 0 where there is no blur."""
 
 
-@_compiled
+@compiled
 def recolour(planes, row, orders, reach, padded, blurred):
     """All that follows crop and flip, in the order of SimCLR and BYOL, on planes [3, H, W]."""
     flat = planes.reshape(3, planes.shape[1] * planes.shape[2])
@@ -492,7 +490,7 @@ def recolour(planes, row, orders, reach, padded, blurred):
         solarize(flat)
 
 
-@_compiled
+@compiled
 def window_of(start, length, reduction, limit):
     """Where [start, start + length) lies in an image `limit` long whose sides were divided by
     `reduction`: the first pixel, how many, the start counted from there, and the span."""
@@ -501,7 +499,7 @@ def window_of(start, length, reduction, limit):
     return first, last - first, start / reduction - first, length / reduction
 
 
-@_compiled
+@compiled
 def _draw_channels(pixels, starts, stride, box, plans, room, planes, first, count):
     """A box (top, left, height, width) of `count` channels that lie alike, into planes [3, size,
     size] from the `first` on. One start of several channels means that their pixels take turns."""
@@ -515,7 +513,7 @@ def _draw_channels(pixels, starts, stride, box, plans, room, planes, first, coun
     resize_rows(pixels, starts, stride, window, down, lines, step)
     # From [size, start, x, turn] to [x, start or turn, size].
     if taking_turns > 1:
-        _transpose(lines, 0, step, columns, 0, size, size, count * width)
+        _transpose(lines, _ZERO, step, columns, _ZERO, size, size, count * width)
     else:
         for channel in range(count):
             old, new = channel * width, channel * size
@@ -533,7 +531,7 @@ bytes, which row and column of the whole plane comes first, the whole one's size
 image's height and width are divided to give it."""
 
 
-@_compiled
+@compiled
 def _alike(plane, other):
     alike = True
     for column in range(STORED, ACROSS + 1):
@@ -541,7 +539,7 @@ def _alike(plane, other):
     return alike
 
 
-@_compiled
+@compiled
 def draw_views(pixels, planes, turns, rows, orders, reach, room, views, recolours):
     """All views [V, 3, size, size] of an image with parameters [V, 13].
 
@@ -550,7 +548,7 @@ def draw_views(pixels, planes, turns, rows, orders, reach, room, views, recolour
     """
     size = views.shape[2]
     for view in range(len(views)):
-        row, channel = rows[view], 0
+        row, channel = rows[view], _ZERO
         while channel < len(planes):
             plane, count = planes[channel], 1
             # Planes alike are resized together: fewer lines, and longer ones.
@@ -579,13 +577,13 @@ def draw_views(pixels, planes, turns, rows, orders, reach, room, views, recolour
 # What is drawn
 
 
-@_compiled
+@compiled
 def _factor(strength, uniform):
     low = max(0.0, 1 - strength)
     return low + (1 + strength - low) * uniform
 
 
-@_compiled
+@compiled
 def draw_crop(low, high, attempts, uniform, aspects, height, width, row):
     """(top, left, height, width) as in RandomResizedCrop: uniform in area, log-uniform in aspect.
 
@@ -610,7 +608,7 @@ def draw_crop(low, high, attempts, uniform, aspects, height, width, row):
     row[HEIGHT], row[WIDTH] = crop_height, crop_width
 
 
-@_compiled
+@compiled
 def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, width, out):
     """What uniform numbers [V, draws] mean for views: parameters [V, 13]; see augment._specs_of."""
     for view in range(len(specs)):
@@ -632,7 +630,7 @@ def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, w
         row[SOLARIZE] = drawn[first + 10] < spec[10]
 
 
-@_compiled
+@compiled
 def extend_cover(rows, size, cover):
     """Extend a box (top, left, bottom, right) float64 [5] over the crops of parameters [V, 13], and
     in its last place keep the least factor by which a crop is shrunk to `size`."""

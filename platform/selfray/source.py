@@ -135,6 +135,11 @@ class Segment:
         return len(self.bounds) - 1
 
     @property
+    def batches(self) -> int:
+        """How many micro-batches all chunks have."""
+        return (self.bounds[-1] - self.bounds[0]) * self.share.accumulate
+
+    @property
     def micro_batch(self) -> int:
         return self.share.micro_batch(self.source.plan.batch_size)
 

@@ -39,9 +39,10 @@ CHUNKS_PER_CPU = 3
 MOST_STEPS_PER_CHUNK = 64
 GROWTH = 4
 """How many times as many steps chunks have after a window of them."""
-CHUNKS_PER_EXECUTION = 128  # or two windows
-"""Beginning an execution costs the trainer's CPU 40 ms and 1 ms for each chunk."""
+CHUNKS_PER_EXECUTION = 128
+"""Or two windows of them. To begin one costs the trainer's CPU 40 ms, and 1 ms for each chunk."""
 CLOSE_SECONDS = 10.0
+"""A stream that is closed waits so long for its threads, and then leaves them to themselves."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[Arrays]:
         """Micro-batches in the plan's order, `accumulate` for each step."""
+        segments = self.segments()
         executions: list[_Execution] = []
 
         def begin() -> _Execution | None:
@@ -117,7 +119,6 @@ class Stream:
             executions.append(_Execution(segment, self.cpus))
             return executions[-1]
 
-        segments = self.segments()
         try:
             running = begin()
             while running is not None:
@@ -174,7 +175,7 @@ class _Execution:
         # A finished task is noticed up to 0.1 s late (Ray 2.60): by then its CPU has another.
         tasks = max(1, int(cpus / task_cpus(cpus)))
         self.gate = Gate(segment.chunks, tasks + math.ceil(tasks / 2))
-        self._left = sum(1 for chunk in range(segment.chunks) for _ in segment.starts(chunk))
+        self._left = segment.batches
         self._queue: queue.SimpleQueue[Arrays | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(cpus,), daemon=True, name="stream")
         self._thread.start()
