@@ -454,12 +454,10 @@ def test_an_image_decoded_smaller_is_near_the_whole_one_shrunk(reduction):
     assert difference.max() <= 16
 
 
-def test_an_image_turned_by_its_exif_is_opened_upright_and_whole():
-    for orientation, size in ((0, (203, 331)), (1, (203, 331)), (6, (331, 203))):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
+def test_an_image_with_an_orientation_is_opened_upright():
+    for orientation, size in ((0, (203, 331)), (1, (203, 331)), (6, (331, 203)), (9, (203, 331))):
+        exif = with_orientation(orientation)
         image = open_image(saved(photograph(), exif=exif.tobytes()))
-        assert (image.height, image.width) == size
-        pixels, _ = image.decode(50, 1.0)
-        assert np.array_equal(pixels[:50], decode(image.data)[:50])
-        assert image.decode(50, 2.0)[1] == (1 if orientation == 6 else 2)
+        assert (image.height, image.width) == size == decode(image.data).shape[:2]
+        # What no program writes is left to Pillow, whole.
+        assert image.decode(50, 2.0)[1] == (1 if orientation == 9 else 2)

@@ -33,7 +33,7 @@ from selfray.views import (
 )
 from selfray.workspace import Workspace
 
-BACKEND = f"selfray-4/opencv-{cv2.__version__}"
+BACKEND = f"selfray-5/opencv-{cv2.__version__}"
 """Tags a run: another version, or another OpenCV's JPEG decoder, may round pixels differently."""
 
 BROKEN = "broken"
@@ -214,6 +214,7 @@ def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: b
         planes.pixels,
         planes.layout,
         planes.turns,
+        planes.stored,
         rows,
         _ORDERS,
         blur_kernel_size(size) // 2,

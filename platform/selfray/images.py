@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from selfray import jpeg
+from selfray import jpeg, kernels
 from selfray.views import require
 
 MAX_PIXELS = 100_000_000
@@ -74,13 +74,18 @@ class Planes(NamedTuple):
     """int64 [P, 9]: where planes lie in it, in the columns that kernels.py names."""
     turns: int
     """3: one plane, of RGB. 1: Y alone, or Y, Cb and Cr."""
+    stored: tuple[int, int, int] = (0, 0, 0)
+    """How the whole image is to be turned (kernels.TURNS), and its height and width before it is,
+    which count only if it is."""
 
     @classmethod
-    def of_rgb(cls, pixels: np.ndarray, reduction: int = 1) -> "Planes":
+    def of_rgb(
+        cls, pixels: np.ndarray, reduction: int = 1, stored: tuple[int, int, int] = (0, 0, 0)
+    ) -> "Planes":
         """Of uint8 [H, W, 3], by whose `reduction` an image's sides were divided."""
         height, width = pixels.shape[:2]
         layout = [[0, height, 3 * width, 0, 0, height, width, reduction, reduction]]
-        return cls(np.ascontiguousarray(pixels).reshape(-1), np.array(layout), 3)
+        return cls(np.ascontiguousarray(pixels).reshape(-1), np.array(layout), 3, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +93,38 @@ class OpenImage:
     """An image whose size is known and whose pixels are decoded when somebody says which."""
 
     data: bytes
-    height: int
-    width: int
-    """Upright, by its EXIF orientation."""
+    stored: tuple[int, int, int]
+    """How it is to be turned (kernels.TURNS), and its height and width before it is."""
     frame: int | None
     """Where a JPEG's frame header lies, if part of it can be decoded."""
     baseline: bool
     pixels: np.ndarray | None
 
+    @property
+    def height(self) -> int:
+        """Upright, as all that follows."""
+        return self.stored[2 if self.stored[0] & kernels.TRANSPOSED else 1]
+
+    @property
+    def width(self) -> int:
+        return self.stored[1 if self.stored[0] & kernels.TRANSPOSED else 2]
+
     def planes(self, box: tuple[int, int, int, int], least_factor: float) -> "Planes":
         """What crops within a box (top, left, bottom, right) need of it; see `decode`."""
+        if self.stored[0]:
+            top, left, bottom, right = map(float, box)
+            upright = (top, left, bottom - top, right - left)
+            top, left, height, width = map(int, kernels.stored_box(self.stored, upright))
+            box = (top, left, top + height, left + width)
         if self.baseline:
             found = jpeg.decode(self.data, box, least_factor)
             if found is not None:
-                return Planes(*found, turns=1)
-        return Planes.of_rgb(*self.decode(box[2], least_factor))
+                return Planes(*found, turns=1, stored=self.stored)
+        return Planes.of_rgb(*self.decode(box[2], least_factor), self.stored)
 
     def decode(self, bottom: int, least_factor: float) -> tuple[np.ndarray, int]:
-        """Pixels uint8 [h, W, 3], and by what whole number their sides were divided.
+        """Pixels uint8 [h, W, 3] as they are stored, and by what whole number their sides were
+        divided.
 
         Rows from `bottom` on may be missing; the others are those of the whole image bit for bit.
         `least_factor` is the least by which any crop of it will be shrunk: from 2 on, libjpeg
@@ -113,6 +132,7 @@ class OpenImage:
         """
         if self.pixels is not None:
             return self.pixels, 1
+        turn, stored_height, stored_width = self.stored
         reduction = 1
         data: bytes | bytearray = self.data
         if self.frame is not None:
@@ -120,22 +140,22 @@ class OpenImage:
             # A header that declares fewer rows ends the decoding early. A progressive file's scans
             # have no such end. The chroma of a row depends on at most 16 further rows.
             height = (bottom + 2 * _MCU_ROWS - 1) // _MCU_ROWS * _MCU_ROWS
-            if self.baseline and height < self.height:
+            if self.baseline and height < stored_height:
                 data = bytearray(data)
                 struct.pack_into(">H", data, self.frame + 5, height)
         # Upright by what the header says: an orientation that only OpenCV sees must not turn it.
         flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
         pixels, _ = _codec_messages.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:  # `decode` says what is wrong with it, or can read it.
-            pixels, reduction = decode(self.data), 1
+            pixels, reduction = _turned_back(decode(self.data), turn), 1
         elif reduction > 1:  # OpenCV cannot turn the channels as it reduces.
             cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)
         # Crops were drawn for the size that the header declared, and kernels check no bounds.
-        height, width = -(-min(bottom, self.height) // reduction), -(-self.width // reduction)
+        height, width = -(-min(bottom, stored_height) // reduction), -(-stored_width // reduction)
         if pixels.shape[0] < height or pixels.shape[1] != width:
             raise BrokenImage(
                 "corrupt",
-                f"the header declares {self.width} x {self.height} pixels, and "
+                f"the header declares {stored_width} x {stored_height} pixels, and "
                 f"{pixels.shape[1]} x {pixels.shape[0]} were decoded",
             )
         return pixels, reduction
@@ -168,22 +188,33 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
     Raises BrokenImage where `decode` does, or its decode will.
     """
     header = _plain_header(data) if data else None
-    if header is None or (header.exif is not None and not _is_upright(header.exif)):
+    turn = _turn_of(header.exif) if header is not None else None
+    if header is None or turn is None:
         pixels = decode(data, max_pixels)
-        return OpenImage(data, pixels.shape[0], pixels.shape[1], None, False, pixels)
+        return OpenImage(data, (0, pixels.shape[0], pixels.shape[1]), None, False, pixels)
     _require_size(header.width, header.height, max_pixels)
     baseline = header.frame is not None and data[header.frame + 1] != _JPEG_PROGRESSIVE
-    return OpenImage(data, header.height, header.width, header.frame, baseline, None)
+    return OpenImage(data, (turn, header.height, header.width), header.frame, baseline, None)
 
 
-def _is_upright(exif: bytes) -> bool:
-    """Whether it is surely not to be turned: 0 is no value, but means as much as 1."""
+def _turn_of(exif: bytes | None) -> int | None:
+    """How what is stored becomes upright, as kernels.TURNS has it; None if that is not sure."""
+    if exif is None:
+        return 0
     try:
         found = Image.Exif()
         found.load(exif)
-        return found.get(_EXIF_ORIENTATION, 1) in (0, 1)
+        orientation = found.get(_EXIF_ORIENTATION, 1)
+        return kernels.TURNS[orientation] if orientation in range(len(kernels.TURNS)) else None
     except Exception:  # as many kinds as there are ways to damage it
-        return False
+        return None
+
+
+def _turned_back(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """An upright image [H, W, 3] as it was before it was turned."""
+    pixels = pixels[::-1] if turn & kernels.UPSIDE_DOWN else pixels
+    pixels = pixels[:, ::-1] if turn & kernels.MIRRORED else pixels
+    return pixels.transpose(1, 0, 2) if turn & kernels.TRANSPOSED else pixels
 
 
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
@@ -312,7 +343,8 @@ def _plain_jpeg_header(data: bytes) -> _Header | None:
             position += 2
         else:
             length = data[position + 2] << 8 | data[position + 3]
-            if marker == 0xE1 and data.startswith(b"Exif", position + 4):
+            # Of several the first one counts.
+            if marker == 0xE1 and exif is None and data.startswith(b"Exif", position + 4):
                 exif = data[position + 4 : position + 2 + length]
             position += 2 + length
     return None

@@ -499,8 +499,42 @@ def window_of(start, length, reduction, limit):
     return first, last - first, start / reduction - first, length / reduction
 
 
+MIRRORED, UPSIDE_DOWN, TRANSPOSED = 1, 2, 4
+TURNS = (0, 0, 1, 3, 2, 4, 5, 7, 6)
+"""How an image that is stored becomes upright, by its EXIF orientation: it is transposed, and what
+comes of it turned upside down and mirrored."""
+
+
 @compiled
-def _draw_channels(pixels, starts, stride, box, plans, room, planes, first, count):
+def stored_box(stored, box):
+    """Where a box (top, left, height, width) of an upright image lies in the stored one, of which
+    these are the turn, the height and the width."""
+    turn, height, width = stored
+    top, left, rows, columns = box
+    if turn & TRANSPOSED:
+        height, width = width, height
+    if turn & UPSIDE_DOWN:
+        top = height - top - rows
+    if turn & MIRRORED:
+        left = width - left - columns
+    return (left, top, columns, rows) if turn & TRANSPOSED else (top, left, rows, columns)
+
+
+@compiled
+def _turn(columns, start, step, out, place, size, transposed, upside_down):
+    """[size, size] elements, whose columns lie `step` apart, to rows; the other way up, and then
+    transposed."""
+    for column in range(size):
+        for row in range(size):
+            new = size - 1 - row if upside_down else row
+            new = column * size + new if transposed else new * size + column
+            out[place + new] = columns[start + column * step + row]
+
+
+@compiled
+def _draw_channels(
+    pixels, starts, stride, box, plans, transposed, upside_down, room, planes, first, count
+):
     """A box (top, left, height, width) of `count` channels that lie alike, into planes [3, size,
     size] from the `first` on. One start of several channels means that their pixels take turns."""
     top, left, height, width = box
@@ -522,7 +556,10 @@ def _draw_channels(pixels, starts, stride, box, plans, room, planes, first, coun
     flat = planes.reshape(planes.size)
     for channel in range(count):
         old, new = channel * size, (first + channel) * size * size
-        _transpose(turned, old, length, flat, new, size, size, size)
+        if transposed or upside_down:
+            _turn(turned, old, length, flat, new, size, transposed, upside_down)
+        else:
+            _transpose(turned, old, length, flat, new, size, size, size)
 
 
 START, STORED, STRIDE, FIRST_ROW, FIRST_COLUMN, ROWS, COLUMNS, DOWN, ACROSS = range(9)
@@ -540,28 +577,45 @@ def _alike(plane, other):
 
 
 @compiled
-def draw_views(pixels, planes, turns, rows, orders, reach, room, views, recolours):
+def draw_views(pixels, planes, turns, stored, rows, orders, reach, room, views, recolours):
     """All views [V, 3, size, size] of an image with parameters [V, 13].
 
     Its planes int64 [P, 9] lie in uint8 pixels [n]: Y alone, or Y, Cb and Cr, or with 3 `turns` one
-    of RGB. `room` is augment's _room. Without `recolours`, nothing follows crop and flip.
+    of RGB; `stored` is the whole image's turn, height and width. `room` is augment's _room. Without
+    `recolours`, nothing follows crop and flip.
     """
     size = views.shape[2]
+    transposed = stored[0] & TRANSPOSED > 0
     for view in range(len(views)):
         row, channel = rows[view], _ZERO
+        crop = stored_box(stored, (row[TOP], row[LEFT], row[HEIGHT], row[WIDTH]))
+        upside_down = stored[0] & UPSIDE_DOWN > 0
+        mirrored = (stored[0] & MIRRORED > 0) != (row[FLIP] > 0)
+        if transposed:  # as the stored image has its rows and columns
+            upside_down, mirrored = mirrored, upside_down
         while channel < len(planes):
             plane, count = planes[channel], 1
             # Planes alike are resized together: fewer lines, and longer ones.
             while channel + count < len(planes) and _alike(plane, planes[channel + count]):
                 count += 1
-            top, height, y, span = window_of(row[TOP], row[HEIGHT], plane[DOWN], plane[ROWS])
+            top, height, y, span = window_of(crop[0], crop[2], plane[DOWN], plane[ROWS])
             down = resampling(height, y, span, size, False)
-            left, width, x, span = window_of(row[LEFT], row[WIDTH], plane[ACROSS], plane[COLUMNS])
-            plans = (down, resampling(width, x, span, size, row[FLIP] > 0))
+            left, width, x, span = window_of(crop[1], crop[3], plane[ACROSS], plane[COLUMNS])
+            plans = (down, resampling(width, x, span, size, mirrored))
             box = (top - plane[FIRST_ROW], left - plane[FIRST_COLUMN], height, width)
             starts = planes[channel : channel + count, START]
             _draw_channels(
-                pixels, starts, plane[STRIDE], box, plans, room, views[view], channel, count * turns
+                pixels,
+                starts,
+                plane[STRIDE],
+                box,
+                plans,
+                transposed,
+                upside_down,
+                room,
+                views[view],
+                channel,
+                count * turns,
             )
             channel += count
         flat = views[view].reshape(3, size * size)
