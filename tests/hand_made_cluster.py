@@ -44,7 +44,9 @@ def _end_with_parent() -> None:
 
 
 def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A process, its children, and theirs. None if it has ended."""
+    """A process, its children, and theirs; of one that has ended, nothing."""
+    if process.poll() is not None:  # its number may be another's by now
+        return []
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         return [parent, *parent.children(recursive=True)]

@@ -77,13 +77,13 @@ SMALLER: dict[str, Any] = {
 new method with a large head adds the head's field here."""
 
 
-def wait_for(what: str, found: Callable[[], Any], seconds: float = 600) -> Any:
-    """The first true answer. AssertionError says what did not happen, after a time in which it
-    would have on any machine."""
-    until = time.monotonic() + seconds
+def wait_for(what: str, found: Callable[[], Any], every: float = 0.1) -> Any:
+    """The first true answer, asked for every so many seconds. AssertionError says what did not
+    happen, after a time in which it would have on any machine."""
+    until = time.monotonic() + 600
     while not (answer := found()):
-        assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.02)
+        assert time.monotonic() < until, f"{what}: not within ten minutes"
+        time.sleep(every)
     return answer
 
 

@@ -1,9 +1,11 @@
 """Kernels are compiled once for what their sources say, wherever these lie."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,30 +51,110 @@ def test_another_copy_of_the_same_sources_finds_them_compiled(tmp_path: Path) ->
     assert run(sources(tmp_path / "two"), caches) == (1, 0, first[2])
 
 
+def test_all_that_is_compiled_and_what_it_imports_is_among_the_sources() -> None:
+    package = Path(compiled.__file__).parent
+    with_kernels = {f.name for f in package.rglob("*.py") if "\n@compiled\n" in f.read_text()}
+    assert with_kernels <= set(compiled.SOURCES)
+    imported = set()
+    for name in compiled.SOURCES:
+        for node in ast.walk(ast.parse((package / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "selfray":
+                imported |= {f"{alias.name}.py" for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfray."):
+                imported.add(f"{node.module}.py".removeprefix("selfray."))
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("selfray") for alias in node.names)
+    imported.remove("workspace.py")  # called by Python alone
+    assert imported <= set(compiled.SOURCES)
+
+
 @pytest.mark.parametrize("name", compiled.SOURCES)
 def test_a_change_of_any_of_them_compiles_anew(tmp_path: Path, monkeypatch, name: str) -> None:
-    before = compiled.digest_of_sources()
+    before = compiled.digest()
     package = sources(tmp_path) / "selfray"
     monkeypatch.setattr(compiled, "__file__", str(package / "compiled.py"))
-    assert compiled.digest_of_sources.__wrapped__() == before
+    assert compiled.digest.__wrapped__() == before
     with (package / name).open("a") as file:
         file.write("# changed\n")
-    assert compiled.digest_of_sources.__wrapped__() != before
+    assert compiled.digest.__wrapped__() != before
 
 
-def test_all_that_kernels_import_is_among_the_sources() -> None:
-    for name in compiled.SOURCES:
-        text = Path(compiled.__file__).with_name(name).read_text()
-        for line in text.splitlines():
-            if line.startswith("from selfray.") and "workspace" not in line:
-                assert f"{line.split()[1].removeprefix('selfray.')}.py" in compiled.SOURCES
-
-
-def test_where_the_cache_cannot_be_written_kernels_still_run(tmp_path: Path) -> None:
-    (tmp_path / "caches").write_text("a file is in the way")
-    found, missed, folder = run(sources(tmp_path / "one"), tmp_path / "caches")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("NUMBA_CPU_NAME", "nehalem"), ("NUMBA_BOUNDSCHECK", "1"), ("NUMBA_OPT", "1")],
+)
+def test_so_does_another_processor_and_another_setting(
+    tmp_path: Path, variable: str, value: str
+) -> None:
+    platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
+    folder = run(platform, caches)[2]
+    found, missed, another = run(platform, caches, **{variable: value})
     assert (found, missed) == (0, 1)
-    assert not folder.exists(), "it goes with the process"
+    assert another != folder
+
+
+def test_where_no_cache_can_be_written_kernels_still_run(tmp_path: Path) -> None:
+    (tmp_path / "caches").write_text("a file is in the way")
+    blocked = {"HOME": str(tmp_path / "caches"), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    found, missed, folder = run(sources(tmp_path / "one"), tmp_path / "caches", **blocked)
+    assert (found, missed) == (0, 1)
+    assert folder.is_relative_to(tmp_path / "temporary")
+    (private,) = (tmp_path / "temporary").iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+    # A folder that others may write to could have anybody's code.
+    private.chmod(0o777)
+    blocked = {"PYTHONPATH": str(tmp_path / "one"), "XDG_CACHE_HOME": blocked["HOME"], **blocked}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")} | blocked
+    script = SCRIPT.split("stats")[0] + "print(compiled.cache_folder())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("None", "")
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = compiled.cache_folder.__wrapped__()
+    assert found is not None
+    assert found.is_relative_to(tmp_path)
+
+
+def test_a_cache_that_others_made_is_used_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch
+) -> None:
+    platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
+    folder = run(platform, caches)[2]
+    monkeypatch.setattr(compiled, "__file__", str(platform / "selfray" / "compiled.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
+
+    def full(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert compiled.cache_folder.__wrapped__() == folder
+
+
+def test_a_disk_that_fills_up_and_an_index_that_was_cut_off_only_cost_time(tmp_path: Path) -> None:
+    platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
+    folder = run(platform, caches)[2]
+    (index,) = folder.glob("kernels.digest*.nbi")
+    index.write_bytes(b"")
+    assert run(platform, caches)[:2] == (0, 1)
+    assert run(platform, caches)[:2] == (1, 0), "it was written anew"
+    # Where the code should be stored is a folder: neither root nor anybody else can replace it.
+    for file in folder.iterdir():
+        file.unlink()
+    index.mkdir()
+    (index / "in the way").touch()
+    assert run(platform, caches)[:2] == (0, 1)
 
 
 def test_what_numba_is_told_holds_for_the_kernels_too(tmp_path: Path) -> None:

@@ -459,5 +459,5 @@ def test_an_image_with_an_orientation_is_opened_upright():
         exif = with_orientation(orientation)
         image = open_image(saved(photograph(), exif=exif.tobytes()))
         assert (image.height, image.width) == size == decode(image.data).shape[:2]
-        # What no program writes is left to Pillow, whole.
+        # What no program writes is decoded whole.
         assert image.decode(50, 2.0)[1] == (1 if orientation == 9 else 2)

@@ -431,10 +431,33 @@ def test_a_box_of_a_turned_image_lies_where_its_pixels_are(value):
     assert np.array_equal(images._turned_back(upright[3:10, 5:16], turn), part)
 
 
-def test_the_first_of_several_orientations_counts():
+def big_endian(kind: int, value: bytes) -> bytes:
+    entry = struct.pack(">HHI", 0x0112, kind, 1) + value
+    return segment(0xE1, b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4))
+
+
+NO_ENTRIES = segment(0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 0) + bytes(4))
+SIX = exif(3, b"\6\0\0\0")
+UNUSUAL = {
+    "two": SIX + exif(3, b"\1\0\0\0"),
+    "two, the other way round": exif(3, b"\1\0\0\0") + SIX,
+    "one behind an empty one": segment(0xE1, b"Exif\0\0") + SIX,
+    "one behind one without entries": NO_ENTRIES + SIX,
+    "without entries": NO_ENTRIES,
+    "big-endian": big_endian(3, b"\0\6\0\0"),
+    **{f"big-endian, type {kind}": big_endian(kind, b"\0\0\0\6") for kind in (4, 6, 9, 13)},
+    **{f"little-endian, type {kind}": exif(kind, b"\6\0\0\0") for kind in (1, 4, 6, 8, 9, 13)},
+    "cut off": segment(0xE1, SIX[4:30]),
+    "another version": SIX.replace(b"II*\0", b"II+\0"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_orientation_is_seen_in_training_as_it_is_elsewhere(name):
     data = saved(photograph(40, 120))
-    data = data[:2] + exif(3, b"\6\0\0\0") + exif(3, b"\1\0\0\0") + data[2:]
-    assert open_image(data).height == decode_whole(data).shape[0] == 120
+    data = data[:2] + UNUSUAL[name] + data[2:]
+    opened = open_image(data)
+    assert (opened.height, opened.width) == decode_whole(data).shape[:2]
 
 
 def test_what_only_pillow_can_read_is_turned_back(monkeypatch):

@@ -159,6 +159,7 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         torch.testing.assert_close(ends["two"]["method"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_folder_of_images_without_labels_trains_and_is_judged_without_them(tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -178,14 +179,16 @@ def test_a_folder_of_images_without_labels_trains_and_is_judged_without_them(tmp
     assert "the data has no labels" in text
 
 
-def test_broken_images_inside_a_shard_are_named_and_do_not_stop_a_run(tmp_path) -> None:
+def test_simclr_on_a_resnet_runs_on_two_workers_past_a_broken_image_that_is_named(tmp_path) -> None:
     rows = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images(64))]
     rows[7]["bytes"] = rows[7]["bytes"][:40]
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"image": rows}), tmp_path / "data" / "a.parquet")
-    changes = {"epochs": 2, "data.max_broken_fraction": 0.05}
+    changes = {"epochs": 2, "workers": 2, "data.max_broken_fraction": 0.05}
+    wanted = experiment(str(tmp_path / "data"), tmp_path / "runs", **changes)
     screen = Screen()
-    launch(experiment(str(tmp_path / "data"), tmp_path / "runs", **changes), screen)
+    result = launch(replace(wanted, method=SIMCLR, encoder=RESNET), screen)
+    assert Checkpoint.open(result.folder).step == 4
     assert "a.parquet row 7" in screen.text.getvalue()
 
 
@@ -500,11 +503,3 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint_by_itself(shards
     assert len(starts) == 2
     assert starts[1] > 0
     assert Checkpoint.open(result.folder).step == 180
-
-
-def test_simclr_on_a_resnet_runs_on_two_workers(shards, tmp_path) -> None:
-    changes = {"epochs": 1, "workers": 2, "probe.times": 0, "method": SIMCLR, "encoder": RESNET}
-    wanted = replace(experiment(shards, tmp_path), **{"epochs": 1, "workers": 2})
-    wanted = config.override(wanted, **changes)
-    result = launch(wanted, Screen())
-    assert Checkpoint.open(result.folder).step == 3

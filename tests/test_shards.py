@@ -437,7 +437,7 @@ def test_a_killed_build_is_finished_by_running_it_again(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", BUILD_SCRIPT, *arguments], env={**os.environ, "PYTHONPATH": PLATFORM}
     )
-    wait_for("a shard", lambda: list(out.glob("_build/shard-*.json")))
+    wait_for("a shard", lambda: list(out.glob("_build/shard-*.json")), 0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()

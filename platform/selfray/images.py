@@ -37,7 +37,7 @@ _PNG_SPECIAL_CHUNKS = (b"tRNS", b"acTL", b"eXIf")
 _JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _JPEG_PROGRESSIVE = 0xC2
 _JPEG_NO_FRAMES = (0xC4, 0xC8, 0xCC)
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _SHORT = 0x0112, 3
 _MCU_ROWS = 16
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -102,7 +102,7 @@ class OpenImage:
 
     @property
     def height(self) -> int:
-        """Upright, as all that follows."""
+        """Upright, as `width` is and the box of `planes`."""
         return self.stored[2 if self.stored[0] & kernels.TRANSPOSED else 1]
 
     @property
@@ -201,13 +201,23 @@ def _turn_of(exif: bytes | None) -> int | None:
     """How what is stored becomes upright, as kernels.TURNS has it; None if that is not sure."""
     if exif is None:
         return 0
+    tiff, found = exif[6:], []
     try:
-        found = Image.Exif()
-        found.load(exif)
-        orientation = found.get(_EXIF_ORIENTATION, 1)
-        return kernels.TURNS[orientation] if orientation in range(len(kernels.TURNS)) else None
-    except Exception:  # as many kinds as there are ways to damage it
+        order = {b"II": "<", b"MM": ">"}[tiff[:2]]
+        version, first = struct.unpack_from(order + "HI", tiff, 2)
+        (entries,) = struct.unpack_from(order + "H", tiff, first)
+        for entry in range(entries):
+            values = struct.unpack_from(order + "HHIH", tiff, first + 2 + 12 * entry)
+            if values[0] == _EXIF_ORIENTATION:
+                found.append(values[1:])
+    except (KeyError, struct.error):
         return None
+    if version != 42 or len(found) > 1:
+        return None
+    kind, count, value = found[0] if found else (_SHORT, 1, 1)
+    # Decoders differ on other types.
+    plain = (kind, count) == (_SHORT, 1) and value < len(kernels.TURNS)
+    return kernels.TURNS[value] if plain else None
 
 
 def _turned_back(pixels: np.ndarray, turn: int) -> np.ndarray:
@@ -343,9 +353,9 @@ def _plain_jpeg_header(data: bytes) -> _Header | None:
             position += 2
         else:
             length = data[position + 2] << 8 | data[position + 3]
-            # Of several the first one counts.
-            if marker == 0xE1 and exif is None and data.startswith(b"Exif", position + 4):
-                exif = data[position + 4 : position + 2 + length]
+            if marker == 0xE1 and data.startswith(b"Exif", position + 4):
+                # Decoders differ on which of several counts.
+                exif = data[position + 4 : position + 2 + length] if exif is None else b""
             position += 2 + length
     return None
 

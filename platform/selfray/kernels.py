@@ -21,7 +21,7 @@ i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
 u8, u64 = np.uint8, np.uint64
 _RED, _GREEN, _BLUE = (f32(weight) for weight in LUMA)
 _ZERO = i64(0)
-"""For an argument 0 as it stands here, numba would compile what is called once more."""
+"""A literal 0 is a type of its own to numba, for which it would compile the callee once more."""
 
 
 # Names of images
@@ -522,8 +522,8 @@ def stored_box(stored, box):
 
 @compiled
 def _turn(columns, start, step, out, place, size, transposed, upside_down):
-    """[size, size] elements, whose columns lie `step` apart, to rows; the other way up, and then
-    transposed."""
+    """[size, size] elements, whose columns lie `step` apart, to rows; if wanted the other way up,
+    and then transposed."""
     for column in range(size):
         for row in range(size):
             new = size - 1 - row if upside_down else row
