@@ -184,24 +184,25 @@ def what_a_rank_does(rank: int, world: int, folder: str) -> None:
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("fork")  # from here nothing has used a thread yet
-    processes = [
-        context.Process(target=what_a_rank_does, args=(rank, int(sys.argv[1]), sys.argv[2]))
-        for rank in range(int(sys.argv[1]))
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+    for world in WORLDS:
+        folder = Path(sys.argv[1], str(world))
+        folder.mkdir()
+        processes = [
+            context.Process(target=what_a_rank_does, args=(rank, world, str(folder)))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(f"a process of {world} failed")
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
     """What each of the processes found, by their number."""
-    return {world: run_world(world, tmp_path_factory.mktemp("ranks")) for world in WORLDS}
-
-
-def run_world(world: int, folder: Path) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -209,14 +210,20 @@ def run_world(world: int, folder: Path) -> list[dict[str, Any]]:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), str(world), str(folder)],
+        [sys.executable, str(Path(__file__).resolve()), str(folder)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    return {
+        world: [
+            torch.load(folder / str(world) / f"rank{rank}.pt", weights_only=True)
+            for rank in range(world)
+        ]
+        for world in WORLDS
+    }
 
 
 @pytest.fixture(scope="module")
