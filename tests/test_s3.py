@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
@@ -222,6 +224,37 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
             single._unreadable.clear()
     finally:
         lost.write_bytes(kept)
+
+
+def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri):
+    from selfray.shards import RowGroupCache, read_chosen
+
+    first, second = (
+        pa.table({"image": [letter * (length + i) for i in range(20)]})
+        for letter, length in ((b"a", 3_000), (b"b", 3_100))
+    )
+    place = Location.of("s3://bucket/changing/0.parquet")
+
+    def store(table: pa.Table, group_rows: int = 10) -> None:
+        with place.filesystem.open_output_stream(place.path) as stream:
+            pq.write_table(table, stream, group_rows, compression="none", use_dictionary=False)
+
+    store(first)
+    shards = open_shards([place.uri], place.parent.uri)
+    groups, rows = np.repeat([0, 1], 10), np.tile(np.arange(10), 2)
+    cache = RowGroupCache(1)
+    for _ in range(2):
+        assert read_chosen(shards, groups, rows, cache).images == first["image"].to_pylist()
+    time.sleep(1.1)  # the store tells the time in seconds
+    store(second)
+    cache.ASK_SECONDS = 0.0
+    # All but what the cache holds whole.
+    assert read_chosen(shards, groups, rows, cache).images[10:] == second["image"].to_pylist()[10:]
+    time.sleep(1.1)
+    store(second, 20)
+    chosen = read_chosen(shards, groups, rows, cache)
+    assert sorted(chosen.unreadable) == list(range(10, 20))
+    assert all("not those of the start" in str(error) for error in chosen.unreadable.values())
 
 
 def test_settings_behind_a_question_mark_are_refused_with_the_way_out():

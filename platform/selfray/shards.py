@@ -233,6 +233,8 @@ class _OpenFile:
     stream: pa.NativeFile
     footer: pq.FileMetaData
     stamp: _Stamp
+    asked: float
+    """When the storage last said that it is the one of its name, by time.monotonic."""
 
 
 class RowGroupCache:
@@ -248,6 +250,8 @@ class RowGroupCache:
     FORGET_SECONDS = 300.0
     """How long a lost shard is not asked for again: each asking may wait for the storage."""
     OPEN_FILES = 256
+    ASK_SECONDS = 60.0
+    """How long an object is taken for the one that was opened: each asking is a request."""
     KNOWN_IMAGES = 2_000_000
     """Images whose places are kept: 24 bytes each."""
 
@@ -398,9 +402,19 @@ class RowGroupCache:
     def _open(self, file: ShardFile, location: Location) -> _OpenFile:
         with self._lock:
             opened = self._files.get(file.uri)
-            if opened is not None and _is_still(opened, location):
-                self._files.move_to_end(file.uri)
-                return opened
+        if opened is not None and not location.is_local:
+            opened = _asked_again(opened, location, self.ASK_SECONDS)
+        elif opened is not None and not _is_still(opened, location):
+            opened = None
+        opened = opened or self._open_anew(file, location)
+        with self._lock:
+            self._files[file.uri] = opened
+            self._files.move_to_end(file.uri)
+            while len(self._files) > self.OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
+
+    def _open_anew(self, file: ShardFile, location: Location) -> _OpenFile:
         try:
             opened = _opened(location)
         except OSError as error:
@@ -412,10 +426,6 @@ class RowGroupCache:
         rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
         if rows != list(file.group_rows):
             raise pa.ArrowInvalid("its row groups are not those of the start")
-        with self._lock:
-            self._files[file.uri] = opened
-            while len(self._files) > self.OPEN_FILES:
-                self._files.popitem(last=False)
         return opened
 
     @staticmethod
@@ -448,12 +458,10 @@ class RowGroupCache:
 
 
 def _opened(location: Location) -> _OpenFile:
+    # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
+    stamp = _stamp_of(location.path) if location.is_local else _stamp_of_object(location)
     stream = location.filesystem.open_input_file(location.path)
-    footer = pq.ParquetFile(stream).metadata
-    if location.is_local:
-        return _OpenFile(stream, footer, _stamp_of(location.path))
-    info = location.filesystem.get_file_info(location.path)
-    return _OpenFile(stream, footer, (info.size or 0, info.mtime_ns or 0))
+    return _OpenFile(stream, pq.ParquetFile(stream).metadata, stamp, time.monotonic())
 
 
 def _stamp_of(path: str) -> _Stamp:
@@ -461,15 +469,28 @@ def _stamp_of(path: str) -> _Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def _stamp_of_object(location: Location) -> _Stamp:
+    found = location.filesystem.get_file_info(location.path)
+    return found.size or 0, found.mtime_ns or 0
+
+
 def _is_still(opened: _OpenFile, location: Location) -> bool:
-    """Whether an open file is the one of its name. One that was deleted can be read on; an object
-    store is not asked, since each asking is a request."""
-    if not location.is_local:
-        return True
+    """Whether an open local file is the one of its name. One that was deleted can be read on."""
     try:
         return _stamp_of(location.path) == opened.stamp
     except OSError:
         return True
+
+
+def _asked_again(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
+    """An open object, which is asked for where that was longer ago; None where another one, or
+    none, has its name."""
+    now = time.monotonic()
+    if now - opened.asked < seconds:
+        return opened
+    if _stamp_of_object(location) != opened.stamp:
+        return None
+    return replace(opened, asked=now)
 
 
 def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
