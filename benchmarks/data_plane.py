@@ -13,6 +13,7 @@ same pictures under new keys.
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from selfray.plan import ReadPlan, Share
 from selfray.shards import open_shards, parquet_files
 from selfray.shuffle import shuffle_quality
 from selfray.source import POSITION, Source
-from selfray.views import ColorJitter, View, Views, require
+from selfray.views import ColorJitter, View, Views
 
 SIMCLR = View(size=224, color_jitter=ColorJitter(), grayscale=0.2, blur=0.5)
 VIEWS: Views = {"global": (SIMCLR, SIMCLR)}
@@ -67,6 +68,8 @@ class Benchmark:
 
 def main() -> None:
     settings = tyro.cli(Benchmark, description=__doc__)
+    if settings.pictures is not None and not photographs(settings.pictures):
+        sys.exit(f"--pictures: there is no .jpg or .jpeg file in {settings.pictures}")
     before_ray = shared_memory()
     report: dict[str, Any] = {"plan": plan_times(), "shuffle": shuffle(settings)}
     with tempfile.TemporaryDirectory() as folder, runtime.session():
@@ -84,7 +87,6 @@ def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
         pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
     else:
         pictures = [file.read_bytes() for file in photographs(settings.pictures)]
-        require(len(pictures) > 0, f"--pictures: no .jpg or .jpeg file in {settings.pictures}")
     (folder / str(rows)).mkdir()
     for first in range(0, rows, 4_000):
         # Bytes behind the JPEG's end change its key and nothing else.

@@ -262,7 +262,7 @@ def test_a_sweep_goes_on_by_the_data_that_it_started_with(
 @pytest.mark.long
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "experiments" / "sweep_mae.py"
-    command = [sys.executable, str(script), "--epochs", "30", "--ratios", "0.5", "0.9"]
+    command = [sys.executable, str(script), "--epochs", "10", "--ratios", "0.5", "0.9"]
     command += ["--output", str(tmp_path)]
     with started(command, tmp_path / "first.txt") as first:
         wait_for("a first result", lambda: list(tmp_path.glob("sweeps/*/trials/0000.json")))
