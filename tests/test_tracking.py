@@ -178,6 +178,7 @@ def test_a_killed_driver_s_successor_goes_on_in_the_same_run_with_every_point_on
     assert said == []
 
 
+@pytest.mark.long
 def test_a_server_that_is_down_is_said_once_and_gets_everything_when_it_is_up(
     tmp_path: Path, make: Callable[..., Tracker], said: list[str]
 ) -> None:
