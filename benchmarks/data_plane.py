@@ -68,25 +68,32 @@ class Benchmark:
 
 def main() -> None:
     settings = tyro.cli(Benchmark, description=__doc__)
-    if settings.pictures is not None and not photographs(settings.pictures):
-        sys.exit(f"--pictures: there is no .jpg or .jpeg file in {settings.pictures}")
+    pictures = pictures_of(settings)
     before_ray = shared_memory()
     report: dict[str, Any] = {"plan": plan_times(), "shuffle": shuffle(settings)}
     with tempfile.TemporaryDirectory() as folder, runtime.session():
-        sources = {rows: make_source(Path(folder), rows, settings) for rows in settings.rows}
+        sources = {
+            rows: make_source(Path(folder), rows, pictures, settings) for rows in settings.rows
+        }
         report["speed"] = speed(sources[settings.rows[0]], settings)
         report["memory"] = {rows: memory(s, settings, before_ray) for rows, s in sources.items()}
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     settings.output.write_text(json.dumps(report, indent=1))
 
 
-def make_source(folder: Path, rows: int, settings: Benchmark) -> Source:
+def pictures_of(settings: Benchmark) -> list[bytes]:
+    """JPEG files, made ones if none are given."""
     if settings.pictures is None:
         rng = np.random.default_rng(0)
         small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
-        pictures = [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
-    else:
-        pictures = [file.read_bytes() for file in photographs(settings.pictures)]
+        return [encode_jpeg(cv2.resize(p, (settings.side,) * 2)) for p in small]
+    files = photographs(settings.pictures)
+    if not files:
+        sys.exit(f"--pictures: there is no .jpg or .jpeg file in {settings.pictures}")
+    return [file.read_bytes() for file in files]
+
+
+def make_source(folder: Path, rows: int, pictures: list[bytes], settings: Benchmark) -> Source:
     (folder / str(rows)).mkdir()
     for first in range(0, rows, 4_000):
         # Bytes behind the JPEG's end change its key and nothing else.

@@ -226,7 +226,8 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
         lost.write_bytes(kept)
 
 
-def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri):
+def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri, monkeypatch):
+    from selfray import shards as reading
     from selfray.shards import RowGroupCache, read_chosen
 
     first, second = (
@@ -245,6 +246,9 @@ def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shard
     cache = RowGroupCache(1)
     read_chosen(shards, groups[:10], rows[:10], cache)  # held whole; the other one by its places
     for _ in range(2):
+        assert read_chosen(shards, groups, rows, cache).images == first["image"].to_pylist()
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_stamp_of", lambda _: pytest.fail("a request for each read"))
         assert read_chosen(shards, groups, rows, cache).images == first["image"].to_pylist()
     time.sleep(1.1)  # the store tells the time in seconds
     store(second)

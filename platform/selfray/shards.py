@@ -402,10 +402,8 @@ class RowGroupCache:
     def _open(self, file: ShardFile, location: Location) -> _OpenFile:
         with self._lock:
             opened = self._files.get(file.uri)
-        if opened is not None and not location.is_local:
-            opened = _asked_again(opened, location, self.ASK_SECONDS)
-        elif opened is not None and not _is_still(opened, location):
-            opened = None
+        if opened is not None:
+            opened = _still(opened, location, self.ASK_SECONDS)
         opened = opened or self._open_anew(file, location)
         with self._lock:
             self._files[file.uri] = opened
@@ -459,38 +457,32 @@ class RowGroupCache:
 
 def _opened(location: Location) -> _OpenFile:
     # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
-    stamp = _stamp_of(location.path) if location.is_local else _stamp_of_object(location)
+    stamp = _stamp_of(location)
     stream = location.filesystem.open_input_file(location.path)
     return _OpenFile(stream, pq.ParquetFile(stream).metadata, stamp, time.monotonic())
 
 
-def _stamp_of(path: str) -> _Stamp:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _stamp_of(location: Location) -> _Stamp:
+    if location.is_local:
+        found = os.stat(location.path)
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    info = location.filesystem.get_file_info(location.path)
+    return info.size or 0, info.mtime_ns or 0
 
 
-def _stamp_of_object(location: Location) -> _Stamp:
-    found = location.filesystem.get_file_info(location.path)
-    return found.size or 0, found.mtime_ns or 0
-
-
-def _is_still(opened: _OpenFile, location: Location) -> bool:
-    """Whether an open local file is the one of its name. One that was deleted can be read on."""
-    try:
-        return _stamp_of(location.path) == opened.stamp
-    except OSError:
-        return True
-
-
-def _asked_again(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
-    """An open object, which is asked for where that was longer ago; None where another one, or
-    none, has its name."""
+def _still(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
+    """An open file if it is the one of its name, None if it is not. An object store is asked if it
+    was not for so many seconds. A local file that was deleted can be read on."""
     now = time.monotonic()
-    if now - opened.asked < seconds:
+    if not location.is_local and now - opened.asked < seconds:
         return opened
-    if _stamp_of_object(location) != opened.stamp:
-        return None
-    return replace(opened, asked=now)
+    try:
+        same = _stamp_of(location) == opened.stamp
+    except OSError:
+        if not location.is_local:
+            raise  # the store is away: it is waited for
+        same = True
+    return replace(opened, asked=now) if same else None
 
 
 def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
