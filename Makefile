@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once; torch's packages are about 5 GB) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -c "from selfray.augment import compile_kernels; compile_kernels()"
+	@$(BIN)/python -c "from selfray.pixels.augment import compile_kernels; compile_kernels()"
 	@touch $@
 
 quickstart: $(READY)

@@ -99,7 +99,7 @@ TASKS = {
 
 
 def ours(task: Task) -> Run:
-    from selfray.augment import augment_batch
+    from selfray.pixels.augment import augment_batch
 
     return lambda images: augment_batch(images, task.views, seed=0, epoch=0)
 
@@ -382,7 +382,7 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
     """Encoded images, repeated where there are fewer than a round takes; None if there are none."""
     shared = Path(__file__).parents[2] / "shared" / "data"
     if task.is_small:
-        from selfray.shards import open_shards, parquet_files, read_rows, sample_rows
+        from selfray.data.reader import open_shards, parquet_files, read_rows, sample_rows
 
         folder = settings.small or shared / "cifar10"
         if not folder.is_dir():
@@ -401,7 +401,7 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
     step = max(1, len(files) // settings.count)
     found = [file.read_bytes() for file in files[::step][: settings.count]]
     if task.max_side is not None:
-        from selfray.images import shrink
+        from selfray.pixels.codecs import shrink
 
         found = [shrink(data, task.max_side) for data in found]
     return [found[i % len(found)] for i in range(settings.count)]

@@ -7,7 +7,7 @@
     python benchmarks/cifar10_gpu.py --limit 2000 --epochs 1 --encoder small         # on a CPU
 
 The images are decoded once into the device's memory and augmented there, by
-selfray.device_augment; the loop, the checkpoints and the probes are the platform's own. A call
+selfray.pixels.device; the loop, the checkpoints and the probes are the platform's own. A call
 goes on from the checkpoints of the one before. Tables go to the console, results.json and
 throughput.json to the output folder, result.json beside each run's checkpoints.
 
@@ -39,19 +39,20 @@ import torch
 import tyro
 from torch import Tensor
 
-from selfray import checkpoint, config
-from selfray.device_augment import BACKEND, DrawView, augment, draw_view
+from selfray import config
+from selfray.check import require
+from selfray.data.plan import ReadPlan, even_steps
+from selfray.data.reader import open_shards, parquet_files, read_rows, sample_rows, split_files
+from selfray.data.source import evaluation_views
 from selfray.experiment import Experiment, ProbeConfig
 from selfray.method import Batch, Method
 from selfray.models.encoder import Encoder
-from selfray.plan import ReadPlan, even_steps
+from selfray.pixels.device import BACKEND, DrawView, augment, draw_view
 from selfray.probes.features import embed
 from selfray.probes.knn import KNN
-from selfray.shards import open_shards, parquet_files, read_rows, sample_rows, split_files
-from selfray.source import evaluation_views
+from selfray.runs import checkpoint
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
-from selfray.views import require
 
 LIGHTLY = {"simclr": 84.7, "mocov2": 83.8, "byol": 86.9, "dino": 84.0}
 """kNN in %, batch 128, 200 epochs: docs/source/getting_started/benchmarks.rst of LightlySSL."""

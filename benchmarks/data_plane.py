@@ -33,13 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from augmentation import photographs
 from selfray.cluster import runtime
-from selfray.cluster.dataset import Stream
-from selfray.images import encode_jpeg
-from selfray.plan import ReadPlan, Share
-from selfray.shards import open_shards, parquet_files
-from selfray.shuffle import shuffle_quality
-from selfray.source import POSITION, Source
+from selfray.cluster.stream import Stream
+from selfray.data.plan import ReadPlan, Share
+from selfray.data.reader import open_shards, parquet_files
+from selfray.data.source import POSITION, Source
+from selfray.pixels.codecs import encode_jpeg
 from selfray.views import ColorJitter, View, Views
+from shuffle import shuffle_quality
 
 SIMCLR = View(size=224, color_jitter=ColorJitter(), grayscale=0.2, blur=0.5)
 VIEWS: Views = {"global": (SIMCLR, SIMCLR)}

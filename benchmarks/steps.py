@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tyro
 
-from selfray import checkpoint
 from selfray.experiment import DataConfig, Experiment
 from selfray.method import Batch, MethodConfig
 from selfray.methods.beit import BEiTConfig
@@ -35,6 +34,7 @@ from selfray.methods.simclr import SimCLRConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
+from selfray.runs import checkpoint
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
 from selfray.views import View, Views

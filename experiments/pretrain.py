@@ -16,7 +16,7 @@ def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
-    from selfray.cluster.command import run_experiment
+    from selfray.commands.script import run_experiment
 
     return run_experiment(every(), __doc__ or "", ray, started)
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.command import one_line_errors, with_console
 from selfray.cluster.runtime import Console
+from selfray.commands.script import one_line_errors, with_console
 
 if TYPE_CHECKING:
     from selfray.cluster.launch import RunResult
@@ -49,7 +49,7 @@ def quickstart(
 ) -> int:
     from recipes import digits
     from selfray.cluster.launch import baseline, launch
-    from selfray.gallery import curves
+    from selfray.report.run_pictures import curves
 
     console.say("selfray quickstart: SimCLR and MAE on 1,797 handwritten digits, labels unseen")
     with ray.session():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.command import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main() -> int:
     flags = tyro.cli(SweepAugmentation, description=__doc__)
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
-    from selfray.sweep import Axis, Option
+    from selfray.sweeps.question import Axis, Option
     from selfray.views import View
 
     base = flags.base(every(), "simclr", "moco", "mocov3", "byol", "dino")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.command import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main() -> int:
     flags = tyro.cli(SweepMAE, description=__doc__)
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
-    from selfray.sweep import Axis, Range
+    from selfray.sweeps.question import Axis, Range
 
     base = flags.base(every(), "mae")
     name, path = "mask ratio", "method.mask_ratio"

@@ -16,7 +16,7 @@ from typing import Literal
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.command import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def main() -> int:
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
     from selfray.schedules import Constant, Cosine, Ramp
-    from selfray.sweep import Axis, Option, Range
+    from selfray.sweeps.question import Axis, Option, Range
 
     base = flags.base(every(), "byol", "mocov3", "dino", "dinov2")
     build = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.command import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main() -> int:
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
     from selfray.schedules import Constant
-    from selfray.sweep import Axis, Option, Range
+    from selfray.sweeps.question import Axis, Option, Range
 
     base = flags.base(every(), "simclr", "moco", "mocov3", "dino", "dinov2")
     of_teacher = base.method.name.startswith("dino")  # whose temperature is a schedule

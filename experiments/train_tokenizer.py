@@ -19,8 +19,8 @@ def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
     from recipes import every
-    from selfray.cluster.command import run_experiment
     from selfray.cluster.registry import register_tokenizer
+    from selfray.commands.script import run_experiment
     from selfray.tokenizer import TokenizerConfig
 
     recipes = {name: r for name, r in every().items() if isinstance(r.method, TokenizerConfig)}

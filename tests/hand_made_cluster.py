@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from helpers import wait_for
-from selfray.spool import SpoolReader
+from selfray.runs.spool import SpoolReader
 from selfray.storage import Location
 
 CHECKOUT = Path(__file__).parents[1]

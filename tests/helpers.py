@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfray import checkpoint, methods
-from selfray.checkpoint import MANIFEST, Checkpoint
+from selfray import methods
+from selfray.data.plan import Share
 from selfray.experiment import DataConfig, Experiment
 from selfray.method import Batch, MethodConfig
 from selfray.methods.mae import MAEConfig
@@ -33,7 +33,8 @@ from selfray.methods.simclr import SimCLRConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig, normalize
 from selfray.optim import OptimizerConfig
-from selfray.plan import Share
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import MANIFEST, Checkpoint
 from selfray.schedules import Constant, WarmupCosine
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train

@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from selfray import augment, kernels
-from selfray.augment import (
+from selfray.pixels import augment, kernels
+from selfray.pixels.augment import (
     Jitter,
     Parameters,
     apply,
@@ -26,7 +26,7 @@ from selfray.augment import (
     generator,
     image_key,
 )
-from selfray.images import BrokenImage, decode, encode_png
+from selfray.pixels.codecs import BrokenImage, decode, encode_png
 from selfray.views import (
     BLUR_SIGMA,
     ColorJitter,

@@ -29,10 +29,19 @@ from helpers import (
     train_for,
     weights,
 )
-from selfray import checkpoint, config
-from selfray.checkpoint import FOLDER, MANIFEST, Checkpoint, all_of, latest, load_encoder, retain
+from selfray import config
 from selfray.experiment import Experiment
 from selfray.optim import OptimizerConfig
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    all_of,
+    latest,
+    load_encoder,
+    retain,
+)
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.train import TrainState

@@ -14,8 +14,8 @@ import torch
 
 import cifar10_gpu
 from cifar10_gpu import Benchmark
-from selfray.checkpoint import Checkpoint
-from selfray.images import encode_png
+from selfray.pixels.codecs import encode_png
+from selfray.runs.checkpoint import Checkpoint
 from selfray.train import TrainState
 from test_layout import belongs_to, imported
 

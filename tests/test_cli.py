@@ -23,14 +23,16 @@ import torch
 from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
-from selfray import checkpoint, cli, images
-from selfray.checkpoint import Checkpoint, load_encoder
-from selfray.cluster import command, shards
+from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
+from selfray.commands import main, script
 from selfray.config import override
 from selfray.experiment import DataConfig, ProbeConfig
+from selfray.pixels import codecs
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint, load_encoder
+from selfray.runs.spool import SpoolReader
 from selfray.schedules import Ramp
-from selfray.spool import SpoolReader
 from selfray.storage import Location
 
 SELFRAY = str(Path(sys.executable).with_name("selfray"))
@@ -63,7 +65,7 @@ def typed(tmp_path, monkeypatch, capfd) -> Type:
         try:
             # Not standard error: pytest's own sys.stderr passes by the descriptor that the command
             # turns to its log. What a process really shows is tested with `shell`.
-            return Said(cli.main(), capfd.readouterr().out)
+            return Said(main.main(), capfd.readouterr().out)
         except SystemExit as end:  # tyro's own: help, or a flag that it does not know
             return Said(int(end.code or 0), "".join(capfd.readouterr()))
 
@@ -136,7 +138,7 @@ def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "runs"
     encoded, labels = labelled_pictures(60)
     for part, chosen in (("train", slice(0, 40)), ("test", slice(40, 60))):
-        shards.write_arrays(output / "data" / part, encoded[chosen], labels[chosen])
+        build.write_arrays(output / "data" / part, encoded[chosen], labels[chosen])
     data = DataConfig(path=str(output / "data"))
     for name, method, encoder in (("mae", MAE, VIT), ("simclr", SIMCLR, RESNET)):
         wanted = experiment(method, encoder, data=data, probe=ProbeConfig(train_limit=100))
@@ -201,7 +203,7 @@ def test_the_command_alone_shows_its_help(typed):
 
 def test_the_help_names_the_true_limit_of_pixels(typed):
     words = " ".join(typed("shards", "build", "--help").text.replace("│", "").split())
-    assert f"(default: {images.MAX_PIXELS // 10**6} million)" in words
+    assert f"(default: {codecs.MAX_PIXELS // 10**6} million)" in words
 
 
 @pytest.mark.parametrize("method", [SIMCLR, MAE], ids=lambda method: method.name)
@@ -212,7 +214,7 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", "--help"])
     with pytest.raises(SystemExit):
-        command.parse({"recipe": experiment(method)}, "")
+        script.parse({"recipe": experiment(method)}, "")
     said = capsys.readouterr().out
     assert "Weight decay over the run; never applied to biases" in said
     lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
@@ -230,7 +232,7 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes(monkeypatch):
     flags = ["--optimizer.weight-decay.end", "0.2", "--method.view.flip", "0.25"]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", *flags])
     changes = {"name": "recipe", "optimizer.weight_decay.end": 0.2, "method.view.flip": 0.25}
-    assert command.parse({"recipe": wanted}, "") == override(wanted, **changes)
+    assert script.parse({"recipe": wanted}, "") == override(wanted, **changes)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +253,10 @@ def test_an_impossible_value_ends_in_one_line_and_exit_code_2(
     recipes = {"recipe": experiment(MAE)}
 
     def main() -> int:
-        command.parse(recipes, "")
+        script.parse(recipes, "")
         return 0
 
-    assert command.one_line_errors(main) == 2
+    assert script.one_line_errors(main) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
@@ -265,7 +267,7 @@ def test_an_impossible_value_ends_in_one_line_and_exit_code_2(
 def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"--output: .*file/logs cannot be made"):
-        command.with_console(tmp_path / "file" / "logs", lambda console: 0)
+        script.with_console(tmp_path / "file" / "logs", lambda console: 0)
 
 
 def test_an_unknown_export_target_is_named_with_the_known_ones(typed):
@@ -340,9 +342,9 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     )
     assert (done.returncode, done.stderr) == (0, "")
     *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
-    manifest = shards.Manifest.load(tmp_path / "out")
+    manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
-    assert 1 <= len(progress) <= cli.LINES_WITHOUT_TERMINAL
+    assert 1 <= len(progress) <= main.LINES_WITHOUT_TERMINAL
     assert all(re.match(r"\d+ of 32 images  .*images/s .*MB/s .*quarantined", p) for p in progress)
     assert f"out: 30 images in {len(manifest.shards)} shards, " in summary
     assert sizes == "pixels (min / median / max): width 20 / 20 / 20, height 16 / 16 / 16"
@@ -371,7 +373,7 @@ def test_a_folder_without_any_image_is_one_line(ray_address, typed, tmp_path):
 
 def test_check_passes_sound_shards_and_names_a_damaged_one(ray_address, typed, tmp_path):
     encoded, labels = labelled_pictures(8)
-    shards.write_arrays(tmp_path / "out", encoded, labels, rows_per_shard=4)
+    build.write_arrays(tmp_path / "out", encoded, labels, rows_per_shard=4)
     said = typed("shards", "check", "out", "--deep")
     assert said.code == 0
     assert re.fullmatch(
@@ -527,7 +529,7 @@ def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
 
 
 def test_unlabelled_data_cannot_be_probed(typed_without_ray, trained, tmp_path):
-    shards.write_arrays(tmp_path / "plain", [picture(i) for i in range(4)])
+    build.write_arrays(tmp_path / "plain", [picture(i) for i in range(4)])
     said = typed_without_ray("probe", trained / "mae", "--data", tmp_path / "plain")
     assert_one_line_error(said, f"{tmp_path}/plain has no labels", "--data", "class folders")
     said = typed_without_ray("probe", trained / "mae", "--test", tmp_path / "plain")
@@ -539,7 +541,7 @@ def test_train_and_test_images_of_other_classes_cannot_be_compared(
 ):
     encoded, labels = labelled_pictures(8)
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "wolf"])):
-        shards.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
+        build.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
     flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
     said = typed_without_ray("probe", trained / "mae", *flags)
     assert_one_line_error(said, "the classes of train (cat, dog) and of test (dog, wolf) differ")
@@ -606,7 +608,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     ray_address, typed, trained, store, tmp_path
 ):
     encoded, labels = labelled_pictures(30)
-    shards.write_arrays(tmp_path / "clinic", encoded, labels)
+    build.write_arrays(tmp_path / "clinic", encoded, labels)
     said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
     assert said.code == 0, said.text
     assert "24 train and 6 test images" in said.lines[1]

@@ -15,7 +15,7 @@ import ray.util.state
 
 from hand_made_cluster import CHECKOUT, HandMadeCluster, events
 from helpers import wait_for
-from selfray.checkpoint import Checkpoint
+from selfray.runs.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.long
 

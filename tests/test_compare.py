@@ -18,13 +18,14 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from helpers import MAE, SIMCLR, experiment, start
-from selfray import checkpoint, comparison, config
+from selfray import config
 from selfray.cluster import launch
-from selfray.cluster.compare import log_page, read_run, read_runs
+from selfray.cluster.mlflow_runs import log_page, read_run, read_runs
 from selfray.cluster.tracking import LOCK, RUN_FILE, SPOOL, Tracker, is_training
-from selfray.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
 from selfray.experiment import Experiment
-from selfray.spool import SpoolWriter
+from selfray.runs import checkpoint, comparison
+from selfray.runs.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
+from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture
 

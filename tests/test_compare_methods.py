@@ -13,9 +13,9 @@ from compare_methods import TOKENIZER, Comparison, Outcome, choose, needs_tokeni
 from recipes import digits
 from selfray.cluster.launch import RunResult
 from selfray.cluster.runtime import Console
-from selfray.gallery import History
 from selfray.methods.mae import MAEConfig
 from selfray.probes.features import ProbeResult
+from selfray.report.run_pictures import History
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selfray import compiled
+from selfray.pixels import compiled
 
 SCRIPT = """
 import numpy as np

@@ -7,10 +7,10 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from selfray import augment, device_augment
-from selfray.augment import DRAWS, JITTER_ORDERS, Jitter, Parameters
-from selfray.device_augment import BatchParameters, apply, parameters_from, uniforms
-from selfray.images import encode_png
+from selfray.pixels import augment, device
+from selfray.pixels.augment import DRAWS, JITTER_ORDERS, Jitter, Parameters
+from selfray.pixels.codecs import encode_png
+from selfray.pixels.device import BatchParameters, apply, parameters_from, uniforms
 from selfray.views import ColorJitter, RandomMask, View, Views
 from test_augment import FACTORS, blurred, kolmogorov_smirnov, picture, tensor
 
@@ -112,9 +112,7 @@ def test_a_wide_blur_is_the_hosts_within_one_level(size):
     kernel = augment.blur_kernel_size(size)
     for sigma in (0.3, 2.0):
         host = tensor(blurred(pixels, kernel, sigma)).float()
-        ours = device_augment.gaussian_blur(
-            tensor(pixels)[None].float(), kernel, torch.tensor([sigma])
-        )
+        ours = device.gaussian_blur(tensor(pixels)[None].float(), kernel, torch.tensor([sigma]))
         assert (ours[0].round() - host).abs().max() <= 1
 
 
@@ -248,7 +246,7 @@ VIEWS: Views = {
 
 
 def test_a_batch_mirrors_the_declared_views():
-    batch = device_augment.augment(IMAGES, torch.arange(4), VIEWS, seed=0, epoch=0)
+    batch = device.augment(IMAGES, torch.arange(4), VIEWS, seed=0, epoch=0)
     shapes = {name: (tuple(views.shape), views.dtype) for name, views in batch.items()}
     assert shapes == {
         "global": ((4, 3, 3, 32, 32), torch.uint8),
@@ -258,13 +256,13 @@ def test_a_batch_mirrors_the_declared_views():
 
 
 def test_the_views_of_an_image_depend_on_seed_epoch_and_key_alone():
-    together = device_augment.augment(IMAGES, torch.arange(4), VIEWS, seed=3, epoch=5)
+    together = device.augment(IMAGES, torch.arange(4), VIEWS, seed=3, epoch=5)
     order = torch.tensor([2, 0, 2])
-    part = device_augment.augment(IMAGES[order], order, VIEWS, seed=3, epoch=5)
+    part = device.augment(IMAGES[order], order, VIEWS, seed=3, epoch=5)
     for name in VIEWS:
         assert (part[name].int() - together[name][order].int()).abs().max() <= 1
     for seed, epoch in ((3, 6), (4, 5)):
-        other = device_augment.augment(IMAGES, torch.arange(4), VIEWS, seed, epoch)
+        other = device.augment(IMAGES, torch.arange(4), VIEWS, seed, epoch)
         assert (other["global"].int() - together["global"].int()).abs().float().mean() > 5
 
 
@@ -272,7 +270,7 @@ def test_the_whole_chain_is_near_the_hosts():
     keys = torch.arange(400) % 4
     images = IMAGES[keys]
     drawn = uniforms(0, 0, torch.arange(400), 1)
-    views = device_augment.draw_view(images, drawn[:, 0], SIMCLR)
+    views = device.draw_view(images, drawn[:, 0], SIMCLR)
     total = []
     for key, view, numbers in zip(keys, views, drawn[:, 0].tolist(), strict=True):
         parameters = augment.parameters_from(SIMCLR, numbers, SIZE, SIZE)
@@ -293,7 +291,7 @@ def test_the_whole_chain_is_near_the_hosts():
 )
 def test_views_that_the_device_cannot_draw_are_refused_by_name(views, message):
     with pytest.raises(ValueError, match=message):
-        device_augment.augment(IMAGES, torch.arange(4), views, 0, 0)
+        device.augment(IMAGES, torch.arange(4), views, 0, 0)
 
 
 def test_views_finished_on_the_device_are_those_of_the_cpu():
@@ -303,7 +301,7 @@ def test_views_finished_on_the_device_are_those_of_the_cpu():
     crops = augment.augment_batch(images, views, 2, 3, photometric="device").arrays
     for name, group in views.items():
         rows = torch.from_numpy(crops[name + augment.PARAMETERS_SUFFIX])
-        finished = device_augment.recolour(torch.from_numpy(crops[name]), rows, group)
+        finished = device.recolour(torch.from_numpy(crops[name]), rows, group)
         difference = (finished.int() - torch.from_numpy(host[name]).int()).abs().float()
         assert (crops[name] != host[name]).mean() > 0.5
         # One level apart before a contrast or a turn of the hue can be some after it; at 128 one

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from helpers import MAE, VIT, experiment, start, tiny, train_for
-from selfray import checkpoint
 from selfray.cluster.training import Recorder
 from selfray.cluster.worker import _would_repeat
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
+from selfray.runs import checkpoint
 from selfray.storage import Location
 from selfray.train import TrainState
 

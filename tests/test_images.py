@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from selfray.images import (
+from selfray.pixels.codecs import (
     BrokenImage,
     ImageInfo,
     check,

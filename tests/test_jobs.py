@@ -9,7 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from hand_made_cluster import HandMadeCluster
 from helpers import wait_for
-from selfray import checkpoint
+from selfray.runs import checkpoint
 from selfray.storage import Location
 
 

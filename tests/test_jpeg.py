@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from selfray import images, jpeg, kernels
-from selfray.augment import apply, augment_batch, draw, draw_views
-from selfray.images import BrokenImage, Planes, encode_png, open_image
-from selfray.images import decode as decode_whole
+from selfray.pixels import codecs, jpeg, kernels
+from selfray.pixels.augment import apply, augment_batch, draw, draw_views
+from selfray.pixels.codecs import BrokenImage, Planes, encode_png, open_image
+from selfray.pixels.codecs import decode as decode_whole
 from selfray.views import View, Views
 
 SUBSAMPLING = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:4:0": 0x121111}
@@ -404,9 +404,9 @@ def test_a_photograph_that_is_turned_is_decoded_where_the_crops_lie(
     opened = open_image(data)
     assert (opened.height, opened.width) == decode_whole(data).shape[:2]
     wanted = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert np.array_equal(images._turned_back(wanted, opened.stored[0]), opened.decode(320, 1)[0])
+    assert np.array_equal(codecs._turned_back(wanted, opened.stored[0]), opened.decode(320, 1)[0])
     ours = augment_batch([data] * 4, CROPS, seed=0, epoch=0).arrays["global"].astype(int)
-    monkeypatch.setattr(images, "_turn_of", lambda _: None)
+    monkeypatch.setattr(codecs, "_turn_of", lambda _: None)
     assert open_image(data).pixels is not None, "decoded whole, and upright"
     theirs = augment_batch([data] * 4, CROPS, seed=0, epoch=0).arrays["global"]
     difference = np.abs(ours - theirs)
@@ -425,10 +425,10 @@ def test_a_box_of_a_turned_image_lies_where_its_pixels_are(value):
         for left in range(width):
             box = kernels.stored_box((turn, 20, 30), (float(top), float(left), 1.0, 1.0))
             upright[top, left] = stored[int(box[0]), int(box[1])]
-    assert np.array_equal(images._turned_back(upright, turn), stored)
+    assert np.array_equal(codecs._turned_back(upright, turn), stored)
     top, left, rows, columns = map(int, kernels.stored_box((turn, 20, 30), (3.0, 5.0, 7.0, 11.0)))
     part = stored[top : top + rows, left : left + columns]
-    assert np.array_equal(images._turned_back(upright[3:10, 5:16], turn), part)
+    assert np.array_equal(codecs._turned_back(upright[3:10, 5:16], turn), part)
 
 
 def big_endian(kind: int, value: bytes) -> bytes:
@@ -463,7 +463,7 @@ def test_an_unusual_orientation_is_seen_in_training_as_it_is_elsewhere(name):
 def test_what_only_pillow_can_read_is_turned_back(monkeypatch):
     data = saved(photograph(40, 120), exif=orientation(6))
     wanted = open_image(data).decode(40, 1.0)[0]
-    monkeypatch.setattr(images._codec_messages, "imdecode", lambda *_: (None, ""))
+    monkeypatch.setattr(codecs._codec_messages, "imdecode", lambda *_: (None, ""))
     assert np.array_equal(open_image(data).decode(40, 1.0)[0], wanted)
 
 

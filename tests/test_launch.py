@@ -21,15 +21,17 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
-from selfray import augment, checkpoint, config
-from selfray.checkpoint import Checkpoint
+from selfray import config
+from selfray.cluster.build import write_arrays
 from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
 from selfray.cluster.runtime import Console, Resources
-from selfray.cluster.shards import write_arrays
 from selfray.cluster.waiting import room_for
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
-from selfray.spool import SpoolReader
+from selfray.pixels import augment
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.spool import SpoolReader
 from selfray.storage import Location
 from selfray.train import TrainState
 

@@ -13,7 +13,7 @@ from helpers import MAE, SIMCLR, experiment
 
 PACKAGE = Path(selfray.__file__).parent
 SOURCE_ROOT = PACKAGE.parent
-CLUSTER = ("cluster", "cli.py")
+CLUSTER = ("cluster", "commands")
 """What may import ray and mlflow: the folder, and the command line over it."""
 
 FILES = sorted(
@@ -67,7 +67,7 @@ def test_the_standard_librarys_platform_is_not_shadowed():
 
 
 def test_the_files_of_the_core_are_found():
-    assert {"train.py", "plan.py", "methods/mae.py"} <= {inner_name(path) for path in CORE}
+    assert {"train.py", "data/plan.py", "methods/mae.py"} <= {inner_name(path) for path in CORE}
     assert not any("cluster" in inner_name(path) for path in CORE)
 
 
@@ -75,7 +75,7 @@ def test_the_files_of_the_core_are_found():
 def test_the_core_imports_neither_ray_nor_mlflow_nor_the_cluster(path):
     names = imported(path)
     assert not [
-        n for n in names if belongs_to(n, ("ray", "mlflow", "selfray.cluster", "selfray.cli"))
+        n for n in names if belongs_to(n, ("ray", "mlflow", "selfray.cluster", "selfray.commands"))
     ]
 
 
@@ -99,7 +99,7 @@ sys.meta_path.insert(0, Refuse())
 import selfray
 
 for info in pkgutil.walk_packages(selfray.__path__, "selfray."):
-    if info.name.split(".")[1] not in ("cluster", "cli"):
+    if info.name.split(".")[1] not in ("cluster", "commands"):
         importlib.import_module(info.name)
 
 from helpers import all_methods, experiment, start, train_for
@@ -135,5 +135,5 @@ def test_an_experiment_has_the_same_identity_in_every_process(trained_without_th
 
 
 def test_data_tasks_start_without_torch():
-    code = "import sys, selfray.source; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, selfray.data.source; print('torch' in sys.modules, 'ray' in sys.modules)"
     assert run_python(code, [SOURCE_ROOT]) == "False False"

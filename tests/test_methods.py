@@ -30,8 +30,7 @@ from helpers import (
     train_for,
     weights,
 )
-from selfray import checkpoint, config
-from selfray.checkpoint import Checkpoint
+from selfray import config
 from selfray.method import Method, MethodConfig
 from selfray.methods import mae as mae_file
 from selfray.methods.byol import BYOLConfig
@@ -44,6 +43,8 @@ from selfray.methods.simclr import SimCLRConfig
 from selfray.models.decoder import patchify, unpatchify
 from selfray.models.encoder import Encoder, EncoderConfig, export_weights
 from selfray.optim import follow_schedules
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.schedules import Constant
 from selfray.storage import Location
 from selfray.views import View

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import selfray.shards as shards_module
-from selfray.pages import value_places
-from selfray.shards import RowGroupCache, ShardSet, open_shards, read_chosen
+import selfray.data.reader as shards_module
+from selfray.data.parquet_pages import value_places
+from selfray.data.reader import RowGroupCache, ShardSet, open_shards, read_chosen
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False}

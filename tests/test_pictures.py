@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from selfray import pictures
 from selfray.losses import masked_pixel_error
 from selfray.models.decoder import patchify
 from selfray.models.encoder import normalize
-from selfray.pictures import (
+from selfray.report import pictures
+from selfray.report.pictures import (
     AGREES,
     DIFFERS,
     FAINT,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from selfray import plan as plan_module
-from selfray.plan import ReadPlan, Rows, Share
+from selfray.data import plan as plan_module
+from selfray.data.plan import ReadPlan, Rows, Share
 
 GROUPS = (7, 20, 1, 13, 40, 0, 19)  # 100 rows
 SHARES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 3), (12, 1)]

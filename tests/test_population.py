@@ -4,9 +4,9 @@ import pytest
 
 from helpers import experiment, tiny
 from selfray.methods.byol import BYOLConfig
-from selfray.population import Member, first_generation, next_generation
 from selfray.schedules import Constant, Piecewise, Progress
-from selfray.sweep import Axis, Question, Range
+from selfray.sweeps.population import Member, first_generation, next_generation
+from selfray.sweeps.question import Axis, Question, Range
 
 MOMENTUM = Range("momentum", "method.momentum", 0.9, 0.999, "to_one", is_schedule=True)
 QUESTION = Question("q", (MOMENTUM,), search="population", samples=8, generations=3)

@@ -13,9 +13,8 @@ import tyro
 from ray.scripts.scripts import cli as ray_commands
 
 from recipes import every
-from selfray import cli
-from selfray.cluster import command
-from selfray.cluster.command import SweepFlags
+from selfray.commands import main, script
+from selfray.commands.script import SweepFlags
 
 ROOT = Path(__file__).parent.parent
 RECIPES = every()
@@ -57,7 +56,7 @@ def test_a_make_target_of_the_readme_exists(target):
 
 @pytest.mark.parametrize("words", words_after("selfray "), ids=" ".join)
 def test_a_selfray_command_of_the_readme_is_understood(words):
-    assert cli.parse(words)
+    assert main.parse(words)
 
 
 SWEPT = ("mae", "temperature", "momentum", "augmentation")
@@ -87,7 +86,7 @@ def test_a_sweep_of_the_readme_is_understood(name, words):
 )
 def test_a_pretraining_command_of_the_readme_is_understood(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
-    assert command.parse(RECIPES, "").name == words[0]
+    assert script.parse(RECIPES, "").name == words[0]
 
 
 def test_the_readme_names_files_that_exist():

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from selfray import storage
-from selfray.broken import BrokenTally, too_many
-from selfray.images import BrokenImage
-from selfray.shards import RowGroupCache, UnreadableShard, read_chosen
-from selfray.source import BROKEN, REASON
+from selfray.data.broken import BrokenTally, too_many
+from selfray.data.reader import RowGroupCache, UnreadableShard, read_chosen
+from selfray.data.source import BROKEN, REASON
+from selfray.pixels.codecs import BrokenImage
 from selfray.storage import Location, Retry, patiently
 from test_source import data_set, numbers, source
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr("selfray.shards.read_chosen.__defaults__", (RowGroupCache(2**20),))
+    monkeypatch.setattr("selfray.data.reader.read_chosen.__defaults__", (RowGroupCache(2**20),))
 
 
 def lose(path: Path) -> str:

@@ -15,12 +15,13 @@ import pytest
 from pyarrow import fs
 
 from helpers import experiment, start, train_for, weights
-from selfray import checkpoint, storage
-from selfray.cluster.shard_sources import BuildOptions, make_plan
-from selfray.cluster.shard_writer import BUILD_FOLDER, PLAN, Job, Manifest, build_item
-from selfray.cluster.shards import _finish
-from selfray.shards import open_shards, parquet_files
-from selfray.source import BROKEN
+from selfray import storage
+from selfray.cluster.build import _finish
+from selfray.data.listing import BuildOptions, make_plan
+from selfray.data.reader import open_shards, parquet_files
+from selfray.data.source import BROKEN
+from selfray.data.writer import BUILD_FOLDER, PLAN, Job, Manifest, build_item
+from selfray.runs import checkpoint
 from selfray.storage import Location, Retry
 from test_source import png, source
 
@@ -186,7 +187,7 @@ def test_a_shard_that_is_deleted_from_s3_costs_its_rows(gateway, shards_uri, tmp
     kept = lost.read_bytes()
     lost.filesystem.delete_file(lost.path)
     try:
-        from selfray.shards import RowGroupCache, read_chosen
+        from selfray.data.reader import RowGroupCache, read_chosen
 
         groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
         rows = np.concatenate([np.arange(n) for n in shards.group_rows])
@@ -198,7 +199,7 @@ def test_a_shard_that_is_deleted_from_s3_costs_its_rows(gateway, shards_uri, tmp
 
 
 def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, shards_uri):
-    from selfray.shards import RowGroupCache, read_chosen
+    from selfray.data.reader import RowGroupCache, read_chosen
 
     shards = open_shards(parquet_files(shards_uri), shards_uri)
     groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
@@ -227,8 +228,8 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
 
 
 def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri, monkeypatch):
-    from selfray import shards as reading
-    from selfray.shards import RowGroupCache, read_chosen
+    from selfray.data import reader as reading
+    from selfray.data.reader import RowGroupCache, read_chosen
 
     first, second = (
         pa.table({"image": [letter * (length + i) for i in range(20)]})

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfray.shards import (
+from selfray.data.reader import (
     RowGroupCache,
     ShardSet,
     only,

@@ -22,8 +22,9 @@ from PIL import Image
 from pyarrow import fs
 
 from helpers import wait_for
-from selfray.cluster import shard_sources, shard_writer, shards
-from selfray.cluster.shards import BuildOptions, Manifest, build, check, write_arrays
+from selfray.cluster import build as builder
+from selfray.cluster.build import BuildOptions, Manifest, build, check, write_arrays
+from selfray.data import listing, writer
 from selfray.storage import Location
 
 PLATFORM = str(Path(__file__).resolve().parents[1] / "platform")
@@ -129,7 +130,7 @@ def test_class_folders_become_labels(tmp_path):
     files = {f"{name}/{i}.jpg": picture(i) for i in range(4) for name in ("dog", "cat")}
     source = write(tmp_path / "source", files | {"README.md": b"two classes"})
     manifest = build(source, tmp_path / "out")
-    assert manifest.labels == shards.Labels(("cat", "dog"), {"cat": 4, "dog": 4}, 0)
+    assert manifest.labels == builder.Labels(("cat", "dog"), {"cat": 4, "dog": 4}, 0)
     assert labels_of(tmp_path / "out") == {name: int("dog" in name) for name in files}
     unlabelled = build(source, tmp_path / "none", BuildOptions(labels="none"))
     assert unlabelled.labels is None
@@ -140,17 +141,17 @@ def test_class_folders_become_labels(tmp_path):
 )
 def test_folders_that_are_not_clearly_classes_give_no_labels(tmp_path, names):
     write(tmp_path, {name: picture(i) for i, name in enumerate(names)})
-    plan = shards.make_plan(Location.of(tmp_path), BuildOptions())
+    plan = builder.make_plan(Location.of(tmp_path), BuildOptions())
     assert plan.layout.label_names is None
 
 
 def test_labels_folders_takes_the_first_folder_whatever_lies_deeper(tmp_path):
     write(tmp_path, {"a/b/1.jpg": picture(1), "c/2.jpg": picture(2)})
-    plan = shards.make_plan(Location.of(tmp_path), BuildOptions(labels="folders"))
+    plan = builder.make_plan(Location.of(tmp_path), BuildOptions(labels="folders"))
     assert plan.layout.label_names == ("a", "c")
     write(tmp_path, {"3.jpg": picture(3)})
     with pytest.raises(ValueError, match=r"holds 3\.jpg itself"):
-        shards.make_plan(Location.of(tmp_path), BuildOptions(labels="folders"))
+        builder.make_plan(Location.of(tmp_path), BuildOptions(labels="folders"))
 
 
 def test_webdataset_tars_give_one_row_for_each_key(tmp_path):
@@ -165,7 +166,7 @@ def test_webdataset_tars_give_one_row_for_each_key(tmp_path):
     manifest = build(source, tmp_path / "out")
     assert rows_of(tmp_path / "out")["1.tar!./d/2.jpg"] == picture(12)
     assert labels_of(tmp_path / "out")["1.tar!./d/3.jpg"] == 1
-    assert manifest.labels == shards.Labels(None, {"0": 6, "1": 6}, 0)
+    assert manifest.labels == builder.Labels(None, {"0": 6, "1": 6}, 0)
     assert (manifest.images, manifest.quarantined.count) == (12, 0)
 
 
@@ -203,7 +204,7 @@ def test_what_is_odd_in_a_tar_is_quarantined_and_the_rest_kept(tmp_path):
     )
     manifest = build(tmp_path / "source", tmp_path / "out")
     assert labels_of(tmp_path / "out") == {"a.tar!1.jpg": 7, "a.tar!3.jpg": -1}
-    assert manifest.labels == shards.Labels(None, {"7": 1}, 1)
+    assert manifest.labels == builder.Labels(None, {"7": 1}, 1)
     assert quarantine_of(tmp_path / "out") == {
         "a.tar!2": "no image",
         "a.tar!3.mask.png": "second image",
@@ -250,7 +251,7 @@ def test_hugging_face_parquet_keeps_paths_labels_and_class_names(tmp_path):
     manifest = build(tmp_path / "source", tmp_path / "out", BuildOptions(shard_bytes=4000))
     assert rows_of(tmp_path / "out")["12.jpg"] == picture(12)
     assert labels_of(tmp_path / "out")["13.jpg"] == 1
-    assert manifest.labels == shards.Labels(("even", "odd"), {"even": 8, "odd": 6}, 0)
+    assert manifest.labels == builder.Labels(("even", "odd"), {"even": 8, "odd": 6}, 0)
     assert len(manifest.shards) > 1
 
 
@@ -338,21 +339,21 @@ def test_what_may_not_be_opened_is_quarantined():
         if os.geteuid() == 0:  # root may open everything
             os.seteuid(65534)
         try:
-            plan = shards.make_plan(Location.of(source), BuildOptions())
-            rows = list(shard_sources.read_samples(plan.source, plan.layout, plan.items[0].inputs))
+            plan = builder.make_plan(Location.of(source), BuildOptions())
+            rows = list(listing.read_samples(plan.source, plan.layout, plan.items[0].inputs))
         finally:
             os.seteuid(os.getuid())
             (source / "c").chmod(0o755)
     assert [entry.file for entry in plan.quarantined] == ["c"]
-    assert [row.file for row in rows if isinstance(row, shards.Quarantined)] == ["b.jpg"]
+    assert [row.file for row in rows if isinstance(row, builder.Quarantined)] == ["b.jpg"]
 
 
 def test_an_outage_of_remote_storage_stops_the_build_and_quarantines_nothing(tmp_path):
     remote = Location(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), str(tmp_path)[1:], "s3://x")
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
-        shard_sources.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
-    shard_sources.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
-    shard_sources.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
+        listing.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
+    listing.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
+    listing.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
 
 
 # Properties of a build
@@ -379,15 +380,15 @@ def test_max_side_shrinks_large_images_and_leaves_small_ones_alone(tmp_path):
     assert Image.open(io.BytesIO(rows["a.png"])).size == (32, 16)
     assert rows["b.jpg"] == picture(2)
     assert manifest.max_side == 32
-    assert manifest.image_width == shards.Spread(24, 24, 32)
+    assert manifest.image_width == builder.Spread(24, 24, 32)
     assert manifest.formats == {"JPEG": 2}
 
 
 def test_row_groups_close_at_their_bytes_or_rows_whichever_is_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 4)
     images = [picture(i) for i in range(10)]
     assert write_arrays(tmp_path / "rows", images).shards[0].row_groups == (4, 4, 2)
-    monkeypatch.setattr(shard_writer, "ROW_GROUP_BYTES", 3 * len(images[0]) + 200)
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", 3 * len(images[0]) + 200)
     assert write_arrays(tmp_path / "bytes", images).shards[0].row_groups == (3, 3, 3, 1)
 
 
@@ -405,7 +406,7 @@ def test_a_source_that_is_not_local_gives_the_same_shards(tmp_path):
 
 def test_progress_counts_up_to_the_whole(tmp_path):
     source = write(tmp_path / "source", {f"{i}.jpg": picture(i) for i in range(20)} | {"x": b"-"})
-    seen: list[shards.Progress] = []
+    seen: list[builder.Progress] = []
     manifest = build(source, tmp_path / "out", BuildOptions(shard_bytes=5000), seen.append)
     assert (seen[0].images_done, seen[0].images_total, seen[0].shards_done) == (0, 21, 0)
     last = seen[-1]
@@ -452,7 +453,7 @@ def test_a_killed_build_is_finished_by_running_it_again(tmp_path):
 
     with pytest.raises(ValueError, match=r"unfinished build of something else .seed was 0, now 3"):
         build(source, out, BuildOptions(shard_bytes=shard_bytes, max_side=64, seed=3))
-    seen: list[shards.Progress] = []
+    seen: list[builder.Progress] = []
     build(source, out, options, seen.append)
     assert "going on" in seen[0].note
     build(source, tmp_path / "uninterrupted", options)
@@ -467,7 +468,7 @@ def test_a_complete_build_is_returned_at_once_and_lost_shards_are_built_again(tm
     options = BuildOptions(shard_bytes=5000)
     first = build(source, out, options)
     before = contents(out)
-    seen: list[shards.Progress] = []
+    seen: list[builder.Progress] = []
     assert build(source, out, options, seen.append) == first
     assert "complete" in seen[0].note
     assert seen[0].shards_done == seen[0].shards_total
@@ -478,7 +479,7 @@ def test_a_complete_build_is_returned_at_once_and_lost_shards_are_built_again(tm
 
 def test_storage_that_fails_on_the_way_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path / "source", {"a.jpg": picture(1)}), tmp_path / "out"
-    shards._start(Location.of(out), shards.make_plan(Location.of(source), BuildOptions()))
+    builder._start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
     (out / "shard-00000.parquet").mkdir()  # in the way of the shard
     with pytest.raises(OSError, match=r"build of .*/out stopped: .*run the same build again"):
         build(source, out)
@@ -508,7 +509,7 @@ def test_check_names_every_problem_and_the_way_out(tmp_path):
     source = write(tmp_path / "source", {f"{i}.jpg": picture(i) for i in range(30)})
     out = tmp_path / "out"
     names = [s.name for s in build(source, out, BuildOptions(shard_bytes=5000)).shards]
-    assert check(out) == shards.CheckReport(
+    assert check(out) == builder.CheckReport(
         str(out), len(names), 30, sum((out / name).stat().st_size for name in names), ()
     )
     data = bytearray((out / names[0]).read_bytes())
@@ -560,7 +561,7 @@ def test_write_arrays_keeps_order_and_finds_its_result_again(tmp_path):
     assert [shard.rows for shard in manifest.shards] == [3, 3, 1]
     assert list(rows_of(tmp_path / "out").values()) == images
     assert table_of(tmp_path / "out")["label"].to_pylist() == arguments["labels"]
-    assert manifest.labels == shards.Labels(("x", "y", "z"), {"x": 3, "y": 2, "z": 2}, 0)
+    assert manifest.labels == builder.Labels(("x", "y", "z"), {"x": 3, "y": 2, "z": 2}, 0)
     assert write_arrays(tmp_path / "out", images, rows_per_shard=3, **arguments) == manifest
     assert check(tmp_path / "out", deep=True).ok
     with pytest.raises(ValueError, match="a complete build of something else"):

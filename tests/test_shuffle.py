@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from selfray.bottleneck import bottleneck
-from selfray.plan import ReadPlan
-from selfray.shuffle import shuffle_quality
+from selfray.data.plan import ReadPlan
+from selfray.runs.bottleneck import bottleneck
+from shuffle import shuffle_quality
 
 SORTED = np.repeat(np.arange(10), 1000)
 
@@ -53,7 +53,7 @@ def test_the_summary_says_how_many_cpus_the_data_lacks():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_resume_at_another_world_size_sees_each_remaining_image_once(ranks, seed):
-    from selfray.plan import Share
+    from selfray.data.plan import Share
 
     rng = np.random.default_rng(seed)
     sizes = tuple(rng.integers(0, 60, 40).tolist())

@@ -5,11 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfray.augment import augment_batch
-from selfray.images import BrokenImage, encode_png
-from selfray.plan import ReadPlan, Share
-from selfray.shards import ShardSet, open_shards
-from selfray.source import (
+from selfray.data.plan import ReadPlan, Share
+from selfray.data.reader import ShardSet, open_shards
+from selfray.data.source import (
     BROKEN,
     LABEL,
     POSITION,
@@ -21,6 +19,8 @@ from selfray.source import (
     Source,
     evaluation_views,
 )
+from selfray.pixels.augment import augment_batch
+from selfray.pixels.codecs import BrokenImage, encode_png
 from selfray.views import BlockMask, RandomMask, View, Views
 
 ROWS = 24

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import fs
 
 from helpers import wait_for
-from selfray.spool import SpoolReader, SpoolWriter
+from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
 

@@ -15,20 +15,20 @@ import ray
 from ray.data import DataContext
 
 from helpers import wait_for
-from selfray.augment import BROKEN
-from selfray.cluster import dataset
-from selfray.cluster.dataset import (
+from selfray.cluster import stream as stream_module
+from selfray.cluster.gate import Gate, GateClosed
+from selfray.cluster.stream import (
     CHUNK_BYTES,
     CHUNKS_PER_CPU,
     MOST_STEPS_PER_CHUNK,
     Stream,
     chunk_room,
 )
-from selfray.cluster.gate import Gate, GateClosed
-from selfray.images import encode_png
-from selfray.plan import ReadPlan, Share
-from selfray.shards import open_shards
-from selfray.source import LABEL, POSITION, REASON, Arrays, Source
+from selfray.data.plan import ReadPlan, Share
+from selfray.data.reader import open_shards
+from selfray.data.source import LABEL, POSITION, REASON, Arrays, Source
+from selfray.pixels.augment import BROKEN
+from selfray.pixels.codecs import encode_png
 from selfray.views import RandomMask, View, Views
 
 VIEWS: Views = {
@@ -111,8 +111,8 @@ def test_a_chunk_is_no_larger_than_its_room_and_no_smaller_than_it_must_be(sourc
 
 
 def test_executions_follow_one_another_without_a_gap(ray_session, source, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNKS_PER_EXECUTION", 3)
-    monkeypatch.setattr(dataset, "MOST_STEPS_PER_CHUNK", 2)
+    monkeypatch.setattr(stream_module, "CHUNKS_PER_EXECUTION", 3)
+    monkeypatch.setattr(stream_module, "MOST_STEPS_PER_CHUNK", 2)
     monkeypatch.setattr(Stream, "window", 1)
     stream = Stream(source, Share(0, 1), 1, cpus=1)
     bounds = [segment.bounds for segment in stream.segments()]

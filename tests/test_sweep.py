@@ -5,7 +5,7 @@ from scipy.stats import spearmanr
 
 from helpers import MAE, experiment
 from selfray.schedules import Constant, Cosine
-from selfray.sweep import (
+from selfray.sweeps.question import (
     Axis,
     Halving,
     Option,

@@ -14,14 +14,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from helpers import RESNET, SIMCLR, tiny, wait_for
-from selfray.checkpoint import MANIFEST, Checkpoint
+from selfray.cluster.build import write_arrays
 from selfray.cluster.launch import launch
-from selfray.cluster.shards import write_arrays
-from selfray.cluster.sweep import _identity, _probed_at_every_checkpoint, _with_metrics, sweep
+from selfray.cluster.sweep.run import _identity, _probed_at_every_checkpoint, _with_metrics, sweep
 from selfray.experiment import Experiment
 from selfray.methods.byol import BYOLConfig
+from selfray.runs.checkpoint import MANIFEST, Checkpoint
 from selfray.schedules import Piecewise
-from selfray.sweep import Axis, Halving, Question, Range
+from selfray.sweeps.question import Axis, Halving, Question, Range
 from test_launch import Screen, experiment, images, shards  # noqa: F401 - shards is a fixture
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -25,13 +25,14 @@ from helpers import (
     train_for,
     weights,
 )
-from selfray import checkpoint, gallery
-from selfray.checkpoint import Checkpoint
 from selfray.experiment import IMAGENET_MEAN, IMAGENET_STD
 from selfray.methods.beit import BEiTConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.decoder import patchify
 from selfray.models.quantizer import IDLE, Quantizer
+from selfray.report import run_pictures
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerFile
 
@@ -191,8 +192,8 @@ def test_a_tokenizers_picture_shows_images_tokens_and_reconstructions():
     wanted = experiment(VQVAE, VIT)
     images = positions(0, 8, wanted)["global"][:, 0].numpy()
     method: Any = start(wanted).method
-    views = gallery.LabelledViews(images, np.zeros(8, np.int64))
-    picture = gallery.token_reconstructions(wanted, method, views)
+    views = run_pictures.LabelledViews(images, np.zeros(8, np.int64))
+    picture = run_pictures.token_reconstructions(wanted, method, views)
     assert picture.width > 300
 
 
@@ -241,7 +242,7 @@ def test_hidden_patches_reach_beits_tokens_and_not_its_prediction():
 def test_the_tokens_are_those_of_the_trained_tokenizer():
     method, batch = _beit()
     images = batch["global"][:, 0]
-    trained: Any = gallery.method_of(Checkpoint.open(tokenizer_run())).method.eval()
+    trained: Any = run_pictures.method_of(Checkpoint.open(tokenizer_run())).method.eval()
     with torch.no_grad():
         expected, _ = trained.reconstruct(images)
     assert torch.equal(method.train().tokenizer(images), expected)

@@ -23,7 +23,7 @@ from selfray.cluster.tracking import (
     flatten,
     tracking_uri,
 )
-from selfray.spool import SpoolWriter
+from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 
 PLATFORM = Path(__file__).parent.parent / "platform"

@@ -22,11 +22,11 @@ from helpers import (
     train_for,
     weights,
 )
-from selfray import checkpoint
-from selfray.checkpoint import Checkpoint
 from selfray.method import Method
 from selfray.methods.dinov2 import DINOv2Config
 from selfray.models.encoder import normalize
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.train import TrainState, train

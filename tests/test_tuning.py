@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from selfray.cluster.tuning import Rungs
+from selfray.cluster.sweep.tune import Rungs
 from selfray.storage import Location
-from selfray.sweep import Halving
+from selfray.sweeps.question import Halving
 
 TOTAL = 1600
 Told = tuple[int, int, float]

@@ -7,14 +7,36 @@ from collections.abc import Mapping
 from typing import Any
 
 TYPE_KEY = "type"
+MOVED: Mapping[str, str] = {"selfray.sweep": "selfray.sweeps.question"}
+"""Module of a config as files name it -> the module that it lies in today. Run ids are hashes of
+these names, and checkpoints hold them, so a config that moves keeps the name that it had first."""
+_WRITTEN = {today: written for written, today in MOVED.items()}
+_ADDED = "added"
+
+
+def added(default: Any) -> Any:
+    """A field that came after runs had been written without it.
+
+    It is left out of JSON while it has its default, so that those runs keep their ids and
+    checkpoints of before can be read.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
+def type_name(kind: type) -> str:
+    """The name by which files know a config's type, such as `selfray.views:View`."""
+    return f"{_WRITTEN.get(kind.__module__, kind.__module__)}:{kind.__qualname__}"
 
 
 def to_json(value: Any) -> Any:
     """A JSON value for a config: dataclasses become objects that name their type."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = type(value)
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {TYPE_KEY: f"{kind.__module__}:{kind.__qualname__}", **fields}
+        fields = {
+            f.name: to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (_ADDED in f.metadata and getattr(value, f.name) == f.default)
+        }
+        return {TYPE_KEY: type_name(type(value)), **fields}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):
@@ -63,7 +85,7 @@ def config_type(name: object) -> type:
     if module.split(".")[0] != "selfray":
         raise ValueError(f"a config may only name types of selfray, got {name}")
     try:
-        kind = getattr(importlib.import_module(module), qualname)
+        kind = getattr(importlib.import_module(MOVED.get(module, module)), qualname)
     except (ImportError, AttributeError):
         raise ValueError(f"this version of selfray has no {name}") from None
     is_config = isinstance(kind, type) and dataclasses.is_dataclass(kind)

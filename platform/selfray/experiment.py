@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from selfray import config
+from selfray.check import named_amounts, require, require_one_of
+from selfray.data.plan import Share
 from selfray.health import GuardConfig
 from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.plan import Share
-from selfray.views import Photometric, Views, named_amounts, require, require_one_of
+from selfray.views import Photometric, Views
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -260,10 +261,11 @@ class Experiment:
     @property
     def identity(self) -> str:
         """Eight characters that differ where two experiments compute something else."""
+        written = config.to_json(self)
         computed = {
-            f.name: config.to_json(getattr(self, f.name))
+            f.name: written[f.name]
             for f in fields(self)
-            if f.name not in self.PLACEMENT
+            if f.name not in self.PLACEMENT and f.name in written
         }
         text = json.dumps(computed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfray.check import require
 from selfray.models.encoder import Encoder
-from selfray.views import require
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from selfray.check import require
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
-from selfray.views import View, Views, require
+from selfray.views import View, Views
 
 Batch = dict[str, Tensor]
 """Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
-from selfray.views import require, require_one_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ change of world size.
 import math
 from dataclasses import dataclass
 
-from selfray.views import require
+from selfray.check import require
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfray.checkpoint import Checkpoint
+from selfray.check import require
 from selfray.method import MethodConfig, as_constants
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.quantizer import Quantizer
-from selfray.views import require
+from selfray.runs.checkpoint import Checkpoint
 
 VERSION = "version.json"
 """A file in the checkpoint's folder: the tokenizer's name and version in MLflow's registry."""

@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from selfray import distributed
-from selfray.augment import PARAMETERS_SUFFIX
-from selfray.device_augment import recolour
 from selfray.experiment import Experiment
 from selfray.method import Batch, Method
 from selfray.models.encoder import normalize
 from selfray.models.vit import fit_positions
 from selfray.optim import clip_gradients, follow_schedules, learning_rate_at
+from selfray.pixels.augment import PARAMETERS_SUFFIX
+from selfray.pixels.device import recolour
 from selfray.schedules import Progress
 
 

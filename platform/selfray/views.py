@@ -11,16 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds: user input is checked, a line each."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Flags are checked by tyro; a recipe in Python, or a file, is checked here."""
-    require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+from selfray.check import require
 
 
 def _require_probability(name: str, value: float) -> None:
@@ -217,19 +208,3 @@ BLUR_SIGMA = (0.1, 2.0)
 def blur_kernel_size(view_size: int) -> int:
     """An odd kernel width of a tenth of the view (SimCLR), at least 3 pixels."""
     return max(3, 2 * math.floor(view_size / 20) + 1)
-
-
-def named_amounts(field_name: str, text: str) -> dict[str, float]:
-    """`trainer=1,disk=0.5` as a dict. ValueError names the field."""
-    amounts = {}
-    for part in filter(None, text.split(",")):
-        name, _, amount = part.rpartition("=")
-        try:
-            amounts[name.strip()] = float(amount)
-        except ValueError:
-            amounts[""] = 0.0
-    require(
-        all(name and amount > 0 for name, amount in amounts.items()),
-        f"{field_name} must be names with amounts such as trainer=1, got {text}",
-    )
-    return amounts

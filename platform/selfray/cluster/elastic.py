@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import ScalingConfig
 
-from selfray import checkpoint
+from selfray.runs import checkpoint
 from selfray.storage import Location
 
 START_SECONDS = "20"

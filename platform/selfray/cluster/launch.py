@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfray import checkpoint, config, gallery
-from selfray.checkpoint import Checkpoint
+from selfray import config
+from selfray.check import named_amounts
 from selfray.cluster import runtime, waiting
-from selfray.cluster.dataset import keep_statistics_here
-from selfray.cluster.inputs import DataSets, as_started, open_data, remember
 from selfray.cluster.monitor import Monitor
-from selfray.cluster.probe_jobs import ProbeJob
+from selfray.cluster.probe_tasks import ProbeJob
 from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.stream import keep_statistics_here
 from selfray.cluster.tracking import (
     ARTIFACTS,
     LOCK,
@@ -36,14 +35,17 @@ from selfray.cluster.worker import (
     root_cause,
     train_worker,
 )
+from selfray.data.data_sets import DataSets, as_started, open_data, remember
+from selfray.data.plan import ReadPlan
+from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
-from selfray.gallery import History
-from selfray.plan import ReadPlan
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.source import Source, source_of
+from selfray.report import run_pictures
+from selfray.report.run_pictures import History
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
-from selfray.views import named_amounts
 
 log = logging.getLogger(__name__)
 
@@ -356,8 +358,10 @@ def _log_pictures(
         train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
         source = Source(data.train, plan, experiment.views)
         names = data.train.label_names
-        made = gallery.run_pictures(experiment, newest, source, train, test, names)
-        made["curves.png"] = gallery.curves({gallery.title_of(experiment): monitor.history})
+        made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
+        made["curves.png"] = run_pictures.curves(
+            {run_pictures.title_of(experiment): monitor.history}
+        )
     except Exception as error:
         log.exception("the pictures failed")
         console.say(f"the pictures could not be made ({error}): the run is not touched by it")
@@ -618,6 +622,6 @@ def _say_plan(
 
 
 def _augmentation_backend() -> str:
-    from selfray.augment import BACKEND
+    from selfray.pixels.augment import BACKEND
 
     return BACKEND

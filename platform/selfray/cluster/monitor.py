@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from selfray import checkpoint
-from selfray.bottleneck import bottleneck
-from selfray.checkpoint import Checkpoint
-from selfray.cluster.probe_jobs import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
+from selfray.cluster.probe_tasks import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
+from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
-from selfray.gallery import History
-from selfray.plan import ReadPlan, even_steps
 from selfray.probes.features import ProbeResult
-from selfray.spool import SpoolReader, SpoolWriter
+from selfray.report.run_pictures import History
+from selfray.runs import checkpoint
+from selfray.runs.bottleneck import bottleneck
+from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ import logging
 import tempfile
 from pathlib import Path
 
-from selfray.checkpoint import MANIFEST, Checkpoint
-from selfray.cluster.command import asking_mlflow
 from selfray.cluster.launch import RunResult
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import RUN_RECORD, tracking_uri
+from selfray.commands.script import asking_mlflow
 from selfray.experiment import Experiment
+from selfray.runs.checkpoint import MANIFEST, Checkpoint
 from selfray.storage import Location
 from selfray.tokenizer import VERSION
 

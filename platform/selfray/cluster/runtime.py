@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import yaml
 
-from selfray.views import named_amounts
+from selfray.check import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
 ENVIRONMENT = {

@@ -31,9 +31,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfray.spool import SpoolReader, SpoolWriter
+from selfray.check import require
+from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
-from selfray.views import require
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,22 +13,23 @@ import ray.train
 import ray.train.torch
 import torch
 
-from selfray import checkpoint, config, distributed
-from selfray.broken import BrokenTally
-from selfray.checkpoint import Checkpoint
-from selfray.cluster import dataset
-from selfray.cluster.dataset import Stream
+from selfray import config, distributed
+from selfray.check import require
+from selfray.cluster import stream
+from selfray.cluster.stream import Stream
 from selfray.cluster.worker import WorkerTask
+from selfray.data.broken import BrokenTally
+from selfray.data.plan import Share, even_steps
+from selfray.data.source import BROKEN, REASON, source_of
 from selfray.experiment import Experiment
 from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.method import Batch
-from selfray.plan import Share, even_steps
+from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.spool import SpoolWriter
 from selfray.schedules import Progress
-from selfray.source import BROKEN, REASON, source_of
-from selfray.spool import SpoolWriter
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
-from selfray.views import require
 
 SPOOL = "spool"
 log = logging.getLogger(__name__)
@@ -69,17 +70,17 @@ def run(task: WorkerTask) -> None:
         state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
-    stream = Stream(
+    batches = Stream(
         source,
         share,
         state.progress.step,
         task.data_cpus,
         task.until_step,
-        dataset.chunk_room(context.get_local_world_size(), context.get_world_size()),
+        stream.chunk_room(context.get_local_world_size(), context.get_world_size()),
     )
-    batches = _checked(stream, experiment, recorder)
+    checked = _checked(batches, experiment, recorder)
     with contextlib.suppress(EndedEarly):
-        train(state, batches, mine, lambda step: recorder.on_step(state, step), device)
+        train(state, checked, mine, lambda step: recorder.on_step(state, step), device)
     recorder.finished(state)
 
 
@@ -88,14 +89,14 @@ class EndedEarly(Exception):  # noqa: N818 - it is no error
     step."""
 
 
-def _checked(stream: Stream, experiment: Experiment, recorder: "Recorder") -> Iterator[Batch]:
+def _checked(batches: Stream, experiment: Experiment, recorder: "Recorder") -> Iterator[Batch]:
     """The stream as tensors; broken images are reported by name, too many of them end the run."""
     tally = BrokenTally(experiment.data.max_broken_fraction)
-    for arrays in stream:
+    for arrays in batches:
         new = tally.see(arrays[BROKEN], arrays[REASON])
         if new:
             recorder.broken_images(new, tally.broken)
-        yield dataset.to_tensors(arrays, experiment.views)
+        yield stream.to_tensors(arrays, experiment.views)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from selfray.shards import ShardSet
+from selfray.data.reader import ShardSet
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _would_repeat(error: BaseException) -> bool:
 
 def _load_data_libraries() -> None:
     """What a process does that is started ahead of its first data task."""
-    import selfray.source  # noqa: F401
+    import selfray.data.source  # noqa: F401
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfray.check import require
 from selfray.method import Batch, Method, MethodConfig, Normalization, whole
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerFile
-from selfray.views import BlockMask, ColorJitter, View, Views, require
+from selfray.views import BlockMask, ColorJitter, View, Views
 
 JITTER = ColorJitter(0.4, 0.4, 0.4, 0.0, probability=1.0)
 

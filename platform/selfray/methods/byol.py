@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from selfray import distributed
+from selfray.check import require
 from selfray.health import deviation
 from selfray.losses import regression_to_target
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.schedules import Cosine, Progress, Schedule
-from selfray.views import View, Views, asymmetric_views, require
+from selfray.views import View, Views, asymmetric_views
 
 FIRST, SECOND = asymmetric_views((0.08, 1.0))
 

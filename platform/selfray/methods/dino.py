@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from selfray import distributed
+from selfray.check import require
 from selfray.losses import self_distillation
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
-from selfray.views import ASYMMETRIC_JITTER, View, Views, asymmetric_views, require
+from selfray.views import ASYMMETRIC_JITTER, View, Views, asymmetric_views
 
 FIRST, SECOND = asymmetric_views((0.4, 1.0))
 

@@ -10,20 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from selfray import distributed
+from selfray.check import require, require_one_of
 from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
-from selfray.views import (
-    ASYMMETRIC_JITTER,
-    BlockMask,
-    View,
-    Views,
-    asymmetric_views,
-    require,
-    require_one_of,
-)
+from selfray.views import ASYMMETRIC_JITTER, BlockMask, View, Views, asymmetric_views
 
 FIRST, SECOND = asymmetric_views((0.32, 1.0))
 

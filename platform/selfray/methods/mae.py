@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from selfray.check import require
 from selfray.losses import masked_pixel_error
 from selfray.method import Batch, Method, MethodConfig, whole
 from selfray.models.decoder import PatchDecoder, patchify
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
-from selfray.views import RandomMask, View, Views, require
+from selfray.views import RandomMask, View, Views
 
 
 @dataclass(frozen=True)

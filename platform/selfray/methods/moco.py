@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfray import distributed
+from selfray.check import require, require_one_of
 from selfray.losses import queue_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Constant, Progress, Schedule
-from selfray.views import ColorJitter, View, Views, require, require_one_of
+from selfray.views import ColorJitter, View, Views
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from selfray import distributed
+from selfray.check import require
 from selfray.losses import batch_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.models.vit import freeze_patch_embedding
 from selfray.schedules import Cosine, Progress, Schedule
-from selfray.views import View, Views, asymmetric_views, require
+from selfray.views import View, Views, asymmetric_views
 
 FIRST, SECOND = asymmetric_views((0.08, 1.0))
 

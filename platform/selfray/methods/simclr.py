@@ -10,12 +10,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from selfray import distributed
+from selfray.check import require
 from selfray.losses import nt_xent
 from selfray.method import Batch, Method, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.schedules import Progress
-from selfray.views import ColorJitter, View, Views, require
+from selfray.views import ColorJitter, View, Views
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfray.check import require
 from selfray.method import Batch, Method, whole
 from selfray.models.decoder import PatchDecoder, patchify
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.quantizer import Quantizer
 from selfray.schedules import Progress
 from selfray.tokenizer import TokenizerConfig
-from selfray.views import View, Views, require
+from selfray.views import View, Views
 
 
 @dataclass(frozen=True)

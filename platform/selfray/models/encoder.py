@@ -11,8 +11,8 @@ import torch
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
+from selfray.check import require, require_one_of
 from selfray.models import resnet, vit
-from selfray.views import require, require_one_of
 
 
 class Features(NamedTuple):

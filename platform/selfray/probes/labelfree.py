@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.augment import apply, draw, generator
 from selfray.health import effective_rank
+from selfray.pixels.augment import apply, draw, generator
 from selfray.probes.protocol import Protocol
 from selfray.views import View
 

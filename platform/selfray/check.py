@@ -1,0 +1,57 @@
+"""Refuse what cannot mean anything, at the door and by name."""
+
+import math
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """The command line checks its choices by itself; recipes and files are checked here."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_number(
+    name: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise ValueError unless a number is finite and inside its bounds.
+
+    Args:
+        name: the field, as a user writes it.
+        least, most: bounds that the number may equal.
+        above, below: bounds that it may not equal.
+    """
+    low = f"({above:g}" if above is not None else f"[{least:g}" if least > -math.inf else "(-inf"
+    high = f"{below:g})" if below is not None else f"{most:g}]" if most < math.inf else "inf)"
+    inside = (
+        math.isfinite(value)
+        and least <= value <= most
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    require(inside, f"{name} must be a number in {low}, {high}, got {value}")
+
+
+def named_amounts(field_name: str, text: str) -> dict[str, float]:
+    """`trainer=1,disk=0.5` as a dict. ValueError names the field."""
+    amounts = {}
+    for part in filter(None, text.split(",")):
+        name, _, amount = part.rpartition("=")
+        try:
+            amounts[name.strip()] = float(amount)
+        except ValueError:
+            amounts[""] = 0.0
+    require(
+        all(name and 0 < amount < math.inf for name, amount in amounts.items()),
+        f"{field_name} must be names with amounts such as trainer=1, got {text}",
+    )
+    return amounts

@@ -1,0 +1,155 @@
+"""Encoder -> features -> numbers, as Ray tasks: beside training, or by `selfray probe`."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import DataContext, ExecutionResources
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from selfray import config
+from selfray.cluster.stream import blocks_of_ids, configure
+from selfray.data.source import LABEL, VIEWS, Arrays, Sample
+from selfray.experiment import Experiment
+from selfray.models.encoder import Encoder
+from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
+from selfray.probes.labelfree import LabelFree
+from selfray.runs.checkpoint import Checkpoint
+from selfray.train import TrainState
+
+FEATURES, OF_CROPS = "features", "of_crops"
+
+
+@dataclass(frozen=True)
+class EncoderRef:
+    """An encoder that a task can load by itself: a checkpoint's, or the untrained one."""
+
+    experiment: str
+    """The Experiment as JSON."""
+    checkpoint: str | None
+    """A checkpoint's folder; None means the weights before the first step."""
+
+    @classmethod
+    def untrained(cls, experiment: Experiment) -> "EncoderRef":
+        return cls(config.dumps(experiment), None)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "EncoderRef":
+        return cls(config.dumps(checkpoint.experiment()), checkpoint.location.uri)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the class token."""
+        experiment: Experiment = config.loads(self.experiment)
+        with torch.device("meta"):
+            return experiment.encoder.build().width
+
+    def load(self) -> Encoder:
+        if self.checkpoint is not None:
+            return Checkpoint.open(self.checkpoint).encoder()
+        experiment: Experiment = config.loads(self.experiment)
+        return TrainState.start(experiment, total_images=1).method.encoder.eval()
+
+
+@dataclass(frozen=True)
+class EmbedBlock:
+    """What one task does: a block of a sample, read and encoded."""
+
+    sample: Sample
+    encoder: EncoderRef | None
+    """None gives the raw pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crops: bool = False
+    """Whether a crop of each image is encoded too."""
+
+    def run(self, ids: Arrays) -> Arrays:
+        blocks = [self.sample.read(int(block)) for block in ids["id"]]
+        labels = np.concatenate([block[LABEL] for block in blocks])
+        views = np.concatenate([block[VIEWS] for block in blocks])
+        if self.encoder is None:
+            return {FEATURES: pixels(views), LABEL: labels}
+        encoder = _loaded(self.encoder)
+        embedded = {FEATURES: embed(encoder, views, self.mean, self.std), LABEL: labels}
+        if self.crops:
+            of_crops = embed(encoder, LabelFree().crops(views), self.mean, self.std)
+            embedded[OF_CROPS] = of_crops[:, : encoder.width]
+        return embedded
+
+
+@lru_cache(maxsize=2)
+def _loaded(ref: EncoderRef) -> Encoder:
+    """A process that works on several blocks loads the encoder once."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ref.load().to(device)
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """Where probes get their images and what they may use."""
+
+    train: Sample | None
+    """None where there are no labels: what needs none is told all the same."""
+    test: Sample
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    cpus: float = 1.0
+    """CPUs of one task."""
+    gpus: float = 0.0
+    """GPUs of one task."""
+    tasks: int = 1
+    """Most tasks at a time: each is a process that imports torch."""
+
+    def features(
+        self, sample: Sample, encoder: EncoderRef | None, crops: bool = False
+    ) -> LabelledFeatures:
+        """Features of a sample, computed once, in parallel: float32 [n, D], in its order; and of a
+        crop of each image, where asked."""
+        configure(DataContext.get_current())
+        # Ray's stubs know no dict of arrays.
+        run: Any = EmbedBlock(sample, encoder, self.mean, self.std, crops).run
+        dataset = blocks_of_ids(sample.blocks).map_batches(
+            run,
+            batch_size=None,
+            num_cpus=self.cpus,
+            num_gpus=self.gpus or None,
+        )
+        options = dataset.context.execution_options
+        options.preserve_order = True  # the linear probe's held-out part follows from the order
+        options.resource_limits = ExecutionResources.for_limits(
+            cpu=self.tasks * self.cpus, gpu=self.tasks * self.gpus or None
+        )
+        parts = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+        return LabelledFeatures(
+            torch.from_numpy(np.concatenate([part[FEATURES] for part in parts])),
+            torch.from_numpy(np.concatenate([part[LABEL] for part in parts])),
+            None if encoder is None else encoder.width,
+            torch.from_numpy(np.concatenate([part[OF_CROPS] for part in parts])) if crops else None,
+        )
+
+    def run(self, encoder: EncoderRef | None) -> ProbeResult:
+        """Features of train and test, then every protocol, in a task of its own."""
+        train = None if self.train is None else self.features(self.train, encoder)
+        test = self.features(self.test, encoder, crops=encoder is not None)
+        # A sweep's trial holds a placement group of next to nothing: this task must not be put
+        # into it.
+        anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+        judge: Any = ray.remote(num_cpus=self.cpus, scheduling_strategy=anywhere)(probe)
+        return ray.get(judge.remote(train, test))
+
+
+def metrics_of(result: ProbeResult) -> dict[str, float]:
+    values = {name: getattr(result, name) for name in PROBED}
+    return {f"probe/{name}": value for name, value in values.items() if value is not None}
+
+
+PROBED = ("knn", "linear", "rankme", "uniformity", "alignment")
+"""The numbers of a ProbeResult."""
+
+
+def tags_of(result: ProbeResult) -> dict[str, str]:
+    return {f"probe.{name}.protocol": text for name, text in result.protocols.items()}

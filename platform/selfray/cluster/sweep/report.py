@@ -1,0 +1,171 @@
+"""What a sweep came to: the table, the sentence and the figures; on the console, in its folder and
+in MLflow."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from selfray.cluster.mlflow_runs import read_runs
+from selfray.cluster.runtime import Console
+from selfray.cluster.sweep.plan import SweepPlan
+from selfray.cluster.sweep.trial import Outcome
+from selfray.cluster.tracking import Tracker
+from selfray.report import pictures
+from selfray.runs.comparison import write_page
+from selfray.storage import Location
+from selfray.sweeps.question import (
+    METRIC_NAMES,
+    SIGNS,
+    Score,
+    answer,
+    is_accuracy,
+    rank_correlation,
+    ranked,
+    shown,
+    shown_difference,
+)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep came to."""
+
+    folder: str
+    outcomes: list[Outcome]
+    scores: list[Score]
+    """The best first."""
+    answer: str
+
+
+def result_of(plan: SweepPlan, words: str, outcomes: Sequence[Outcome]) -> SweepResult:
+    metric = plan.question.metric
+    assert metric is not None
+    scores = []
+    for label in dict.fromkeys(outcome.label for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.label == label]
+        whole = [o.final(metric) for o in mine if not o.failure and not o.stopped]
+        stopped = [o.final(metric) for o in mine if o.stopped]
+        scores.append(
+            Score(
+                label,
+                tuple(v for v in whole if v is not None),
+                tuple(o.failure for o in mine if o.failure),
+                tuple(v for v in stopped if v is not None),
+            )
+        )
+    scores = ranked(scores, metric)
+    told = answer(words, scores, metric)
+    if plan.question.search == "population":
+        told = _population_answer(words, scores, metric)
+    return SweepResult(plan.folder, list(outcomes), scores, told)
+
+
+def _population_answer(words: str, scores: Sequence[Score], metric: str) -> str:
+    measured = [score for score in scores if score.values]
+    if not measured:
+        return f"{words} No member ended well, so there is no answer."
+    best = measured[0]
+    parts = f"in {best.label.count(',') + 1} equal parts of the run"
+    told = (
+        f"{words} The best of {len(scores)} members came to {METRIC_NAMES[metric]} "
+        f"{shown(best.mean, metric)} with {best.label}, {parts}"
+    )
+    if len(measured) > 1:
+        margin = shown_difference(abs(best.mean - measured[1].mean), metric)
+        told += f", {margin} before the next"
+    return f"{told}. Members share their past: what chance makes, only runs from new seeds tell."
+
+
+def table(scores: Sequence[Score], metric: str) -> str:
+    """The ranks in markdown."""
+    lines = [f"| | {METRIC_NAMES[metric]} | spread over seeds | runs |", "|---|---|---|---|"]
+    for score in scores:
+        mean = shown(score.mean, metric) if score.values else "-"
+        spread = "-" if score.spread is None else shown_difference(score.spread, metric)
+        runs = f"{len(score.values)}"
+        if score.stopped:
+            at = shown(statistics.mean(score.stopped), metric)
+            runs += f", {len(score.stopped)} stopped at {at}"
+        if score.failures:
+            runs += f", {len(score.failures)} failed"
+        lines.append(f"| {score.label} | {mean} | {spread} | {runs} |")
+    return "\n".join(lines)
+
+
+def agreement(outcomes: Sequence[Outcome], metric: str = "knn") -> str:
+    """How far the label-free figures order the whole runs as a probe does, in a line; empty for
+    few runs."""
+    parts = []
+    for name, sign in SIGNS.items():
+        if is_accuracy(name):
+            continue
+        pairs = [(o.final(metric), o.final(name)) for o in outcomes if not o.stopped]
+        known = [(k, sign * v) for k, v in pairs if k is not None and v is not None]
+        found = rank_correlation(*zip(*known, strict=True)) if known else None
+        if found is not None:
+            parts.append(f"{METRIC_NAMES[name]} {found:+.2f}")
+    if not parts:
+        return ""
+    return f"rank correlation with {METRIC_NAMES[metric]}, without labels: {', '.join(parts)}"
+
+
+def overhead(outcomes: Sequence[Outcome]) -> str:
+    """What a run took beside its training, in a line; empty where none trained."""
+    trained = [outcome for outcome in outcomes if outcome.training_seconds]
+    if not trained:
+        return ""
+    whole = statistics.median(outcome.seconds for outcome in trained)
+    training = statistics.median(outcome.training_seconds for outcome in trained)
+    return f"a run took {whole:.0f} s, {training:.0f} s of it from first step to last (medians)"
+
+
+def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Console) -> None:
+    """Show and keep what the sweep came to."""
+    question, base = plan.question, plan.base
+    metric = question.metric
+    assert metric is not None
+    text = f"{table(result.scores, metric)}\n\n{result.answer}\n"
+    for line in (agreement(result.outcomes), overhead(result.outcomes)):
+        text += f"\n{line}\n" if line else ""
+    console.say()
+    console.say(text)
+    folder = Location.of(result.folder)
+    (folder / "table.md").write_bytes(text.encode())
+    (folder / "outcomes.json").write_json({"outcomes": [asdict(o) for o in result.outcomes]})
+    tracker.set_tags({"sweep.answer": result.answer})
+    if folder.is_local:
+        tracker.log_artifact(Path(folder.path) / "table.md")
+    title = f"{question.name} of {base.name}"
+    by_label = {score.label: score.values for score in result.scores if score.values}
+    if by_label:
+        # In the order in which it was asked, as an axis of values reads best.
+        asked_order = dict.fromkeys(outcome.label for outcome in result.outcomes)
+        untrained = [o.untrained(metric) for o in result.outcomes]
+        known = [value for value in untrained if value is not None]
+        figure = pictures.sweep(
+            {label: by_label[label] for label in asked_order if label in by_label},
+            METRIC_NAMES[metric],
+            sum(known) / len(known) if known else None,
+            title,
+            result.answer,
+            is_accuracy(metric),
+        )
+        tracker.log_picture(figure, "sweep.png")
+        console.say(f"figure    {result.folder}/artifacts/sweep.png")
+    curves = {(o.label, o.seed): _points(o, metric) for o in result.outcomes}
+    curves = {name: points for name, points in curves.items() if points}
+    if curves:
+        figure = pictures.sweep_curves(curves, METRIC_NAMES[metric], title, is_accuracy(metric))
+        tracker.log_picture(figure, "curves.png")
+        console.say(f"curves    {result.folder}/artifacts/curves.png")
+    if folder.is_local:
+        page = Path(folder.path) / "comparison.html"
+        page.write_text(write_page(read_runs([result.folder], say=console.say), title))
+        tracker.log_artifact(page)
+        console.say(f"compare   {page}")
+    console.say(tracker.describe())
+
+
+def _points(outcome: Outcome, metric: str) -> list[tuple[float, float]]:
+    return [(p["images_seen"], p[metric]) for p in outcome.probes if p[metric] is not None]

@@ -1,0 +1,179 @@
+"""One run of a sweep, in a process of its own: what it is told, and what it leaves."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from selfray import config
+from selfray.cluster.launch import PartOf, RunFailed, launch
+from selfray.cluster.probe_tasks import PROBED
+from selfray.cluster.runtime import Console
+from selfray.experiment import Experiment
+from selfray.probes.features import ProbeResult, described
+from selfray.storage import Location
+from selfray.sweeps.question import SIGNS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run of a sweep is told. Plain values, so that any process can unpickle it."""
+
+    number: int
+    """Its place in the sweep: the name of its files."""
+    label: str
+    """What is varied, without the seed."""
+    seed: int
+    experiment: str
+    """As JSON."""
+    outcome: str
+    """The file that it leaves."""
+    log: str
+    """Where it tells what a single run would tell a person."""
+    stop_file: str
+    """See PartOf."""
+    cwd: str
+    """The driver's current folder: relative paths of the experiment begin there."""
+    tracking: str
+    parent_run_id: str | None
+    params: Mapping[str, str]
+    report: str | None = None
+    """The figure that Tune is told of at every probe, for a scheduler; None tells nothing."""
+    run_folder: str | None = None
+    until_step: int | None = None
+    """As in PartOf."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of a sweep leaves: its file in the sweep's folder."""
+
+    label: str
+    seed: int
+    run: str | None
+    """The run's folder; None where it could not be begun."""
+    probes: tuple[Mapping[str, Any], ...] = ()
+    """`images_seen` and what the probes found then, in order; the first is of the untrained."""
+    images_seen: int = 0
+    images_per_second: float | None = None
+    seconds: float = 0.0
+    """Wall time of the whole trial."""
+    training_seconds: float = 0.0
+    """From the first optimizer step to the last."""
+    stopped: str | None = None
+    """Why the sweep stopped it before its end."""
+    failure: str | None = None
+    """The cause in one line where the run did not end well."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Outcome":
+        return cls(**{**value, "probes": tuple(value["probes"])})
+
+    def final(self, metric: str) -> float | None:
+        """What the last probe found of the trained encoder."""
+        trained = [p[metric] for p in self.probes if p["images_seen"] > 0]
+        return trained[-1] if trained else None
+
+    def untrained(self, metric: str) -> float | None:
+        return next((p[metric] for p in self.probes if p["images_seen"] == 0), None)
+
+    @property
+    def described(self) -> str:
+        """One line for the console."""
+        name = f"{self.label}, seed {self.seed}"
+        if self.failure is not None:
+            return f"{name} failed: {self.failure}"
+        if not self.probes:
+            return f"{name}: not probed"
+        last = described(self.probes[-1])
+        stop = f", stopped: {self.stopped}" if self.stopped else ""
+        return f"{name}: {last}{stop}"
+
+
+def failed(label: str, seed: int, cause: str) -> Outcome:
+    return Outcome(label, seed, None, failure=cause)
+
+
+def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
+    """What Tune runs for each task. A failure is an outcome: it does not take the sweep down."""
+    task: Task = setting["task"]
+    started = time.time()
+    experiment: Experiment = config.loads(task.experiment)
+    if Path(task.cwd).is_dir():
+        os.chdir(task.cwd)  # Tune has gone into a folder of its own
+    part = PartOf(
+        task.parent_run_id,
+        task.params,
+        f"{task.label}, seed {task.seed}" if task.run_folder is None else None,
+        task.run_folder,
+        task.until_step,
+        task.stop_file,
+        _reporter(task) if task.report else None,
+    )
+    try:
+        with _LogConsole(task.log) as console:
+            result = launch(experiment, console, task.tracking, part_of=part)
+        found = Outcome(
+            task.label,
+            task.seed,
+            result.folder,
+            tuple(
+                {
+                    "images_seen": step * experiment.batch_size,
+                    **{name: getattr(probe, name) for name in PROBED},
+                }
+                for step, probe in sorted(result.probes.items())
+            ),
+            result.images_seen,
+            result.images_per_second,
+            time.time() - started,
+            max(0.0, result.seconds - result.first_step_seconds),
+            result.stopped,
+        )
+    except (RunFailed, ValueError, OSError) as error:
+        log.exception("%s, seed %d", task.label, task.seed)
+        found = failed(task.label, task.seed, str(error))
+    Location.of(task.outcome).write_json(asdict(found))
+    return {"done": True}
+
+
+def _reporter(task: Task) -> Any:
+    """A function that tells Tune of a probe: what `Rungs` judges."""
+    metric = task.report
+    assert metric is not None
+
+    def report(images_seen: int, probe: ProbeResult) -> None:
+        value = getattr(probe, metric)
+        if value is not None and images_seen > 0:
+            tune.report(
+                {
+                    "number": task.number,
+                    "images_seen": images_seen,
+                    "value": SIGNS[metric] * value,
+                }
+            )
+
+    return report
+
+
+class _LogConsole(Console):
+    """What a single run would tell a person, in a file."""
+
+    def __init__(self, path: str) -> None:
+        local = Path(path) if "://" not in path else Path(os.devnull)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        self.file = local.open("a", encoding="utf-8")
+        super().__init__(self.file, None)
+
+    def __enter__(self) -> "_LogConsole":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

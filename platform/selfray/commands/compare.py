@@ -1,0 +1,118 @@
+"""`selfray compare`: what it is asked, and what it shows."""
+
+import posixpath
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from tyro.conf import Positional
+
+from selfray.check import require
+from selfray.commands.script import TrackingFlag, flag
+
+if TYPE_CHECKING:
+    from selfray.cluster.runtime import Console
+    from selfray.storage import Location
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Put runs side by side: a ranked table here, and one HTML page with curves, probes, the
+    parameters that differ and pictures, which needs no network. It reads files and starts no Ray.
+    $ selfray compare runs/sweeps/sweep-temperature-1a2b3c4d
+    $ selfray compare runs/simclr-digits-1a2b3c4d mlruns:/RUN_ID
+    """
+
+    interrupted: ClassVar[str] = "nothing was written"
+
+    runs: Annotated[
+        Positional[tuple[str, ...]],
+        flag(
+            """Run folders, a sweep's folder, an output folder (all runs in it), local, s3:// or
+            gs://; mlruns:/RUN_ID of a run or of a sweep; or the name of an MLflow experiment, such
+            as selfray.""",
+            "RUN|EXPERIMENT",
+        ),
+    ]
+    page: Annotated[
+        str | None,
+        flag(
+            "HTML file to write; local, s3:// or gs://.",
+            "PATH",
+            "comparison.html in the folder that is compared, else in this one",
+        ),
+    ] = None
+    title: Annotated[str | None, flag("Title of the page.", "TEXT", "what is compared")] = None
+    pictures: Annotated[
+        int, flag("Show pictures of this many runs at most, the best ones.", "N")
+    ] = 12
+    json: Annotated[
+        str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
+    ] = None
+    no_track: Annotated[
+        bool,
+        flag(
+            """Do not log the page to MLflow. Otherwise it becomes an artifact of the sweep's run
+            where the runs are trials of one sweep, of a single run where there is one, else of an
+            MLflow run named comparison.""",
+            default="",
+        ),
+    ] = False
+    tracking: TrackingFlag = None
+
+    def run(self, console: "Console") -> int:
+        require(
+            len(self.runs) > 0,
+            "nothing to compare: give run folders, a sweep's folder, an output folder such as "
+            "runs/, mlruns:/RUN_ID or an MLflow experiment",
+        )
+        require(self.pictures >= 0, f"--pictures must be at least 0, got {self.pictures}")
+        console.live("reading the runs")
+        from selfray.cluster import mlflow_runs
+        from selfray.runs import comparison
+        from selfray.storage import Location
+
+        file = mlflow_runs.default_page(self.runs) if self.page is None else Location.of(self.page)
+        _require_ours(file)
+        runs = comparison.ranked(mlflow_runs.read_runs(self.runs, self.tracking, console.say))
+        console.live("writing the page")
+        page = comparison.write_page(runs, self.title or _title(self.runs), self.pictures)
+        try:
+            file.write_bytes(page.encode())
+        except OSError as error:
+            raise OSError(
+                f"{file} cannot be written ({error.strerror or error}): give --page another file"
+            ) from None
+        if self.json is not None:
+            Location.of(self.json).write_json(comparison.as_json(runs))
+        # What is written is written before anything is shown: a reader such as `head` may leave.
+        for line in comparison.table(runs):
+            console.say(line)
+        console.say()
+        for text in comparison.cautions(runs).values():
+            console.say(text)
+        for run in runs[: comparison.MOST_LINES]:
+            if run.note:
+                console.say(f"{run.title}: {run.status}: {run.note}")
+        console.say(f"page: {file}")
+        if self.json is not None:
+            console.say(f"written to {Location.of(self.json)}")
+        if not self.no_track:
+            console.live("logging to MLflow")
+            console.say(mlflow_runs.log_page(page, runs, self.tracking))
+        return 0
+
+
+def _require_ours(file: "Location") -> None:
+    """A page may be written over, another's file may not."""
+    from selfray.runs.comparison import MARK
+
+    require(not file.is_folder(), f"--page {file} is a folder: give a file")
+    if file.exists() and MARK.encode() not in file.read_bytes()[:1000]:
+        raise FileExistsError(f"{file} exists and is no page of selfray's: give --page another")
+
+
+def _title(references: tuple[str, ...]) -> str:
+    names = [posixpath.basename(reference.rstrip("/")) for reference in references]
+    if len(names) > 3:
+        return f"{names[0]} and {len(names) - 1} more"
+    return ", ".join(names)

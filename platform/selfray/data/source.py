@@ -1,0 +1,215 @@
+"""What the data tasks do: rows of the plan -> augmented views. numpy and pyarrow, no torch, no ray.
+
+A data task's process starts in a second because of that; torch alone would take four.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from selfray.data.plan import ReadPlan, Share
+from selfray.data.reader import ShardSet, read_chosen, read_rows
+from selfray.pixels.augment import Augmented, allocate, augment_batch, evaluation_view
+from selfray.pixels.codecs import BrokenImage, decode
+from selfray.views import Photometric, Views
+
+if TYPE_CHECKING:
+    from selfray.experiment import Experiment
+
+POSITION, LABEL, BROKEN, VIEWS = "position", "label", "broken", "views"
+REASON = "reason"
+SUBSTITUTES = 16
+"""Where a whole micro-batch is unreadable, this many others, spread over the epoch, are asked for
+one readable image."""
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that the tasks of a stream need: the data set, the plan over it and the views."""
+
+    shards: ShardSet
+    plan: ReadPlan
+    views: Views
+    photometric: Photometric = "cpu"
+
+    def allocate(self, count: int) -> Arrays:
+        """Room for the views of so many images, with their masks: what `draw` fills."""
+        return allocate(self.views, count, self.photometric)
+
+    def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
+        """The augmented images at positions [start, start + count): one micro-batch; its views
+        lie in `out`, which `allocate` made, if that is given.
+
+        Each group of views as uint8 [count, V, 3, H, W], its masks as bool [count, V, N]; with
+        `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
+        A broken image's place is taken by a neighbour, so that counts stay what the plan says;
+        `reason` says what is broken and why: "FILE row 7: truncated: ...", or the same
+        "FILE: ..." for all rows of a shard that cannot be read. Empty for readable images.
+        """
+        chosen = self.plan.read(start, count)
+        read = read_chosen(self.shards, chosen.groups, chosen.rows)
+        quantiles = {
+            name: self.plan.quantiles(chosen.positions, len(group))
+            for name, group in self.views.items()
+            if any(view.mask is not None for view in group)
+        }
+        try:
+            drawn = self._augment(read.images, chosen.epoch, quantiles, out)
+            arrays, broken = drawn.arrays, drawn.reasons
+        except BrokenImage as error:
+            substitute = self._substitute(start, count, str(error))
+            repeated = {n: np.concatenate([v[:1], v]) for n, v in quantiles.items()}
+            drawn = self._augment([substitute, *read.images], chosen.epoch, repeated)
+            arrays = {name: values[1:] for name, values in drawn.arrays.items()}
+            for name, values in (out or {}).items():
+                values[:] = arrays[name]
+                arrays[name] = values
+            broken = {row - 1: reason for row, reason in drawn.reasons.items()}
+        reasons = np.full(count, "", dtype=object)
+        for row, reason in broken.items():
+            shard = read.unreadable.get(row)
+            name = self.name_of(int(chosen.positions[row]))
+            reasons[row] = f"{name}: {reason}" if shard is None else str(shard)
+        return arrays | {POSITION: chosen.positions, LABEL: read.labels, REASON: reasons}
+
+    def _augment(
+        self,
+        images: Sequence[bytes],
+        epoch: int,
+        quantiles: dict[str, np.ndarray],
+        out: Arrays | None = None,
+    ) -> Augmented:
+        seed = self.plan.seed
+        return augment_batch(images, self.views, seed, epoch, quantiles, self.photometric, out)
+
+    def _substitute(self, start: int, count: int, reason: str) -> bytes:
+        """A readable image from elsewhere in the epoch. BrokenImage where none is found."""
+        epoch, offset = divmod(start, self.plan.images_per_epoch)
+        batches = self.plan.images_per_epoch // count
+        for step in np.unique(np.linspace(0, batches - 1, SUBSTITUTES + 1).astype(int))[1:]:
+            other = (offset // count + int(step)) % batches * count
+            rows = self.plan.read(epoch * self.plan.images_per_epoch + other, count)
+            for data in read_rows(self.shards, rows.groups, rows.rows)[0]:
+                try:
+                    decode(data)
+                except BrokenImage:
+                    continue
+                return data
+        raise BrokenImage(
+            "no readable image",
+            f"neither near {self.name_of(start)} nor elsewhere in the data set ({reason})",
+        )
+
+    def originals(self, start: int, count: int, size: int) -> np.ndarray:
+        """The same images unaugmented: central views uint8 [count, 3, size, size]."""
+        chosen = self.plan.read(start, count)
+        images, _ = read_rows(self.shards, chosen.groups, chosen.rows)
+        return evaluation_views(images, size)[0]
+
+    def name_of(self, position: int) -> str:
+        """The file and row at a position, for messages."""
+        chosen = self.plan.read(position, 1)
+        group, row = int(chosen.groups[0]), int(chosen.rows[0])
+        for file in self.shards.files:
+            if group < len(file.group_rows):
+                return f"{file.uri} row {sum(file.group_rows[:group]) + row}"
+            group -= len(file.group_rows)
+        raise AssertionError(f"position {position} lies in no file")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One rank's micro-batches of consecutive steps, in chunks of one task each."""
+
+    source: Source
+    share: Share
+    bounds: tuple[int, ...]
+    """The first step of each chunk, and the step after the last."""
+
+    @property
+    def chunks(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def batches(self) -> int:
+        """How many micro-batches all chunks have."""
+        return (self.bounds[-1] - self.bounds[0]) * self.share.accumulate
+
+    @property
+    def micro_batch(self) -> int:
+        return self.share.micro_batch(self.source.plan.batch_size)
+
+    def starts(self, chunk: int) -> Iterator[int]:
+        """The first positions of this rank's micro-batches in a chunk, in order."""
+        for step in range(*self.bounds[chunk : chunk + 2]):
+            yield from self.share.starts(self.source.plan, step)
+
+    def draw(self, ids: Arrays) -> Iterator[Arrays]:
+        """The chunks in ids["id"], each its micro-batches end to end: what one data task does."""
+        cv2.setNumThreads(1)  # a task has one CPU; a library that takes all would only fight
+        for chunk in ids["id"]:
+            starts = list(self.starts(int(chunk)))
+            # Drawn where they will lie: joining them would copy them all.
+            views = self.source.allocate(len(starts) * self.micro_batch)
+            others = []
+            for start, out in zip(starts, self.micro_batches(views), strict=True):
+                drawn = self.source.draw(start, self.micro_batch, out)
+                others.append({name: drawn[name] for name in drawn.keys() - views.keys()})
+            yield views | {name: np.concatenate([o[name] for o in others]) for name in others[0]}
+
+    def micro_batches(self, chunk: Arrays) -> Iterator[Arrays]:
+        """A chunk's arrays taken apart, without a copy."""
+        rows = len(next(iter(chunk.values())))
+        for first in range(0, rows, self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            yield {name: values[part] for name, values in chunk.items()}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a data set as probes see them: central views, in blocks of one task each."""
+
+    shards: ShardSet
+    groups: np.ndarray
+    rows: np.ndarray
+    size: int
+    block_rows: int = 512
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.rows) // self.block_rows)
+
+    def read(self, block: int) -> Arrays:
+        """`views` uint8 [n, 3, size, size] and `label` int64 [n]; unreadable images left out."""
+        cv2.setNumThreads(1)
+        chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
+        images, labels = read_rows(self.shards, self.groups[chosen], self.rows[chosen])
+        views, readable = evaluation_views(images, self.size)
+        return {VIEWS: views[readable], LABEL: labels[readable]}
+
+
+def evaluation_views(images: Sequence[bytes], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images' central views, uint8 [n, 3, size, size], and bool [n]: which could be read."""
+    views = np.zeros((len(images), 3, size, size), dtype=np.uint8)
+    readable = np.ones(len(images), dtype=bool)
+    for index, data in enumerate(images):
+        try:
+            views[index] = evaluation_view(decode(data), size).transpose(2, 0, 1)
+        except BrokenImage:
+            readable[index] = False
+    return views, readable
+
+
+def source_of(experiment: "Experiment", shards: ShardSet) -> Source:
+    plan = ReadPlan(
+        shards.group_rows,
+        experiment.batch_size,
+        experiment.epochs,
+        experiment.seed,
+        experiment.data.window_rows,
+    )
+    return Source(shards, plan, experiment.views, experiment.data.photometric)

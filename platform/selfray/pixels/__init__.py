@@ -1,0 +1,1 @@
+"""Image bytes to views: decoders, resampling and augmentation, compiled for speed."""

@@ -1,0 +1,456 @@
+"""Augmentation: (image bytes, views, seed) -> arrays.
+
+The parameters of all views are drawn first, from the image's header alone, so that no more of it is
+decoded than they need; kernels.py computes the views. Operations are those of
+torchvision.transforms.v2.functional on uint8, in the order of SimCLR and BYOL: crop, flip, colour
+jitter, grayscale, blur, solarize.
+"""
+
+import hashlib
+import math
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import cv2
+import numpy as np
+
+from selfray.check import require
+from selfray.pixels import kernels
+from selfray.pixels.codecs import BrokenImage, Planes, encode_jpeg, encode_png, open_image
+from selfray.pixels.kernels import LUMA as LUMA
+from selfray.pixels.workspace import Workspace
+from selfray.views import (
+    BLUR_SIGMA,
+    CROP_ASPECT,
+    ColorJitter,
+    Photometric,
+    View,
+    Views,
+    blur_kernel_size,
+)
+
+BACKEND = f"selfray-5/opencv-{cv2.__version__}"
+"""Tags a run: another version, or another OpenCV's JPEG decoder, may round pixels differently."""
+
+BROKEN = "broken"
+MASK_SUFFIX = "_mask"
+PARAMETERS_SUFFIX = "_parameters"
+CROP_ATTEMPTS = 10
+EVALUATION_CROP = 0.875
+
+JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
+LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
+# A view takes the same number of draws whatever comes of them: crop attempts, the crop's corner,
+# flip, jitter (whether, order, four strengths), grayscale, blur (whether, sigma), solarize.
+CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
+DRAWS = CROP_DRAWS + 11
+_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
+_ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
+
+
+@dataclass(frozen=True, slots=True)
+class Jitter:
+    """Colour jitter: the order of the four operations, their factors, and the shift of the hue."""
+
+    order: tuple[str, ...]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    """In full turns, within [-0.5, 0.5]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What was drawn for one view; the crop box is in pixels of the source image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+    jitter: Jitter | None = None
+    grayscale: bool = False
+    blur_sigma: float | None = None
+    solarize: bool = False
+
+    @property
+    def row(self) -> np.ndarray:
+        """The same as kernels.py has it: float64 [13]."""
+        jitter = self.jitter
+        colour = (-1, 1.0, 1.0, 1.0, 0.0)
+        if jitter is not None:
+            order = JITTER_ORDERS.index(jitter.order)
+            colour = (order, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        box = (self.top, self.left, self.height, self.width)
+        others = (self.grayscale, self.blur_sigma or 0.0, self.solarize)
+        return np.array([*box, self.flip, *colour, *others], np.float64)
+
+    @classmethod
+    def of(cls, row: np.ndarray) -> "Parameters":
+        top, left, height, width, flip, order, *colour, gray, sigma, solarizes = row.tolist()
+        jitter = Jitter(JITTER_ORDERS[int(order)], *colour) if order >= 0 else None
+        box = (int(top), int(left), int(height), int(width))
+        return cls(*box, bool(flip), jitter, bool(gray), sigma or None, bool(solarizes))
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A batch of views: arrays by name, and why an image could not be read, by its row."""
+
+    arrays: dict[str, np.ndarray]
+    """`g` uint8 [B, V, 3, size, size] and `g_mask` bool [B, V, N] by group; `broken` bool [B].
+    With photometric "device" also `g_parameters` float64 [B, V, 13], in kernels.py's columns."""
+    reasons: dict[int, str]
+
+
+# What is drawn
+
+
+def image_key(data: bytes) -> int:
+    """64 bits that name an image by its bytes.
+
+    blake2b alone takes 100 us for a photograph of 100 kB, a twentieth of all the time of SimCLR's
+    views; a kernel brings it down to 32 bytes and a tail, which blake2b then mixes.
+    """
+    whole = len(data) // 32 * 32
+    lanes = np.zeros(4, np.uint64)
+    kernels.digest(np.frombuffer(data, np.uint64, whole // 8), lanes)
+    rest = data[whole:] + len(data).to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(lanes.tobytes() + rest, digest_size=8).digest(), "little")
+
+
+def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
+    """The generator of one image's views in one epoch; each argument lies in [0, 2**64)."""
+    # Philox counts up from the lowest word: the epoch in the highest word keeps streams apart.
+    words = np.array((key, seed), np.uint64)
+    counter = np.array((0, 0, 0, epoch), np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=counter))
+
+
+def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Parameters:
+    """One view's parameters for an image of this height and width. Always DRAWS numbers of rng."""
+    return parameters_from(view, rng.random(DRAWS), height, width)
+
+
+def parameters_from(
+    view: View, uniform: Sequence[float] | np.ndarray, height: int, width: int
+) -> Parameters:
+    """What DRAWS uniform numbers in [0, 1) mean for a view: the distribution of all parameters."""
+    drawn = np.asarray(uniform, np.float64)[None]
+    return Parameters.of(_draw_rows(_specs_of((view,)), drawn, height, width)[0])
+
+
+@lru_cache
+def _specs_of(views: tuple[View, ...]) -> np.ndarray:
+    """What is random in views, float64 [V, 11], as kernels.draw_parameters reads it."""
+    rows = []
+    for view in views:
+        jitter = view.color_jitter
+        colour = (-1.0, 0.0, 0.0, 0.0, 0.0)
+        if jitter is not None:
+            strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+            colour = (jitter.probability, *strengths)
+        others = (view.grayscale, view.blur, view.solarize)
+        rows.append([*view.crop_scale, view.flip, *colour, *others])
+    return np.array(rows, np.float64)
+
+
+def _draw_rows(specs: np.ndarray, uniform: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Parameters float64 [V, 13] from uniform [V, DRAWS]."""
+    rows = np.empty((len(specs), kernels.PARAMETERS))
+    kernels.draw_parameters(
+        specs,
+        uniform,
+        CROP_ATTEMPTS,
+        _ASPECTS,
+        _SIGMAS,
+        len(JITTER_ORDERS),
+        height,
+        width,
+        rows,
+    )
+    return rows
+
+
+# How it is applied
+
+
+_workspace = Workspace()
+
+
+def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
+    """What the kernels work in for views of this size, and rows of this many bytes in all planes:
+    lines, columns, turned, padded, blurred."""
+    get = _workspace.get
+    reach = blur_kernel_size(size) // 2
+    line = kernels.blurred_length(size, reach)
+    return (
+        get("lines", kernels.padded_length(length) * size, np.int16),
+        get("columns", length * size, np.int16),
+        get("turned", 3 * size * size, np.uint8),
+        get("padded", line + 2 * reach, np.int16),
+        get("blurred", size * line, np.int16),
+    )
+
+
+def apply(image: np.ndarray, parameters: Parameters, size: int) -> np.ndarray:
+    """The view of an image uint8 [H, W, 3] RGB: uint8 [size, size, 3]; leaves the image alone."""
+    views = np.empty((1, 3, size, size), np.uint8)
+    draw_views(Planes.of_rgb(image), parameters.row[None], views)
+    return np.ascontiguousarray(views[0].transpose(1, 2, 0))
+
+
+def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: bool = True) -> None:
+    """Fill views uint8 [V, 3, size, size] of an image from parameters [V, 13], whose crop boxes are
+    in the image's own pixels. Without `recolours`, nothing follows crop and flip."""
+    size = views.shape[2]
+    kernels.draw_views(
+        planes.pixels,
+        planes.layout,
+        planes.turns,
+        planes.stored,
+        rows,
+        _ORDERS,
+        blur_kernel_size(size) // 2,
+        _room(size, int(planes.layout[:, kernels.STRIDE].sum())),
+        views,
+        recolours,
+    )
+
+
+def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
+    """The view of an image [H, W, 3] that evaluation sees: uint8 [size, size, 3], nothing random.
+
+    The usual protocol: the shorter side is resized to size / 0.875 and the central square of
+    `size` is cut out (256 and 224). An image whose shorter side is at most `size` has nothing to
+    spare and keeps it whole. One resize of the box in the source does both steps.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side > size:
+        side = max(1, round(side * size / int(size / EVALUATION_CROP)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size)
+
+
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize to uint8 [size, size, 3], as version 1 of the probes' protocols has it.
+
+    With OpenCV's nearest to antialiased bicubic at each factor. Measured on photographs, mean
+    difference from torchvision: 1.0 of 255 when enlarging (cubic), 1.7 at a factor of 1.2
+    (linear), 1.5 to 2.4 from there to 4 (area).
+    """
+    height, width = pixels.shape[:2]
+    if height == size and width == size:
+        return pixels
+    factor = max(height, width) / size
+    if factor <= 1.15:
+        interpolation = cv2.INTER_CUBIC
+    elif factor <= 1.3:
+        interpolation = cv2.INTER_LINEAR
+    else:
+        interpolation = cv2.INTER_AREA
+    return cv2.resize(pixels, (size, size), interpolation=interpolation)
+
+
+# Images and batches
+
+
+def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dict[str, np.ndarray]:
+    """The arrays of a batch, not yet filled: those of Augmented."""
+    require(len(views) > 0, "views are empty: name a group of them")
+    arrays = {}
+    for name, group in views.items():
+        require(len(group) > 0, f"views.{name} is empty")
+        require(
+            name != BROKEN and not name.endswith((MASK_SUFFIX, PARAMETERS_SUFFIX)),
+            f"a group of views cannot be called {name!r}; the batch needs that name itself",
+        )
+        size, grid = group[0].size, group[0].grid
+        require(size is not None, f"views.{name} has no size; fill in the encoder's image size")
+        assert size is not None
+        require(
+            all((view.size, view.grid) == (size, grid) for view in group),
+            f"the views of views.{name} must be of one size and grid; use another group",
+        )
+        arrays[name] = _recycled((images, len(group), 3, size, size))  # [B, V, 3, H, W]
+        masked = sum(view.mask is not None for view in group)
+        require(masked in (0, len(group)), f"either all views of views.{name} have a mask or none")
+        if masked:
+            require(grid is not None, f"views.{name} has masks but no grid of patches")
+            assert grid is not None
+            arrays[name + MASK_SUFFIX] = np.empty((images, len(group), grid**2), bool)  # [B, V, N]
+        if photometric == "device":
+            shape = (images, len(group), kernels.PARAMETERS)
+            arrays[name + PARAMETERS_SUFFIX] = np.empty(shape)
+    return arrays
+
+
+class _Recent(threading.local):
+    """The arrays of the last batches, of each thread its own: no two may find the same one free."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+
+    def is_free(self, place: int) -> bool:
+        """Views of an array, and whoever else shares its memory, hold it as their base."""
+        return sys.getrefcount(self.arrays[place]) == _UNHELD
+
+
+_recent = _Recent()
+_sample = [np.empty(0)]
+_UNHELD = sys.getrefcount(_sample[0])
+
+
+def _recycled(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised uint8 array, in the memory of an earlier one that nobody holds any more.
+
+    Fresh memory costs 64 us for a plane of 224 x 224 pixels, a page fault for each 4 kB, where the
+    same memory costs 3 (measured on a virtual machine): a fifth of all the time of SimCLR's views.
+    """
+    arrays = _recent.arrays
+    for place in range(len(arrays)):
+        if arrays[place].shape == shape and _recent.is_free(place):
+            return arrays[place][:]
+    # Whoever needs more lets go what nobody holds: never more than was needed at one time.
+    arrays[:] = [arrays[place] for place in range(len(arrays)) if not _recent.is_free(place)]
+    arrays.append(np.empty(shape, np.uint8))
+    return arrays[-1][:]
+
+
+def augment_image(
+    data: bytes,
+    views: Views,
+    rng: np.random.Generator,
+    quantiles: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """All views of one image: `g` uint8 [V, 3, size, size], `g_mask` bool [V, N].
+
+    `quantiles` are those of the masks, by group, float [V]; see Mask.draw. Raises BrokenImage.
+    """
+    arrays = {name: array[0] for name, array in allocate(views, 1).items()}
+    uniform = rng.random((sum(map(len, views.values())), DRAWS))
+    _draw_image(data, views, uniform, arrays)
+    _draw_masks(views, rng, arrays, quantiles)
+    return arrays
+
+
+def augment_batch(
+    images: Sequence[bytes],
+    views: Views,
+    seed: int,
+    epoch: int,
+    quantiles: Mapping[str, np.ndarray] | None = None,
+    photometric: Photometric = "cpu",
+    out: Mapping[str, np.ndarray] | None = None,
+) -> Augmented:
+    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes):
+    each is computed by itself, so what else is in the batch cannot change a bit of it.
+
+    A mask whose ratio is spread over the batch is one of its place there, too: `quantiles`, by
+    group, float [B, V]. With `out`, arrays as `allocate` makes them, they are filled.
+
+    A row whose image is broken is a copy of the nearest earlier readable row, else of the next
+    later one, and is marked in `broken`. Raises BrokenImage if no image can be read. Views must
+    have their `size` and, with a mask, their `grid` filled in.
+
+    Sets OpenCV to one thread, for the whole process: parallelism is in the workers that call this,
+    and OpenCV's own threads would only contend with them.
+    """
+    require(len(images) > 0, "a batch of no images has no views")
+    require(0 <= seed < 2**64, f"seed must lie in [0, 2**64), got {seed}")
+    require(0 <= epoch < 2**64, f"epoch must lie in [0, 2**64), got {epoch}")
+    cv2.setNumThreads(0)
+    arrays = allocate(views, len(images), photometric) if out is None else dict(out)
+    count = sum(map(len, views.values()))
+    keys = [image_key(data) for data in images]
+    # All at once: a generator of numpy's for each image takes 18 us, these numbers 0.3.
+    uniform = np.empty((len(images), count * DRAWS))
+    kernels.fill_uniforms(np.array(keys, np.uint64), np.uint64(seed), np.uint64(epoch), uniform)
+    has_masks = any(view.mask is not None for group in views.values() for view in group)
+    broken = np.zeros(len(images), bool)
+    reasons: dict[int, str] = {}
+    for row, data in enumerate(images):
+        try:
+            rows = {name: array[row] for name, array in arrays.items()}
+            _draw_image(data, views, uniform[row].reshape(count, DRAWS), rows, photometric)
+        except BrokenImage as error:
+            broken[row] = True
+            reasons[row] = str(error)
+            continue
+        if has_masks:
+            rng = generator(seed, epoch, keys[row])
+            rng.random((count, DRAWS))  # as augment_image: masks are drawn after all views
+            places = quantiles and {name: values[row] for name, values in quantiles.items()}
+            _draw_masks(views, rng, rows, places)
+    if broken.all():
+        raise BrokenImage(
+            "no readable image", f"all {len(images)} of the batch; row 0: {reasons[0]}"
+        )
+    readable = np.flatnonzero(~broken)
+    for row in reasons:
+        source = readable[max(0, np.searchsorted(readable, row) - 1)]
+        for array in arrays.values():
+            array[row] = array[source]
+    arrays[BROKEN] = broken
+    return Augmented(arrays, reasons)
+
+
+def _draw_image(
+    data: bytes,
+    views: Views,
+    uniform: np.ndarray,
+    out: dict[str, np.ndarray],
+    photometric: Photometric = "cpu",
+) -> None:
+    """The views of one image from uniform [all views, DRAWS] into out's arrays. BrokenImage."""
+    image = open_image(data)
+    rows, first, cover = {}, 0, np.array((math.inf, math.inf, 0, 0, math.inf))
+    for name, group in views.items():
+        part = uniform[first : first + len(group)]
+        first += len(group)
+        drawn = rows[name] = _draw_rows(_specs_of(group), part, image.height, image.width)
+        kernels.extend_cover(drawn, out[name].shape[2], cover)
+    *box, least = cover.tolist()
+    top, left, bottom, right = map(int, box)
+    planes = image.planes((top, left, bottom, right), least)
+    for name, drawn in rows.items():
+        draw_views(planes, drawn, out[name], photometric == "cpu")
+        if photometric == "device":
+            out[name + PARAMETERS_SUFFIX][:] = drawn
+
+
+def _draw_masks(
+    views: Views,
+    rng: np.random.Generator,
+    out: dict[str, np.ndarray],
+    quantiles: Mapping[str, np.ndarray] | None,
+) -> None:
+    for name, group in views.items():
+        for index, view in enumerate(group):
+            if view.mask is not None:
+                assert view.grid is not None
+                quantile = float(quantiles[name][index]) if quantiles else None
+                out[name + MASK_SUFFIX][index] = view.mask.draw(rng, view.grid, quantile)
+
+
+def compile_kernels() -> None:
+    """Compile all that a first batch would wait for; numba keeps it for the processes to come."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    view = View(
+        size=32,
+        crop_scale=(0.2, 1.0),
+        flip=1.0,
+        color_jitter=ColorJitter(probability=1.0),
+        grayscale=0.5,
+        blur=1.0,
+        solarize=1.0,
+    )
+    for data in (encode_png(noise), encode_jpeg(noise)):
+        augment_batch([data] * 4, {"global": (view, view)}, seed=0, epoch=0)

@@ -1,0 +1,197 @@
+"""The pictures of a run: what the method saw, what it rebuilt, and what its features are like."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from selfray.data.source import LABEL, VIEWS, Sample, Source
+from selfray.experiment import Experiment
+from selfray.methods.mae import MAE
+from selfray.methods.vqvae import VQVAE
+from selfray.models.encoder import Encoder, normalize
+from selfray.probes.features import embed
+from selfray.probes.knn import nearest
+from selfray.report import pictures
+from selfray.runs.checkpoint import Checkpoint
+from selfray.train import TrainState
+
+IMAGES = 8
+"""Images in a grid of views or reconstructions."""
+MAP_POINTS = 600
+NEIGHBOURS = 8
+
+
+@dataclass(frozen=True)
+class History:
+    """The curves of a run against images seen: (images, value) pairs."""
+
+    loss: list[tuple[float, float]] = field(default_factory=list)
+    knn: list[tuple[float, float]] = field(default_factory=list)
+    linear: list[tuple[float, float]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, value: dict[str, list[list[float]]]) -> "History":
+        """The inverse of dataclasses.asdict and JSON, which makes lists of pairs."""
+        return cls(**{name: [(x, y) for x, y in points] for name, points in value.items()})
+
+
+def curves(
+    runs: Mapping[str, History], baselines: Mapping[str, float] | None = None
+) -> Image.Image:
+    """Losses and probes of some runs by name; baselines are accuracies in 0..1 by name."""
+    return pictures.training_curves(
+        {name: history.loss for name, history in runs.items()},
+        {
+            name: {"knn": history.knn, "linear": history.linear}
+            for name, history in runs.items()
+            if history.knn
+        },
+        baselines,
+    )
+
+
+@dataclass(frozen=True)
+class LabelledViews:
+    """Images for the pictures: uint8 [n, 3, H, W] and their labels int64 [n]."""
+
+    views: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, sample: Sample, limit: int) -> "LabelledViews":
+        blocks = min(sample.blocks, -(-limit // sample.block_rows))
+        read = [sample.read(block) for block in range(blocks)]
+        return cls(
+            np.concatenate([block[VIEWS] for block in read])[:limit],
+            np.concatenate([block[LABEL] for block in read])[:limit],
+        )
+
+
+def augmented_views(experiment: Experiment, source: Source) -> Image.Image:
+    """The first images of the run's plan beside the views that were drawn of them."""
+    count = min(IMAGES, source.plan.batch_size)
+    drawn = source.draw(0, count)
+    originals = source.originals(0, count, experiment.encoder.image_size)
+    mask = drawn.get("global_mask")
+    return pictures.views_grid(originals, drawn["global"], mask, title_of(experiment))
+
+
+def reconstructions(experiment: Experiment, method: MAE, test: LabelledViews) -> Image.Image:
+    """Test images: as they are, as MAE saw them, and as it rebuilt them."""
+    images = test.views[:IMAGES]
+    (view,) = experiment.views["global"]
+    assert view.mask is not None
+    assert view.grid is not None
+    rng = np.random.default_rng(0)
+    mask = np.stack([view.mask.draw(rng, view.grid) for _ in images])  # [n, N]
+    data = experiment.data
+    method.eval()
+    with torch.no_grad():
+        normalized = normalize(torch.from_numpy(images), data.mean, data.std)
+        predicted = method.reconstruct(normalized, torch.from_numpy(mask))  # [n, N, P]
+    settings = (method.patch, method.config.normalize_pixels, data.mean, data.std)
+    rebuilt = pictures.rebuild(predicted, images, mask, *settings)
+    return pictures.reconstructions(images, mask, rebuilt)
+
+
+def token_reconstructions(
+    experiment: Experiment, method: VQVAE, test: LabelledViews
+) -> Image.Image:
+    """Test images: as they are, as tokens, and as the tokenizer rebuilt them from the tokens."""
+    images = test.views[:IMAGES]
+    data = experiment.data
+    method.eval()
+    with torch.no_grad():
+        tokens, predicted = method.reconstruct(
+            normalize(torch.from_numpy(images), data.mean, data.std)
+        )
+    everything = np.ones(tokens.shape, dtype=bool)
+    rebuilt = pictures.rebuild(
+        predicted, images, everything, method.patch, False, data.mean, data.std
+    )
+    return pictures.tokens(images, tokens.numpy(), rebuilt, method.config.codes)
+
+
+def nearest_neighbours(
+    experiment: Experiment,
+    encoder: Encoder,
+    train: LabelledViews,
+    test: LabelledViews,
+    label_names: tuple[str, ...] | None,
+) -> Image.Image:
+    """Some test images beside the train images whose features are the most similar."""
+    of_train, of_test = (
+        features(experiment, encoder, train),
+        features(experiment, encoder, LabelledViews(test.views[:IMAGES], test.labels[:IMAGES])),
+    )
+    index = nearest(torch.from_numpy(of_train), torch.from_numpy(of_test), NEIGHBOURS).numpy()
+    return pictures.neighbours(
+        test.views[:IMAGES],
+        train.views[index],
+        test.labels[:IMAGES],
+        train.labels[index],
+        label_names,
+        f"Nearest neighbours of test images in the features of {title_of(experiment)}",
+    )
+
+
+def features(experiment: Experiment, encoder: Encoder, images: LabelledViews) -> np.ndarray:
+    """float32 [n, D], or [n, 2D] for a ViT: see `embed`."""
+    return embed(encoder, images.views, experiment.data.mean, experiment.data.std)
+
+
+def untrained_encoder(experiment: Experiment) -> Encoder:
+    """The encoder as it was before the first step."""
+    return TrainState.start(experiment, total_images=1).method.encoder.eval()
+
+
+def method_of(checkpoint: Checkpoint) -> TrainState:
+    """The whole pretrained state: encoder, heads and decoder."""
+    state = TrainState.start(checkpoint.experiment(), total_images=1)
+    state.load_state_dict(checkpoint.state())
+    return state
+
+
+def title_of(experiment: Experiment) -> str:
+    """How a method is called in a picture: the paper's spelling."""
+    return type(experiment.method).__name__.removesuffix("Config")
+
+
+def run_pictures(
+    experiment: Experiment,
+    checkpoint: Checkpoint,
+    source: Source,
+    train: Sample,
+    test: Sample,
+    label_names: tuple[str, ...] | None,
+) -> dict[str, Image.Image]:
+    """All pictures of one run by file name. Those that need labels are left out without any."""
+    state = method_of(checkpoint)
+    encoder = state.method.encoder.eval()
+    test_images = LabelledViews.of(test, MAP_POINTS)
+    made = {"views.png": augmented_views(experiment, source)}
+    if isinstance(state.method, MAE):
+        made["reconstructions.png"] = reconstructions(experiment, state.method, test_images)
+    if isinstance(state.method, VQVAE):
+        made["tokens.png"] = token_reconstructions(experiment, state.method, test_images)
+    if (test_images.labels >= 0).any():
+        train_images = LabelledViews.of(train, 5_000)
+        made["neighbours.png"] = nearest_neighbours(
+            experiment, encoder, train_images, test_images, label_names
+        )
+        maps = {
+            "untrained": untrained_encoder(experiment),
+            f"after {title_of(experiment)}": encoder,
+        }
+        made["embedding.png"] = pictures.embedding_maps(
+            {
+                name: pictures.project_2d(features(experiment, each, test_images))
+                for name, each in maps.items()
+            },
+            test_images.labels,
+            label_names,
+        )
+    return made

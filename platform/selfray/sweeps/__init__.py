@@ -1,0 +1,1 @@
+"""What a sweep asks and how it chooses: no Ray in here."""

@@ -1,0 +1,112 @@
+"""Population-based training (Jaderberg et al., arXiv:1711.09846): runs side by side, of which the
+worse ones now and then take over the weights of the better ones and vary their settings. What a
+survivor went through is a schedule. Pure; no Ray.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selfray import config
+from selfray.check import require
+from selfray.experiment import Experiment
+from selfray.schedules import Piecewise
+from selfray.sweeps.question import Choice, Question, Range
+
+QUANTILE = 0.25
+"""Share of the members that is replaced, and by whom, after each generation; at least one."""
+STEP = 0.2
+"""How far a setting moves, up or down, between its bounds' places 0 and 1."""
+RESAMPLE = 0.25
+"""How often a setting is drawn anew instead."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a population, up to the generation that comes next."""
+
+    places: tuple[Choice, ...]
+    """What it was, and is to be, trained with: one for each generation."""
+    copies: int | None = None
+    """The member whose weights, and past, it took over before the last of them."""
+
+    def experiment(self, base: Experiment, question: Question) -> Experiment:
+        """The run whose schedules are the member's own, the last value going on to the end."""
+        changes: dict[str, Any] = {"seed": question.first_seed}
+        for axis in ranges(question):
+            values = [axis.value(float(place[axis.name])) for place in self.places]
+            values += values[-1:] * (question.generations - len(values))
+            changes[axis.path] = Piecewise(tuple(values))
+        return config.override(base, **changes)
+
+    def label(self, question: Question) -> str:
+        """Its schedules in words: momentum 0.9, 0.95, 0.99."""
+        return "; ".join(
+            f"{axis.name} "
+            + ", ".join(f"{axis.value(float(place[axis.name])):g}" for place in self.places)
+            for axis in ranges(question)
+        )
+
+
+def ranges(question: Question) -> list[Range]:
+    """What evolves. ValueError where something can't: only a schedule may change in mid-run."""
+    found = []
+    for axis in question.axes:
+        require(
+            isinstance(axis, Range) and axis.is_schedule,
+            f"{axis.name} is no schedule between two bounds, so it cannot change in mid-run: give "
+            "--search grid, random or optuna",
+        )
+        assert isinstance(axis, Range)
+        found.append(axis)
+    return found
+
+
+def first_generation(question: Question) -> list[Member]:
+    """Members spread evenly between the bounds of each setting."""
+    rng = np.random.default_rng((question.first_seed, 0))
+    count = question.samples
+    drawn = {
+        axis.name: (rng.permutation(count) + rng.random(count)) / count for axis in ranges(question)
+    }
+    return [
+        Member(({name: float(places[index]) for name, places in drawn.items()},))
+        for index in range(count)
+    ]
+
+
+def next_generation(
+    question: Question, members: Sequence[Member], scores: Sequence[float | None]
+) -> list[Member]:
+    """What becomes of each member after a generation: a pure function of how they did (higher is
+    better; None for one that failed)."""
+    rng = np.random.default_rng((question.first_seed, len(members[0].places)))
+    order = sorted(
+        range(len(members)),
+        key=lambda i: -np.inf if (score := scores[i]) is None else score,
+        reverse=True,
+    )
+    replaced = max(1, int(QUANTILE * len(members))) if len(members) > 1 else 0
+    best = [i for i in order[: max(1, replaced)] if scores[i] is not None]
+    # Whoever failed has nothing to go on from.
+    worst = {i for i in order if scores[i] is None} | set(order[len(order) - replaced :])
+    found = []
+    for index, member in enumerate(members):
+        if index in worst and best and index not in best:
+            parent = int(rng.choice(best))
+            past = members[parent].places
+            found.append(Member((*past, _varied(past[-1], rng)), parent))
+        else:
+            found.append(Member((*member.places, member.places[-1])))
+    return found
+
+
+def _varied(place: Choice, rng: np.random.Generator) -> Choice:
+    varied = {}
+    for name, value in place.items():
+        moved = float(value) + (STEP if rng.random() < 0.5 else -STEP)
+        drawn = float(rng.random())
+        varied[name] = drawn if rng.random() < RESAMPLE else min(1.0, max(0.0, moved))
+    return varied

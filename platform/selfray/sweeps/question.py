@@ -1,0 +1,341 @@
+"""A question asked of many runs: what is varied, and what came of it. Pure; no Ray."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from selfray import config
+from selfray.check import require, require_one_of
+from selfray.experiment import Experiment
+from selfray.schedules import Constant
+
+
+@dataclass(frozen=True)
+class Option:
+    """One answer that a question may have, such as mask ratio 0.6."""
+
+    label: str
+    changes: Mapping[str, Any]
+    """The experiment's dotted fields that it sets."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that is varied."""
+
+    name: str
+    options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        labels = [option.label for option in self.options]
+        require(len(labels) > 0, f"there is no value of {self.name} to try")
+        require(
+            len(set(labels)) == len(labels), f"{self.name}: {', '.join(labels)} name a value twice"
+        )
+
+    @classmethod
+    def over(cls, name: str, path: str, values: Sequence[Any]) -> "Axis":
+        """The values of one dotted field, such as method.mask_ratio."""
+        return cls(name, tuple(Option(f"{value}", {path: value}) for value in values))
+
+    @property
+    def described(self) -> str:
+        return ", ".join(option.label for option in self.options)
+
+    def option(self, value: float | str) -> Option:
+        """The option of a label."""
+        return next(option for option in self.options if option.label == value)
+
+
+@dataclass(frozen=True)
+class Range:
+    """One number that is varied between two bounds, for a search that draws."""
+
+    name: str
+    path: str
+    """The experiment's dotted field."""
+    low: float
+    high: float
+    scale: Literal["linear", "log", "to_one"] = "linear"
+    """What is drawn evenly: the value, its logarithm, or the logarithm of its distance to 1, as
+    suits a momentum."""
+    is_schedule: bool = False
+    """Whether the field is a schedule, which then is constant."""
+
+    def __post_init__(self) -> None:
+        require_one_of(f"the scale of {self.name}", self.scale, ("linear", "log", "to_one"))
+        require(
+            self.low < self.high,
+            f"{self.name}: the bounds must grow, got {self.low:g} {self.high:g}",
+        )
+        require(
+            self.scale != "log" or self.low > 0,
+            f"{self.name}: the lower bound must be above 0, got {self.low:g}",
+        )
+        require(
+            self.scale != "to_one" or self.high < 1,
+            f"{self.name}: the upper bound must be below 1, got {self.high:g}",
+        )
+
+    @property
+    def described(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+    def value(self, place: float) -> float:
+        """The value at a place in [0, 1] between the bounds, to four digits."""
+        if self.scale == "linear":
+            return _rounded(self.low + (self.high - self.low) * place)
+        if self.scale == "log":
+            return _rounded(self.low * (self.high / self.low) ** place)
+        far, near = 1 - self.low, 1 - self.high
+        return round(1 - _rounded(far * (near / far) ** place), 12)
+
+    def option(self, value: float | str) -> Option:
+        """The option at a place in [0, 1]."""
+        found = self.value(float(value))
+        return Option(f"{found:g}", {self.path: Constant(found) if self.is_schedule else found})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+Choice = Mapping[str, float | str]
+"""By an axis's name: an option's label, or a place in [0, 1] of a range."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: an option of each axis, and a seed."""
+
+    choice: Mapping[str, Option]
+    """By the axis's name."""
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What is varied, without the seed: runs of one label are repetitions."""
+        return ", ".join(f"{name} {option.label}" for name, option in self.choice.items())
+
+    def experiment(self, base: Experiment) -> Experiment:
+        """ValueError where the options make no valid experiment."""
+        changes = {p: v for option in self.choice.values() for p, v in option.changes.items()}
+        return config.override(base, **changes, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """When a run is stopped for being among the worse ones: asynchronous successive halving (ASHA,
+    arXiv:1810.05934), its rungs at images seen."""
+
+    metric: str | None = None
+    """What runs are compared by at a rung: a probe, or a label-free figure; None takes what
+    ranks."""
+    first: float = 0.25
+    """Share of the images that every run sees."""
+    factor: float = 2.0
+    """One in this many goes on from each rung; the rungs lie this factor apart."""
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            require_one_of("stop_by", self.metric, tuple(SIGNS))
+        require(0 < self.first < 1, f"first_rung must lie in (0, 1), got {self.first}")
+        require(self.factor > 1, f"rung_factor must be above 1, got {self.factor}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a sweep is to find out."""
+
+    name: str
+    """The first part of the sweep's folder, and its name in MLflow."""
+    axes: tuple[Axis | Range, ...]
+    metric: str | None = None
+    """What ranks: a probe, or a label-free figure; None takes the probe that judges the method."""
+    seeds: int = 1
+    search: Literal["grid", "random", "optuna", "population"] = "grid"
+    """All combinations; some of them, drawn; each drawn where the ones before did well (TPE); or
+    a population whose runs take over from one another (population.py)."""
+    samples: int = 8
+    """Combinations that a search draws, or members of a population."""
+    generations: int = 4
+    """How often a population's runs are compared, the last time at their end."""
+    halving: Halving | None = None
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(len(self.axes) > 0, "a sweep needs something to vary")
+        require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
+        require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
+        require(self.generations >= 2, f"generations must be at least 2, got {self.generations}")
+        if self.metric is not None:
+            require_one_of("rank_by", self.metric, tuple(SIGNS))
+        require_one_of("search", self.search, ("grid", "random", "optuna", "population"))
+        if self.search == "population":
+            require(self.seeds == 1, "a population has one seed: its members are its spread")
+            require(self.halving is None, "a population replaces its worse runs: it has no rungs")
+        if self.search == "grid":
+            for axis in self.axes:
+                require(
+                    isinstance(axis, Axis),
+                    f"a grid has no end of values of {axis.name} between two bounds: give "
+                    "--search random, optuna or population",
+                )
+
+    @property
+    def choices(self) -> list[Choice]:
+        """All combinations, the same in every process; of an Optuna search, which draws one after
+        the other (search.py), and of a population none."""
+        if self.search in ("optuna", "population"):
+            return []
+        if self.search == "grid":
+            return self._grid()
+        rng = np.random.default_rng(self.first_seed)
+        grid = self._grid() if all(isinstance(axis, Axis) for axis in self.axes) else []
+        if grid:
+            samples = min(self.samples, len(grid))
+            drawn = sorted(rng.choice(len(grid), samples, replace=False))
+            return [grid[index] for index in drawn]
+        return [
+            {
+                axis.name: float(rng.random())
+                if isinstance(axis, Range)
+                else axis.options[rng.integers(len(axis.options))].label
+                for axis in self.axes
+            }
+            for _ in range(self.samples)
+        ]
+
+    def _grid(self) -> list[Choice]:
+        names = [axis.name for axis in self.axes]
+        labels = [[o.label for o in axis.options] for axis in self.axes if isinstance(axis, Axis)]
+        return [dict(zip(names, found, strict=True)) for found in itertools.product(*labels)]
+
+    def trials(self, choice: Choice) -> list[Trial]:
+        """A combination's runs, one for each seed."""
+        options = {axis.name: axis.option(choice[axis.name]) for axis in self.axes}
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [Trial(options, seed) for seed in seeds]
+
+    @property
+    def runs(self) -> int:
+        """How many runs the sweep has in all."""
+        combinations = len(self.choices) or self.samples
+        return combinations * self.seeds
+
+
+SIGNS = {"knn": 1, "linear": 1, "rankme": 1, "uniformity": -1, "alignment": -1}
+"""What runs can be compared by, and whether higher (1) or lower (-1) is better. No loss: it does
+not compare across temperatures or mask ratios."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the runs of one combination came to."""
+
+    label: str
+    values: tuple[float, ...]
+    """The metric of each run that went to its end."""
+    failures: tuple[str, ...] = field(default=())
+    """The causes of those that did not end well."""
+    stopped: tuple[float, ...] = field(default=())
+    """The metric of those that were stopped at a rung, as it was there."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None where there are fewer than two runs."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's: how far two figures order runs alike, -1..1; None where one of them is constant
+    or there are fewer than three runs."""
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return float(np.corrcoef(_places(first), _places(second))[0, 1])
+
+
+def _places(values: Sequence[float]) -> np.ndarray:
+    """The rank of each value, equal ones sharing the mean of theirs."""
+    array = np.asarray(values)
+    below = (array[None] < array[:, None]).sum(1)
+    return below + ((array[None] == array[:, None]).sum(1) - 1) / 2
+
+
+def ranked(scores: Sequence[Score], metric: str = "knn") -> list[Score]:
+    """The best mean first; then combinations that were stopped, then those that failed."""
+    sign = SIGNS[metric]
+
+    def place(score: Score) -> tuple[int, float]:
+        if score.values:
+            return 0, -sign * score.mean
+        return (1, -sign * statistics.mean(score.stopped)) if score.stopped else (2, 0.0)
+
+    return sorted(scores, key=place)
+
+
+METRIC_NAMES = {
+    "knn": "kNN",
+    "linear": "linear",
+    "rankme": "RankMe",
+    "uniformity": "uniformity",
+    "alignment": "alignment",
+}
+
+
+def is_accuracy(metric: str) -> bool:
+    return metric in ("knn", "linear")
+
+
+def shown(value: float, metric: str) -> str:
+    """A metric's value as a person reads it: 97.5%, or 12.3 of a label-free one."""
+    return f"{value:.1%}" if is_accuracy(metric) else f"{value:.3g}"
+
+
+def shown_difference(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} points" if is_accuracy(metric) else f"{value:.2g}"
+
+
+def answer(question: str, scores: Sequence[Score], metric: str) -> str:
+    """One sentence: the best, its margin, and whether that is more than the spread over seeds."""
+    name = METRIC_NAMES[metric]
+    measured = [score for score in ranked(scores, metric) if score.values]
+    if not measured:
+        return f"{question} No run ended well, so there is no answer."
+    best, *others = measured
+    if not others:
+        return (
+            f"{question} Only {best.label} was measured to the end: {name} "
+            f"{shown(best.mean, metric)}."
+        )
+    second = others[0]
+    margin = abs(best.mean - second.mean)
+    lead = (
+        f"{question} {best.label}: {name} {shown(best.mean, metric)}, "
+        f"{shown_difference(margin, metric)} before {second.label}"
+    )
+    spreads = [score.spread for score in (best, second) if score.spread is not None]
+    if len(spreads) < 2:
+        if any(len(score.values) + len(score.stopped) > 1 for score in (best, second)):
+            return f"{lead}. Too few of their seeds went to the end to tell whether that is chance."
+        return f"{lead}. With one seed nobody can tell whether that is chance: give --seeds 3."
+    # The deviation of a difference of two means over seeds.
+    noise = math.sqrt(
+        sum(
+            spread**2 / len(score.values)
+            for spread, score in zip(spreads, (best, second), strict=True)
+        )
+    )
+    seeds = f"{shown_difference(noise, metric)} that seeds make"
+    if margin > 2 * noise:
+        return f"{lead}, more than twice the {seeds}."
+    return f"{lead}, within twice the {seeds}: the two are not told apart."
