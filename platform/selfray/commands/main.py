@@ -84,15 +84,13 @@ def _as_subcommands(commands: dict[str, Any], described: dict[str, str]) -> Any:
     return Union[tuple(kinds)]  # noqa: UP007 - made from a table
 
 
-Command = _as_subcommands(
-    COMMANDS,
-    {
-        "pretrain": PRETRAIN_IN_SHORT,
-        "tokenizer": TOKENIZER_IN_SHORT,
-        "sweep": _sweeps(),
-        "shards": SHARDS,
-    },
-)
+DESCRIBED = {
+    "pretrain": PRETRAIN_IN_SHORT,
+    "tokenizer": TOKENIZER_IN_SHORT,
+    "sweep": _sweeps(),
+    "shards": SHARDS,
+}
+Command = _as_subcommands(COMMANDS, DESCRIBED)
 
 
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.
@@ -134,7 +132,8 @@ def parse(arguments: Sequence[str]) -> Any:
         kind, prog = kind[name], f"{prog} {name}"
     if isinstance(kind, dict):  # --help, or a word is missing
         kind, words, prog = Command, arguments, "selfray"
-    settings = {"description": DESCRIPTION} if kind is Command else {}
+    described = DESCRIPTION if kind is Command else DESCRIBED.get(prog.removeprefix("selfray "))
+    settings = {} if described is None else {"description": described}
     return read(kind, words, prog, config=(FlagCreatePairsOff,), **settings)
 
 
