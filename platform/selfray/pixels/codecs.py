@@ -14,14 +14,16 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from selfray.check import require
-from selfray.pixels import compose, jpeg
+from selfray.pixels import compose, headers, jpeg
 from selfray.pixels.headers import (
+    JPEG_START,
     MIRRORED,
     PNG_SIGNATURE,
     TRANSPOSED,
+    TURNS,
     UPSIDE_DOWN,
     Header,
     plain_header,
@@ -31,10 +33,29 @@ from selfray.pixels.headers import (
 from selfray.pixels.libjpeg_log import codec_messages
 
 MAX_PIXELS = 100_000_000
-"""Images that declare more pixels than this are refused; decoded, so many take 300 MB."""
+"""Images that declare more pixels than this are refused. Decoded, so many take 300 MB."""
+MAX_MEMORY = 1_200_000_000
+"""Bytes that decoding one image may take at its peak. An image that would take more is refused."""
+MEMORY_PER_PIXEL = {
+    "JPEG": 12,
+    "PNG": 8,
+    "WEBP": 17,
+    "GIF": 8,
+    "TIFF": 12,
+    "BMP": 8,
+    "PPM": 8,
+    "JPEG2000": 25,
+    "AVIF": 20,
+}
+"""Bytes that each pixel takes at most while an image is decoded, by Pillow's name of the format: in
+the decoder, in Pillow's image and in the array that is returned."""
+_CMYK_JPEG_MEMORY = 16
+"""The same for a JPEG of four components."""
 
 # Only these, because Pillow would try others: its EPS reader starts Ghostscript on untrusted bytes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+FORMATS = tuple(MEMORY_PER_PIXEL)
+_STRIP_PIXELS = 1 << 18
+"""Pixels that are converted to RGB at a time."""
 
 _MCU_ROWS = 16
 _REDUCED = {
@@ -112,7 +133,14 @@ class OpenImage:
         return self.header is not None and bool(self.header.frame) and not self.header.progressive
 
     def planes(self, box: tuple[int, int, int, int], least_factor: float) -> "Planes":
-        """The pixels that crops within a box (top, left, bottom, right) need; see `decode`."""
+        """The pixels that crops within a box (top, left, bottom, right) need; see `decode`.
+
+        The box is in pixels of the upright image. One that is empty or reaches beyond the image
+        gives the planes of the whole image.
+        """
+        top, left, bottom, right = box
+        if not (0 <= top < bottom <= self.height and 0 <= left < right <= self.width):
+            box = (0, 0, self.height, self.width)
         if self.stored[0]:
             top, left, bottom, right = map(float, box)
             upright = (top, left, bottom - top, right - left)
@@ -194,7 +222,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
     if header is None or turn is None:
         pixels = decode(data, max_pixels)
         return OpenImage(data, (0, pixels.shape[0], pixels.shape[1]), None, pixels)
-    _require_size(header.width, header.height, max_pixels)
+    _require_size(header.width, header.height, max_pixels, header.format, data)
     return OpenImage(data, (turn, header.height, header.width), header, None)
 
 
@@ -215,6 +243,13 @@ def _turned_back(pixels: np.ndarray, turn: int) -> np.ndarray:
     return pixels.transpose(1, 0, 2) if turn & TRANSPOSED else pixels
 
 
+def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """A stored image uint8 [H, W, 3] upright: the inverse of _turned_back."""
+    pixels = pixels.transpose(1, 0, 2) if turn & TRANSPOSED else pixels
+    pixels = pixels[:, ::-1] if turn & MIRRORED else pixels
+    return pixels[::-1] if turn & UPSIDE_DOWN else pixels
+
+
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Decode the whole image strictly. Raises BrokenImage, which says what is wrong with it.
 
@@ -223,13 +258,18 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     warnings are seen on glibc only, and reach the right caller if one thread checks at a time.
     """
     pixels, image_format, warning = _decode(data, max_pixels)
+    info = ImageInfo(pixels.shape[1], pixels.shape[0], image_format)
+    if data.startswith(JPEG_START) and not warning and plain_header(data) is None:
+        # Pillow read it, for instance as CMYK, and keeps libjpeg's warnings to itself.
+        del pixels
+        _, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8))
     if "premature end" in warning.lower():
         raise BrokenImage("truncated", warning)
     if "Corrupt JPEG data" in warning:
         raise BrokenImage("corrupt", warning)
     if data.startswith(PNG_SIGNATURE):
         _verify_png(data)
-    return ImageInfo(pixels.shape[1], pixels.shape[0], image_format)
+    return info
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -275,18 +315,36 @@ def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, str, str]:
     header = _header(data)
     if header is None:
         return *_decode_with_pillow(data, max_pixels), ""
-    _require_size(header.width, header.height, max_pixels)
+    _require_size(header.width, header.height, max_pixels, header.format, data)
     pixels, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8))
     if pixels is None:  # Pillow can read it, or says what is wrong.
         return *_decode_with_pillow(data, max_pixels), warning
     return pixels, header.format, warning
 
 
-def _require_size(width: int, height: int, max_pixels: int) -> None:
+def _require_size(
+    width: int,
+    height: int,
+    max_pixels: int,
+    image_format: str,
+    data: bytes,
+    memory_per_pixel: int | None = None,
+) -> None:
+    """Raise BrokenImage for a size that must not be decoded, or that these bytes cannot hold."""
     if width == 0 or height == 0:
         raise BrokenImage("zero-sized", f"{width} x {height} pixels")
     if width * height > max_pixels:
         raise BrokenImage("too large", f"{width} x {height} pixels; the limit is {max_pixels}")
+    # No image of fewer than 64 pixels for each byte is refused, so the size is seldom computed.
+    if width * height > 64 * len(data) and len(data) < headers.least_bytes(data, width, height):
+        raise BrokenImage("truncated", f"{len(data)} bytes cannot hold {width} x {height} pixels")
+    memory = (memory_per_pixel or MEMORY_PER_PIXEL[image_format]) * width * height
+    if memory > MAX_MEMORY:
+        raise BrokenImage(
+            "too large",
+            f"{width} x {height} pixels take {memory / 1e9:.1f} GB to decode from {image_format}; "
+            f"the limit is {MAX_MEMORY / 1e9:.1f} GB",
+        )
 
 
 def _declared_size(data: bytes) -> tuple[int, int]:
@@ -317,7 +375,7 @@ def _open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
         raise BrokenImage("empty", "0 bytes")
     canvas = webp_size(data)
     if canvas is not None:
-        _require_size(*canvas, max_pixels)
+        _require_size(*canvas, max_pixels, "WEBP", data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -325,7 +383,9 @@ def _open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
         raise BrokenImage("not an image", detail) from None
     except Exception as error:  # Pillow's readers raise many types on hostile bytes.
         raise _broken(error) from error
-    _require_size(*image.size, max_pixels)
+    image_format = image.format or ""
+    more = _CMYK_JPEG_MEMORY if (image_format, image.mode) == ("JPEG", "CMYK") else None
+    _require_size(*image.size, max_pixels, image_format, data, more)
     return image
 
 
@@ -334,24 +394,43 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
     image_format = image.format or ""
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), image_format), image_format
+        turn, pixels = TURNS[_orientation_of(image)], _to_rgb(image, image_format)
+        image.close()  # before a turned image is in memory as well
+        return np.ascontiguousarray(_turned(pixels, turn)), image_format
     except Exception as error:  # as above
         raise _broken(error) from error
 
 
+def _orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image that is loaded: 1 to 8."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
 def _to_rgb(image: Image.Image, image_format: str) -> np.ndarray:
+    """A Pillow image as uint8 [H, W, 3], converted in strips so that no second one is in memory."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = _strip_to_rgb(strip, image_format)
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image, image_format: str) -> np.ndarray:
     # Pillow clips 16-bit values at 255 when it converts them, so scale them here. Mode "I" has 32
     # bits, of which PNG and PPM use 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image_format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)  # [H, W], 0 .. 65535
         gray = ((values + 128) // 257).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
+        return gray[:, :, None]  # broadcast to three channels
     if image.mode in ("I", "F"):
         raise BrokenImage("unsupported", "32-bit pixels have no defined white; convert to 8 or 16")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))  # a copy: Pillow's own buffer is read-only
+    return np.asarray(image.convert("RGB"))
 
 
 def _verify_png(data: bytes) -> None:

@@ -129,6 +129,39 @@ def _jpeg_header(data: bytes) -> Header | None:
     return None
 
 
+def least_bytes(data: bytes, width: int, height: int) -> int:
+    """The fewest bytes in which a JPEG or PNG of this size in pixels can be encoded, about.
+
+    A file that has fewer is cut off or a decompression bomb. 0 for other formats, and for kinds of
+    JPEG that have no such bound.
+    """
+    if data.startswith(PNG_SIGNATURE) and len(data) >= 26:
+        _, _, bits, colour = struct.unpack_from(">IIBB", data, 16)
+        samples = {_PNG_GRAY: 1, _PNG_RGB: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
+        return height * (1 + width * samples * bits // 8) // _MOST_DEFLATED
+    if not data.startswith(JPEG_START):
+        return 0
+    for marker, start, end in read_segments(np.frombuffer(data, np.uint8)).tolist():
+        if marker in (BASELINE, EXTENDED, PROGRESSIVE) and end <= len(data) and end - start >= 6:
+            components = data[start + 6 : min(end, start + 6 + 3 * data[start + 5])]
+            sampling = [(value >> 4, value & 15) for value in components[1::3]]
+            across = max((a for a, _ in sampling), default=0)
+            down = max((d for _, d in sampling), default=0)
+            if across == 0 or down == 0:
+                return 0
+            blocks = sum(
+                (width * a // (8 * across)) * (height * d // (8 * down)) for a, d in sampling
+            )
+            # A block takes a bit for DC. Where scans are not progressive, it also takes one for the
+            # end of the block.
+            return blocks * (1 if marker == PROGRESSIVE else 2) // 8
+    return 0
+
+
+_MOST_DEFLATED = 1032
+"""Bytes that one byte of deflated data can stand for."""
+
+
 # EXIF orientation
 
 MIRRORED, UPSIDE_DOWN, TRANSPOSED = 1, 2, 4

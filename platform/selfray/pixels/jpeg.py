@@ -108,6 +108,7 @@ def decode(
         get("coefficients", groups * _GROUP_STRIDE, np.int16),
         get("tile", 64 * _GROUP, np.float32),
         get("turned", 64 * _GROUP, np.uint8),
+        get("energies", _GROUP, np.float32),
         out,
     )
     return (out, planes) if complete else None
@@ -164,11 +165,11 @@ def _read_tables(source, segments, frame, components, quantisation, short, long)
             if not _read_codes(source, start, end, short, long):
                 return 0
         elif marker == headers.BASELINE or marker == headers.EXTENDED:
-            if frame_at or end - start < 6 or end - start < 6 + 3 * source[start + 5]:
+            if frame_at or end - start < 6 or end - start != 6 + 3 * source[start + 5]:
                 return 0
             frame_at = start
         elif marker == headers.RESTART_INTERVAL:
-            if end - start < 2:
+            if end - start != 2:
                 return 0
             frame[_INTERVAL] = two_bytes(source, start)
         elif marker == headers.ADOBE:  # it says whether the components are Y, Cb and Cr
@@ -220,6 +221,9 @@ def _read_components(frame, scan, components, quantisation, long):
         return 0
     blocks, across, down = 0, 0, 0
     for place in range(count):
+        wide, high = frame[7 + 3 * place] >> 4, frame[7 + 3 * place] & 15
+        if not (1 <= wide <= 4 and 1 <= high <= 4):
+            return 0
         name, sampling, table = frame[6 + 3 * place], frame[7 + 3 * place], frame[8 + 3 * place]
         tables = i64(scan[2 + 2 * place])
         dc, ac = 2 * (tables >> 4), 2 * (tables & 15) + 1
@@ -275,7 +279,10 @@ def _read_codes(source, start, end, short, long):
                     return False
                 symbol = i64(source[symbols + place])
                 zeros, size = symbol >> 4, symbol & 15
-                step = _END if symbol == 0 else zeros + 1
+                if table % 2 == 0 and zeros > 0:
+                    return False
+                # A size of 0 ends the block, except after 15 zeros.
+                step = _END if size == 0 and zeros < 15 else zeros + 1
                 # No 8-bit image has a value of 12 bits or more: no code.
                 entry = (length + size) | size << 5 | step << 9 if size <= 11 else 0
                 long[table, _ENTRIES + place] = entry
@@ -285,6 +292,8 @@ def _read_codes(source, start, end, short, long):
                         short[table, index] = entry
                 code += 1
                 place += 1
+            if code == 1 << length:  # a code of ones alone is none
+                return False
             long[table, length] = code << (16 - length)
             code <<= 1
         long[table, 0] = place
@@ -453,6 +462,7 @@ def _decode_scan(
     coefficients,
     tile,
     turned,
+    energies,
     out,
 ):
     """Decode the planes into uint8 out. Returns False if the codes are corrupt or end early."""
@@ -519,7 +529,7 @@ def _decode_scan(
                         return False
             if row >= first_row:
                 for part in range(len(parts)):
-                    _transform(
+                    if not _transform(
                         coefficients,
                         chunk // _GROUP,
                         row - first_row,
@@ -528,8 +538,10 @@ def _decode_scan(
                         quantisation,
                         tile,
                         turned,
+                        energies,
                         out,
-                    )
+                    ):
+                        return False
     return 8 * i64(place) - i64(held) <= 8 * end
 
 
@@ -562,6 +574,12 @@ _COSINES = np.array(
 sums cost less than a recursion."""
 
 
+_MOST_ENERGY = f32(290**2)
+"""The largest sum of a block's squared coefficients, times the scale of the inverse transform.
+Pixels have at most 256**2 before they are quantised, and damaged files any. Beyond 290, the 16-bit
+sums of libjpeg-turbo's transform can overflow."""
+
+
 @compiled
 def _inverse_4(a, b, c, d):
     even, odd = c * _H2, (b + d) * _H2
@@ -578,10 +596,11 @@ def _inverse_8(a, b, c, d, e, f, g, h):
 
 
 @compiled
-def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, out):
+def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, energies, out):
     """Write the pixels of one component in a chunk of units into uint8 out, for groups to keep.
 
-    `chunk` counts along a row of units and `row` from the first row to keep.
+    `chunk` counts along a row of units and `row` from the first row to keep. Returns False for
+    values that no encoder writes, on which decoders differ.
     """
     down, across, groups, first, last, side, table = part
     stride = plane[compose.STRIDE]
@@ -595,24 +614,44 @@ def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned
             place = plane[compose.START] + (row * down + line) * side * stride
             place += (group - first) * _GROUP * side
             if side == _BLOCK:
-                _transform_whole(source, quantisation[table], tile, turned)
+                if not _transform_whole(source, quantisation[table], tile, turned, energies):
+                    return False
                 for y in range(_BLOCK):
                     interleave(turned, _BLOCK * _GROUP * y, out, place + y * stride)
             else:
                 _transform_lowest(source, quantisation[table], tile, side, out[place:], stride)
+    return True
 
 
 @compiled
-def _transform_whole(source, quantisation, tile, turned):
+def _transform_whole(source, quantisation, tile, turned, energies):
     """8 x 8 pixels of each of 16 blocks, into turned uint8 [1024] as [y, x, block].
 
-    Works in tile float32 [1024]; source is int16 [1024] as [frequency, block].
+    Works in tile float32 [1024] and energies float32 [16]; source is int16 [1024] as [frequency,
+    block]. Returns False if a block's values are larger than those of any 8 x 8 pixels.
     """
     q = quantisation
+    energies[:] = 0
     for x in range(8):
         q0, q1, q2, q3 = q[x], q[8 + x], q[16 + x], q[24 + x]
         q4, q5, q6, q7 = q[32 + x], q[40 + x], q[48 + x], q[56 + x]
-        for at in range(16 * x, 16 * x + 16):
+        for block in range(_GROUP):
+            at = _GROUP * x + block
+            a, b, c, d = (
+                f32(source[at]) * q0,
+                f32(source[at + 128]) * q1,
+                f32(source[at + 256]) * q2,
+                f32(source[at + 384]) * q3,
+            )
+            e, f, g, h = (
+                f32(source[at + 512]) * q4,
+                f32(source[at + 640]) * q5,
+                f32(source[at + 768]) * q6,
+                f32(source[at + 896]) * q7,
+            )
+            energies[block] += ((a * a + b * b) + (c * c + d * d)) + (
+                (e * e + f * f) + (g * g + h * h)
+            )
             (
                 tile[at],
                 tile[at + 128],
@@ -622,16 +661,12 @@ def _transform_whole(source, quantisation, tile, turned):
                 tile[at + 640],
                 tile[at + 768],
                 tile[at + 896],
-            ) = _inverse_8(
-                f32(source[at]) * q0,
-                f32(source[at + 128]) * q1,
-                f32(source[at + 256]) * q2,
-                f32(source[at + 384]) * q3,
-                f32(source[at + 512]) * q4,
-                f32(source[at + 640]) * q5,
-                f32(source[at + 768]) * q6,
-                f32(source[at + 896]) * q7,
-            )
+            ) = _inverse_8(a, b, c, d, e, f, g, h)
+    most = f32(0)
+    for block in range(_GROUP):
+        most = max(most, energies[block])
+    if most > _MOST_ENERGY:
+        return False
     for y in range(8):
         for at in range(128 * y, 128 * y + 16):
             a, b, c, d, e, f, g, h = _inverse_8(
@@ -652,6 +687,7 @@ def _transform_whole(source, quantisation, tile, turned):
             turned[at + 80] = cut(f)
             turned[at + 96] = cut(g)
             turned[at + 112] = cut(h)
+    return True
 
 
 @compiled
