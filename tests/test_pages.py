@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import selfray.data.reader as shards_module
+import selfray.data.row_cache as shards_module
 from selfray.data.parquet_pages import value_places
-from selfray.data.reader import RowGroupCache, ShardSet, open_shards, read_chosen
+from selfray.data.reader import read_chosen
+from selfray.data.row_cache import RowGroupCache
+from selfray.data.shard_set import ShardSet, open_shards
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False}

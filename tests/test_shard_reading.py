@@ -7,16 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfray.data.reader import (
-    RowGroupCache,
-    ShardSet,
-    only,
-    open_shards,
-    parquet_files,
-    read_rows,
-    sample_rows,
-    split_files,
-)
+from selfray.data.reader import read_rows, sample_rows
+from selfray.data.row_cache import RowGroupCache
+from selfray.data.shard_set import ShardSet, only, open_shards, parquet_files, split_files
 from selfray.storage import Location
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

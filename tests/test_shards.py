@@ -23,8 +23,9 @@ from pyarrow import fs
 
 from helpers import wait_for
 from selfray.cluster import build as builder
-from selfray.cluster.build import BuildOptions, Manifest, build, check, write_arrays
-from selfray.data import listing, writer
+from selfray.cluster.build import BuildOptions, Manifest, build, check
+from selfray.data import destination, samples, writer
+from selfray.data.writer import write_arrays
 from selfray.storage import Location
 
 PLATFORM = str(Path(__file__).resolve().parents[1] / "platform")
@@ -340,7 +341,7 @@ def test_what_may_not_be_opened_is_quarantined():
             os.seteuid(65534)
         try:
             plan = builder.make_plan(Location.of(source), BuildOptions())
-            rows = list(listing.read_samples(plan.source, plan.layout, plan.items[0].inputs))
+            rows = list(samples.read_samples(plan.source, plan.layout, plan.items[0].inputs))
         finally:
             os.seteuid(os.getuid())
             (source / "c").chmod(0o755)
@@ -351,9 +352,9 @@ def test_what_may_not_be_opened_is_quarantined():
 def test_an_outage_of_remote_storage_stops_the_build_and_quarantines_nothing(tmp_path):
     remote = Location(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), str(tmp_path)[1:], "s3://x")
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
-        listing.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
-    listing.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
-    listing.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
+        samples.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
+    samples.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
+    samples.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
 
 
 # Properties of a build
@@ -479,7 +480,7 @@ def test_a_complete_build_is_returned_at_once_and_lost_shards_are_built_again(tm
 
 def test_storage_that_fails_on_the_way_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path / "source", {"a.jpg": picture(1)}), tmp_path / "out"
-    builder._start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
+    destination.start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
     (out / "shard-00000.parquet").mkdir()  # in the way of the shard
     with pytest.raises(OSError, match=r"build of .*/out stopped: .*run the same build again"):
         build(source, out)

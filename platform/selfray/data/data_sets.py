@@ -9,16 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from selfray.cluster import build as shard_builder
-from selfray.data.reader import (
-    ShardFile,
-    ShardSet,
-    open_shards,
-    parquet_files,
-    sample_rows,
-    split_files,
-)
+from selfray.data.manifest import MANIFEST, Manifest
+from selfray.data.reader import sample_rows
+from selfray.data.shard_set import ShardFile, ShardSet, open_shards, parquet_files, split_files
 from selfray.data.source import Sample
+from selfray.data.writer import write_arrays
 from selfray.experiment import DataConfig
 from selfray.storage import Location
 
@@ -30,6 +25,10 @@ DIGITS_TEST = 597
 """A third of the digits is kept for the probes' test, drawn at random."""
 HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
+
+
+Build = Callable[[Location, Location], Manifest]
+"""(source, destination) -> shards of a source's images: `selfray.cluster.build.build`."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,23 @@ class DataSets:
         return Sample(self.train, groups[test_rows:], rows[test_rows:], size), test
 
 
-def open_data(data: DataConfig, output: Location, say: Callable[[str], None]) -> DataSets:
-    """Open a run's data. A folder of images or tars is converted to shards once, under `output`.
+def open_data(
+    data: DataConfig, output: Location, say: Callable[[str], None], build: Build
+) -> DataSets:
+    """Open a run's data. A folder of images or tars is converted to shards once, under `output`, by
+    `build`, which may need Ray.
 
-    FileNotFoundError or ValueError of one line names the path and the way out. Ray must run where
-    something is to be converted.
+    FileNotFoundError or ValueError of one line names the path and the way out.
     """
     if not data.path:
         raise ValueError(
             "--data.path is missing: give a folder of images, a folder of shards or Parquet "
             "files, local, s3:// or gs://"
         )
-    train_files, test_files, folder = _files(data.path, "data.path", output, say)
+    train_files, test_files, folder = _files(data.path, "data.path", output, say, build)
     train = open_shards(train_files, folder, data.image_column)
     if data.test_path:
-        files, more, folder = _files(data.test_path, "data.test_path", output, say)
+        files, more, folder = _files(data.test_path, "data.test_path", output, say, build)
         return DataSets(train, open_shards([*files, *more], folder, data.image_column))
     test = open_shards(test_files, folder, data.image_column) if test_files else None
     return DataSets(train, test)
@@ -136,7 +137,7 @@ def _outer(name: str, shards: ShardSet) -> str:
 
 
 def _files(
-    path: str, field: str, output: Location, say: Callable[[str], None]
+    path: str, field: str, output: Location, say: Callable[[str], None], build: Build
 ) -> tuple[list[str], list[str], str]:
     """(train files, test files, folder) at a path, after a conversion where one is needed."""
     if path.startswith(EMBEDDED):
@@ -154,7 +155,7 @@ def _files(
             f"--{_flag(field)} {path} does not exist: give a folder of images or Parquet files, "
             "local, s3:// or gs://"
         )
-    shards = _converted(location, field, output, say)
+    shards = _converted(location, field, output, say, build)
     return parquet_files(shards), [], shards.uri
 
 
@@ -163,17 +164,17 @@ def _flag(field: str) -> str:
 
 
 def _converted(
-    source: Location, field: str, output: Location, say: Callable[[str], None]
+    source: Location, field: str, output: Location, say: Callable[[str], None], build: Build
 ) -> Location:
     """Shards of a folder of images, built under `output` on first use."""
     name = re.sub(r"[^\w-]", "-", source.name) or "images"
     digest = hashlib.sha256(source.uri.encode()).hexdigest()[:8]
     target = output / "shards" / f"{name}-{digest}"
-    is_new = not (target / shard_builder.MANIFEST).exists()
+    is_new = not (target / MANIFEST).exists()
     if is_new:
         say(f"converting {source} to shards in {target}, once")
     try:
-        manifest = shard_builder.build(source, target)
+        manifest = build(source, target)
     except ValueError as error:
         raise ValueError(f"--{_flag(field)}: {error}") from None
     if is_new or manifest.quarantined.count:
@@ -193,7 +194,7 @@ def _write_embedded(name: str, output: Location) -> Location:
     if name != "digits":
         raise ValueError(f"there is no embedded data set {name!r}; there is embedded:digits")
     folder = output / "data" / name
-    if all((folder / part / shard_builder.MANIFEST).exists() for part in ("train", "test")):
+    if all((folder / part / MANIFEST).exists() for part in ("train", "test")):
         return folder
     from sklearn.datasets import load_digits
 
@@ -201,7 +202,7 @@ def _write_embedded(name: str, output: Location) -> Location:
     images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
     order = np.random.default_rng(0).permutation(len(images))
     for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):
-        shard_builder.write_arrays(
+        write_arrays(
             folder / part,
             [_png(images[i]) for i in chosen],
             [int(labels[i]) for i in chosen],

@@ -1,0 +1,360 @@
+"""What one process knows of the row groups that it read, and how it opens their files again."""
+
+import errno
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfray.data.parquet_pages import value_places
+from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet
+from selfray.storage import Location, is_about_the_file, one_line, patiently
+
+_Result = TypeVar("_Result")
+
+
+class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
+    """A shard, or a row group of one, that is lost or damaged: `name` says which, `reason` why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+_Key = tuple[str, int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """A row group whose images are read one by one."""
+
+    places: np.ndarray
+    """int64 [rows, 2]: offset and length of each."""
+    labels: np.ndarray
+    """int64 [rows]."""
+    stamp: "_Stamp"
+    """Of the file that they are places in."""
+
+
+_Stamp = tuple[int, ...]
+"""Tells a file from another one that took its place."""
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    stream: pa.NativeFile
+    footer: pq.FileMetaData
+    stamp: _Stamp
+    asked: float
+    """When the storage last said that it is the one of its name, by time.monotonic."""
+
+
+class RowGroupCache:
+    """What this process knows of the row groups that it read: whole ones, up to a number of bytes,
+    and beyond that where their images lie.
+
+    A small data set is soon in memory. Of a larger one, row groups read whole would push each other
+    out before their other rows' turn comes, so its images are read one by one (parquet_pages.py)
+    where the files are plain, as `selfray shards build` writes them. What cannot be read is
+    remembered too, for a while. Threads may share a cache.
+    """
+
+    FORGET_SECONDS = 300.0
+    """How long a lost shard is not asked for again: each asking may wait for the storage."""
+    OPEN_FILES = 256
+    ASK_SECONDS = 60.0
+    """How long an object is taken for the one that was opened: each asking is a request."""
+    KNOWN_IMAGES = 2_000_000
+    """Images whose places are kept: 24 bytes each."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._tables: OrderedDict[_Key, pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._places: OrderedDict[_Key, _Places] = OrderedDict()
+        self._placed = 0
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._is_plain: dict[tuple[str, str], bool] = {}
+        """Whether a file's images have places, by its name and column; checked once."""
+        self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
+        self._lock = threading.Lock()
+        self._check = threading.Lock()
+
+    def take(
+        self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
+    ) -> tuple[list[bytes], np.ndarray]:
+        """Some rows of a row group: images, empty where a row has none, and labels int64 [n].
+
+        UnreadableShard where the file is lost or damaged; OSError where its storage fails for
+        longer than it is waited for.
+        """
+        columns = [shards.image_column, *([shards.label_column] if shards.label_column else [])]
+        key = (file.uri, group, tuple(columns))
+        known = self._known(key)
+        if isinstance(known, pa.Table):
+            return _rows_of(known, shards, rows)
+        self._raise_if_known_unreadable(file, group)
+        try:
+            for places in (known, None):
+                if places is None:
+                    places = self._learn(key, shards, file, group)
+                if isinstance(places, pa.Table):
+                    return _rows_of(places, shards, rows)
+                images = self._images_at(places, file, group, rows)
+                if images is not None:
+                    return images, places.labels[rows]
+            raise UnreadableShard(file.uri, "it is being written while it is read")
+        except UnreadableShard as error:
+            until = time.monotonic() + self.FORGET_SECONDS
+            self._unreadable[file.uri, None if error.name == file.uri else group] = (until, error)
+            raise
+
+    def _raise_if_known_unreadable(self, file: ShardFile, group: int) -> None:
+        for known in ((file.uri, None), (file.uri, group)):
+            until, error = self._unreadable.get(known, (0.0, None))
+            if error is not None and time.monotonic() < until:
+                raise error
+
+    def _known(self, key: "_Key") -> "pa.Table | _Places | None":
+        with self._lock:
+            for kept in (self._tables, self._places):
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key]
+        return None
+
+    def _learn(
+        self, key: "_Key", shards: ShardSet, file: ShardFile, group: int
+    ) -> "pa.Table | _Places":
+        with self._lock:
+            count = len(self._tables)
+            is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
+        if is_full and self._is_plain.get((file.uri, shards.image_column), True):
+            places = self._find(shards, file, group)
+            if places is not None:
+                self._keep_places(key, places)
+                return places
+        table = self._read(file, group, list(key[2]))
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = table
+                self._bytes += table.nbytes
+            while self._bytes > self.limit_bytes and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        return table
+
+    def _keep_places(self, key: "_Key", places: _Places) -> None:
+        with self._lock:
+            known = self._places.pop(key, None)
+            self._placed += len(places.labels) - (0 if known is None else len(known.labels))
+            self._places[key] = places
+            while self._placed > self.KNOWN_IMAGES and len(self._places) > 1:
+                self._placed -= len(self._places.popitem(last=False)[1].labels)
+
+    def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
+        """Where a row group's images lie; None where they must be read with it."""
+        is_local = Location.of(file.uri).is_local
+        places = self._with_file(
+            file, group, lambda opened: _places_in(opened, shards, group, is_local)
+        )
+        name = (file.uri, shards.image_column)
+        with self._check:
+            if places is None:
+                self._is_plain[name] = False
+            elif name not in self._is_plain:
+                # Read once by what knows every kind of file: a mistake about where things lie is
+                # found before an image of it is used.
+                table = self._read(file, group, [shards.image_column])
+                ends = np.array([0, len(table) - 1])
+                images, _ = _rows_of(table, replace(shards, label_column=None), ends)
+                self._is_plain[name] = self._images_at(places, file, group, ends) == images
+        return places if self._is_plain[name] else None
+
+    def _images_at(
+        self, places: _Places, file: ShardFile, group: int, rows: np.ndarray
+    ) -> list[bytes] | None:
+        """Images by their places; None where these are of an earlier file of that name."""
+        wanted = places.places[rows].tolist()
+
+        def read(opened: _OpenFile) -> list[bytes] | None:
+            if opened.stamp != places.stamp:
+                return None
+            images = [opened.stream.read_at(length, at) for at, length in wanted]
+            if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
+                raise pa.ArrowInvalid("the file was cut short")
+            return images
+
+        return self._with_file(file, group, read)
+
+    def _with_file(
+        self, file: ShardFile, group: int, action: Callable[[_OpenFile], _Result]
+    ) -> _Result:
+        """action(the open file), tried again while its storage fails; faults as `take` has them."""
+        location = Location.of(file.uri)
+        name = file.uri
+
+        def attempt() -> _Result:
+            nonlocal name
+            name = file.uri
+            opened = self._open(file, location)
+            name = f"{file.uri} row group {group}"
+            try:
+                return action(opened)
+            except (OSError, pa.ArrowException):
+                self._forget(file.uri)
+                raise
+
+        with _faults_named(location, lambda: name):
+            return patiently(attempt, location)
+
+    def _forget(self, uri: str) -> None:
+        with self._lock:
+            self._files.pop(uri, None)
+
+    def _open(self, file: ShardFile, location: Location) -> _OpenFile:
+        with self._lock:
+            opened = self._files.get(file.uri)
+        if opened is not None:
+            opened = _still(opened, location, self.ASK_SECONDS)
+        opened = opened or self._open_anew(file, location)
+        with self._lock:
+            self._files[file.uri] = opened
+            self._files.move_to_end(file.uri)
+            while len(self._files) > self.OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
+
+    def _open_anew(self, file: ShardFile, location: Location) -> _OpenFile:
+        try:
+            opened = _opened(location)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._files.clear()
+            opened = _opened(location)
+        rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
+        if rows != list(file.group_rows):
+            raise pa.ArrowInvalid("its row groups are not those of the start")
+        return opened
+
+    @staticmethod
+    def _read(file: ShardFile, group: int, columns: list[str]) -> pa.Table:
+        location = Location.of(file.uri)
+        name = file.uri
+
+        def read() -> pa.Table:
+            nonlocal name
+            with location.filesystem.open_input_file(location.path) as stream:
+                parquet = pq.ParquetFile(stream)
+                found = parquet.metadata.num_row_groups
+                if found != len(file.group_rows):
+                    raise pa.ArrowInvalid(
+                        f"{found} row groups where there were {len(file.group_rows)} at the start"
+                    )
+                name = f"{file.uri} row group {group}"
+                rows = parquet.metadata.row_group(group).num_rows
+                if rows != file.group_rows[group]:
+                    raise pa.ArrowInvalid(
+                        f"{rows} rows where there were {file.group_rows[group]} at the start"
+                    )
+                table = parquet.read_row_group(group, columns=columns)
+                if table.num_rows != rows:
+                    raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
+                return table
+
+        with _faults_named(location, lambda: name):
+            return patiently(read, location)
+
+
+def _opened(location: Location) -> _OpenFile:
+    # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
+    stamp = _stamp_of(location)
+    stream = location.filesystem.open_input_file(location.path)
+    return _OpenFile(stream, pq.ParquetFile(stream).metadata, stamp, time.monotonic())
+
+
+def _stamp_of(location: Location) -> _Stamp:
+    if location.is_local:
+        found = os.stat(location.path)
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    info = location.filesystem.get_file_info(location.path)
+    return info.size or 0, info.mtime_ns or 0
+
+
+def _still(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
+    """An open file if it is the one of its name, None if it is not. An object store is asked if it
+    was not for so many seconds. A local file that was deleted can be read on."""
+    now = time.monotonic()
+    if not location.is_local and now - opened.asked < seconds:
+        return opened
+    try:
+        same = _stamp_of(location) == opened.stamp
+    except OSError:
+        if not location.is_local:
+            raise  # the store is away: it is waited for
+        same = True
+    return replace(opened, asked=now) if same else None
+
+
+def _places_in(file: _OpenFile, shards: ShardSet, group: int, is_local: bool) -> _Places | None:
+    kind = file.footer.schema.to_arrow_schema().field(shards.image_column).type
+    column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
+    places = value_places(
+        lambda at, n: file.stream.read_at(n, at), file.footer, group, column, not is_local
+    )
+    if places is None:
+        return None
+    labels = np.full(len(places), NO_LABEL, dtype=np.int64)
+    if shards.label_column:
+        parquet = pq.ParquetFile(file.stream, metadata=file.footer)
+        table = parquet.read_row_group(group, columns=[shards.label_column])
+        if table.num_rows != len(places):
+            raise pa.ArrowInvalid(f"{table.num_rows} labels of {len(places)} images")
+        labels = _labels_of(table, shards.label_column)
+    return _Places(places, labels, file.stamp)
+
+
+@contextmanager
+def _faults_named(location: Location, name: Callable[[], str]) -> Iterator[None]:
+    """UnreadableShard in place of what pyarrow raises over a lost or damaged file."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise UnreadableShard(name(), one_line(error)) from error
+    except OSError as error:
+        if not location.is_local and not is_about_the_file(error):
+            raise  # the store is away, for longer than it was waited for: no fault of the file
+        raise UnreadableShard(name(), _reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    return "the file is gone" if isinstance(error, FileNotFoundError) else one_line(error)
+
+
+def _rows_of(table: pa.Table, shards: ShardSet, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+    column = table.column(shards.image_column)
+    if pa.types.is_struct(column.type):
+        # flatten, not field: a struct that is null has bytes that mean nothing.
+        names = [column.type.field(i).name for i in range(column.type.num_fields)]
+        column = column.flatten()[names.index("bytes")]
+    # One by one: a window's rows are in many row groups, few in each, and for one row `take` and
+    # `to_pylist` need 12 us where this needs 2.
+    images = [column[row].as_py() or b"" for row in rows.tolist()]
+    if shards.label_column is None:
+        return images, np.full(len(rows), NO_LABEL, dtype=np.int64)
+    return images, _labels_of(table.select([shards.label_column]).take(rows), shards.label_column)
+
+
+def _labels_of(table: pa.Table, column: str) -> np.ndarray:
+    # Unsigned integers have no room for -1.
+    return table.column(column).cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
