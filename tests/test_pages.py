@@ -209,7 +209,7 @@ def test_the_bytes_of_whole_row_groups_are_counted_once_for_threads_that_share_a
     for seed, chosen in enumerate(found):
         groups, rows = all_rows(seed % 2)
         assert chosen.images == [images[i] for i in (groups * 10 + rows).tolist()]
-    assert cache._bytes == sum(table.nbytes for table in cache._tables.values())
+    assert cache._bytes == sum(held.table.nbytes for held in cache._tables.values())
     assert cache._placed == sum(len(p.labels) for p in cache._places.values())
 
 

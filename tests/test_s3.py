@@ -17,9 +17,10 @@ from pyarrow import fs
 from helpers import experiment, start, train_for, weights
 from selfray import storage
 from selfray.data.destination import finish
+from selfray.data.files import parquet_files
 from selfray.data.listing import BuildOptions, make_plan
 from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest
-from selfray.data.shard_set import open_shards, parquet_files
+from selfray.data.shard_set import open_shards
 from selfray.data.source import BROKEN
 from selfray.data.writer import Job, build_item
 from selfray.runs import checkpoint

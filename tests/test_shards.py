@@ -24,7 +24,7 @@ from pyarrow import fs
 from helpers import wait_for
 from selfray.cluster import build as builder
 from selfray.cluster.build import BuildOptions, Manifest, build, check
-from selfray.data import destination, samples, writer
+from selfray.data import destination, rows, samples, writer
 from selfray.data.writer import write_arrays
 from selfray.storage import Location
 
@@ -352,9 +352,9 @@ def test_what_may_not_be_opened_is_quarantined():
 def test_an_outage_of_remote_storage_stops_the_build_and_quarantines_nothing(tmp_path):
     remote = Location(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), str(tmp_path)[1:], "s3://x")
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
-        samples.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
-    samples.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
-    samples.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
+        rows.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
+    rows.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
+    rows.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
 
 
 # Properties of a build
@@ -421,7 +421,7 @@ def test_progress_counts_up_to_the_whole(tmp_path):
 
 BUILD_SCRIPT = """
 import sys, ray
-from selfray.cluster.shards import BuildOptions, build
+from selfray.cluster.build import BuildOptions, build
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error",
          runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
 build(sys.argv[3], sys.argv[4], BuildOptions(shard_bytes=int(sys.argv[5]), max_side=64))

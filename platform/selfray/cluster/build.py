@@ -37,7 +37,6 @@ from selfray.data.destination import (
     start,
 )
 from selfray.data.files import Quarantined
-from selfray.data.layout import Layout
 from selfray.data.listing import BuildOptions, Plan, make_plan
 from selfray.data.manifest import (
     BUILD_FOLDER,
@@ -51,7 +50,7 @@ from selfray.data.manifest import (
     shard_name,
     shard_number,
 )
-from selfray.data.samples import MIB
+from selfray.data.rows import MIB, Layout
 from selfray.data.writer import Job, build_item, schema_of
 from selfray.pixels import codecs
 from selfray.storage import Location, one_line
@@ -133,13 +132,18 @@ def build(
     tally = _Tally(on_progress, plan.images_total, len(numbers))
     if state.manifest is not None:
         return _mend(destination, plan, state.manifest, numbers, tally)
+    if state.damage:
+        (destination / BUILD_FOLDER).delete_folder()
     if state.plan is None:
         start(destination, plan)
     records = intact(destination, read_records(destination))
     tally.quarantined = len(plan.quarantined)
     for record in records.values():
         tally.add(record)
-    tally.report(f"going on: {len(records)} of {len(numbers)} shards are there" if records else "")
+    going_on = f"going on: {len(records)} of {len(numbers)} shards are there" if records else ""
+    for note in filter(None, (state.damage, *plan.notes)):
+        tally.report(note)
+    tally.report(going_on)
     records |= _build_missing(destination, plan, set(records), tally)
     return finish(destination, plan, [records[number] for number in sorted(records)])
 
@@ -358,7 +362,8 @@ def _build_missing(
     job = ray.put(Job(plan.source, destination, plan.layout, plan.options))
     work = [
         (
-            f"{shard_name(item.first_shard)} ({item.inputs[0].name} to {item.inputs[-1].name})",
+            f"{shard_name(item.first_shard, item.split)} "
+            f"({item.inputs[0].name} to {item.inputs[-1].name})",
             (job, item, frozenset(done & set(item.shard_numbers))),
         )
         for item in items

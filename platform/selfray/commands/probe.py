@@ -184,7 +184,7 @@ def _is_converted(path: str) -> bool:
     """Whether a path holds images to be made into shards, which takes Ray. Whatever else is wrong
     with a path is told without it."""
     from selfray.data.data_sets import EMBEDDED
-    from selfray.data.shard_set import parquet_files
+    from selfray.data.files import parquet_files
 
     if path.startswith(EMBEDDED) or "*" in path:
         return False

@@ -15,6 +15,7 @@ from selfray.data.manifest import (
     BUILD_FOLDER,
     MANIFEST,
     PLAN,
+    SHARD_NAME,
     Manifest,
     Shard,
     ShardRecord,
@@ -25,7 +26,7 @@ from selfray.storage import Location, one_line
 QUARANTINE = "quarantine.jsonl"
 
 _OF_A_BUILD = re.compile(
-    r"(manifest\.json|quarantine\.jsonl|shard-\d{5,}\.parquet)(\.\d+\.tmp)?|" + BUILD_FOLDER
+    rf"(manifest\.json|quarantine\.jsonl|{SHARD_NAME})(\.\d+\.tmp)?|{BUILD_FOLDER}"
 )
 
 
@@ -35,6 +36,8 @@ class State:
 
     plan: dict[str, Any] | None = None
     manifest: Manifest | None = None
+    damage: str = ""
+    """Why the plan of an unfinished build cannot be used: what it built is not trusted."""
 
 
 def refuse_overlap(source: Location, destination: Location) -> None:
@@ -63,16 +66,31 @@ def open_destination(destination: Location) -> State:
         return State(
             {"source": manifest.source, "options": manifest.options, **manifest.plan}, manifest
         )
+    plan, damage = None, ""
     plan_file = destination / BUILD_FOLDER / PLAN
-    plan = plan_file.read_json() if BUILD_FOLDER in names and plan_file.exists() else None
-    known = _OF_A_BUILD if plan else re.compile(BUILD_FOLDER)
+    if BUILD_FOLDER in names and plan_file.exists():
+        try:
+            plan = _plan_in(plan_file)
+        except ValueError as error:
+            damage = f"{plan_file} is no plan ({one_line(error)}): building from the start"
+    known = _OF_A_BUILD if plan or damage else re.compile(BUILD_FOLDER)
     foreign = [name for name in names if not known.fullmatch(name)]
     require(
         not foreign,
         f"the destination {destination} holds other files ({', '.join(foreign[:3])}"
         f"{', ...' if len(foreign) > 3 else ''}): give an empty or a new folder",
     )
-    return State(plan)
+    return State(plan, damage=damage)
+
+
+def _plan_in(file: Location) -> dict[str, Any]:
+    """What an unfinished build wrote of its plan. ValueError where it is no such thing."""
+    plan = file.read_strict_json()
+    kinds = {"source": str, "options": dict, "files": int, "bytes": int, "fingerprint": str}
+    found = plan if isinstance(plan, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    require(not wrong, f"it lacks {', '.join(wrong)}")
+    return found
 
 
 def refuse_other_plan(destination: Location, state: State, plan: Plan) -> None:
@@ -92,6 +110,8 @@ def refuse_other_plan(destination: Location, state: State, plan: Plan) -> None:
         )
         if (then["files"], then["bytes"]) == (now["files"], now["bytes"]):
             changes = ["files of the source have changed since"]
+    elif not changes and then.get("understood") != now.get("understood"):
+        changes.append("its folders were understood otherwise: as classes, splits or neither")
     what = "a complete" if state.manifest else "an unfinished"
     require(
         not changes,
@@ -119,8 +139,17 @@ def read_records(destination: Location) -> dict[int, ShardRecord]:
         if name.endswith(".parquet.json")
     ]
     with ThreadPoolExecutor(16) as pool:
-        records = pool.map(lambda file: ShardRecord.from_json(file.read_json()), files)
-        return {record.number: record for record in records}
+        records = pool.map(_record_in, files)
+        return {record.number: record for record in records if record is not None}
+
+
+def _record_in(file: Location) -> ShardRecord | None:
+    """A shard's record; None where it is damaged, so that the shard is built again."""
+    try:
+        record = ShardRecord.from_json(file.read_strict_json())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if file.name == f"{record.name}.json" else None
 
 
 _Stored = TypeVar("_Stored", Shard, ShardRecord)

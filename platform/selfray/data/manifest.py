@@ -2,20 +2,23 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selfray.check import require
+from selfray.data.columns import NO_LABEL
 from selfray.data.files import Quarantined
+from selfray.data.layout import SPLITS
 from selfray.data.listing import Plan
-from selfray.data.shard_set import NO_LABEL
 from selfray.storage import Location, one_line
 
 MANIFEST = "manifest.json"
 BUILD_FOLDER = "_build"  # readers of Parquet folders pass over names that start with _
 PLAN = "plan.json"
+SHARD_NAME = rf"(({'|'.join(SPLITS)})-)?shard-\d{{5,}}\.parquet"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class Shard:
     sha256: str
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Shard":
+        """ValueError, TypeError where it is none. Its name is a file's, inside the folder."""
+        shard = cls(**{**value, "row_groups": tuple(value["row_groups"])})
+        _require_shard(shard.name, shard.rows, shard.bytes, shard.sha256, shard.row_groups)
+        return shard
 
 
 @dataclass(frozen=True)
@@ -85,22 +95,34 @@ class Manifest:
             f'this is no manifest of selfray shards: it lacks "format": "{cls.FORMAT}"',
         )
         require(
-            value["version"] == cls.VERSION,
-            f"the manifest has version {value['version']}, this selfray reads version "
+            value.get("version") == cls.VERSION,
+            f"the manifest has version {value.get('version')}, this selfray reads version "
             f"{cls.VERSION}: use the selfray that built the shards, or build them again",
         )
         fields = {f.name: value[f.name] for f in dataclasses.fields(cls)}
         if (labels := fields["labels"]) is not None:
             names = None if labels["names"] is None else tuple(labels["names"])
             fields["labels"] = Labels(names, labels["counts"], labels["unlabelled"])
-        fields["shards"] = tuple(
-            Shard(**{**shard, "row_groups": tuple(shard["row_groups"])})
-            for shard in fields["shards"]
-        )
+        fields["shards"] = tuple(Shard.from_json(shard) for shard in fields["shards"])
         fields["image_width"] = Spread(**fields["image_width"])
         fields["image_height"] = Spread(**fields["image_height"])
         fields["quarantined"] = QuarantineCount(**fields["quarantined"])
-        return cls(**fields)
+        manifest = cls(**fields)
+        _require_counts(images=manifest.images, bytes=manifest.bytes)
+        _require_counts(quarantined=manifest.quarantined.count)
+        require(
+            isinstance(manifest.source, str)
+            and isinstance(manifest.options, dict)
+            and isinstance(manifest.plan, dict)
+            and isinstance(manifest.plan.get("fingerprint"), str),
+            "its source, options or plan are of another kind",
+        )
+        if manifest.labels is not None:
+            names = manifest.labels.names or ()
+            require(all(isinstance(n, str) for n in names), "its label names are no texts")
+            _require_counts(**manifest.labels.counts)
+            _require_counts(unlabelled=manifest.labels.unlabelled)
+        return manifest
 
     @classmethod
     def load(cls, folder: str | Path | Location) -> "Manifest":
@@ -111,8 +133,8 @@ class Manifest:
                 f"{location} does not exist: give a folder that `selfray shards build` has finished"
             )
         try:
-            return cls.from_json(location.read_json())
-        except (KeyError, TypeError, ValueError) as error:
+            return cls.from_json(location.read_strict_json())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{location} cannot be read: {one_line(error)}; restore it from a copy, or delete "
                 f"{folder} and build the shards again"
@@ -138,17 +160,44 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "ShardRecord":
+        """ValueError, TypeError, KeyError where it is none."""
         value["row_groups"] = tuple(value["row_groups"])
         value["quarantined"] = tuple(Quarantined(*entry) for entry in value["quarantined"])
-        return cls(**value)
+        record = cls(**value)
+        _require_shard(record.name, record.rows, record.bytes, record.sha256, record.row_groups)
+        require(shard_number(record.name) == record.number, f"it has the number {record.number}")
+        for counts in (record.labels, record.widths, record.heights, record.formats):
+            _require_counts(**counts)
+        require(
+            all(isinstance(text, str) for entry in record.quarantined for text in entry),
+            "what it has quarantined has no names",
+        )
+        return record
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.parquet"
+def _require_shard(name: str, rows: int, size: int, sha256: str, row_groups: Sequence[int]) -> None:
+    require(
+        isinstance(name, str) and re.fullmatch(SHARD_NAME, name) is not None,
+        f"it names a shard {name!r}",
+    )
+    _require_counts(rows=rows, bytes=size, **{f"group {i}": n for i, n in enumerate(row_groups)})
+    require(isinstance(sha256, str) and sum(row_groups) == rows, f"{name} has wrong row groups")
+
+
+def _require_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}, no count")
+
+
+def shard_name(number: int, split: str = "") -> str:
+    """Such as shard-00007.parquet, or validation-shard-00007.parquet where there are splits: the
+    names by which `datasets` and selfray find a split."""
+    return f"{split}-shard-{number:05d}.parquet" if split else f"shard-{number:05d}.parquet"
 
 
 def shard_number(name: str) -> int:
-    return int(name.removeprefix("shard-").removesuffix(".parquet"))
+    return int(name.rpartition("shard-")[2].removesuffix(".parquet"))
 
 
 def manifest_of(

@@ -38,13 +38,19 @@ def read_chosen(
     def take(group: int) -> None:
         wanted = np.flatnonzero(groups == group)
         try:
-            images, labels = cache.take(shards, *where[group], rows[wanted])
+            file, index_in_file = where[group]
+            taken = cache.take(shards, file, index_in_file, rows[wanted])
         except UnreadableShard as error:
             chosen.unreadable.update(dict.fromkeys(wanted.tolist(), error))
             return
-        for index, data in zip(wanted, images, strict=True):
+        for index, data in zip(wanted, taken.images, strict=True):
             chosen.images[index] = data
-        chosen.labels[wanted] = labels
+        chosen.labels[wanted] = taken.labels
+        first = sum(file.group_rows[:index_in_file])
+        for place, reason in taken.faults.items():
+            row = first + int(rows[wanted[place]])
+            error = UnreadableShard(f"{file.uri} row {row}", reason)
+            chosen.unreadable[int(wanted[place])] = error
 
     distinct = np.unique(groups).tolist()
     if len(distinct) < 2 or Location.of(where[distinct[0]][0].uri).is_local:
