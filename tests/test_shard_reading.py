@@ -305,7 +305,9 @@ def test_a_file_without_images_is_named_with_its_columns(tmp_path):
 
 def test_an_image_column_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     uri = shard(tmp_path / "x.parquet", 0, 1)
-    with pytest.raises(ValueError, match=r"--data.image-column photo is not in .*has image: .*, label: int64"):
+    with pytest.raises(
+        ValueError, match=r"--data.image-column photo is not in .*has image: .*, label: int64"
+    ):
         open_shards([uri], uri, "photo")
 
 

@@ -138,7 +138,7 @@ def test_class_folders_become_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [["a/1.jpg", "a/2.jpg"], ["a/1.jpg", "b/1.jpg", "2.jpg"], ["a/b/1.jpg", "c/2.jpg"]]
+    "names", [["a/1.jpg", "a/2.jpg"], ["a/1.jpg", "b/1.jpg", "2.jpg", "3.jpg"], ["images/1.jpg"]]
 )
 def test_folders_that_are_not_clearly_classes_give_no_labels(tmp_path, names):
     write(tmp_path, {name: picture(i) for i, name in enumerate(names)})
@@ -603,10 +603,12 @@ def test_bad_sources_and_destinations_are_named_in_one_line(tmp_path):
     table = pa.table({"text": ["a"], "number": [1]})
     (tmp_path / "parquet").mkdir()
     pq.write_table(table, tmp_path / "parquet" / "p.parquet")
-    refused("no image column .*it has text: string, number: int64", tmp_path / "parquet", out)
+    refused(
+        "no image column .*its columns are text: string, number: int64", tmp_path / "parquet", out
+    )
     two = pa.table({"left": pa.array([b"x"]), "right": pa.array([b"x"])})
     pq.write_table(two, tmp_path / "parquet" / "p.parquet")
-    refused(r"\(left, right\): choose one with image_column", tmp_path / "parquet", out)
+    refused(r"\(left, right\): choose one with --data.image-column", tmp_path / "parquet", out)
     (tmp_path / "parquet" / "p.parquet").write_bytes(b"nothing")
     refused("none of the 1 Parquet files .* can be read", tmp_path / "parquet", out)
     assert not out.exists()

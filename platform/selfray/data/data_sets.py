@@ -90,6 +90,15 @@ class DataSets:
         notes = [*self.train.notes, *(self.test.notes if self.test else ())]
         return [", ".join(parts), *dict.fromkeys(notes), *self._odd()]
 
+    @property
+    def common_classes(self) -> set[str]:
+        """The classes of train images that test images have, too."""
+        return set(_classes_of(self.train)) & set(_classes_of(self.test or self.train))
+
+    def classes(self) -> str:
+        """The classes of the train images for a message."""
+        return _shown(_classes_of(self.train))
+
     def _odd(self) -> Iterator[str]:
         train, test = self.train, self.test
         if not train.has_labels:
@@ -121,12 +130,15 @@ def _classes_of(shards: ShardSet) -> list[str]:
     return [name for index, name in enumerate(names) if index in own]
 
 
+def _shown(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
+
+
 def _train_words(train: ShardSet) -> str:
     names = _classes_of(train)
     if not names:
         return f"{train.rows:,} train images without labels"
-    shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
-    classes = f"{len(names):,} class{'es' if len(names) > 1 else ''} ({shown})"
+    classes = f"{len(names):,} class{'es' if len(names) > 1 else ''} ({_shown(names)})"
     labelled = sum(file.labelled for file in train.files)
     if labelled == train.rows:
         return f"{train.rows:,} train images of {classes}"
@@ -148,6 +160,18 @@ def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> Dat
     for line in opened.described():
         say(line)
     return opened
+
+
+def needs_build(path: str) -> bool:
+    """Whether a path holds images to be made into shards. Whatever is wrong with it is told when it
+    is opened."""
+    if path.startswith(EMBEDDED) or "*" in path:
+        return False
+    try:
+        location = Location.of(path)
+        return select(path, list_source(location).files).kind != "parquet"
+    except (ValueError, OSError):
+        return False
 
 
 def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:

@@ -11,15 +11,18 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from selfray.check import require
-from selfray.data.layout import TEST, TRAIN, UNLABELED, VALIDATION, SourceKind, understand
+from selfray.data.layout import (
+    IMAGE_EXTENSIONS,
+    TEST,
+    TRAIN,
+    UNLABELED,
+    VALIDATION,
+    SourceKind,
+    extension,
+    understand,
+)
 from selfray.storage import Location, one_line
 
-# fmt: off
-IMAGE_EXTENSIONS = frozenset({
-    "avif", "bmp", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg",
-    "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
-})
-# fmt: on
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables beside images that say more of them: Hugging Face's ImageFolder."""
@@ -275,10 +278,6 @@ def is_ignored(name: str) -> bool:
         part in IGNORED_NAMES or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
     )
-
-
-def extension(name: str) -> str:
-    return posixpath.splitext(name)[1][1:].lower()
 
 
 def split_files(uris: Sequence[str], folder: str | Location) -> tuple[list[str], list[str]]:

@@ -18,6 +18,13 @@ from selfray.check import require
 SourceKind = Literal["images", "tar", "parquet"]
 LabelRule = Literal["auto", "folders", "none"]
 
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    "avif", "bmp", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg",
+    "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
+})
+# fmt: on
+
 TRAIN, UNLABELED, VALIDATION, TEST = "train", "unlabeled", "validation", "test"
 SPLITS = (TRAIN, UNLABELED, VALIDATION, TEST)
 """In the order of a data set's shards. The first two are trained on, the others never."""
@@ -73,7 +80,7 @@ def understand(
         rule: where class names come from; see BuildOptions.labels.
         source: the data set, for messages.
     """
-    folders = _Folders(names, kind)
+    folders = _Folders(pictures(names, kind), kind)
     splits: list[str | None] = []
     marks: list[str] = []
     for name in names:
@@ -92,9 +99,10 @@ def understand(
     labels = _labels(names, folders, splits, kind, rule, source)
     left_out: collections.Counter[str] = collections.Counter()
     if TRAIN in splits:
+        seen = set(pictures(names, kind))
         used = {n.partition("/")[0] for n, s in zip(names, splits, strict=True) if s is not None}
         for name, split in zip(names, splits, strict=True):
-            if split is None:
+            if split is None and name in seen:
                 top, slash, _ = name.partition("/")
                 left_out[
                     f"{posixpath.dirname(name)}/" if slash and top in used else top + slash
@@ -105,6 +113,18 @@ def understand(
     for split, mark in sorted({(s, m) for s, m in zip(splits, marks, strict=True) if s and m}):
         origins[split] = f"{origins[split]}, {mark}" if split in origins else mark
     return Understood(tuple(splits), tuple(labels), has_splits, origins, dict(left_out))
+
+
+def extension(name: str) -> str:
+    return posixpath.splitext(name)[1][1:].lower()
+
+
+def pictures(names: Sequence[str], kind: SourceKind) -> Sequence[str]:
+    """The names that tell what is meant: beside images, a README or a folder of .xml files is no
+    class and no split."""
+    if kind != "images":
+        return names
+    return [name for name in names if extension(name) in IMAGE_EXTENSIONS] or names
 
 
 def natural(name: str) -> tuple[int, int, str]:
@@ -243,10 +263,11 @@ def _labels(
     if rule == "folders":
         return _first_folders(names, folders, source)
     # Each folder is looked at once: a data set has millions of images, and few folders.
+    seen = set(pictures(names, kind))
     is_used = {
         posixpath.dirname(name): split
         for name, split in zip(names, splits, strict=True)
-        if split is not None or TRAIN not in splits
+        if name in seen and (split is not None or TRAIN not in splits)
     }
     below = {f: folders.parts(f) for f, split in is_used.items() if split != UNLABELED}
     for side in (1, 0):
@@ -254,8 +275,8 @@ def _labels(
         labels = [class_of.get(posixpath.dirname(name)) for name in names]
         trained = [
             label
-            for label, split in zip(labels, splits, strict=True)
-            if split == TRAIN or (split is None and TRAIN not in splits)
+            for name, label, split in zip(names, labels, splits, strict=True)
+            if name in seen and (split == TRAIN or (split is None and TRAIN not in splits))
         ]
         # Some images beside the class folders cost their own label; if most are, those are none.
         if 2 * sum(label is not None for label in trained) > len(trained):
@@ -291,12 +312,13 @@ def _hive_label(name: str) -> str | None:
 def _first_folders(names: Sequence[str], folders: _Folders, source: object) -> list[str | None]:
     """The rule `folders`: whatever lies deeper, the first folder is the class."""
     labels: list[str | None] = []
+    seen = set(pictures(names, "images"))
     for name in names:
         _, below = folders.parts(posixpath.dirname(name))
         require(
-            bool(below),
+            bool(below) or name not in seen,
             f'labels "folders" needs every image in a class folder, but {source} holds '
             f'{name} itself: move it, or use labels "none"',
         )
-        labels.append(below[0])
+        labels.append(below[0] if below else None)
     return labels

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from selfray.check import require
 from selfray.data import columns
 from selfray.data.files import File, Listing, Quarantined, list_source, select
-from selfray.data.layout import SPLITS, LabelRule, SourceKind, Understood, understand
+from selfray.data.layout import SPLITS, LabelRule, SourceKind, Understood, pictures, understand
 from selfray.data.rows import MIB, Input, Layout, Sample, raise_if_outage
 from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards
 from selfray.data.tables import labels_in_tables
@@ -175,7 +175,7 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
         files=len(files),
         bytes=sum(file.bytes for file in files),
         fingerprint=digest.hexdigest(),
-        understood=_understood(names, understood, kind, bool(tables)),
+        understood=_understood(names, understood, kind, bool(tables), options.labels),
         notes=tuple(notes),
     )
 
@@ -187,26 +187,28 @@ def says_more(
     selfray read in them."""
     if understood.has_splits or has_tables:
         return True
-    labels = understood.labels
-    return (
-        kind == "images"
-        and understood.classes is not None
-        and not all(
-            label is not None and name.count("/") == 1
-            for name, label in zip(names, labels, strict=True)
-        )
+    if kind != "images" or understood.classes is None:
+        return False
+    seen = set(pictures(names, kind))
+    return any(
+        name in seen and (label is None or name.count("/") != 1)
+        for name, label in zip(names, understood.labels, strict=True)
     )
 
 
 def _understood(
-    names: Sequence[str], understood: Understood, kind: SourceKind, has_tables: bool
+    names: Sequence[str],
+    understood: Understood,
+    kind: SourceKind,
+    has_tables: bool,
+    rule: LabelRule,
 ) -> dict[str, Any]:
     if not says_more(names, understood, kind, has_tables):
         return {}
     said: dict[str, Any] = {"tables": True} if has_tables else {}
     if understood.has_splits:
         said |= {"origins": dict(understood.origins), "left_out": dict(understood.left_out)}
-    return said or {"deeper": True}
+    return said or ({"deeper": True} if rule == "auto" else {})
 
 
 def _items(

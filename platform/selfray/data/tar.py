@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from selfray.data.beside import MAX_IMAGE_BYTES
 from selfray.data.columns import LABEL_COLUMNS
-from selfray.data.files import IMAGE_EXTENSIONS, Quarantined, extension, is_ignored
+from selfray.data.files import Quarantined, is_ignored
+from selfray.data.layout import IMAGE_EXTENSIONS, extension
 from selfray.data.rows import MIB, Row, Sample, raise_if_outage, too_large
 from selfray.storage import Location, one_line
 
