@@ -18,7 +18,7 @@ from selfray.check import named_amounts
 from selfray.cluster import runtime, waiting
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.runtime import Resources
 from selfray.cluster.stream import keep_statistics_here
 from selfray.cluster.tracking import (
     ARTIFACTS,
@@ -35,6 +35,7 @@ from selfray.cluster.worker import (
     root_cause,
     train_worker,
 )
+from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import Source, source_of

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from selfray.cluster.probe_tasks import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
-from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
+from selfray.console import Console
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult

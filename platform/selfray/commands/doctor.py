@@ -19,7 +19,7 @@ from selfray.commands.words import one_line
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 GIB = 2**30

@@ -21,7 +21,7 @@ from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.words import one_line
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 

@@ -16,7 +16,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.probe_tasks import ProbeJob
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.data.data_sets import DataSets
     from selfray.experiment import DataConfig, Experiment
     from selfray.probes.features import ProbeResult

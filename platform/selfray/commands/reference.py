@@ -7,7 +7,7 @@ from selfray.check import require
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import Experiment
     from selfray.runs.checkpoint import Checkpoint
 

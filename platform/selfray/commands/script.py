@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands.flags import BadSetting, own_rules
+from selfray.console import Console, quiet_console
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from selfray.cluster.launch import RunResult
@@ -109,7 +109,7 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         raise OSError(
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
-    with runtime.quiet_console(folder / name) as console:
+    with quiet_console(folder / name) as console:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from selfray import config
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands.script import log_folder, with_console
+from selfray.console import Console
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selfray.cluster.mlflow_runs import read_runs
-from selfray.cluster.runtime import Console
 from selfray.cluster.sweep.plan import SweepPlan
 from selfray.cluster.sweep.trial import Outcome
 from selfray.cluster.tracking import Tracker
+from selfray.console import Console
 from selfray.report import sweep_charts
 from selfray.runs.comparison import write_page
 from selfray.storage import Location
