@@ -177,8 +177,7 @@ def _ray() -> Finding:
 
 
 def _mlflow(tracking: str | None) -> Finding:
-    from selfray.cluster.mlflow_store import count_mlflow_experiments
-    from selfray.cluster.tracking import tracking_uri
+    from selfray.cluster.mlflow_store import count_mlflow_experiments, tracking_uri
 
     uri = tracking_uri(Location.of("runs"), tracking)
     database = uri.removeprefix("sqlite:///")

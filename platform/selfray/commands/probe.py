@@ -273,16 +273,10 @@ def _track(
     console: "Console",
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
-    from selfray.cluster.mlflow_store import mlflow_tags
+    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
     from selfray.cluster.probe_tasks import metrics_of, tags_of
-    from selfray.cluster.tracking import (
-        RUN_RECORD,
-        SHIPPED,
-        SPOOL,
-        Tracker,
-        is_training,
-        tracking_uri,
-    )
+    from selfray.cluster.tracking import Tracker
+    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
     from selfray.runs.spool import SpoolWriter
 
     run = run_folder(checkpoint)

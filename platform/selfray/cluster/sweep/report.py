@@ -13,6 +13,7 @@ from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.report import sweep_charts
 from selfray.runs.comparison import write_page
+from selfray.runs.folder import OUTCOMES
 from selfray.storage import Location
 from selfray.sweeps.question import (
     METRIC_NAMES,
@@ -132,7 +133,7 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
     console.say(text)
     folder = Location.of(result.folder)
     (folder / "table.md").write_bytes(text.encode())
-    (folder / "outcomes.json").write_json({"outcomes": [asdict(o) for o in result.outcomes]})
+    (folder / OUTCOMES).write_json({"outcomes": [asdict(o) for o in result.outcomes]})
     tracker.set_tags({"sweep.answer": result.answer})
     if folder.is_local:
         tracker.log_artifact(Path(folder.path) / "table.md")
