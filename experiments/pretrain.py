@@ -15,8 +15,8 @@ from selfray.cluster import runtime
 def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
     from selfray.commands.script import run_experiment
+    from selfray.recipes import every
 
     return run_experiment(every(), __doc__ or "", ray, started)
 

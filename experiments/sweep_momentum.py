@@ -16,7 +16,8 @@ from typing import Literal
 import tyro
 
 from selfray.cluster import runtime
-from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import one_line_errors
+from selfray.commands.sweep_flags import SweepFlags, run_sweep
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SweepMomentum(SweepFlags):
 def main() -> int:
     flags = tyro.cli(SweepMomentum, description=__doc__)
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
+    from selfray.recipes import every
     from selfray.schedules import Constant, Cosine, Ramp
     from selfray.sweeps.question import Axis, Option, Range
 

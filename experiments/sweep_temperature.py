@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import tyro
 
 from selfray.cluster import runtime
-from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
+from selfray.commands.script import one_line_errors
+from selfray.commands.sweep_flags import SweepFlags, run_sweep
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SweepTemperature(SweepFlags):
 def main() -> int:
     flags = tyro.cli(SweepTemperature, description=__doc__)
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
+    from selfray.recipes import every
     from selfray.schedules import Constant
     from selfray.sweeps.question import Axis, Option, Range
 

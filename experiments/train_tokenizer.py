@@ -18,9 +18,9 @@ from selfray.cluster import runtime
 def main() -> int:
     started = time.time()
     ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
     from selfray.cluster.registry import register_tokenizer
     from selfray.commands.script import run_experiment
+    from selfray.recipes import every
     from selfray.tokenizer import TokenizerConfig
 
     recipes = {name: r for name, r in every().items() if isinstance(r.method, TokenizerConfig)}

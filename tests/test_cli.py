@@ -25,7 +25,7 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
-from selfray.commands import main, script
+from selfray.commands import main, script, shards
 from selfray.config import override
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
@@ -344,7 +344,7 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
     manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
-    assert 1 <= len(progress) <= main.LINES_WITHOUT_TERMINAL
+    assert 1 <= len(progress) <= shards.LINES_WITHOUT_TERMINAL
     assert all(re.match(r"\d+ of 32 images  .*images/s .*MB/s .*quarantined", p) for p in progress)
     assert f"out: 30 images in {len(manifest.shards)} shards, " in summary
     assert sizes == "pixels (min / median / max): width 20 / 20 / 20, height 16 / 16 / 16"

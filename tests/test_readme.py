@@ -12,9 +12,9 @@ import pytest
 import tyro
 from ray.scripts.scripts import cli as ray_commands
 
-from recipes import every
 from selfray.commands import main, script
-from selfray.commands.script import SweepFlags
+from selfray.commands.sweep_flags import SweepFlags
+from selfray.recipes import every
 
 ROOT = Path(__file__).parent.parent
 RECIPES = every()

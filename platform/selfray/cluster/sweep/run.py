@@ -10,6 +10,7 @@ from typing import Any
 
 from selfray import config
 from selfray.cluster import runtime
+from selfray.cluster.mlflow_store import asking_mlflow
 from selfray.cluster.runtime import Console
 from selfray.cluster.sweep.generations import evolve
 from selfray.cluster.sweep.plan import Asking, SweepPlan, asked, fitting, placed
@@ -17,7 +18,6 @@ from selfray.cluster.sweep.report import SweepResult, report, result_of
 from selfray.cluster.sweep.trial import Outcome, Task, failed
 from selfray.cluster.sweep.tune import Rungs, TaskSource, run_tasks
 from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
-from selfray.commands.script import asking_mlflow
 from selfray.data.data_sets import as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import source_of
