@@ -296,7 +296,7 @@ class Images:
 def digits_run(job: Job) -> dict[str, Any]:
     import torch
 
-    recipes = importlib.import_module("recipes.digits").RECIPES
+    recipes = moved("selfray.recipes.digits", "recipes.digits").RECIPES
     augment = moved("selfray.pixels.augment", "selfray.augment")
     codecs = moved("selfray.pixels.codecs", "selfray.images")
     encoded, labels = digits_as_png()
@@ -427,7 +427,7 @@ def small_setting(job: Job) -> Any:
     """The method's CIFAR-10 recipe with a small encoder and a short run's schedules."""
     from selfray.schedules import Constant, Cosine, WarmupCosine
 
-    recipe = importlib.import_module("recipes.cifar10").RECIPES[f"{job.method}-cifar10"]
+    recipe = moved("selfray.recipes.cifar10", "recipes.cifar10").RECIPES[f"{job.method}-cifar10"]
     method, encoder = recipe.method, recipe.encoder
     if encoder.is_resnet:
         encoder = replace(encoder, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))

@@ -77,6 +77,11 @@ class Method(nn.Module, ABC):
         their `health.deviation`.
         """
 
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies to a trainable parameter, by its name in this module. By
+        default to all but vectors: biases, norms and tokens (SimCLR, BYOL)."""
+        return max(parameter.shape, default=1) < parameter.numel()
+
     def before_step(self, progress: Progress) -> None:
         """Called when gradients are complete, before the optimizer moves."""
 

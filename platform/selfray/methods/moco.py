@@ -15,6 +15,7 @@ from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.losses import queue_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Constant, Progress, Schedule
 from selfray.views import ColorJitter, View, Views
@@ -74,6 +75,8 @@ class MoCo(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        if encoder.config.is_resnet:
+            initial.fill_residual_branches(encoder.backbone)  # torchvision's, as the authors'
         hidden = [nn.Linear(encoder.width, encoder.width), nn.ReLU(inplace=True)]
         final = nn.Linear(encoder.width, config.projector_width)
         self.head = nn.Sequential(*(hidden if config.head == "mlp" else []), final)
@@ -95,6 +98,10 @@ class MoCo(Method):
     def _keys(self, images: Tensor, step: int) -> Tensor:
         mine, order = distributed.shuffled(images, step)
         return distributed.unshuffled(self.key_head(self.key_encoder(mine).cls), order)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All of them, as in the authors' code."""
+        return True
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
