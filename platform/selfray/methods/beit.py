@@ -34,7 +34,10 @@ class BEiTConfig(MethodConfig):
     smallest_block: int = 16
     """Patches of the smallest rectangle that is hidden."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.08, 1.0), color_jitter=JITTER))
-    """The crop that encoder and tokenizer see alike."""
+    """The crop that encoder and tokenizer see alike. The authors jitter the whole image before they
+    crop it; here as everywhere the crop comes first, which leaves jitter that many pixels fewer:
+    only the mean that contrast turns about is another, the crop's. Their tokenizer's view is
+    resized from the image by Lanczos; here, by bicubic interpolation from the crop."""
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie in (0, 1), got {self.mask_ratio}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.health import below_uniform
 from selfray.losses import self_distillation
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models import initial
@@ -112,7 +113,11 @@ class DINO(Method):
         # Cross entropy = the teacher's entropy + the divergence: collapse shows in the first (0 or
         # log K), learning in the second.
         entropy = torch.special.entr(teacher).sum(-1).mean()
-        return loss, {"teacher_entropy": entropy, "divergence": loss.detach() - entropy}
+        return loss, {
+            "teacher_entropy": entropy,
+            "below_uniform": below_uniform(entropy, self.config.prototypes),
+            "divergence": loss.detach() - entropy,
+        }
 
     @staticmethod
     def _logits(encoder: Encoder, head: PrototypeHead, images: Tensor) -> Tensor:

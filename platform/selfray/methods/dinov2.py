@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
+from selfray.health import below_uniform
 from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models import initial
@@ -182,6 +183,7 @@ class DINOv2(Method):
             "patch_loss": patch_loss.detach(),
             "koleo": spread_loss.detach(),
             "teacher_entropy": entropy,
+            "below_uniform": below_uniform(entropy, self.config.prototypes),
             "divergence": image_loss.detach() - entropy,
         }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from selfray import distributed
 from selfray.check import require
 from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import batch_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
 from selfray.models import initial
@@ -46,7 +47,7 @@ class MoCoV3Config(MethodConfig):
     last_bias: bool = added(False, before=True)
     """A ResNet's predictor ends in a linear layer with a bias; not so in the authors' code."""
     first_view: View = FIRST
-    """The first of the two views of an image."""
+    """The first of the two views of an image; bicubic crops, where the authors' are bilinear."""
     second_view: View = SECOND
     """The second view."""
 
@@ -84,7 +85,9 @@ class MoCoV3(Method):
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
         loss = self._contrast(first, second) + self._contrast(second, first)
-        return loss, {}
+        # Two cross entropies, each times twice the temperature.
+        each = loss.detach() / (4 * self.config.temperature)
+        return loss, {"below_chance": below_chance(each, len(first) * distributed.world_size())}
 
     def _contrast(self, query_images: Tensor, key_images: Tensor) -> Tensor:
         queries = self.predictor(self.projector(self.encoder(query_images).cls))  # [b, P]

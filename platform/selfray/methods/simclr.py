@@ -12,6 +12,7 @@ from torch import Tensor
 from selfray import distributed
 from selfray.check import require
 from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import nt_xent
 from selfray.method import Batch, Method, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -86,4 +87,5 @@ class SimCLR(Method):
         local = self.projector(features).unflatten(0, (-1, 2))  # [b, 2, P]
         everyone = distributed.gather(local)  # [B, 2, P]
         first = distributed.rank() * local.shape[0]
-        return nt_xent(local, everyone, first, self.config.temperature), {}
+        loss = nt_xent(local, everyone, first, self.config.temperature)
+        return loss, {"below_chance": below_chance(loss, 2 * len(everyone) - 1)}

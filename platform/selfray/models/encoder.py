@@ -276,9 +276,8 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         encoder.backbone.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"these weights are not of encoder {encoder.config.name}: {first}{_hint(encoder.config)}"
-        ) from None
+        whose = f"of encoder {encoder.config.name}"
+        raise ValueError(f"these weights are not {whose}: {first}{_hint(encoder.config)}") from None
 
 
 def _hint(config: EncoderConfig) -> str:
