@@ -1,4 +1,4 @@
-"""benchmarks/digits_study.py: the same runs on several checkouts, whatever becomes of one of them."""
+"""benchmarks/digits_study.py: the same runs on several checkouts, and one of them may fail."""
 
 import importlib.util
 import json
