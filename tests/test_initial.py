@@ -358,7 +358,8 @@ def test_grouped_batch_norm_is_batch_norm_of_each_group():
     torch.testing.assert_close(
         grouped.get_buffer("0.running_mean"), 0.1 * rows.mean((0, 2, 3)), rtol=1e-5, atol=1e-6
     )
-    grouped.eval(), plain.eval()
+    grouped.eval()
+    plain.eval()
     plain.load_state_dict(grouped.state_dict())
     torch.testing.assert_close(grouped(rows), plain(rows))
 

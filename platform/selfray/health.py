@@ -73,7 +73,9 @@ class GuardConfig:
     # projection_std: 0.67 to 0.86 in BYOL, on a ResNet and a ViT; 0.01 to 0.03 after 100 steps
     # without predictor or with the student as its target, while features stay at 0.06 or more.
     # below_uniform, at a tenth of the run: 0.34 to 0.39 nats of 5.5 in DINO and DINOv2, the lowest
-    # of their runs. below_chance: 0.6 in MoCo v2, 2.1 in SimCLR; before, 0.01 (MoCo) and -1.4.
+    # of their runs; 0.002 and falling in DINO with the paper's teacher temperature, which learns
+    # nothing there. below_chance, also there: 0.6 in MoCo v2, 2.1 in SimCLR; before, 0.01 (MoCo)
+    # and -1.4, so a run is judged from there on alone.
     feature_floor: float = 0.001
     """A health/feature_std below this is a collapse."""
     projection_floor: float = 0.05

@@ -74,7 +74,8 @@ class Method(nn.Module, ABC):
         """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show.
 
         Where equal projections of all images would win, `projection_std` tells the collapse guard
-        their `health.deviation`.
+        their `health.deviation`; a contrastive loss tells `health.below_chance`, a teacher of
+        prototypes `health.below_uniform`.
         """
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:

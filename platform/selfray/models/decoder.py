@@ -1,7 +1,5 @@
 """Patches of pixels, and the small transformer that predicts them (MAE, tokenizers)."""
 
-from functools import partial
-
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -17,13 +15,14 @@ class PatchDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(inputs, width)
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        blocks = [Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
+        blocks = [Block(width, heads, qkv_bias=True) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
-        self.norm = norm(width)
+        self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * patch**2)
         self.register_buffer("positions", sincos_positions(width, grid), persistent=False)  # [N, W]
         for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # as the encoder's
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:

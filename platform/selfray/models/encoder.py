@@ -259,7 +259,12 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly."""
+    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+
+    At the encoder's image size its features are ours. At others, where timm is asked for them
+    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
+    they are resized as local crops have them (vit.resized_positions).
+    """
     tensors = encoder.backbone.state_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
