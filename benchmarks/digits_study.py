@@ -183,7 +183,7 @@ def decode_cifar10(data: Path, folder: Path) -> None:
             raise SystemExit(f"--data {data} holds no {part}-*.parquet")
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]
         encoded = (np.frombuffer(row["image"]["bytes"], np.uint8) for row in rows)
-        pixels = [cv2.imdecode(data, cv2.IMREAD_COLOR) for data in encoded]
+        pixels = [np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)) for data in encoded]
         images = np.stack(pixels)[..., ::-1].transpose(0, 3, 1, 2)  # BGR [n, H, W, 3] -> RGB
         np.save(folder / f"{part}-images.npy", np.ascontiguousarray(images))
         np.save(folder / f"{part}-labels.npy", np.array([row["label"] for row in rows]))

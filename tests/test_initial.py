@@ -20,7 +20,7 @@ from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.methods.simclr import SimCLRConfig
 from selfray.models.batchnorm import with_grouped_batchnorm
-from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.encoder import Encoder, EncoderConfig, export_weights, import_weights
 from selfray.models.heads import PrototypeHead
 from selfray.optim import OptimizerConfig
 from selfray.schedules import Constant
@@ -384,3 +384,14 @@ def test_moco_refuses_groups_that_a_batch_does_not_divide_into():
         experiment(replace(tiny(MoCoConfig), batchnorm_groups=3), RESNET)
     with pytest.raises(ValueError, match="batchnorm_groups 2 is for encoders with batch norm"):
         experiment(replace(tiny(MoCoConfig), batchnorm_groups=2), VIT)
+
+
+def test_gated_weights_of_before_they_were_rounded_are_refused_with_the_reason():
+    encoder = replace(VIT, swiglu=True).build()
+    weights = export_weights(encoder)
+    old = {
+        name: tensor[:85] if ".mlp.fc1" in name else tensor[:, :85] if ".fc2.w" in name else tensor
+        for name, tensor in weights.items()
+    }
+    with pytest.raises(ValueError, match="of before gated layers were rounded to multiples of 8"):
+        import_weights(encoder, old)
