@@ -545,7 +545,7 @@ def test_train_and_test_images_of_other_classes_cannot_be_compared(
     flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
     said = typed_without_ray("probe", trained / "mae", *flags)
     assert_one_line_error(
-        said, "no class of the test images is among those of the train images (cat, dog)"
+        said, "no class of the test images", "(cat, dog)"
     )
 
 

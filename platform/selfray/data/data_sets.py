@@ -51,8 +51,14 @@ class DataSets:
     """Where the test images come from, such as `val/`."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What is neither, by its folder or file, and its images."""
-    unlabeled: int = 0
-    """How many of the train images come from a split of unlabelled ones."""
+    unlabeled_files: int = 0
+    """So many files at the end of `train` are those of a split of unlabelled images."""
+
+    @property
+    def unlabeled(self) -> int:
+        """How many of the train images come from a split of unlabelled ones."""
+        files = self.train.files
+        return sum(file.rows for file in files[len(files) - self.unlabeled_files :])
 
     @property
     def can_probe(self) -> bool:
@@ -87,7 +93,9 @@ class DataSets:
             names = list(self.left_out)
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             parts.append(f"{sum(self.left_out.values()):,} left out: {shown}")
-        notes = [*self.train.notes, *(self.test.notes if self.test else ())]
+        notes = list(self.train.notes)
+        if self.test is not None and self.test.has_labels:
+            notes += self.test.notes
         return [", ".join(parts), *dict.fromkeys(notes), *self._odd()]
 
     @property
@@ -105,6 +113,14 @@ class DataSets:
             if test is not None and test.has_labels:
                 yield "the test images have labels and the train images have none: no probes"
             return
+        of_labels = train.files[: len(train.files) - self.unlabeled_files]
+        without = [file for file in of_labels if file.rows and not file.labelled]
+        if without:
+            yield (
+                f"{len(without):,} of {len(of_labels):,} files have no labels, such as "
+                f"{without[0].uri}: their {sum(file.rows for file in without):,} images are "
+                "unlabelled"
+            )
         count = sum(file.labelled for file in train.files)
         seen = _classes_of(train)
         if len(seen) == 1:
@@ -183,19 +199,18 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
             "on it"
         )
     train = opener.open(found, found.train)
-    unlabeled = sum(file.rows for file in train.files[len(train.files) - found.unlabeled :])
     if not data.test_path:
         if not found.test:
-            return DataSets(train, None, "", found.left_out, unlabeled)
+            return DataSets(train, None, "", found.left_out, found.unlabeled)
         test = _with_labels_first(opener.open(found, found.test), opener.say)
         both = with_common_classes(train, test)
-        return DataSets(*both, found.origin, found.left_out, unlabeled)
+        return DataSets(*both, found.origin, found.left_out, found.unlabeled)
     own = opener.find(data.test_path, "data.test_path")
     test = opener.open(own, own.test or own.train)
     left_out = dict(found.left_out)
     if found.test:
         left_out[found.origin] = rows_of(found.test)
-    return DataSets(*with_common_classes(train, test), data.test_path, left_out, unlabeled)
+    return DataSets(*with_common_classes(train, test), data.test_path, left_out, found.unlabeled)
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:

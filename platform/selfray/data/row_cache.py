@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from selfray.data.beside import read_beside
 from selfray.data.checksums import checksum, checksums_in
-from selfray.data.columns import labels_of
+from selfray.data.columns import labels_of, plain_or_none
 from selfray.data.parquet_pages import value_places
 from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet
 from selfray.storage import Location, is_about_the_file, one_line, patiently
@@ -342,6 +342,9 @@ def _read_group(
             table = table.append_column(label, parquet.read_row_group(group, [label]).column(0))
     if table.num_rows != rows:
         raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
+    if label is not None:  # rows are taken of it, which not every type can do
+        place = table.column_names.index(label)
+        table = table.set_column(place, label, plain_or_none(table.column(label)))
     return _Table(table, faults)
 
 

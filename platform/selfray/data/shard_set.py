@@ -122,7 +122,7 @@ def open_shards(
             else f
             for f in files
         ]
-        return ShardSet(uri, tuple(files), image, None, names, _unlabelled(files))
+        return ShardSet(uri, tuple(files), image, None, names)
     return _with_classes(ShardSet(uri, tuple(files), image), label, scans)
 
 
@@ -159,24 +159,12 @@ def _with_classes(shards: ShardSet, column: LabelColumn, scans: Sequence[_Labels
         usable = set(classes.values)
         labelled = sum(count for value, count in scan.counts.items() if value in usable)
         files.append(replace(file, classes=classes, labelled=labelled))
-    unlabelled = () if reasons else _unlabelled(files)
     return replace(
         shards,
         files=tuple(files),
         label_column=column.name,
         label_names=found,
-        notes=(*notes, *unlabelled),
-    )
-
-
-def _unlabelled(files: Sequence[ShardFile]) -> tuple[str, ...]:
-    without = [file for file in files if file.rows and not file.labelled]
-    if not without or len(without) == len(files):
-        return ()
-    rows = sum(file.rows for file in without)
-    return (
-        f"{len(without):,} of {len(files):,} files have no labels, such as {without[0].uri}: their "
-        f"{rows:,} images are unlabelled",
+        notes=tuple(notes),
     )
 
 
