@@ -97,7 +97,8 @@ def classes_of(shards: ShardSet) -> list[str]:
     groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
     rows = np.concatenate([np.arange(count) for count in shards.group_rows])
     _, labels = read_rows(shards, groups, rows)
-    return ["-" if label < 0 else (shards.label_names or ())[label] for label in labels]
+    names = [*(shards.label_names or ()), "-"]
+    return [names[label] for label in labels]
 
 
 # The table

@@ -69,7 +69,7 @@ def _first_path(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str
         with location.filesystem.open_input_file(location.path) as stream:
             batches = pq.ParquetFile(stream).iter_batches(batch_size=1, columns=[image])
             first = next(batches).column(0)[0].as_py()
-    except (OSError, pa.ArrowException, StopIteration):
+    except (OSError, pa.ArrowException, UnicodeError, StopIteration):
         return None  # what cannot be read is named when it is read
     if isinstance(first, dict):
         return None if first.get("bytes") is not None else first.get("path")

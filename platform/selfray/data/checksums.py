@@ -34,3 +34,9 @@ def checksums_in(footer: pq.FileMetaData) -> np.ndarray | None:
     except binascii.Error:
         return None
     return np.frombuffer(data, "<u4") if len(data) == 4 * footer.num_rows else None
+
+
+def of_group(footer: pq.FileMetaData, checksums: np.ndarray, group: int) -> np.ndarray:
+    """Those of a row group's images, of a file's."""
+    first = sum(footer.row_group(i).num_rows for i in range(group))
+    return checksums[first : first + footer.row_group(group).num_rows]

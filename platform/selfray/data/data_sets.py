@@ -1,14 +1,11 @@
 """--data.path -> the data sets of a run: whatever the user has, as Parquet shards to read."""
 
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-
+from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
 from selfray.data.listing import BuildOptions, says_more
@@ -22,16 +19,11 @@ from selfray.data.shard_set import (
     with_common_classes,
 )
 from selfray.data.source import Sample
-from selfray.data.writer import write_arrays
 from selfray.experiment import DataConfig
 from selfray.storage import Location, one_line
 
-EMBEDDED = "embedded:"
-"""Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
 DATA_FILE = "data.json"
 """In a run's folder: the files and row groups of its data set."""
-DIGITS_TEST = 597
-"""A third of the digits is kept for the probes' test, drawn at random."""
 HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
 
@@ -255,7 +247,7 @@ class _Opener:
         """The Parquet files at a path, after a conversion where one is needed."""
         flag = f"--{field.replace('_', '-')}"
         if path.startswith(EMBEDDED):
-            return self._sorted(list_source(_write_embedded(path[len(EMBEDDED) :], self.output)))
+            return self._sorted(list_source(write_embedded(path[len(EMBEDDED) :], self.output)))
         if "*" in path and not Location.of(path).exists():
             listing = list_matching(path)
             if not listing.files:
@@ -420,37 +412,3 @@ def _inner(uri: str, shards: ShardSet) -> str:
 def _outer(name: str, shards: ShardSet) -> str:
     is_whole = "://" in name or name.startswith("/")
     return name if is_whole else f"{shards.uri.rstrip('/')}/{name}"
-
-
-def _write_embedded(name: str, output: Location) -> Location:
-    """The shards of an embedded data set, written on first use."""
-    if name != "digits":
-        raise ValueError(f"there is no embedded data set {name!r}; there is embedded:digits")
-    folder = output / "data" / name
-    if all((folder / part / MANIFEST).exists() for part in ("train", "test")):
-        return folder
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
-    order = np.random.default_rng(0).permutation(len(images))
-    for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):
-        write_arrays(
-            folder / part,
-            [_png(images[i]) for i in chosen],
-            [int(labels[i]) for i in chosen],
-            [f"digit-{i:04d}.png" for i in chosen],
-            [str(digit) for digit in range(10)],
-            rows_per_shard=512,
-            source="sklearn.datasets.load_digits",
-        )
-    return folder
-
-
-def _png(values: np.ndarray) -> bytes:
-    """A digit [8, 8] in 0..16 as a gray PNG of 8 x 8 pixels."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray((values * (255 / 16)).round().astype(np.uint8)).save(file, format="PNG")
-    return file.getvalue()

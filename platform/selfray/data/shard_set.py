@@ -254,7 +254,10 @@ def label_counts(location: Location, column: str) -> Counter[Value]:
         parquet = pq.ParquetFile(stream, page_checksum_verification=True)
         for group in range(parquet.metadata.num_row_groups):
             table = parquet.read_row_group(group, columns=[column])
-            counts.update(columns.distinct(table.column(column)))
+            try:
+                counts.update(columns.distinct(table.column(column)))
+            except UnicodeError as error:
+                raise NoClassesError("holds text that is not UTF-8") from error
             if reason := columns.too_many_classes(len(counts)):
                 raise NoClassesError(reason)
     return counts
