@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from selfray.data.data_sets import as_started
@@ -82,6 +83,18 @@ def test_a_damaged_image_costs_its_own_row(tmp_path, sound):
     assert str(chosen.unreadable[7]).startswith(f"{tmp_path}/x.parquet row 7: damaged")
     assert chosen.images[:7] + chosen.images[8:] == data[:7] + data[8:]
     assert chosen.labels.tolist() == labels
+
+
+def test_metadata_that_was_copied_to_other_rows_is_not_believed(tmp_path, sound):
+    content, data, labels = sound
+    (tmp_path / "x.parquet").write_bytes(content)
+    table = pq.read_table(tmp_path / "x.parquet")
+    pq.write_table(table.slice(1).take(list(range(COUNT - 1))[::-1]), tmp_path / "y.parquet")
+    shards = open_shards([str(tmp_path / "y.parquet")], "y")
+    chosen = read_chosen(shards, np.zeros(COUNT - 1, int), np.arange(COUNT - 1))
+    assert not chosen.unreadable
+    assert chosen.images == data[:0:-1]
+    assert chosen.labels.tolist() == labels[:0:-1]
 
 
 # Tars

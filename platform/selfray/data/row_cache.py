@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfray.data.checksums import checksums_in, of_group
+from selfray.data.checksums import checksums_in, footer_is_checked, of_group
 from selfray.data.columns import labels_of
 from selfray.data.parquet_pages import value_places
 from selfray.data.row_group import HeldGroup, Taken, damaged, images_of, read_group, rows_of
@@ -63,6 +63,8 @@ class _OpenFile:
     """When the storage last said that it is the one of its name, by time.monotonic."""
     checksums: np.ndarray | None = None
     """uint32 [rows] of the file's images, where it has them."""
+    is_checked: bool = False
+    """Whether its footer has a checksum and is whole."""
 
     def of_group(self, group: int) -> np.ndarray | None:
         """The checksums of a row group's images."""
@@ -277,6 +279,7 @@ class RowGroupCache:
         def read() -> HeldGroup:
             nonlocal name
             with location.filesystem.open_input_file(location.path) as stream:
+                is_checked = footer_is_checked(stream)
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 found = parquet.metadata.num_row_groups
                 if found != len(file.group_rows):
@@ -289,7 +292,7 @@ class RowGroupCache:
                     raise pa.ArrowInvalid(
                         f"{rows} rows where there were {file.group_rows[group]} at the start"
                     )
-                return read_group(stream, parquet, group, image, label)
+                return read_group(stream, parquet, group, image, label, is_checked)
 
         with _faults_named(location, lambda: name):
             return patiently(read, location)
@@ -299,8 +302,10 @@ def _opened(location: Location) -> _OpenFile:
     # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
     stamp = _stamp_of(location)
     stream = location.filesystem.open_input_file(location.path)
+    is_checked = footer_is_checked(stream)
     footer = pq.ParquetFile(stream).metadata
-    return _OpenFile(stream, footer, stamp, time.monotonic(), checksums_in(footer))
+    checksums = checksums_in(footer) if is_checked else None
+    return _OpenFile(stream, footer, stamp, time.monotonic(), checksums, is_checked)
 
 
 def _stamp_of(location: Location) -> _Stamp:
@@ -332,6 +337,11 @@ def _places_in(
     kind = opened.footer.schema.to_arrow_schema().field(shards.image_column).type
     column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
     checksums = opened.of_group(group)
+    if not opened.is_checked:
+        # Of a footer that may be damaged, pyarrow's own reading raises an error where the look at
+        # a column's place, which follows, would end the process.
+        parquet = pq.ParquetFile(opened.stream, metadata=opened.footer)
+        next(parquet.iter_batches(1, [group], [column]), None)
     places = value_places(
         lambda at, n: opened.stream.read_at(n, at),
         opened.footer,

@@ -33,7 +33,12 @@ class HeldGroup(NamedTuple):
 
 
 def read_group(
-    stream: pa.NativeFile, parquet: pq.ParquetFile, group: int, image: str, label: str | None
+    stream: pa.NativeFile,
+    parquet: pq.ParquetFile,
+    group: int,
+    image: str,
+    label: str | None,
+    is_checked: bool,
 ) -> HeldGroup:
     """A row group, its pages verified. Where one is damaged and the images have checksums of their
     own, the sound images of the group are kept."""
@@ -43,7 +48,7 @@ def read_group(
     try:
         table = parquet.read_row_group(group, columns=wanted)
     except (OSError, pa.ArrowException):
-        checksums = checksums_in(parquet.metadata)
+        checksums = checksums_in(parquet.metadata) if is_checked else None
         if checksums is None:
             raise
         unverified = pq.ParquetFile(stream, metadata=parquet.metadata)
@@ -115,7 +120,7 @@ def images_of(
         path = value if isinstance(value, str) else None
         if path or (value is None and paths is not None):
             try:
-                path = path or paths[row].as_py()
+                path = path or (paths[row].as_py() if paths is not None else None)
                 value = read_beside(file.uri, path) if path else b""
             except (FileNotFoundError, PermissionError, ValueError) as error:
                 faults[index] = one_line(error)
