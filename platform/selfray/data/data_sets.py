@@ -117,8 +117,8 @@ class DataSets:
         seen = _classes_of(train)
         if len(seen) == 1:
             yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
-        elif len(seen) > count:
-            yield f"there are more classes ({len(seen):,}) than labelled images ({count:,})"
+        elif len(seen) >= count:
+            yield f"there are as many classes ({len(seen):,}) as labelled images ({count:,})"
         if test is not None and test.has_labels:
             unseen = [name for name in _classes_of(test) if name not in set(seen)]
             if unseen:
