@@ -153,9 +153,11 @@ def _train_words(train: ShardSet) -> str:
     return f"{train.rows:,} train images, {labelled:,} of them of {classes}"
 
 
-def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> DataSets:
-    """Open a run's data, and say what was understood of it. A folder of images or tars is converted
-    to shards once, under `output`, by `build`, which may need Ray.
+def open_data(
+    data: DataConfig, output: Location, say: Say, build: Build, describe: bool = True
+) -> DataSets:
+    """Open a run's data, and say what was understood of it, unless the caller does. A folder of
+    images or tars is converted to shards once, under `output`, by `build`, which may need Ray.
 
     FileNotFoundError or ValueError of one line names the path and the way out.
     """
@@ -165,8 +167,9 @@ def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> Dat
             "files, local, s3:// or gs://"
         )
     opened = _open_data(data, _Opener(data, output, say, build))
-    for line in opened.described():
-        say(line)
+    if describe:
+        for line in opened.described():
+            say(line)
     return opened
 
 
