@@ -1,5 +1,6 @@
 """What ranks do together. Everything here is a no-op, or the plain computation, in one process."""
 
+from collections.abc import Iterable
 from typing import TypeVar, cast
 
 import torch
@@ -110,6 +111,28 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+BUCKET_BYTES = 2**26
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Every gradient becomes its mean over ranks, as DDP would make it; all ranks must have the
+    same ones."""
+    if not is_distributed():
+        return
+    bucket: list[Tensor] = []
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for index, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        if index == len(gradients) - 1 or sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            parts = (flat / world_size()).split([g.numel() for g in bucket])
+            means = [part.view_as(g) for part, g in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, means)
+            bucket = []
 
 
 @torch.no_grad()

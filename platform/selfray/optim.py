@@ -1,9 +1,9 @@
 """Optimizers, parameter groups and the settings that follow the schedules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,12 @@ class OptimizerConfig:
 
     def build(self, module: nn.Module) -> Optimizer:
         groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate)
+        # One kernel for all weights. None leaves the choice to torch, which on a CPU takes none.
+        fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
-            return AdamW(groups, lr=0.0, betas=self.betas)
+            return AdamW(groups, lr=0.0, betas=self.betas, fused=fused)
         if self.name == "sgd":
-            return SGD(groups, lr=0.0, momentum=self.momentum)
+            return SGD(groups, lr=0.0, momentum=self.momentum, fused=fused)
         return LARS(groups, momentum=self.momentum, trust_coefficient=self.trust_coefficient)
 
 
@@ -121,6 +123,23 @@ def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: f
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
         group["weight_decay"] = 0.0 if group["is_vector"] else weight_decay
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a saved state. How a device computes the update, such as in one fused kernel, is no
+    part of it: that stays the optimizer's own. ValueError or KeyError where it does not fit."""
+    own = optimizer.param_groups
+    if len(own) != len(saved["param_groups"]):
+        raise ValueError(f"it has {len(saved['param_groups'])} groups, not {len(own)}")
+    groups = [
+        theirs | {name: ours[name] for name in HOW_COMPUTED if name in ours}
+        for ours, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
+
+
+HOW_COMPUTED = ("foreach", "fused", "capturable")
+"""Settings of torch's optimizers that change no number but its rounding."""
 
 
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
@@ -169,21 +188,32 @@ class LARS(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if not group["is_vector"]:
-                    update.mul_(_trust_ratio(parameter, update, group["trust_coefficient"]))
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.add_(velocity, alpha=-group["lr"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [cast(Tensor, p.grad) for p in parameters]
+            updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            if not group["is_vector"]:
+                ratios = _trust_ratios(parameters, updates, group["trust_coefficient"])
+                torch._foreach_mul_(updates, ratios)
+            velocities = [self._velocity(p) for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+
+    def _velocity(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
-def _trust_ratio(parameter: Tensor, update: Tensor, coefficient: float) -> Tensor:
-    """coefficient * |w| / |update|, and 1 where either norm is zero; without a GPU sync."""
-    weight_norm, update_norm = parameter.norm(), update.norm()
-    ratio = coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+def _trust_ratios(
+    parameters: list[Tensor], updates: Sequence[Tensor], coefficient: float
+) -> list[Tensor]:
+    """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
+    weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+    return [
+        torch.where((weight > 0) & (step > 0), coefficient * weight / step, 1.0)
+        for weight, step in zip(weights, steps, strict=True)
+    ]
