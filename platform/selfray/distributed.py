@@ -73,7 +73,8 @@ def shuffled(local: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         return local, torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count * world_size(), generator=generator)
-    return gather(local)[order[rank() * count : (rank() + 1) * count].to(local.device)], order
+    mine = order[rank() * count : (rank() + 1) * count].to(local.device, non_blocking=True)
+    return gather(local)[mine], order
 
 
 @torch.no_grad()
@@ -82,7 +83,8 @@ def unshuffled(local: Tensor, order: Tensor) -> Tensor:
     if not is_distributed():
         return local
     count = local.shape[0]
-    return gather(local)[order.argsort()[rank() * count : (rank() + 1) * count].to(local.device)]
+    mine = order.argsort()[rank() * count : (rank() + 1) * count]
+    return gather(local)[mine.to(local.device, non_blocking=True)]
 
 
 class _SumOverRanks(torch.autograd.Function):

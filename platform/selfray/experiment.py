@@ -143,6 +143,9 @@ class Experiment:
     """Steps between two points of the metrics."""
     compile: bool = config.added(False)
     """Compile encoders and heads by torch.compile: faster steps after a minute."""
+    shard: Literal["none", "fsdp"] = config.added("none")
+    """fsdp: each worker holds its share of weights, gradients and the optimizer's state (FSDP2),
+    for ViTs too large for one GPU. Checkpoints are the same."""
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -156,6 +159,7 @@ class Experiment:
             "log_every",
             "guard",
             "compile",
+            "shard",
         }
     )
     """Fields that say where and how a run is carried out, not what is computed: they may change
@@ -177,6 +181,18 @@ class Experiment:
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
         named_amounts("worker_resources", self.worker_resources)
+        require_one_of("shard", self.shard, ("none", "fsdp"))
+        if self.shard == "fsdp":
+            require(
+                self.encoder.is_vit,
+                f"shard fsdp is for ViTs, whose blocks are gathered one by one, not for "
+                f"encoder.name {self.encoder.name}: leave --shard out",
+            )
+            require(
+                self.min_workers > 1,
+                f"shard fsdp shares the weights out among workers, and workers is {self.workers}: "
+                "give --workers 2 or more, or leave --shard out",
+            )
         require_one_of("precision", self.precision, ("float32", "tf32", "bf16"))
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         reason = self.why_not_accumulate

@@ -223,8 +223,8 @@ def koleo(features: Tensor, everyone: Tensor, first: int) -> Tensor:
         return 0 * features.sum()
     with torch.no_grad():
         similar = features @ everyone.T  # [b, B]
-        rows = torch.arange(len(features), device=features.device)
-        similar[rows, rows + first] = -2.0  # itself
+        itself = torch.arange(len(features), device=features.device) + first
+        similar.scatter_(1, itself[:, None], -2.0)
         nearest = similar.argmax(1)  # [b]
     distance = F.pairwise_distance(features, everyone[nearest], eps=1e-8)
     return -(distance + 1e-8).log().mean()

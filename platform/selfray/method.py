@@ -98,7 +98,7 @@ Embedded = dict[str, Tensor]
 
 
 class ComparingMethod(Method):
-    """A method whose loss compares the images of the whole batch, so that its forward has two parts:
+    """A method whose loss compares the images of the whole batch. Its forward has two parts:
     networks that see each image by itself, and what compares what they say of all.
 
     Between the two the gradient is cached, so that a step may take a batch in micro-batches and

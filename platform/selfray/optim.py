@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
+from selfray.step import shard
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,17 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         theirs | {name: ours[name] for name in HOW_COMPUTED if name in ours}
         for ours, theirs in zip(own, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict(saved | {"param_groups": groups})
+    parameters = [parameter for group in own for parameter in group["params"]]
+    state = {
+        place: {
+            name: shard.shared_out(values, parameters[place])
+            if isinstance(values, Tensor) and values.shape == parameters[place].shape
+            else values
+            for name, values in of_one.items()
+        }
+        for place, of_one in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 HOW_COMPUTED = ("foreach", "fused", "capturable")
@@ -145,7 +156,8 @@ HOW_COMPUTED = ("foreach", "fused", "capturable")
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
     """Clip as the settings say, and return the norm that all gradients had together."""
     if settings.clip_norm is None or settings.clip_each == "all":
-        return nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        return shard.whole(norm)
     if settings.clip_each == "module":
         # What a method holds outside of its modules, such as a mask token, counts as one more.
         parts = [list(child.parameters()) for child in module.children()]
@@ -157,7 +169,7 @@ def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
         norms = list(torch._foreach_norm(gradients))
         factors = [(settings.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, factors)
-    return torch.stack(norms).norm()
+    return torch.stack([shard.whole(norm) for norm in norms]).norm()
 
 
 def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:

@@ -21,7 +21,7 @@ from selfray.optim import clip_gradients, follow_schedules, learning_rate_at, lo
 from selfray.pixels.augment import PARAMETERS_SUFFIX
 from selfray.pixels.device import recolour
 from selfray.schedules import Progress
-from selfray.step import compiled, devices, gradient_cache, memory
+from selfray.step import compiled, devices, gradient_cache, memory, shard
 
 
 @dataclass
@@ -49,12 +49,15 @@ class TrainState:
         if experiment.encoder.is_resnet:
             # Convolutions run about twice as fast with the channels innermost, on CPUs and GPUs.
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if experiment.shard == "fsdp":
+            shard.in_place(method, experiment.precision)
         return cls(method, experiment.optimizer.build(method), Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, also where ranks hold shares of them: then all ranks must ask."""
         return {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "method": shard.whole(self.method.state_dict()),
+            "optimizer": shard.whole(self.optimizer.state_dict()),
             "progress": vars(self.progress),
         }
 
@@ -70,6 +73,12 @@ class TrainState:
         self._load_method(weights)
 
     def _load_method(self, weights: dict[str, Tensor]) -> None:
+        own = self.method.state_dict()
+        if shard.is_sharded(self.method):
+            weights = {
+                name: shard.shared_out(values, own[name]) if name in own else values
+                for name, values in weights.items()
+            }
         try:
             self.method.load_state_dict(weights)
         except RuntimeError as error:
@@ -210,7 +219,8 @@ def _cached(
         prepare=lambda batch: _prepare(batch, experiment),
         autocast=lambda: devices.autocast(experiment.precision, device),
     )
-    distributed.average_gradients(model.parameters())
+    if not shard.is_sharded(model):
+        distributed.average_gradients(model.parameters())
     return Done(loss, metrics, _first_view(_prepare(step_batches[-1], experiment)), waited)
 
 
@@ -219,7 +229,7 @@ SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 def _for_all_ranks(method: Method) -> nn.Module:
-    if not distributed.is_distributed():
+    if not distributed.is_distributed() or shard.is_sharded(method):
         return method
     device = next(method.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
@@ -229,6 +239,8 @@ def _for_all_ranks(method: Method) -> nn.Module:
 
 
 def _without_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:
+    if shard.is_sharded(model):
+        shard.sync(model, not skip)
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()

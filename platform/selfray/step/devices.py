@@ -86,8 +86,11 @@ def read_ahead(items: Iterator[Item], prepare: Callable[[Item], Item]) -> Iterat
 
     def put(item: Item | None, error: BaseException | None) -> None:
         while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put((item, error), timeout=0.1)
+            try:
+                ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return
 
     def read() -> None:
         try:
