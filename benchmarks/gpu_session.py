@@ -50,9 +50,10 @@ from selfray.train import Step, TrainState, train
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
+from recipes import imagenet  # noqa: E402
+
 import gpu_peers  # noqa: E402 - neither folder is a package
 import steps as small_steps  # noqa: E402
-from recipes import imagenet  # noqa: E402
 
 DENSE_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "GH200": 989.4e12}
 """FLOP/s without sparsity, from NVIDIA's data sheets (SXM)."""

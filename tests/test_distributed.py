@@ -32,7 +32,6 @@ from helpers import (
     start,
     tiny,
     train_for,
-    weights,
 )
 from selfray import distributed
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
@@ -82,6 +81,30 @@ RUNS: dict[str, Experiment] = {
         tiny(VQVAEConfig), VIT, optimizer=SMALL_STEPS, accumulate=2
     ),
     "dino in micro-batches": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS, accumulate=2),
+    # By cached gradients: the whole batch is compared.
+    "simclr with a vit in micro-batches": experiment(
+        SIMCLR, VIT, optimizer=SMALL_STEPS, accumulate=2
+    ),
+    "byol with a vit in micro-batches": experiment(
+        tiny(BYOLConfig), VIT, optimizer=SMALLER_STEPS, accumulate=2
+    ),
+    "mocov3 with a vit in micro-batches": experiment(
+        tiny(MoCoV3Config), VIT, optimizer=SMALLER_STEPS, accumulate=2
+    ),
+    "dinov2 in micro-batches, blocks recomputed": experiment(
+        tiny(DINOv2Config), replace(VIT, recompute=True), optimizer=SMALL_STEPS, accumulate=2
+    ),
+    "mae sharded, by adamw and clipped": experiment(
+        MAE, optimizer=replace(ADAMW, clip_norm=0.05), workers=2, shard="fsdp"
+    ),
+    "dinov2 by sinkhorn, sharded, in micro-batches, blocks recomputed": experiment(
+        replace(tiny(DINOv2Config), centering="sinkhorn"),
+        replace(VIT, recompute=True),
+        optimizer=SMALL_STEPS,
+        accumulate=2,
+        workers=2,
+        shard="fsdp",
+    ),
 }
 
 AMONG_FOUR = (
@@ -106,7 +129,8 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
     with torch.no_grad():
         # timm begins with a zero at the end of each residual branch: nothing would flow there.
         for parameter in state.method.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.add_(distributed.shared_out(noise, parameter))
     gradients: dict[str, Tensor] = {}
     own_before_step = state.method.before_step
 
@@ -116,7 +140,7 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
                 if not parameter.requires_grad:
                     continue
                 assert parameter.grad is not None
-                gradients[name] = parameter.grad.clone()
+                gradients[name] = distributed.whole(parameter.grad).clone()
         own_before_step(progress)
 
     state.method.before_step = look
@@ -126,7 +150,7 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
         "losses": torch.stack([step.loss for step in steps]),
         "norms": torch.stack([step.gradient_norm for step in steps]),
         "gradients": gradients,
-        "weights": weights(state),
+        "weights": state.state_dict()["method"],
     }
 
 
@@ -249,7 +273,11 @@ def ranks(worlds) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
     """What one process finds on the global batch, without micro-batches."""
-    return {name: trained(replace(run, accumulate=1), 0, 1) for name, run in RUNS.items()}
+    plain: dict[str, Any] = {"accumulate": 1, "shard": "none", "workers": 1}
+    return {
+        name: trained(replace(run, **plain, encoder=replace(run.encoder, recompute=False)), 0, 1)
+        for name, run in RUNS.items()
+    }
 
 
 every_run = pytest.mark.parametrize(

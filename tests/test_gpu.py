@@ -28,6 +28,7 @@ from helpers import (
     relative_error,
     tiny,
 )
+from selfray.distributed import shared_out, whole
 from selfray.experiment import Experiment
 from selfray.losses import nt_xent
 from selfray.method import MethodConfig
@@ -35,7 +36,6 @@ from selfray.methods.dino import DINOConfig
 from selfray.methods.dinov2 import DINOv2Config
 from selfray.optim import OptimizerConfig
 from selfray.step import devices
-from selfray.step.shard import shared_out, whole
 from selfray.train import Step, TrainState, train
 
 pytestmark = [

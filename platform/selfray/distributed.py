@@ -1,11 +1,12 @@
 """What ranks do together. Everything here is a no-op, or the plain computation, in one process."""
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -113,6 +114,37 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def whole(values: Tensor) -> Tensor:
+    """A tensor that is shared out among ranks, or a number that each has a part of, as one: all
+    ranks must ask. Others as they are."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def own_part(values: Tensor) -> Tensor:
+    """This rank's share of a tensor that is shared out; others as they are."""
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
+def gathered(state: Any) -> Any:
+    """A nested state with whole tensors: those that are shared out, in the host's memory. All ranks
+    must ask."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {name: gathered(item) for name, item in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(item) for item in state)
+    return state
+
+
+def shared_out(values: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, as the share of it that `like` is; as it is where that
+    is whole too."""
+    if not isinstance(like, DTensor) or values.shape != like.shape:
+        return values
+    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements)
 
 
 BUCKET_BYTES = 2**26

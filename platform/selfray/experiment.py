@@ -109,7 +109,8 @@ class Experiment:
     batch_size: int = 256
     """Images in one optimizer step, over all workers."""
     accumulate: int = 1
-    """Micro-batches that each worker sums up before a step."""
+    """Micro-batches in which each worker takes its share of a batch: the loss and the gradients are
+    those of the whole, also where images are compared with one another."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """bf16 is autocast; weights and losses stay float32. tf32: products of matrices with 10 bits of
     mantissa on GPUs that know it; losses stay float32."""
@@ -239,8 +240,12 @@ class Experiment:
     @property
     def why_not_accumulate(self) -> str | None:
         """Why micro-batches would change the loss; None where they do not."""
-        if self.method.why_not_accumulate is None and self.encoder.is_resnet:
-            return f"the batch norms of {self.encoder.name} would see micro-batches"
+        encoder = self.encoder
+        if self.method.why_not_accumulate is None and encoder.is_resnet and encoder.norm == "batch":
+            return (
+                f"the batch norms of {encoder.name} would see micro-batches, which --encoder.norm "
+                "ghost allows and --encoder.norm group does without"
+            )
         return self.method.why_not_accumulate
 
     @property
@@ -275,7 +280,9 @@ class Experiment:
         full cluster's GPUs fits them always.
         """
         accumulate = self.accumulate
-        if self.is_elastic and self.why_not_accumulate is None:
+        # Ghost norms' statistics would change with the number of workers.
+        exact = self.why_not_accumulate is None and self.encoder.norm != "ghost"
+        if self.is_elastic and exact:
             accumulate = math.ceil(self.max_workers * self.accumulate / workers)
             while self.batch_size % (workers * accumulate):
                 accumulate += 1

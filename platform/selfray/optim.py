@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
-from selfray.step import shard
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     parameters = [parameter for group in own for parameter in group["params"]]
     state = {
         place: {
-            name: shard.shared_out(values, parameters[place])
-            if isinstance(values, Tensor) and values.shape == parameters[place].shape
+            name: distributed.shared_out(values, parameters[place])
+            if isinstance(values, Tensor)
             else values
             for name, values in of_one.items()
         }
@@ -157,7 +157,7 @@ def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
     """Clip as the settings say, and return the norm that all gradients had together."""
     if settings.clip_norm is None or settings.clip_each == "all":
         norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
-        return shard.whole(norm)
+        return distributed.whole(norm)
     if settings.clip_each == "module":
         # What a method holds outside of its modules, such as a mask token, counts as one more.
         parts = [list(child.parameters()) for child in module.children()]
@@ -169,7 +169,7 @@ def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
         norms = list(torch._foreach_norm(gradients))
         factors = [(settings.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, factors)
-    return torch.stack([shard.whole(norm) for norm in norms]).norm()
+    return torch.stack([distributed.whole(norm) for norm in norms]).norm()
 
 
 def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:

@@ -40,10 +40,12 @@ class TrainState:
         torch.manual_seed(experiment.seed)
         encoder = experiment.encoder.build()
         # A ResNet's name says so at the door; other names of timm do not.
-        if experiment.accumulate > 1 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
+        has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
+        if experiment.accumulate > 1 and has_norms and experiment.encoder.norm == "batch":
             raise ValueError(
                 f"accumulate {experiment.accumulate}: the batch norms of {experiment.encoder.name} "
-                "would see micro-batches; give --accumulate 1 and more --workers"
+                "would see micro-batches; give --accumulate 1 and more --workers, or "
+                "--encoder.norm ghost"
             )
         method = experiment.method.build(encoder).to(device)
         if experiment.encoder.is_resnet:
@@ -56,8 +58,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, also where ranks hold shares of them: then all ranks must ask."""
         return {
-            "method": shard.whole(self.method.state_dict()),
-            "optimizer": shard.whole(self.optimizer.state_dict()),
+            "method": distributed.gathered(self.method.state_dict()),
+            "optimizer": distributed.gathered(self.optimizer.state_dict()),
             "progress": vars(self.progress),
         }
 
@@ -74,11 +76,10 @@ class TrainState:
 
     def _load_method(self, weights: dict[str, Tensor]) -> None:
         own = self.method.state_dict()
-        if shard.is_sharded(self.method):
-            weights = {
-                name: shard.shared_out(values, own[name]) if name in own else values
-                for name, values in weights.items()
-            }
+        weights = {
+            name: distributed.shared_out(values, own[name]) if name in own else values
+            for name, values in weights.items()
+        }
         try:
             self.method.load_state_dict(weights)
         except RuntimeError as error:

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
+from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.models import resnet, vit
@@ -63,6 +64,9 @@ class EncoderConfig:
     """A ResNet's number of blocks in each stage."""
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
+    norm: Literal["batch", "ghost", "group"] = added("batch")
+    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
+    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
     recompute: bool = added(False)
     """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
     more time, a fraction of the memory, the same numbers."""
@@ -115,6 +119,17 @@ class EncoderConfig:
                     self.width % 4 == 0,
                     f"encoder.width must be a multiple of 4 for sincos, got {self.width}",
                 )
+        require_one_of("encoder.norm", self.norm, ("batch", "ghost", "group"))
+        require(
+            self.norm == "batch" or not self.is_vit,
+            f"encoder.norm {self.norm} is for ResNets: {self.name} has no batch norms",
+        )
+        if self.norm == "group":
+            require(self.is_resnet, f"encoder.norm group is for ResNets, not for {self.name}")
+            require(
+                all(count % 32 == 0 for count in self.channels or ()),
+                f"encoder.channels {self.channels} must be multiples of 32 for encoder.norm group",
+            )
         require(
             not self.small_stem or self.is_resnet,
             f"encoder.small_stem is for ResNets, not for {self.name}",
@@ -172,6 +187,7 @@ class EncoderConfig:
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
             "reg_tokens": self.registers or None,
+            "norm_layer": GroupNorm if self.norm == "group" else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
@@ -248,8 +264,9 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly."""
-    tensors = encoder.backbone.state_dict()
+    """The backbone's weights under timm's names, so that plain timm loads them strictly. Where
+    ranks hold shares of them, all must ask."""
+    tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
         weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])

@@ -5,17 +5,17 @@ that block computes: student and teacher alike. Everything else of the method, s
 gathered for the whole step.
 """
 
-from typing import Any, cast
+import warnings
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as makes_forward
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from selfray.method import ComparingMethod, Method
 from selfray.models.encoder import Encoder
@@ -32,6 +32,8 @@ def in_place(method: Method, precision: str) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    # It warns of what nothing here does: writing into an encoder's output.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in method.modules():
         if isinstance(module, Block | BeitBlock):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -47,25 +49,6 @@ def in_place(method: Method, precision: str) -> None:
 
 def is_sharded(method: nn.Module) -> bool:
     return isinstance(method, FSDPModule)
-
-
-def whole(value: Any) -> Any:
-    """A nested state with the tensors that are shared out gathered, on every rank: all ranks must
-    ask."""
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if isinstance(value, dict):
-        return {name: whole(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(whole(item) for item in value)
-    return value
-
-
-def shared_out(values: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this rank's share of it, where `like` is one."""
-    if not isinstance(like, DTensor):
-        return values
-    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements)
 
 
 def sync(method: nn.Module, wanted: bool) -> None:
