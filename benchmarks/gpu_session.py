@@ -50,7 +50,7 @@ from selfray.train import Step, TrainState, train
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-from recipes import imagenet  # noqa: E402
+from selfray.recipes import imagenet  # noqa: E402
 
 import gpu_peers  # noqa: E402 - neither folder is a package
 import steps as small_steps  # noqa: E402

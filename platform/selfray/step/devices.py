@@ -119,7 +119,8 @@ def read_ahead(items: Iterator[Item], prepare: Callable[[Item], Item]) -> Iterat
 
 
 def _pinned(batch: Batch, device: torch.device) -> Batch:
-    torch.cuda.set_device(device)  # of this thread
+    if device.index is not None:  # else the thread has the process' device already
+        torch.cuda.set_device(device)
     return {name: values.pin_memory() for name, values in with_hidden_places(batch).items()}
 
 
