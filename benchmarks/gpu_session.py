@@ -50,10 +50,9 @@ from selfray.train import Step, TrainState, train
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-from selfray.recipes import imagenet  # noqa: E402
-
 import gpu_peers  # noqa: E402 - neither folder is a package
 import steps as small_steps  # noqa: E402
+from selfray.recipes import imagenet  # noqa: E402
 
 DENSE_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "GH200": 989.4e12}
 """FLOP/s without sparsity, from NVIDIA's data sheets (SXM)."""
@@ -253,36 +252,37 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
         Path(arguments.output).write_text(json.dumps(result, indent=1))
 
     save()
-    # A dry run leaves the compiler out, which takes minutes on a CPU.
-    for compile in (False,) if arguments.dry else (False, True):
-        run = replace(wanted, compile=compile)
-        _measure_platform(run, batch, host, result, arguments, device)
-        save()
-        free(device)
-    del batch, host
+    _measure_platform(wanted, batch, host, result, arguments, device)
+    save()
     free(device)
-    for name, build in gpu_peers.loops(arguments.recipe, wanted, batch_size, device).items():
-        try:
-            one_step = build()
-        except ImportError as error:
-            result["rows"].append({"name": name, "failure": f"not installed: {error}"})
-            save()
-            break
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            result["rows"].append({"name": name, "failure": str(error)[:300]})
-            save()
-            continue
-        turn = {name: partial(peer_turn, one_step, device, arguments.seconds)}
-        measure(turn, "", result, device, arguments.turns, batch_size)
-        save()
-        del one_step, turn
-        free(device)
-    peak = peak_flops(device)
-    for row in result["rows"]:
-        if "steps_per_second" in row and peak and "lightly" not in row["name"]:
-            row["mfu"] = result["flops_per_step"] * row["steps_per_second"] / peak
+    _measure_peers(wanted, result, arguments, device)
+    save()
+    # Last, since it may take long; a dry run leaves the compiler out, which takes minutes there.
+    if not arguments.dry:
+        _measure_platform(replace(wanted, compile=True), batch, host, result, arguments, device)
     save()
     return result
+
+
+def _measure_peers(
+    wanted: Experiment,
+    result: dict[str, Any],
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    for name, build in gpu_peers.loops(arguments.recipe, wanted, wanted.batch_size, device).items():
+        try:
+            turn = {name: partial(peer_turn, build(), device, arguments.seconds)}
+        except ImportError as error:
+            result["rows"].append({"name": name, "failure": f"not installed: {error}"})
+            return
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            result["rows"].append({"name": name, "failure": str(error)[:300]})
+            continue
+        measure(turn, "", result, device, arguments.turns, wanted.batch_size)
+        Path(arguments.output).write_text(json.dumps(result, indent=1))
+        del turn
+        free(device)
 
 
 def _measure_platform(
@@ -351,6 +351,9 @@ def measure(
             middle = statistics.median(rates[name])
             row |= {"steps_per_second": middle, "images_per_second": middle * batch_size}
             row |= {"turns": rates[name], "peak_bytes": peaks.get(name)}
+            peak = peak_flops(device)
+            if peak and "lightly" not in name:
+                row["mfu"] = result["flops_per_step"] * middle / peak
             if name.startswith("platform") and "bare" in rates and rates["bare"]:
                 ratios = [
                     ours / bare for ours, bare in zip(rates[name], rates["bare"], strict=False)
@@ -456,7 +459,7 @@ def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
             run = replace(base, encoder=encoder, batch_size=batch_size, accumulate=parts)
             row: dict[str, Any] = {"name": name, "batch_size": batch_size, "accumulate": parts}
             try:
-                row |= _a_few_steps(run, device)
+                row |= a_few_steps(run, device)
             except torch.OutOfMemoryError as error:
                 row["failure"] = str(error)[:400]
             free(device)
@@ -466,7 +469,7 @@ def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _a_few_steps(run: Experiment, device: torch.device) -> dict[str, Any]:
+def a_few_steps(run: Experiment, device: torch.device) -> dict[str, Any]:
     state = TrainState.start(run, FOREVER, device)
     batch = small_steps.batch_of(run.views, run.batch_size // run.accumulate, device.type)
     if device.type == "cuda":
@@ -567,7 +570,7 @@ def main() -> None:
         if name == "steps":
             sub.add_argument("--recipe", choices=("mae", "dino", "simclr"), required=True)
             sub.add_argument("--seconds", type=float, default=2.0)
-            sub.add_argument("--turns", type=int, default=3)
+            sub.add_argument("--turns", type=int, default=2)
         if name == "cifar":
             sub.add_argument("--data", required=True)
             sub.add_argument("--minutes", type=float, default=4.0)

@@ -57,16 +57,17 @@ cd "$root" || exit 2
 $python -c "import cifar10_gpu; cifar10_gpu.load('$data', 500, 32)" >"$out/decoder.log" 2>&1 &
 # First what decides whether the rest can be believed, by several processes on the one card.
 if [ -z "$dry" ]; then
-    stage tests 95 $python -m pytest --noconftest -p no:cacheprovider -q -n 8 --timeout 90 \
-        tests/test_gpu.py
+    # Each test by its name, so that a session that is cut off tells which ones passed.
+    stage tests 120 $python -m pytest --noconftest -p no:cacheprovider -v --tb=short -n 8 \
+        --timeout 100 tests/test_gpu.py
 else
     stage tests 110 $python -m pytest --noconftest -p no:cacheprovider -q tests/test_gpu.py
 fi
 for recipe in mae simclr dino; do
-    stage "steps-$recipe" 70 $session steps --recipe $recipe --output "$out/steps-$recipe.json" $dry
+    stage "steps-$recipe" 85 $session steps --recipe $recipe --output "$out/steps-$recipe.json" $dry
 done
 stage loss 20 $session loss --output "$out/loss.json" $dry
-stage batches 40 $session batches --output "$out/batches.json" $dry
+stage batches 60 $session batches --output "$out/batches.json" $dry
 left=$((ends - $(date +%s) - 10))
 stage cifar $left $session cifar --data "$data" --output "$out/cifar.json" $dry \
     --minutes "$(awk -v s="$left" 'BEGIN { printf "%.2f", (s - 25) / 60 }')"
