@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
+from selfray import distributed
 from selfray.check import require, require_one_of
+from selfray.config import added
 from selfray.models import resnet, vit
 
 
@@ -63,6 +65,12 @@ class EncoderConfig:
     """A ResNet's number of blocks in each stage."""
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
+    norm: Literal["batch", "ghost", "group"] = added("batch")
+    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
+    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
+    recompute: bool = added(False)
+    """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
+    more time, a fraction of the memory, the same numbers."""
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
@@ -112,6 +120,17 @@ class EncoderConfig:
                     self.width % 4 == 0,
                     f"encoder.width must be a multiple of 4 for sincos, got {self.width}",
                 )
+        require_one_of("encoder.norm", self.norm, ("batch", "ghost", "group"))
+        require(
+            self.norm == "batch" or not self.is_vit,
+            f"encoder.norm {self.norm} is for ResNets: {self.name} has no batch norms",
+        )
+        if self.norm == "group":
+            require(self.is_resnet, f"encoder.norm group is for ResNets, not for {self.name}")
+            require(
+                all(count % 32 == 0 for count in self.channels or ()),
+                f"encoder.channels {self.channels} must be multiples of 32 for encoder.norm group",
+            )
         require(
             not self.small_stem or self.is_resnet,
             f"encoder.small_stem is for ResNets, not for {self.name}",
@@ -150,6 +169,7 @@ class EncoderConfig:
             "registers": self.registers > 0,
             "swiglu": self.swiglu,
             "drop_path_uniform": self.drop_path_uniform,
+            "recompute": self.recompute,
         }
 
     @property
@@ -168,6 +188,7 @@ class EncoderConfig:
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
             "reg_tokens": self.registers or None,
+            "norm_layer": GroupNorm if self.norm == "group" else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
@@ -253,7 +274,9 @@ class Encoder(nn.Module):
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
         """
         if self.config.is_vit:
-            return Features(*vit.encode(self.backbone, images, visible, mask, mask_token))
+            recompute = self.config.recompute and self.training
+            tokens = vit.encode(self.backbone, images, visible, mask, mask_token, recompute)
+            return Features(*tokens)
         assert visible is mask is None, f"{self.config.name} has no patch tokens to leave out"
         return Features(*resnet.encode(self.backbone, images))
 
@@ -263,9 +286,10 @@ def export_weights(encoder: Encoder) -> dict[str, Tensor]:
 
     At the encoder's image size its features are ours. At others, where timm is asked for them
     (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
-    they are resized as local crops have them (vit.resized_positions).
+    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
+    the weights, all must ask.
     """
-    tensors = encoder.backbone.state_dict()
+    tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
         weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])

@@ -31,7 +31,7 @@ Status = Literal["finished", "running", "interrupted", "failed", "unreadable"]
 PROBES = {"knn": "kNN", "linear": "linear"}
 PLACEMENT = (
     "workers", "gpus_per_worker", "cpus_per_worker", "data_cpus", "output", "max_failures",
-    "log_every", "guard", "worker_resources",
+    "log_every", "guard", "worker_resources", "compile", "shard",
 )  # fmt: skip
 """Experiment.PLACEMENT, whose import would bring torch: where and how a run is carried out."""
 _NOT_COMPARED = (*PLACEMENT, "name", "type", "checkpoint")
