@@ -53,8 +53,9 @@ LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
 CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
 DRAWS = CROP_DRAWS + 11
 MORE_DRAWS = 2
-"""Further numbers of views that are flipped vertically or turned: vertical flip and turn, and one for
-each multispectral channel. They are drawn after those of all views, which so stay as they are."""
+"""Further numbers of views that are flipped vertically or turned: vertical flip and turn, and one
+for each multispectral channel. They are drawn after all views' others, which so stay as they are.
+"""
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
 _ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)

@@ -275,8 +275,9 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> bytes:
 def encode_channels(values: np.ndarray) -> bytes:
     """A PNG of uint8 or uint16 [H, W, C], for any number of channels up to 16.
 
-    The channels lie one below the other in a gray PNG, with a text chunk that says how many they
-    are: it is small, other programs can open it, and `decode` gives the channels back.
+    One channel is a gray PNG and three are an RGB one. Others lie one below the other in a gray
+    PNG, with a text chunk that says how many they are: other programs can open it, and `decode`
+    gives the channels back.
     """
     require(
         values.dtype in (np.uint8, np.uint16) and values.ndim == 3,
@@ -287,6 +288,10 @@ def encode_channels(values: np.ndarray) -> bytes:
         1 <= channels <= MOST_CHANNELS,
         f"an image has 1 to {MOST_CHANNELS} channels, got {channels}",
     )
+    if channels in (1, RGB):
+        done, encoded = cv2.imencode(".png", values[:, :, ::-1])
+        assert done
+        return encoded.tobytes()
     stack = np.ascontiguousarray(values.transpose(2, 0, 1)).reshape(channels * height, width)
     done, encoded = cv2.imencode(".png", stack)
     assert done

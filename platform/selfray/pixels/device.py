@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.check import require
-from selfray.pixels.augment import CROP_ATTEMPTS, CROP_DRAWS, DRAWS, JITTER_ORDERS, LOG_ASPECT
+from selfray.pixels.augment import (
+    CROP_ATTEMPTS,
+    CROP_DRAWS,
+    DRAWS,
+    JITTER_ORDERS,
+    LOG_ASPECT,
+    draws_of,
+)
 from selfray.pixels.colour import LUMA
 from selfray.pixels.draw import BLUR_SIGMA as BLUR_SIGMA_COLUMN
 from selfray.pixels.draw import (
@@ -27,10 +34,21 @@ from selfray.pixels.draw import (
     GRAYSCALE,
     HUE,
     ORDER,
+    PARAMETERS,
+    QUARTER_TURNS,
     SATURATION,
     SOLARIZE,
+    VERTICAL_FLIP,
 )
-from selfray.views import BLUR_SIGMA, CROP_ASPECT, View, Views, blur_kernel_size
+from selfray.views import (
+    BLUR_SIGMA,
+    CROP_ASPECT,
+    RGB,
+    View,
+    Views,
+    blur_kernel_size,
+    check_channels,
+)
 
 BACKEND = f"selfray-torch-2/{torch.__version__}"
 """Recorded with a run, like augment.BACKEND."""
@@ -65,13 +83,21 @@ class BatchParameters:
     blur: Tensor
     blur_sigma: Tensor
     solarize: Tensor
+    vertical_flip: Tensor
+    quarter_turns: Tensor
+    """int64, counter-clockwise, after the flips."""
+    gains: Tensor | None = None
+    """float64 [n, C]: brightness factors of a multispectral image's channels."""
 
 
 DrawView = Callable[[Tensor, Tensor, View], Tensor]
 
 
 def draw_view(images: Tensor, uniform: Tensor, view: View) -> Tensor:
-    """One view of each image: uint8 [n, 3, H, W] and uniform [n, DRAWS] -> uint8 [n, 3, s, s].
+    """One view of each image: uint8 [n, C, H, W] and uniform [n, DRAWS] -> uint8 [n, C, s, s].
+
+    Views that are flipped vertically or turned take two more columns of uniform numbers, and those
+    of multispectral images one more for each channel.
 
     No branch depends on the values of a tensor, so torch.compile compiles it as one graph.
     """
@@ -91,19 +117,25 @@ def augment(
     """The views of a batch, each a pure function of (seed, epoch, the image's key).
 
     Args:
-        images: uint8 [B, 3, H, W] on any device.
+        images: uint8 [B, C, H, W] on any device.
         keys: int64 [B] on that device, such as the images' numbers in the data set.
         draw_view: this module's function, or torch.compile of it.
 
     Returns:
-        Each group of views as uint8 [B, V, 3, size, size].
+        Each group of views as uint8 [B, V, C, size, size].
     """
+    channels = images.shape[1]
+    check_channels(views, channels)
     count = sum(map(len, views.values()))
+    draws, more = draws_of(views, channels)
     uniform = uniforms(seed, epoch, keys, count)  # [B, all views, DRAWS]
+    if more:
+        further = uniforms(seed, epoch, keys, count, more, after=count * draws)
+        uniform = torch.cat([uniform, further], dim=2)
     batch, first = {}, 0
     for name, group in views.items():
         size = _size_of(name, group)
-        out = images.new_empty((len(images), len(group), 3, size, size))
+        out = images.new_empty((len(images), len(group), channels, size, size))
         # Equal views are computed together: half the kernel launches for SimCLR's two views, an
         # eighth for DINO's local crops.
         for view in dict.fromkeys(group):
@@ -137,8 +169,12 @@ def _size_of(name: str, group: tuple[View, ...]) -> int:
 # What is drawn
 
 
-def uniforms(seed: int, epoch: int, keys: Tensor, views: int) -> Tensor:
-    """Uniform numbers float64 [B, views, DRAWS] in [0, 1), the same on every device.
+def uniforms(
+    seed: int, epoch: int, keys: Tensor, views: int, draws: int = DRAWS, after: int = 0
+) -> Tensor:
+    """Uniform numbers float64 [B, views, draws] in [0, 1), the same on every device.
+
+    They are those of the stream that follow its first `after` numbers.
 
     SplitMix64, with a stream for each (seed, epoch, key). torch's own generators depend on the
     device and on the batch in which a number is drawn, so a resumed run would see other views.
@@ -148,9 +184,9 @@ def uniforms(seed: int, epoch: int, keys: Tensor, views: int) -> Tensor:
     stream = _mixed(torch.full((), seed, dtype=torch.int64, device=device))
     stream = _mixed(stream + epoch)
     stream = _mixed(stream + keys)  # [B]
-    counter = torch.arange(1, views * DRAWS + 1, device=device)
-    words = _mixed(stream[:, None] + counter * _GOLDEN)  # [B, views * DRAWS]
-    return (_shifted(words, 11).double() * 2.0**-53).unflatten(1, (views, DRAWS))
+    counter = torch.arange(after + 1, after + views * draws + 1, device=device)
+    words = _mixed(stream[:, None] + counter * _GOLDEN)  # [B, views * draws]
+    return (_shifted(words, 11).double() * 2.0**-53).unflatten(1, (views, draws))
 
 
 def _signed(word: int) -> int:
@@ -182,7 +218,11 @@ def parameters_from(view: View, uniform: Tensor, height: int, width: int) -> Bat
     """
     top, left, crop_height, crop_width = _draw_crop(view.crop_scale, uniform, height, width)
     (flip, jitters, order, brightness, contrast, saturation, hue, gray, blurs, sigma, solarizes) = (
-        uniform[:, CROP_DRAWS:].unbind(1)
+        uniform[:, CROP_DRAWS:DRAWS].unbind(1)
+    )
+    zero = torch.zeros_like(flip)
+    vertical, turn, *gains = (
+        uniform[:, DRAWS:].unbind(1) if uniform.shape[1] > DRAWS else (zero + 1, zero + 1)
     )
     strengths = view.color_jitter
     jittered = jitters < (strengths.probability if strengths else 0.0)
@@ -206,6 +246,13 @@ def parameters_from(view: View, uniform: Tensor, height: int, width: int) -> Bat
         blurs < view.blur,
         BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * sigma,
         solarizes < view.solarize,
+        vertical < view.vertical_flip,
+        torch.where(turn < view.rotate90, 1 + (3 * turn / (view.rotate90 or 1.0)).long(), 0),
+        torch.stack(
+            [factor(strengths.brightness if strengths else 0.0, gain) for gain in gains], dim=1
+        )
+        if gains
+        else None,
     )
 
 
@@ -237,20 +284,26 @@ def _draw_crop(
 
 
 def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """The views of images uint8 [n, 3, H, W]: uint8 [n, 3, size, size].
+    """The views of images uint8 [n, C, H, W]: uint8 [n, C, size, size].
 
     `view` says which operations can occur; the others are not computed.
     """
     assert view.size is not None
     cropped = crop_and_resize(images, parameters, view.size).round()
+    if view.vertical_flip:
+        cropped = _where(parameters.vertical_flip, cropped.flip(2), cropped)
+    if view.rotate90:
+        for turns in (1, 2, 3):
+            turned = torch.rot90(cropped, turns, (2, 3))
+            cropped = _where(parameters.quarter_turns == turns, turned, cropped)
     return _recoloured(cropped, parameters, view).to(torch.uint8)
 
 
 @torch.no_grad()
 def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
-    """Do what follows crop and flip for a group of views: uint8 [B, V, 3, s, s] -> the same shape.
+    """Do what follows crop and flips for a group of views: uint8 [B, V, C, s, s] -> the same shape.
 
-    rows float64 [B, V, 13] are the parameters that augment.augment_batch drew.
+    rows float64 [B, V, 15] are the parameters that augment.augment_batch drew.
     """
     views = [
         _recoloured(crops[:, place].float(), parameters_of(rows[:, place]), view)
@@ -260,7 +313,7 @@ def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
 
 
 def parameters_of(rows: Tensor) -> BatchParameters:
-    """Parameters float64 [n, 13], in the columns that draw.py names, as BatchParameters."""
+    """Parameters float64 [n, 15 or more], in draw.py's columns, as BatchParameters."""
     columns = rows.unbind(1)
     top, left, height, width = (column.long() for column in columns[:4])
     sigma = columns[BLUR_SIGMA_COLUMN]
@@ -279,15 +332,21 @@ def parameters_of(rows: Tensor) -> BatchParameters:
         sigma > 0,
         torch.where(sigma > 0, sigma, 1.0),
         columns[SOLARIZE] > 0,
+        columns[VERTICAL_FLIP] > 0,
+        columns[QUARTER_TURNS].long(),
+        rows[:, PARAMETERS:] if rows.shape[1] > PARAMETERS else None,
     )
 
 
 def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """What follows crop and flip: float32 [n, 3, s, s] of whole levels -> the same."""
+    """What follows crop and flips: float32 [n, C, s, s] of whole levels -> the same."""
     assert view.size is not None
-    if view.color_jitter is not None:
+    is_colour = pixels.shape[1] == RGB
+    if view.color_jitter is not None and not is_colour:
+        pixels = jitter_without_colour(pixels, parameters)
+    elif view.color_jitter is not None:
         pixels = color_jitter(pixels, parameters, view.color_jitter.hue > 0)
-    if view.grayscale:
+    if view.grayscale and is_colour:
         pixels = _where(parameters.grayscale, _luma(pixels).floor(), pixels)
     if view.blur:
         blurred = gaussian_blur(pixels, blur_kernel_size(view.size), parameters.blur_sigma)
@@ -298,7 +357,7 @@ def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tens
 
 
 def crop_and_resize(images: Tensor, parameters: BatchParameters, size: int) -> Tensor:
-    """Each image's box as float32 [n, 3, size, size] in 0..255, mirrored where `flip` says so."""
+    """Each image's box as float32 [n, C, size, size] in 0..255, mirrored where `flip` says so."""
     height, width = images.shape[-2:]
     rows = _resampling(parameters.top, parameters.height, height, size)
     columns = _resampling(parameters.left, parameters.width, width, size)
@@ -349,6 +408,32 @@ def color_jitter(pixels: Tensor, parameters: BatchParameters, turns_hue: bool) -
     return _blends(pixels, torch.where(first, 1.0, factors), orders)
 
 
+_BRIGHTNESS_FIRST = torch.tensor(
+    [order.index("brightness") < order.index("contrast") for order in JITTER_ORDERS]
+)
+
+
+def jitter_without_colour(pixels: Tensor, parameters: BatchParameters) -> Tensor:
+    """Brightness and contrast of gray or multispectral float [n, C, h, w], in each image's order.
+
+    Multispectral channels have brightness factors of their own, and contrast is about each
+    channel's own mean.
+    """
+    gains = parameters.brightness[:, None] if parameters.gains is None else parameters.gains
+    gains = gains.float()[:, :, None, None]  # [n, 1 or C, 1, 1]
+    contrast = _column(parameters.contrast.float())
+    first = _BRIGHTNESS_FIRST.to(pixels.device, non_blocking=True)[parameters.order]
+
+    def brightened(pixels: Tensor) -> Tensor:
+        return (pixels * gains).clamp(0, 255).floor()
+
+    def contrasted(pixels: Tensor) -> Tensor:
+        other = pixels.mean((2, 3), keepdim=True) * (1 - contrast)
+        return (pixels * contrast + other).clamp(0, 255).floor()
+
+    return _where(first, contrasted(brightened(pixels)), brightened(contrasted(pixels)))
+
+
 def _blends(pixels: Tensor, factors: Tensor, kinds: Tensor) -> Tensor:
     """Three blends in a row, each with its factors [n] and kinds [n] (columns of [n, 3]).
 
@@ -387,7 +472,7 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, kernel_size: int, sigma: Tensor) -> Tensor:
-    """Blur float [n, 3, h, w], each image by its own sigma [n]; edges are mirrored."""
+    """Blur float [n, C, h, w], each image by its own sigma [n]; edges are mirrored."""
     reach = kernel_size // 2
     height, width = pixels.shape[-2:]
     offsets = torch.arange(-reach, reach + 1, device=pixels.device)
