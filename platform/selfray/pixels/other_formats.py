@@ -1,6 +1,7 @@
 """Formats and modes that OpenCV does not decode as wanted, decoded by Pillow and tifffile."""
 
 import io
+import logging
 import warnings
 
 import cv2
@@ -37,6 +38,7 @@ def _broken(error: Exception) -> BrokenImage:
 
 
 def open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, it raises as well
     # Not catch_warnings, which would change the filters of other threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if not data:

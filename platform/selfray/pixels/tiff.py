@@ -4,6 +4,7 @@ Read by tifffile, which `pip install 'selfray[tiff]'` brings.
 """
 
 import io
+import logging
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def channels_of(data: bytes, max_pixels: int, page: int = 0) -> np.ndarray:
 def pages_of(data: bytes, max_pixels: int, only: tuple[int, ...] | None = None) -> list[np.ndarray]:
     """The pages of a TIFF as stored, [H, W, C] each; or `only` some of them. BrokenImage."""
     tifffile = _tifffile()
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs is of no use here
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             chosen = range(len(file.pages)) if only is None else only
@@ -49,6 +51,10 @@ def _page(page: Any, max_pixels: int, size: int) -> np.ndarray:
     if int(page.compression) == 1 and stored < height * width * samples * page.bitspersample // 8:
         raise BrokenImage("truncated", f"{size} bytes cannot hold {width} x {height} pixels")
     values = page.asarray()
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    if values.dtype.kind not in "uif":
+        raise BrokenImage("unsupported", f"a TIFF of {values.dtype.name}")
     if values.size != height * width * samples:
         raise BrokenImage("unsupported", f"a TIFF of shape {list(values.shape)}")
     if values.ndim == 2:
