@@ -124,7 +124,7 @@ def test_an_empty_window_and_values_that_are_no_numbers_are_told() -> None:
         only(tiff(np.full((8, 8), np.nan, np.float32)))
     some = ramp(0, 1, np.float32)
     some[0, :4, 0] = np.nan, np.inf, -np.inf, 0.5
-    found = pixels(only(tiff(some), Intake((0, 1))))
+    found = pixels(only(tiff(some), Intake((0, 1), "fixed")))
     assert found[0, :4, 0].tolist() == [0, 255, 0, 128]
 
 

@@ -55,12 +55,13 @@ def _page(page: Any, max_pixels: int, size: int) -> np.ndarray:
         values = values.astype(np.uint8) * 255
     if values.dtype.kind not in "uif":
         raise BrokenImage("unsupported", f"a TIFF of {values.dtype.name}")
-    if values.size != height * width * samples:
-        raise BrokenImage("unsupported", f"a TIFF of shape {list(values.shape)}")
     if values.ndim == 2:
-        return values[:, :, None]
-    planar = int(page.planarconfig) == 2
-    return np.moveaxis(values, 0, 2) if planar and samples > 1 else values
+        values = values[:, :, None]
+    elif values.ndim == 3 and int(page.planarconfig) == 2:
+        values = np.moveaxis(values, 0, 2)
+    if values.shape != (height, width, samples):
+        raise BrokenImage("unsupported", f"a TIFF of shape {list(values.shape)}")
+    return values
 
 
 def _tifffile() -> Any:
