@@ -18,7 +18,6 @@ from selfray.pixels.augment import (
     augment_image,
     evaluation_view,
     generator,
-    parameters_from,
 )
 from selfray.pixels.codecs import (
     BrokenImage,
@@ -29,6 +28,7 @@ from selfray.pixels.codecs import (
     encode_jpeg,
     encode_png,
 )
+from selfray.pixels.parameters import parameters_from
 from selfray.probes.features import embed
 from selfray.train import TrainState, train
 from selfray.views import ColorJitter, View, Views

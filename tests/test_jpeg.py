@@ -8,10 +8,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from selfray.pixels import codecs, compose, jpeg
-from selfray.pixels.augment import apply, augment_batch, draw, draw_views
+from selfray.pixels.augment import apply, augment_batch, draw_views
 from selfray.pixels.codecs import BrokenImage, Planes, encode_png, open_image
 from selfray.pixels.codecs import decode as decode_whole
 from selfray.pixels.headers import TRANSPOSED, TURNS
+from selfray.pixels.parameters import draw
 from selfray.views import View, Views
 
 SUBSAMPLING = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:4:0": 0x121111}

@@ -12,8 +12,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import permutations
 
 import cv2
 import numpy as np
@@ -22,12 +20,19 @@ from selfray.check import require
 from selfray.pixels import compose, random
 from selfray.pixels.codecs import BrokenImage, Planes, encode_jpeg, encode_png, open_image
 from selfray.pixels.colour import blurred_length
-from selfray.pixels.draw import PARAMETERS, draw_more, draw_parameters, extend_cover
+from selfray.pixels.draw import PARAMETERS, extend_cover
+from selfray.pixels.parameters import (
+    DRAWS,
+    ORDERS,
+    Parameters,
+    draw_rows,
+    draws_of,
+    gains_of,
+    specs_of,
+)
 from selfray.pixels.resize import padded_length
 from selfray.pixels.workspace import Workspace
 from selfray.views import (
-    BLUR_SIGMA,
-    CROP_ASPECT,
     RGB,
     ColorJitter,
     Photometric,
@@ -43,75 +48,7 @@ BACKEND = f"selfray-5/opencv-{cv2.__version__}"
 BROKEN = "broken"
 MASK_SUFFIX = "_mask"
 PARAMETERS_SUFFIX = "_parameters"
-CROP_ATTEMPTS = 10
 EVALUATION_CROP = 0.875
-
-JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
-LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
-# Every view takes the same number of random numbers, used or not: crop attempts, the crop's corner,
-# flip, jitter (whether, order, four strengths), grayscale, blur (whether, sigma), solarize.
-CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
-DRAWS = CROP_DRAWS + 11
-MORE_DRAWS = 2
-"""Further numbers of views that are flipped vertically or turned: vertical flip and turn, and one
-for each multispectral channel. They are drawn after all views' others, which so stay as they are.
-"""
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-_ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
-_ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
-
-
-@dataclass(frozen=True, slots=True)
-class Jitter:
-    """Colour jitter: the order of the four operations, their factors, and the shift of the hue."""
-
-    order: tuple[str, ...]
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    """In full turns, within [-0.5, 0.5]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What was drawn for one view; the crop box is in pixels of the source image."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
-    jitter: Jitter | None = None
-    grayscale: bool = False
-    blur_sigma: float | None = None
-    solarize: bool = False
-    vertical_flip: bool = False
-    quarter_turns: int = 0
-    """Counter-clockwise, after the flips."""
-
-    @property
-    def row(self) -> np.ndarray:
-        """The same as float64 [15], in the columns that draw.py names."""
-        jitter = self.jitter
-        colour = (-1, 1.0, 1.0, 1.0, 0.0)
-        if jitter is not None:
-            order = JITTER_ORDERS.index(jitter.order)
-            colour = (order, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        box = (self.top, self.left, self.height, self.width)
-        others = (self.grayscale, self.blur_sigma or 0.0, self.solarize)
-        others = (*others, self.vertical_flip, self.quarter_turns)
-        return np.array([*box, self.flip, *colour, *others], np.float64)
-
-    @classmethod
-    def of(cls, row: np.ndarray) -> "Parameters":
-        """The inverse of `row`."""
-        top, left, height, width, flip, order, *colour = row[:10].tolist()
-        gray, sigma, solarizes, vertical, turns = row[10:PARAMETERS].tolist()
-        jitter = Jitter(JITTER_ORDERS[int(order)], *colour) if order >= 0 else None
-        box = (int(top), int(left), int(height), int(width))
-        flags = (bool(gray), sigma or None, bool(solarizes), bool(vertical), int(turns))
-        return cls(*box, bool(flip), jitter, *flags)
 
 
 @dataclass(frozen=True)
@@ -147,72 +84,6 @@ def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
     words = np.array((key, seed), np.uint64)
     counter = np.array((0, 0, 0, epoch), np.uint64)
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
-
-
-def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Parameters:
-    """One view's parameters for an image of this height and width. Takes DRAWS numbers from rng."""
-    return parameters_from(view, rng.random(DRAWS), height, width)
-
-
-def parameters_from(
-    view: View, uniform: Sequence[float] | np.ndarray, height: int, width: int
-) -> Parameters:
-    """The parameters that DRAWS uniform numbers in [0, 1) give a view: their whole distribution."""
-    drawn = np.asarray(uniform, np.float64)[None]
-    return Parameters.of(_draw_rows(_specs_of((view,)), drawn, height, width)[0])
-
-
-@lru_cache
-def _specs_of(views: tuple[View, ...]) -> np.ndarray:
-    """How views are drawn, float64 [V, 13] in the columns that draw.py names."""
-    rows = []
-    for view in views:
-        jitter = view.color_jitter
-        colour = (-1.0, 0.0, 0.0, 0.0, 0.0)
-        if jitter is not None:
-            strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-            colour = (jitter.probability, *strengths)
-        others = (view.grayscale, view.blur, view.solarize, view.vertical_flip, view.rotate90)
-        rows.append([*view.crop_scale, view.flip, *colour, *others])
-    return np.array(rows, np.float64)
-
-
-def gains_of(channels: int) -> int:
-    """How many channels of an image have a brightness factor of their own."""
-    return 0 if channels in (1, RGB) else channels
-
-
-def draws_of(views: Views, channels: int = RGB) -> tuple[int, int]:
-    """How many random numbers each view takes at first, and how many more after all views."""
-    more = any(v.vertical_flip or v.rotate90 for group in views.values() for v in group)
-    gains = gains_of(channels)
-    return DRAWS, MORE_DRAWS + gains if more or gains else 0
-
-
-def _draw_rows(
-    specs: np.ndarray,
-    uniform: np.ndarray,
-    height: int,
-    width: int,
-    more: np.ndarray | None = None,
-    gains: int = 0,
-) -> np.ndarray:
-    """Parameters float64 [V, 15 + gains] from uniform [V, DRAWS] and more [V, 2 + gains]."""
-    rows = np.empty((len(specs), PARAMETERS + gains))
-    draw_parameters(
-        specs,
-        uniform,
-        CROP_ATTEMPTS,
-        _ASPECTS,
-        _SIGMAS,
-        len(JITTER_ORDERS),
-        height,
-        width,
-        rows,
-    )
-    if more is not None:
-        draw_more(specs, more, gains, rows)
-    return rows
 
 
 # How it is applied
@@ -259,7 +130,7 @@ def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: b
         planes.turns,
         planes.stored,
         rows,
-        _ORDERS,
+        ORDERS,
         blur_kernel_size(size) // 2,
         _room(size, int(planes.layout[:, compose.STRIDE].sum()), views.shape[1]),
         views,
@@ -486,7 +357,7 @@ def _draw_image(
         first += len(group)
         further = None if more is None else more[part]
         size = (image.height, image.width)
-        drawn = rows[name] = _draw_rows(_specs_of(group), uniform[part], *size, further, gains)
+        drawn = rows[name] = draw_rows(specs_of(group), uniform[part], *size, further, gains)
         extend_cover(drawn, out[name].shape[2], cover)
     *box, least = cover.tolist()
     top, left, bottom, right = map(int, box)
