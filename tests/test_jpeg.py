@@ -383,7 +383,9 @@ def orientation(value: int) -> bytes:
 def test_turned_pixels_give_the_views_of_upright_ones(value):
     stored = photograph(70, 91)
     upright = decode_whole(saved(stored, exif=orientation(value), quality=100))
-    planes = Planes.of_interleaved(decode_whole(saved(stored, quality=100)), stored=(TURNS[value], 70, 91))
+    planes = Planes.of_interleaved(
+        decode_whole(saved(stored, quality=100)), stored=(TURNS[value], 70, 91)
+    )
     rng = np.random.default_rng(value)
     view = View(size=32, crop_scale=(0.1, 1.0), flip=0.5)
     for _ in range(30):
