@@ -322,7 +322,7 @@ def _log_pictures(
     console.live("drawing pictures")
     try:
         train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
-        source = Source(data.train, plan, experiment.views)
+        source = Source(data.train, plan, experiment.views, channels=data.channels)
         names = data.train.label_names
         made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
         made["curves.png"] = run_pictures.curves(

@@ -86,6 +86,7 @@ class MAE(Method):
             config.decoder_heads,
             encoder.config.grid,
             self.patch,
+            encoder.config.in_channels,
         )
         nn.init.normal_(self.mask_token, std=0.02)
 

@@ -15,6 +15,7 @@ from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.models import resnet, vit
+from selfray.views import MOST_CHANNELS
 
 
 class Features(NamedTuple):
@@ -71,6 +72,8 @@ class EncoderConfig:
     recompute: bool = added(False)
     """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
     more time, a fraction of the memory, the same numbers."""
+    in_channels: int = added(3)
+    """Channels of the images: those of data.channels."""
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
@@ -82,6 +85,10 @@ class EncoderConfig:
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
         require_one_of("encoder.position", self.position, ("learned", "sincos", "relative"))
+        require(
+            1 <= self.in_channels <= MOST_CHANNELS,
+            f"encoder.in_channels must lie in [1, {MOST_CHANNELS}], got {self.in_channels}",
+        )
         require(self.registers >= 0, f"encoder.registers must be at least 0, got {self.registers}")
         require(
             self.layer_scale is None or self.layer_scale > 0,
@@ -189,6 +196,7 @@ class EncoderConfig:
             "init_values": self.layer_scale,
             "reg_tokens": self.registers or None,
             "norm_layer": GroupNorm if self.norm == "group" else None,
+            "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
@@ -264,7 +272,7 @@ class Encoder(nn.Module):
         """Features of images.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
                 reach nothing (MAE). Only for ViTs. None shows all.
             mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
@@ -338,17 +346,17 @@ def as_code(value: Any) -> str:
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Features:
-    """Features of uint8 images [B, 3, H, W], normalised here."""
+    """Features of uint8 images [B, C, H, W], normalised here."""
     return encoder(normalize(images, mean, std))
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [..., 3, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
+    """uint8 [..., C, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
     shift, scale = _channels(mean, images.device), _channels(std, images.device)
     return (images.float() - shift) / scale
 
 
 @lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
-    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(3, 1, 1)
+    """[C, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(-1, 1, 1)
