@@ -20,17 +20,19 @@ from PIL import Image
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
 from selfray.cluster import launch
-from selfray.cluster.mlflow_runs import log_page, read_run, read_runs
+from selfray.cluster.mlflow_runs import log_page, read_runs
 from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
-from selfray.runs import checkpoint, comparison
-from selfray.runs.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
+from selfray.report.page import thinned, write_page
+from selfray.runs import checkpoint, ranking
 from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
+from selfray.runs.ranking import ComparedRun, cautions, differences, ranked
+from selfray.runs.reading import read_run
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture
 
-SOURCE_ROOT = Path(comparison.__file__).parent.parent
+SOURCE_ROOT = Path(ranking.__file__).parents[2]
 NOWHERE = f"http://{DEAD}"
 
 
@@ -282,7 +284,7 @@ def test_runs_judged_by_different_probes_are_ranked_apart(tmp_path: Path) -> Non
     ]
     order = ranked(runs)
     assert [run.name for run in order] == ["high", "low", "mae", "unprobed", "broken"]
-    assert comparison.featured(order) == [0, 2, 1, 3, 4]
+    assert ranking.featured(order) == [0, 2, 1, 3, 4]
     told = cautions(order)
     assert "kNN judges simclr; linear judges mae" in told["judges"]
     assert "Best: high, kNN 70.0%; mae, linear 99.0%." in Page(write_page(runs, "page")).texts[2]
@@ -300,10 +302,6 @@ def test_only_chosen_parameters_differ_and_what_a_recipe_sets_stands_apart(tmp_p
     assert found.of_recipes["batch_size"] == [8, 8, 16]
     assert found.of_recipes["method.mask_ratio"] == [None, None, 0.75]
     assert not {"workers", "output", "name"} & {*found.varied, *found.of_recipes}
-
-
-def test_placement_is_what_the_experiment_says() -> None:
-    assert set(comparison.PLACEMENT) == Experiment.PLACEMENT
 
 
 @pytest.mark.parametrize(
@@ -338,13 +336,13 @@ def test_probes_of_other_images_or_by_another_protocol_are_not_compared(tmp_path
 
 def test_the_table_has_a_line_for_each_run_and_marks_the_probe_that_judges(tmp_path: Path) -> None:
     runs = ranked(read_runs(temperatures(tmp_path, 0.1, 0.4)))
-    head, *lines = comparison.table(runs)
+    head, *lines = ranking.table(runs)
     assert head.split() == [
         "run", "status", "kNN", "linear", "RankMe", "images", "images/s", "method.temperature",
     ]  # fmt: skip
     assert lines[0].split()[2:] == ["finished", "70.0%*", "90.0%", "12.5", "40", "300", "0.4"]
-    many = comparison.table([made(f"run-{n}") for n in range(500)])
-    assert len(many) == 1 + comparison.MOST_LINES + 1
+    many = ranking.table([made(f"run-{n}") for n in range(500)])
+    assert len(many) == 1 + ranking.MOST_LINES + 1
     assert many[-1] == "... and 460 more"
 
 
@@ -637,7 +635,7 @@ def test_comparing_nothing_is_told_in_one_line(typed: Type) -> None:  # noqa: F8
 def test_runs_are_compared_without_ray_or_torch(tmp_path: Path) -> None:
     temperatures(tmp_path / "runs", 0.1, 0.2)
     script = (
-        "import sys\nfrom selfray import cli\n"
+        "import sys\nfrom selfray.commands import main as cli\n"
         "sys.argv = ['selfray', 'compare', 'runs', '--no-track']\nassert cli.main() == 0\n"
         "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
     )

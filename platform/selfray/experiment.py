@@ -141,19 +141,7 @@ class Experiment:
     log_every: int = 10
     """Steps between two points of the metrics."""
 
-    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "workers",
-            "gpus_per_worker",
-            "cpus_per_worker",
-            "worker_resources",
-            "data_cpus",
-            "output",
-            "max_failures",
-            "log_every",
-            "guard",
-        }
-    )
+    PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what is computed: they may change
     when a run is continued."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
 from selfray.commands.reference import described, name_of, open_checkpoint, output_of, run_folder
+from selfray.metrics import ACCURACIES, probe_name
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.storage import Location
 
@@ -231,10 +232,12 @@ def _table(
     yield f"{first.train_images:,} train and {first.test_images:,} test images of {where}"
     yield ""
     width = max(len(judged.title) for judged in results)
-    yield f"{'':{width}}     kNN  linear  RankMe  seconds"
+    shown = (*ACCURACIES, "rankme")
+    head = "".join(f"  {probe_name(name):>6}" for name in shown)
+    yield f"{'':{width}}{head}  seconds"
     for _, title, result, seconds in results:
-        accuracies = f"{result.knn:6.1%}  {result.linear:6.1%}"
-        yield f"{title:{width}}  {accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
+        accuracies = "".join(f"  {getattr(result, name):6.1%}" for name in ACCURACIES)
+        yield f"{title:{width}}{accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
     yield ""
     yield from first.protocols.values()
 
