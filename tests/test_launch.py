@@ -22,11 +22,11 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
-from selfray.cluster.build import write_arrays
 from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
 from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
 from selfray.console import Console
+from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
 from selfray.pixels import augment

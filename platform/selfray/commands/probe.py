@@ -54,6 +54,9 @@ class Probe:
     image_column: Annotated[
         str | None, flag("Parquet column of the images.", "NAME", "found by its type")
     ] = None
+    label_column: Annotated[
+        str | None, flag("Column of the labels.", "NAME", "found by its name")
+    ] = None
     train_limit: Annotated[
         int | None, flag("Use at most this many train images.", "N", "the run's probe.train_limit")
     ] = None
@@ -82,12 +85,13 @@ class Probe:
             require(limit is None or limit > 0, f"--{name}-limit must be positive, got {limit}")
         console.live("loading torch and ray")
         from selfray.cluster import runtime
+        from selfray.data.data_sets import needs_build
 
         checkpoint = open_checkpoint(self.checkpoint, self.tracking, console)
         experiment = checkpoint.experiment()
         chosen = self._data(experiment)
         with ExitStack() as stack:
-            if any(_is_converted(path) for path in (chosen.path, chosen.test_path) if path):
+            if any(needs_build(path) for path in (chosen.path, chosen.test_path) if path):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
             data = _open_labelled(chosen, output_of(checkpoint), console)
@@ -113,11 +117,15 @@ class Probe:
         """The run's own data, or what the flags say."""
         data = experiment.data
         if self.data is not None:
-            data = replace(data, path=self.data, test_path=self.test, image_column=None)
+            data = replace(
+                data, path=self.data, test_path=self.test, image_column=None, label_column=None
+            )
         if self.test is not None:
             data = replace(data, test_path=self.test)
         if self.image_column is not None:
             data = replace(data, image_column=self.image_column)
+        if self.label_column is not None:
+            data = replace(data, label_column=self.label_column)
         return data
 
     def _limits(self, experiment: "Experiment") -> tuple[int, int]:
@@ -181,43 +189,28 @@ class Judged(NamedTuple):
     seconds: float
 
 
-def _is_converted(path: str) -> bool:
-    """Whether a path holds images to be made into shards, which takes Ray. Whatever else is wrong
-    with a path is told without it."""
-    from selfray.data.data_sets import EMBEDDED
-    from selfray.data.reader import parquet_files
-
-    if path.startswith(EMBEDDED) or "*" in path:
-        return False
-    return Location.of(path).exists() and not parquet_files(path)
-
-
 def _open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
+    from selfray.cluster.build import build
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say)
+        opened = open_data(data, output, console.say, build)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
-        raise type(error)(text.replace("data.image-column", "image-column")) from None
+        raise type(error)(text.replace("data.label-column", "label-column")) from None
     if not opened.can_probe:
         path = data.path if not opened.train.has_labels else data.test_path or data.path
         raise ValueError(
             f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
-            "class folders, .cls members of tars or an integer Parquet column named label"
+            "class folders, .cls members of tars or a Parquet column named label"
         )
-    names = opened.train.label_names
-    if opened.test is not None and names and opened.test.label_names not in (None, names):
+    if opened.test is not None and not opened.common_classes:
         raise ValueError(
-            f"the classes of train ({_shown(names)}) and of test "
-            f"({_shown(opened.test.label_names or ())}) differ: give images of the same classes"
+            f"no class of the test images is among those of the train images ({opened.classes()}): "
+            "give images of the same classes"
         )
     return opened
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
 
 def _table(
