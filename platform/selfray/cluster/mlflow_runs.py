@@ -1,7 +1,6 @@
 """From what a person names to runs side by side: folders, sweeps, MLflow runs and experiments; and
 a page of them back to MLflow."""
 
-import hashlib
 import logging
 import os
 import posixpath
@@ -9,17 +8,17 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfray.check import require
-from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
+from selfray.cluster.mlflow_store import asking_mlflow, named_store, tracking_uri
 from selfray.metrics import RATE, SUMMARY
 from selfray.report.page import PAGE
 from selfray.runs import reading
 from selfray.runs.folder import RUN_RECORD, read_object
 from selfray.runs.ranking import ComparedRun, Points, Scalar, Status, Tracked
 from selfray.runs.reading import READERS, Named, judge_of, protocols_in, read_run, trials
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 MLRUNS = "mlruns:"
 _MLFLOW_PAGE = 1000
 _PARENT = "mlflow.parentRunId"
-_COMPARED = "selfray.compared"
-"""Tag of an MLflow run that only holds a page: which runs are on it."""
 Say = Callable[[str], None]
 
 
@@ -95,10 +92,10 @@ def _of_sweep(sweep: Location, tracking: str | None, say: Say) -> list[Named]:
     if parent and not reading.has_ended(sweep):
         # A trial under way has no file yet; its MLflow run is known from its start.
         try:
-            uri = _store(record, tracking)
+            uri = named_store(record, tracking)
             with asking_mlflow(uri) as (client, _):
                 under_way = _children(client, client.get_run(parent))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             say(f"the sweep has not ended, and what is under way is not shown: {error}")
         else:
             found += under_way
@@ -209,11 +206,11 @@ def _read(named: Named, tracking: str | None) -> ComparedRun:
         if not folder.exists():
             return _without_folder(named, tracking)
         run = read_run(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         # One damaged run must not hide the others. A file from elsewhere may hold anything.
         log.exception("%s cannot be read", folder)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        run = ComparedRun(folder.name, folder.uri, "unreadable", note=f"not readable: {reason}")
+        note = f"not readable: {one_line(error)}"
+        run = ComparedRun(folder.name, folder.uri, "unreadable", note=note)
     if named.failure and not run.note:
         run = replace(run, note=named.failure)
         if run.status != "finished":
@@ -283,54 +280,36 @@ def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> st
     """Log a page as an artifact, and say in one line what became of that.
 
     The trials of one sweep have it at the sweep's run, a single run at its own. Any other choice of
-    runs gets an MLflow run of its own, named comparison, in their experiment; comparing the same
-    runs again replaces the page there.
+    runs has no run in MLflow that it belongs to: its page is a file alone.
     """
     known = [run.tracked for run in runs if run.tracked is not None]
     if not known:
         return "not logged: no MLflow run belongs to these runs"
-    # A password is not recorded; then the environment must name the store.
-    recorded = {"tracking_uri": known[0].store}
     try:
-        with asking_mlflow(_store(recorded, tracking)) as (client, where):
-            target, what = _target(client, known)
-            client.log_text(target, page, PAGE)
+        (uri,) = {named_store({"tracking_uri": one.store}, tracking) for one in known}
+        with asking_mlflow(uri) as (client, where):
+            target = _target(client, known)
+            if target is None:
+                return "not logged: these runs are not of one sweep, so the page is a file alone"
+            client.log_text(target.info.run_id, page, PAGE)
     except Exception as error:  # each artifact store's client raises its own
         log.exception("the page was not logged")
-        return f"not logged: {' '.join(str(error).split()) or type(error).__name__}"
-    return f"logged to MLflow ({where}) as {PAGE} of {what}"
+        return f"not logged: {one_line(error)}"
+    kind = "run" if len(known) == 1 else "sweep"
+    return f"logged to MLflow ({where}) as {PAGE} of the {kind} {target.info.run_name}"
 
 
-def _store(record: dict[str, Any], tracking: str | None) -> str:
-    """The store that a run's folder names, unless a person names one."""
-    recorded = str(record.get("tracking_uri") or "")
-    known = None if "***" in recorded else recorded or None
-    return tracking_uri(Location.of("runs"), tracking or known)
-
-
-def _target(client: "MlflowClient", known: Sequence[Tracked]) -> tuple[str, str]:
-    """(id, description) of the MLflow run that is to have the page."""
+def _target(client: "MlflowClient", known: Sequence[Tracked]) -> "Run | None":
+    """The MLflow run that is to have the page; None where there is none."""
     if len(known) == 1:
-        run = client.get_run(known[0].run_id)
-        return run.info.run_id, f"the run {run.info.run_name}"
+        return client.get_run(known[0].run_id)
     parents = set()
     for tracked in known:
         tags = {} if tracked.parent else client.get_run(tracked.run_id).data.tags
         parents.add(tracked.parent or tags.get(_PARENT, ""))
         if len(parents) > 1 or "" in parents:
-            break
-    if len(parents) == 1 and "" not in parents:
-        run = client.get_run(parents.pop())
-        return run.info.run_id, f"the sweep {run.info.run_name}"
-    ids = sorted({tracked.run_id for tracked in known})
-    key = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:16]
-    experiment = client.get_run(known[0].run_id).info.experiment_id
-    found = client.search_runs([experiment], f"tags.`{_COMPARED}` = '{key}'", max_results=1)
-    if found:
-        return found[0].info.run_id, f"the run {found[0].info.run_name}"
-    made = client.create_run(experiment, tags={_COMPARED: key}, run_name="comparison")
-    client.set_terminated(made.info.run_id)
-    return made.info.run_id, f"a run of its own, comparison of {len(ids):,} runs"
+            return None
+    return client.get_run(parents.pop())
 
 
 def default_page(references: Sequence[str]) -> Location:

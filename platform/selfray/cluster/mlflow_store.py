@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from selfray.storage import Location, without_password
+from selfray.masking import masked
+from selfray.storage import Location
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mlflow import MlflowClient
@@ -44,6 +45,26 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
     return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
 
 
+def named_store(record: Mapping[str, Any], tracking: str | None) -> str:
+    """The MLflow store of a run whose folder names one in its record, where the user names it too.
+
+    A folder is data, and may be a stranger's: a store that only it names is neither contacted, with
+    credentials that are for another, nor written to. ValueError says how the user names it.
+
+    Args:
+        record: the folder's mlflow.json.
+        tracking: the user's flag; with it the record does not matter.
+    """
+    uri = tracking_uri(Location.of("runs"), tracking)
+    recorded = masked(str(record.get("tracking_uri") or ""))
+    if tracking is None and recorded not in ("", masked(uri)):
+        raise ValueError(
+            f"the run's folder names the MLflow store {recorded}, and a store is used only where "
+            "you name it: give --tracking, or MLFLOW_TRACKING_URI, if you know it"
+        )
+    return uri
+
+
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
     """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
     there is no answer."""
@@ -73,7 +94,7 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client that asks once and does not wait for minutes."""
     for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
-    where = without_password(uri)
+    where = masked(uri)
     database = database_file(uri)
     if database is not None and not Path(database).exists():  # MLflow would make an empty one
         raise ConnectionError(
@@ -88,7 +109,7 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
         yield MlflowClient(tracking_uri=uri), where
     except (MlflowException, SQLAlchemyError) as error:
         log.exception("MLflow")
-        text = str(error).replace(uri, where)
+        text = masked(str(error))
         refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
         cause = refused[1] if refused else textwrap.shorten(text, 160, placeholder=" ...")
         raise ConnectionError(

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfray.cluster.mlflow_store import QUIET_AND_QUICK, database_file, locked, quiet_logs
+from selfray.masking import masked
 from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader
-from selfray.storage import Location, without_password
+from selfray.storage import Location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,7 +57,7 @@ class Shipper:
     ) -> None:
         """As a Tracker's. `say` is called from the thread."""
         self.uri = uri
-        self.shown_uri = without_password(uri)
+        self.shown_uri = masked(uri)
         self.experiment_name = experiment_name
         self.run_name = run_name
         self.run_folder = run_folder
@@ -64,8 +65,8 @@ class Shipper:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.run_is_open = threading.Event()
-        self._params = {accepted(key): str(value) for key, value in params.items()}
-        self._tags = {accepted(key): str(value) for key, value in tags.items()}
+        self._params = {accepted(key): masked(str(value)) for key, value in params.items()}
+        self._tags = {accepted(key): masked(str(value)) for key, value in tags.items()}
         self._say = say
         self._retry_seconds = retry_seconds
         self._thread = threading.Thread(
@@ -289,7 +290,7 @@ class Shipper:
                     ]
                 case {"kind": "tags", "values": dict(values)}:
                     tags |= {
-                        accepted(key): _cut(str(value), MAX_TAG_VAL_LENGTH)
+                        accepted(key): _cut(masked(str(value)), MAX_TAG_VAL_LENGTH)
                         for key, value in values.items()
                     }
                 case {"kind": "artifact", "path": str(path)} if path not in artifacts:
@@ -404,7 +405,7 @@ class Shipper:
             text = caused_by[1].rpartition("): ")[2]
         if "timed out" in text:
             text = f"no answer within {os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT']} s"
-        return _cut(text.replace(self.uri, self.shown_uri), 300)
+        return _cut(masked(text), 300)
 
 
 class _DeletedRunError(Exception):

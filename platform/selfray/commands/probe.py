@@ -269,10 +269,10 @@ def _track(
     console: "Console",
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
-    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+    from selfray.cluster.mlflow_store import mlflow_tags, named_store
     from selfray.cluster.probe_tasks import metrics_of, tags_of
     from selfray.cluster.tracking import Tracker
-    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
+    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training, read_object
     from selfray.runs.spool import SpoolWriter
 
     run = run_folder(checkpoint)
@@ -291,16 +291,15 @@ def _track(
     if is_training(run):
         console.say("the run is still training: it sends these numbers to MLflow with its own")
         return
-    record = (run / RUN_RECORD).read_json()
-    # A password is not recorded; then the environment must name the server.
-    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
-    uri = tracking_uri(output_of(checkpoint), tracking or known)
+    record = read_object(run / RUN_RECORD)
     try:
-        mlflow_tags(uri, record["run_id"])  # a Tracker would begin a second run where it is missing
+        uri = named_store(record, tracking)
+        # A Tracker would begin a second run where it is missing.
+        mlflow_tags(uri, str(record.get("run_id")))
     except (ValueError, OSError) as error:
         console.say(f"not logged, but kept in {run / SPOOL}: {error}")
         return
-    shipped = (run / SHIPPED).read_json() if (run / SHIPPED).exists() else {}
+    shipped = read_object(run / SHIPPED)
     tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
     console.live("logging to MLflow")
     tracker.start()
