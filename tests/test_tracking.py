@@ -443,7 +443,7 @@ def test_passwords_in_a_uri_are_not_shown(make: Callable[..., Tracker], said: li
     wait_for("a line", lambda: said)
     tracker.finish("FINISHED", seconds=0.1)
     assert "secret" not in "".join(said) + tracker.describe()
-    assert "user:***@127.0.0.1:9" in said[0]
+    assert "http://***@127.0.0.1:9" in said[0]
 
 
 def test_environment_tags_name_code_packages_and_machine(

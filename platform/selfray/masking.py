@@ -3,6 +3,8 @@ early error costs nothing."""
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -35,6 +37,17 @@ def masked(text: str) -> str:
         if len(value) >= 8:  # a shorter one may be part of any word
             text = text.replace(value, HIDDEN)
     return text
+
+
+def masked_json(value: Any) -> Any:
+    """A JSON value with all texts in it masked."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {key: masked_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_json(item) for item in value]
+    return value
 
 
 def _masked_uri(uri: str) -> str:

@@ -55,6 +55,7 @@ across temperatures or mask ratios."""
 
 METRICS = {
     LOSS: Metric("loss", "loss", is_summary=True),
+    "epoch": Metric("epoch", "epoch"),
     "learning_rate": Metric("learning rate", "learning rate"),
     "gradient_norm": Metric("gradient norm", "norm of the gradient"),
     **{f"{PROBE}{name}": metric for name, metric in PROBES.items()},

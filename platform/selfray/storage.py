@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from selfray.masking import end_of_credentials, masked
+from selfray.masking import end_of_credentials, masked, masked_json
 
 _Result = TypeVar("_Result")
 
@@ -240,4 +240,4 @@ class Location:
             raise
 
     def write_json(self, value: Any) -> None:
-        self.write_bytes(json.dumps(value, indent=1).encode())
+        self.write_bytes(json.dumps(masked_json(value), indent=1).encode())

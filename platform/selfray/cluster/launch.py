@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import posixpath
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfray import config
+from selfray import config, recipes
 from selfray.check import named_amounts
 from selfray.cluster import runtime, waiting
 from selfray.cluster.build import build
-from selfray.cluster.mlflow_store import tracking_uri
+from selfray.cluster.mlflow_store import DataSetInput, tracking_uri
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_tasks import ProbeJob
 from selfray.cluster.runtime import Resources
@@ -174,7 +175,7 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = _tracker(experiment, run, plan, used, tracking, part, console)
+        tracker = _tracker(experiment, run, plan, data, used, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -217,10 +218,12 @@ def _carry_out(
             _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
+        tracker.describe_run(_description(experiment, plan, _result(monitor)))
         status = "FINISHED"
     except RunFailed as error:
         _write_record(run, experiment, "failed", failure=str(error))
         tracker.set_tags({"failure": str(error)})
+        tracker.describe_run(_description(experiment, plan, f"Failed: {error}"))
         raise
     except KeyboardInterrupt:
         status = "KILLED"
@@ -244,10 +247,20 @@ def _carry_out(
     return result
 
 
+def _result(monitor: Monitor) -> str:
+    """What the probes came to, for the run's description."""
+    if not monitor.probes:
+        return ""
+    last, first = monitor.probes[max(monitor.probes)], monitor.probes.get(0)
+    before = f" (untrained: {first.described})" if first is not None and first != last else ""
+    return f"Result: {last.described}{before}."
+
+
 def _tracker(
     experiment: Experiment,
     run: Location,
     plan: ReadPlan,
+    data: DataSets,
     used: Mapping[str, str],
     tracking: str | None,
     part: PartOf,
@@ -267,11 +280,29 @@ def _tracker(
             "augmentation.backend": _augmentation_backend(),
             "data.images": str(plan.rows),
             "run.folder": run.uri,
+            "mlflow.note.content": _description(experiment, plan),
             **used,
         },
         parent_run_id=part.parent_run_id,
         say=console.say,
+        data_set=DataSetInput(
+            posixpath.basename(experiment.data.path.rstrip("/")) or experiment.data.path,
+            data.train.digest,
+            experiment.data.path,
+            {"images": plan.rows, "classes": len(data.train.label_names or ())},
+        ),
     )
+
+
+def _description(experiment: Experiment, plan: ReadPlan, result: str = "") -> str:
+    """One paragraph for the run's page: what is trained, on what, and what came of it."""
+    encoder = experiment.encoder
+    text = (
+        f"{experiment.method.name} pretrains {encoder.name} at {encoder.image_size} pixels on "
+        f"{plan.rows:,} images of {experiment.data.path}: {experiment.epochs:,} epochs of batch "
+        f"{experiment.batch_size:,} by the recipe {experiment.name}."
+    )
+    return f"{text} {result}".strip()
 
 
 def _fit(
@@ -567,10 +598,20 @@ def _write_record(
             "name": run.name,
             # Beside the experiment, whose types bring torch with them, for readers in a hurry.
             "judged_by": experiment.method.judged_by,
+            "given": given_by_user(experiment),
             "experiment": config.to_json(experiment),
             **more,
         }
     )
+
+
+def given_by_user(experiment: Experiment) -> list[str]:
+    """The dotted names of what a flag or file has set otherwise than the recipe."""
+    recipe = recipes.every().get(experiment.name)
+    if recipe is None:
+        return []
+    theirs, ours = (config.flatten(config.to_json(one)) for one in (recipe, experiment))
+    return sorted(name for name in ours if name != "name" and ours[name] != theirs.get(name))
 
 
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:

@@ -2,20 +2,23 @@
 with its cause, within seconds."""
 
 import fcntl
+import json
 import logging
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfray.masking import masked
+from selfray.masking import masked, masked_json
 from selfray.storage import Location
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 QUIET_AND_QUICK = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -145,3 +148,30 @@ def database_file(uri: str) -> str | None:
 
 def local_runs() -> str:
     return os.path.abspath("runs")
+
+
+@dataclass(frozen=True)
+class DataSetInput:
+    """The data set of a run, as MLflow shows it."""
+
+    name: str
+    digest: str
+    """At most 36 characters; another one for other images."""
+    source: str
+    """A path or URI."""
+    profile: Mapping[str, Any]
+    """Such as {"images": 1200}."""
+
+
+def as_input(found: DataSetInput) -> "DatasetInput":
+    """A data set as MLflow's own kind."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data_set = Dataset(
+        name=found.name,
+        digest=found.digest[:36],
+        source_type="s3" if found.source.startswith("s3://") else "local",
+        source=json.dumps({"uri": masked(found.source)}),
+        profile=json.dumps(masked_json(found.profile)),
+    )
+    return DatasetInput(data_set, [InputTag("mlflow.data.context", "training")])

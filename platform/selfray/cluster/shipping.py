@@ -18,7 +18,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfray.cluster.mlflow_store import QUIET_AND_QUICK, database_file, locked, quiet_logs
+from selfray.cluster.mlflow_store import (
+    QUIET_AND_QUICK,
+    DataSetInput,
+    as_input,
+    database_file,
+    locked,
+    quiet_logs,
+)
 from selfray.masking import masked
 from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader
@@ -54,6 +61,7 @@ class Shipper:
         parent_run_id: str | None,
         say: Callable[[str], None],
         retry_seconds: tuple[float, float],
+        data_set: DataSetInput | None = None,
     ) -> None:
         """As a Tracker's. `say` is called from the thread."""
         self.uri = uri
@@ -62,6 +70,7 @@ class Shipper:
         self.run_name = run_name
         self.run_folder = run_folder
         self.parent_run_id = parent_run_id
+        self.data_set = data_set
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.run_is_open = threading.Event()
@@ -208,6 +217,8 @@ class Shipper:
             "tags",
             [RunTag(key, _cut(value, MAX_TAG_VAL_LENGTH)) for key, value in tags.items()],
         )
+        if self.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
+            client.log_inputs(info.run_id, [as_input(self.data_set)])
         return client
 
     def _recorded_run(self, client: "MlflowClient") -> "Run | None":
@@ -244,7 +255,10 @@ class Shipper:
             return experiment.experiment_id
         try:
             return client.create_experiment(
-                self.experiment_name, artifact_location=self._artifact_root()
+                self.experiment_name,
+                artifact_location=self._artifact_root(),
+                # Or MLflow's page opens it as one of language models, with the runs out of sight.
+                tags={"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

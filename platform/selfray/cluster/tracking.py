@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfray.check import require
-from selfray.cluster.mlflow_store import database_file, local_runs
+from selfray.cluster.mlflow_store import DataSetInput, database_file, local_runs
 from selfray.cluster.shipping import Shipper, Status
 from selfray.runs.folder import ARTIFACTS, SPOOL
 from selfray.runs.spool import SpoolWriter
@@ -50,6 +50,7 @@ class Tracker:
         parent_run_id: str | None = None,
         say: Callable[[str], None] = print,
         retry_seconds: tuple[float, float] = (1.0, 30.0),
+        data_set: DataSetInput | None = None,
     ) -> None:
         """`retry_seconds`: the first and the longest pause between attempts at a dead server."""
         require(experiment_name != "", "experiment_name must not be empty")
@@ -72,6 +73,7 @@ class Tracker:
             parent_run_id,
             say,
             retry_seconds,
+            data_set,
         )
         self._is_started = False
         # One writer for each start of the driver: a predecessor that is not quite dead yet must
@@ -87,6 +89,10 @@ class Tracker:
         require(not self._is_started, "this Tracker was started before")
         self._is_started = True
         self._shipper.start()
+
+    def describe_run(self, text: str) -> None:
+        """What the run is, shown at the top of its page in MLflow; the last text counts."""
+        self.set_tags({"mlflow.note.content": text})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the MLflow run, as soon as the server is there."""

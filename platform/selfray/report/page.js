@@ -497,6 +497,34 @@
     }
   }
 
+  // A picture alone, as large as the window; a click shows its own pixels.
+
+  const CHARTS = new Set(["embedding", "curves"]);
+  let zoomed = null;
+
+  function zoom(figure) {
+    zoomed = figure;
+    const from = figure.querySelector("img");
+    const to = by("zoom-image");
+    to.src = from.src;
+    to.alt = from.alt;
+    to.className = "";
+    if (from.dataset.chart === undefined) delete to.dataset.chart;
+    else to.dataset.chart = "";
+    by("zoom-title").textContent = figure.querySelector("figcaption").textContent;
+    if (!by("zoom").open) by("zoom").showModal();
+  }
+
+  function zoomNext(step) {
+    const seen = [...document.querySelectorAll("figure")].filter((figure) => !figure.hidden && figure.querySelector("img"));
+    zoom(seen[(seen.indexOf(zoomed) + step + seen.length) % seen.length]);
+  }
+
+  function showMore() {
+    const table = document.querySelector("#ranking").parentElement;
+    by("more-runs").classList.toggle("needed", table.scrollWidth > table.clientWidth + 1);
+  }
+
   function refresh() {
     by("clear").hidden = !state.chosen.size;
     for (const button of document.querySelectorAll(".pick")) {
@@ -570,10 +598,11 @@
   for (const image of document.querySelectorAll("figure img")) {
     const button = document.createElement("button");
     button.type = "button";
-    button.setAttribute("aria-label", `larger or smaller: ${image.alt}`);
+    button.setAttribute("aria-label", `larger: ${image.alt}`);
+    if (CHARTS.has(image.closest("figure").dataset.kind)) image.dataset.chart = "";
     image.replaceWith(button);
     button.append(image);
-    button.addEventListener("click", () => button.closest("figure").classList.toggle("wide"));
+    button.addEventListener("click", () => zoom(button.closest("figure")));
   }
   let resized = 0;
   let width = window.innerWidth;
@@ -581,8 +610,21 @@
     if (window.innerWidth === width) return;
     width = window.innerWidth;
     cancelAnimationFrame(resized);
-    resized = requestAnimationFrame(draw);
+    resized = requestAnimationFrame(() => {
+      draw();
+      showMore();
+    });
   });
+  by("before").addEventListener("click", () => zoomNext(-1));
+  by("after").addEventListener("click", () => zoomNext(1));
+  by("zoom-image").addEventListener("click", () => by("zoom-image").classList.toggle("whole"));
+  by("zoom").addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") zoomNext(-1);
+    if (event.key === "ArrowRight") zoomNext(1);
+  });
+  // Without anything that was chosen, an empty table would say nothing.
+  by("recipes").checked = of_recipes.length > 0 && !document.querySelector("#parameters tbody tr:not(.of-recipe)");
+  showMore();
   showRecipes();
   refresh();
 })();

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
@@ -33,12 +34,13 @@ from selfray.runs.ranking import (
     ranked,
     shown,
 )
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 MOST_POINTS = 150_000
 """Of all curves of a page together: about 3 MB."""
 POINTS_OF_A_CURVE = (40, 600)
 """Fewest and most."""
+LARGEST_PICTURE_PIXELS = 50_000_000
 LARGEST_PICTURE_BYTES = 300_000
 """A larger one is packed anew."""
 MOST_COLUMNS = 24
@@ -91,7 +93,9 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
     values["SCRIPT"] = files.joinpath("page.js").read_text("utf-8")
     template = files.joinpath("page.html").read_text("utf-8")
     # In one pass: a run that is called {{DATA}} stays what it is.
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)
+    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)
+    # A file's name may hold half a character, which UTF-8 cannot write.
+    return page.encode("utf-8", "backslashreplace").decode()
 
 
 def as_script(value: Any) -> str:
@@ -187,6 +191,39 @@ def _is_numeric(values: Sequence[Scalar | None]) -> bool:
     return bool(kinds) and kinds <= {int, float}
 
 
+_FACTS = (
+    ("encoder", "", "encoder.name"),
+    ("epochs", "", "epochs"),
+    ("duration", "h:mm:ss", ""),
+    ("started", "UTC", ""),
+    ("MLflow", "the run's page on its tracking server", ""),
+)
+"""(head, hint, parameter) of the columns that tell of a run what any reader asks."""
+
+
+def _fact(run: ComparedRun, name: str, parameter: str) -> str:
+    if parameter:
+        value = run.parameters.get(parameter)
+        return _parameter(value, isinstance(value, int | float))
+    if name == "duration":
+        return _cell("-" if run.seconds is None else _clock(run.seconds), run.seconds, "number")
+    if name == "started":
+        if run.started is None:
+            return _cell("-")
+        moment = datetime.fromtimestamp(run.started, UTC)
+        return _cell(f"{moment:%Y-%m-%d %H:%M}", f"{moment:%Y-%m-%dT%H:%M:%S}")
+    address = run.tracked and run.tracked.page
+    if not address:
+        return _cell("-" if run.tracked is None else run.tracked.run_id[:12])
+    link = html.escape(address, quote=True)
+    return f'<td><a href="{link}" rel="noreferrer noopener" target=_blank>open</a></td>'
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
     mixed = len({run.recipe for run in runs}) > 1
     heads = [("#", ""), ("run", "")]
@@ -200,14 +237,17 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         ("images", "images seen"),
         ("images/s", "images trained in a second, median"),
     ]
+    varied = list(found.varied.items())
+    # What was varied has a column of its own.
+    facts = [fact for fact in _FACTS if fact[2] not in found.varied]
     heads += [(name, "") for name in found.varied]
+    heads += [(name, hint) for name, hint, _ in facts]
     head = "".join(
         f'<th scope=col aria-sort=none><button type=button title="{html.escape(hint, quote=True)}">'
         f"{html.escape(name)}</button></th>"
         for name, hint in heads
     )
     rows = []
-    varied = list(found.varied.items())
     numeric = {name for name, values in varied if _is_numeric(values)}
     for index, run in enumerate(runs):
         cells = [_cell(str(index + 1), index + 1, "number")]
@@ -233,6 +273,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
             _figure(run.images_per_second, ",.0f"),
         ]
         cells += [_parameter(values[index], name in numeric) for name, values in varied]
+        cells += [_fact(run, name, parameter) for name, _, parameter in facts]
         rows.append(f"<tr data-run={index}>{''.join(cells)}</tr>")
     return f"<table id=ranking><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -242,7 +283,11 @@ def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
     everything = {**found.varied, **found.of_recipes}
     columns = sorted(featured(runs)[:MOST_COLUMNS])
     if not everything:
-        return "<p>The runs differ in no parameter.</p>" if len(runs) > 1 else ""
+        told = (
+            "The runs have the same settings, but for where and how they were carried out "
+            "(workers, output and the like)."
+        )
+        return f"<p>{told}</p>" if len(runs) > 1 else ""
     head = "".join(
         f'<th scope=col data-run={index} title="{html.escape(run.title, quote=True)}">'
         f"{html.escape(str(index + 1))}</th>"
@@ -312,9 +357,9 @@ def _picture(file: Location, alternative: str) -> str:
     """An image with its bytes in it. One that cannot be read is said, not raised."""
     try:
         kind, data = _packed(file.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        return f"<p class=missing>{html.escape(f'{file} cannot be read: {reason}')}</p>"
+    except Exception as error:  # Pillow's readers raise all kinds for a file that is no picture
+        told = f"{file} cannot be read: {one_line(error)}"
+        return f"<p class=missing>{html.escape(told)}</p>"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<img src="{source}" alt="{html.escape(alternative, quote=True)}">'
 
@@ -323,6 +368,8 @@ def _packed(data: bytes) -> tuple[str, bytes]:
     """(format, bytes) of a picture of any format that Pillow reads, made small where it is large.
     OSError where it is no picture."""
     with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > LARGEST_PICTURE_PIXELS:
+            raise ValueError(f"it has {image.width:,} x {image.height:,} pixels")
         kind = (image.format or "").lower()
         if kind in ("png", "jpeg", "webp") and len(data) <= LARGEST_PICTURE_BYTES:
             image.verify()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from selfray.masking import masked
+from selfray.masking import masked, masked_json
 from selfray.storage import Location
 from selfray.check import require
 
@@ -251,7 +251,7 @@ class SpoolWriter:
 
 
 def _line(kind: str, fields: dict[str, Any]) -> bytes:
-    record = {"time": int(time.time() * 1000), "kind": kind, **fields}
+    record = {"time": int(time.time() * 1000), "kind": kind, **masked_json(fields)}
     return json.dumps(record, default=_plain, separators=(",", ":")).encode() + b"\n"
 
 
