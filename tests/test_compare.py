@@ -366,7 +366,8 @@ def test_what_a_run_is_called_is_text_and_never_markup(tmp_path: Path) -> None:
     assert len(page.raw["script"]) == len(expected.raw["script"]) == 2
     assert page.raw["script"][1] == expected.raw["script"][1]
     assert not any("onerror" in attributes for _, attributes in page.elements)
-    assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
+    sources = [image["src"] for image in page.all("img") if "src" in image]
+    assert all((source or "").startswith("data:image/") for source in sources)
     assert HOSTILE in {run["title"] for run in page.data["runs"]}
     assert HOSTILE in page.data["varied"]
     assert HOSTILE in page.texts
@@ -382,7 +383,7 @@ def test_the_page_has_every_run_its_pictures_and_its_curves_in_one_file(tmp_path
     assert page.data["varied"] == {"method.temperature": [0.3, 0.2, 0.1]}
     assert page.data["runs"][0]["curves"]["probe/knn"] == [[0, 40], [0.3, 0.65]]
     assert len(page.all("figure")) == 6
-    assert all(image["alt"] for image in page.all("img"))
+    assert all(image["alt"] for image in page.all("img") if "src" in image)
     policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -400,6 +401,46 @@ def test_pictures_are_of_the_best_runs_and_the_page_says_so(tmp_path: Path) -> N
     assert {figure["data-run"] for figure in page.all("figure")} == {"0", "1"}
     assert any("best 2 of 3 runs" in text for text in page.texts)
     assert not Page(write_page(runs, "page", most_pictures=0)).all("figure")
+
+
+def test_a_picture_that_is_none_is_said_in_its_place(tmp_path: Path) -> None:
+    folder = Path(make_run(tmp_path, experiment()))
+    place = folder / "artifacts/pictures"
+    huge = b"P6 60000 60000 255 "  # as many pixels as a header can say
+    png = (place / "views.png").read_bytes()
+    for name, data in {"a": b"", "b": b"no", "c": huge, "d": png[:40], "e": png[:30] * 9}.items():
+        (place / f"{name}.png").write_bytes(data)
+    page = Page(write_page([read_run(Location.of(folder))], "page"))
+    for name in "abcde":
+        assert any(f"{name}.png cannot be read" in text for text in page.texts), name
+    assert len(page.all("img")) == 3  # two pictures, and the one that is shown large
+
+
+def test_what_was_set_by_flag_differs_even_between_runs_of_different_recipes() -> None:
+    plain = {"epochs": 10, "batch_size": 8, "workers": 1}
+    other = {"epochs": 20, "batch_size": 16, "workers": 2}
+    runs = [made("one", parameters=plain, recipe="a"), made("two", parameters=other, recipe="b")]
+    assert differences(runs).varied == {}
+    given = frozenset({"epochs", "workers"})
+    runs[1] = made("two", parameters=other, recipe="b", given=given)
+    found = differences(runs)
+    assert found.varied == {"epochs": [10, 20]}
+    assert found.of_recipes == {"batch_size": [8, 16]}
+
+
+def test_a_run_s_date_duration_encoder_and_page_are_in_the_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, experiment(), result={"seconds": 3725.0})
+    record = {"tracking_uri": "https://me:SECRET@host/ml", "experiment_id": "7", "run_id": "abc"}
+    (Path(folder) / "mlflow.json").write_text(json.dumps(record))
+    text = write_page(read_runs([folder]), "page")
+    page = Page(text)
+    assert {"encoder", "epochs", "duration", "started", "1:02:05"} <= set(page.texts)
+    assert "SECRET" not in text
+    (link,) = page.all("a")
+    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc"
+    for hostile in ("javascript:alert(1)", "data:text/html,x", 'http://x"><script>'):
+        (Path(folder) / "mlflow.json").write_text(json.dumps({**record, "tracking_uri": hostile}))
+        assert not Page(write_page(read_runs([folder]), "page")).all("a")
 
 
 def test_a_page_of_many_runs_stays_small() -> None:
