@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from selfray.check import require
 from selfray.masking import masked, masked_json
 from selfray.storage import Location
-from selfray.check import require
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class SpoolWriter:
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Record facts about the run that are no numbers, such as a protocol's version."""
-        self._write("tags", {"values": {name: masked(str(value)) for name, value in values.items()}})
+        self._write("tags", {"values": {name: str(value) for name, value in values.items()}})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record that something happened: "started", "checkpoint", "warning", "finished", ..."""
