@@ -212,7 +212,7 @@ def _experiment_of_checkpoint(folder: Location) -> dict[str, Any]:
 
 
 def _curves(folder: Location) -> tuple[dict[str, Points], dict[str, str], int, list[float]]:
-    """(metrics by name, probes' protocols by probe, damaged lines, the records' times in seconds). A
+    """(metrics by name, probes' protocols by probe, damaged lines, the records' times in s). A
     step that was repeated after a restart is one point: the last."""
     reader = SpoolReader(folder / SPOOL)
     records, _ = reader.read({})
