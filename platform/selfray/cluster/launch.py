@@ -38,7 +38,7 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import run_pictures
+from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
@@ -396,8 +396,12 @@ def _log_pictures(
         console.say(f"the pictures could not be made ({error}): the run is not touched by it")
         return
     for name, picture in made.items():
-        tracker.log_picture(picture, f"pictures/{name}")
-    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(made)}")
+        if isinstance(picture, dict):
+            tracker.log_json(picture, f"pictures/{name}")
+        else:
+            tracker.log_picture(picture, f"pictures/{name}")
+    seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
+    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
 
 
 def ray_storage(run: Location) -> str:

@@ -5,6 +5,7 @@ sends it in a background thread of the driver.
 """
 
 import io
+import json
 import os
 import posixpath
 import shutil
@@ -123,10 +124,17 @@ class Tracker:
         data = io.BytesIO()
         image.save(data, format="JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG")
         data.seek(0)
+        self._log(data, path)
+
+    def log_json(self, value: Any, path: str) -> None:
+        """Keep a JSON value as `path` and send it, as a picture."""
+        self._log(io.BytesIO(json.dumps(value).encode()), path)
+
+    def _log(self, data: io.BytesIO, path: str) -> None:
         try:
             self._keep(path, data)
         except OSError as error:
-            self._say(f"the picture {path} could not be kept ({error}): training goes on")
+            self._say(f"{path} could not be kept ({error}): training goes on")
             return
         self._writer.event("artifact", path=path)
 

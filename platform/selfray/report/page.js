@@ -444,6 +444,93 @@
     ]);
   }
 
+  // Features in two dimensions
+
+  const maps = Object.entries(data.maps).map(([index, map]) => ({ index: Number(index), ...map }));
+
+  function classOf(map, n) {
+    const label = map.labels[n];
+    return label < 0 ? "no label" : map.names[label] ?? String(label);
+  }
+
+  function classes() {
+    const counts = new Map();
+    for (const map of maps) map.labels.forEach((_, n) => counts.set(classOf(map, n), (counts.get(classOf(map, n)) ?? 0) + 1));
+    return [...counts].sort(([a, x], [b, y]) => y - x || a.localeCompare(b, "en", { numeric: true })).map(([name]) => name);
+  }
+
+  function drawMaps() {
+    by("maps-section").hidden = !maps.length;
+    if (!maps.length) return;
+    const order = classes();
+    const colour = (name) => (order.indexOf(name) < COLOURS && name !== "no label" ? `var(--c${order.indexOf(name)})` : "var(--rest)");
+    const only = by("class").value;
+    by("maps").replaceChildren();
+    for (const map of maps.filter((each) => state.shown.has(each.index))) {
+      const points = map.maps[by("map").value] ?? Object.values(map.maps).pop();
+      const box = document.createElement("div");
+      box.className = "map";
+      const title = document.createElement("strong");
+      title.textContent = `${map.index + 1}. ${runs[map.index].title}`;
+      const host = document.createElement("div");
+      host.className = "chart";
+      box.append(title, host);
+      by("maps").append(box);
+      drawMap(host, map, points, colour, only);
+    }
+    const key = by("map-key");
+    key.replaceChildren();
+    for (const name of order.slice(0, 40)) {
+      const part = document.createElement("span");
+      const swatch = document.createElement("i");
+      swatch.className = "swatch";
+      swatch.style.background = colour(name);
+      part.append(swatch, name);
+      key.append(part);
+    }
+  }
+
+  function drawMap(host, map, points, colour, only) {
+    const height = 420;
+    const [svg, width] = frame(host, height, `${points.length} test images by their features`);
+    const largest = Math.max(...points.flat().map(Math.abs), 1e-9) * 1.05;
+    const side = Math.min(width, height) / 2;
+    const place = ([x, y]) => [width / 2 + (x / largest) * side, height / 2 - (y / largest) * side];
+    points.forEach((point, n) => {
+      const [cx, cy] = place(point);
+      const name = classOf(map, n);
+      const dim = only && name !== only ? "dim" : "";
+      svg.append(make("circle", { cx, cy, r: 4, style: `fill:${colour(name)};stroke:var(--page)`, class: dim }));
+    });
+    const readout = document.createElement("div");
+    readout.className = "readout";
+    readout.hidden = true;
+    const picture = document.createElement("div");
+    picture.className = "thumbnail";
+    picture.style.backgroundImage = `url("${map.sheet}")`;
+    picture.style.backgroundSize = `${80 * map.across}px auto`;
+    const text = document.createElement("div");
+    readout.append(picture, text);
+    host.append(readout);
+    svg.addEventListener("pointermove", (event) => {
+      const box = svg.getBoundingClientRect();
+      const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+      let nearest = -1, least = 400;
+      points.forEach((point, n) => {
+        const [px, py] = place(point);
+        const distance = (px - x) ** 2 + (py - y) ** 2;
+        if (distance < least && (!only || classOf(map, n) === only)) [nearest, least] = [n, distance];
+      });
+      readout.hidden = nearest < 0;
+      if (nearest < 0) return;
+      picture.style.backgroundPosition = `-${80 * (nearest % map.across)}px -${80 * Math.floor(nearest / map.across)}px`;
+      text.textContent = classOf(map, nearest);
+      readout.style.left = `${Math.min(x + 14, width - 110)}px`;
+      readout.style.top = `${Math.max(0, Math.min(y - 40, height - 120))}px`;
+    });
+    svg.addEventListener("pointerleave", () => (readout.hidden = true));
+  }
+
   // The tables
 
   function rows() {
@@ -542,6 +629,7 @@
     drawKey();
     drawScatter();
     drawParallel();
+    drawMaps();
   }
 
   // Start
@@ -579,6 +667,11 @@
     for (const row of of_recipes) row.hidden = !all;
   }
 
+  const mapNames = [...new Set(maps.flatMap((map) => Object.keys(map.maps)))];
+  by("map").append(option("", "after pretraining"), ...mapNames.map((name) => option(name)));
+  by("class").append(option("", "all"), ...classes().map((name) => option(name)));
+  by("map").addEventListener("change", drawMaps);
+  by("class").addEventListener("change", drawMaps);
   by("metric").addEventListener("change", drawCurves);
   by("log").addEventListener("change", drawCurves);
   by("colour").addEventListener("change", () => {

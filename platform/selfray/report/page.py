@@ -21,6 +21,7 @@ from PIL import Image
 
 from selfray import __version__
 from selfray.metrics import ACCURACIES, METRICS, probe_name
+from selfray.report import live_map
 from selfray.runs.ranking import (
     ComparedRun,
     Differences,
@@ -72,6 +73,7 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "featured": order,
         "varied": found.varied,
         "loss": told.get("loss", ""),
+        "maps": live_map.aligned(_maps(runs, with_pictures)),
         "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
     }
     values = {
@@ -116,6 +118,16 @@ def _summary(runs: Sequence[ComparedRun]) -> str:
     if len(runs) == 1:
         text += " There is nothing to compare it with."
     return text
+
+
+def _maps(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> dict[int, dict[str, Any]]:
+    found = {}
+    for index in chosen:
+        pictures = runs[index].pictures.get("embedding")
+        one = None if pictures is None else live_map.read(pictures.parent)
+        if one is not None:
+            found[index] = one
+    return found
 
 
 def _chart_data(run: ComparedRun, curves: Mapping[str, Points]) -> dict[str, Any]:

@@ -247,7 +247,9 @@ def _pictures(folder: Location) -> dict[str, Location]:
     return {
         posixpath.splitext(info.base_name)[0]: place / info.base_name
         for info in place.list()
-        if info.is_file and info.base_name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
+        if info.is_file
+        and info.base_name != "thumbnails.png"  # the sheet that live_map.py cuts
+        and info.base_name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
     }
 
 
