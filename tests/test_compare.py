@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -24,6 +25,7 @@ from selfray.cluster import launch
 from selfray.cluster.mlflow_runs import log_page, read_runs
 from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
+from selfray.report import live_map
 from selfray.report.page import thinned, write_page
 from selfray.runs import checkpoint, ranking
 from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
@@ -414,6 +416,52 @@ def test_a_picture_that_is_none_is_said_in_its_place(tmp_path: Path) -> None:
     for name in "abcde":
         assert any(f"{name}.png cannot be read" in text for text in page.texts), name
     assert len(page.all("img")) == 3  # two pictures, and the one that is shown large
+
+
+def with_map(folder: str, points: np.ndarray, labels: np.ndarray) -> None:
+    """Beside a run's pictures, what the page draws a map from."""
+    place = Path(folder) / "artifacts/pictures"
+    images = np.zeros((len(labels), 3, 8, 8), np.uint8)
+    images[:, 0] = 20 * labels[:, None, None]
+    maps = {"untrained": points[::-1], "after": points}
+    (place / "embedding.json").write_text(json.dumps(live_map.as_json(maps, labels, ["a", "b"])))
+    live_map.thumbnails(images).save(place / "thumbnails.png")
+
+
+def test_maps_of_the_same_images_are_turned_onto_each_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points, labels = rng.normal(size=(30, 2)), np.arange(30) % 3
+    turned = points @ np.array([[0.0, 1.0], [1.0, 0.0]]) * 7 + 3  # mirrored, too
+    folders = temperatures(tmp_path, 0.1, 0.2)
+    for folder, drawn in zip(folders, (points, turned), strict=True):
+        with_map(folder, drawn, labels)
+    page = Page(write_page(read_runs(folders), "page"))
+    one, two = page.data["maps"]["0"], page.data["maps"]["1"]
+    np.testing.assert_allclose(one["maps"]["after"], two["maps"]["after"], atol=5e-3)
+    assert (one["labels"], one["names"]) == (labels.tolist(), ["a", "b"])
+    assert one["sheet"].startswith("data:image/webp;base64,")
+    assert (one["across"], one["side"]) == (6, live_map.SIDE)
+    # The sheet is no picture of its own.
+    assert {option["value"] for option in page.all("option")} == {"views", "embedding"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": ["x"]}, {"labels": 7}, {"names": None}, {"maps": []}, {"maps": {}},
+        {"maps": {"after": [[0, math.inf]] * 30}}, {"maps": {"after": [[0, 1]]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_map_of_another_shape_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (folder,) = temperatures(tmp_path, 0.1)
+    with_map(folder, np.zeros((30, 2)), np.arange(30) % 3)
+    place = Path(folder) / "artifacts/pictures"
+    assert live_map.read(Location.of(place)) is not None
+    found = json.loads((place / "embedding.json").read_text())
+    (place / "embedding.json").write_text(json.dumps({**found, **changes}))
+    assert live_map.read(Location.of(place)) is None
+    assert Page(write_page(read_runs([folder]), "page")).data["maps"] == {}
 
 
 def test_what_was_set_by_flag_differs_even_between_runs_of_different_recipes() -> None:

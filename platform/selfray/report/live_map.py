@@ -84,12 +84,18 @@ def aligned(found: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     shown = {}
     for number, one in found.items():
         maps = {}
-        for name, points in one["maps"].items():
-            unit = points - points.mean(0)
-            unit /= np.sqrt((unit**2).sum(1).mean()) or 1.0
-            target = first.setdefault(tuple(one["labels"]), unit)
+        units = {name: _unit(points) for name, points in one["maps"].items()}
+        # The last of a run's maps is the pretrained encoder's.
+        target = first.setdefault(tuple(one["labels"]), list(units.values())[-1])
+        for name, unit in units.items():
             # Orthogonal Procrustes: of all turns, the one with the least squared distance.
             left, _, right = np.linalg.svd(unit.T @ target)
             maps[name] = np.round(unit @ left @ right, 3).tolist()
         shown[str(number)] = {**one, "maps": maps}
     return shown
+
+
+def _unit(points: np.ndarray) -> np.ndarray:
+    """Points [n, 2] around 0, at a mean squared distance of 1 unless all lie in one place."""
+    centred = points - points.mean(0)
+    return centred / (np.sqrt((centred**2).sum(1).mean()) or 1.0)

@@ -466,6 +466,7 @@
     const colour = (name) => (order.indexOf(name) < COLOURS && name !== "no label" ? `var(--c${order.indexOf(name)})` : "var(--rest)");
     const only = by("class").value;
     by("maps").replaceChildren();
+    const hosts = [];
     for (const map of maps.filter((each) => state.shown.has(each.index))) {
       const points = map.maps[by("map").value] ?? Object.values(map.maps).pop();
       const box = document.createElement("div");
@@ -476,8 +477,10 @@
       host.className = "chart";
       box.append(title, host);
       by("maps").append(box);
-      drawMap(host, map, points, colour, only);
+      hosts.push([host, map, points]);
     }
+    // All boxes stand before the first is measured.
+    for (const [host, map, points] of hosts) drawMap(host, map, points, colour, only);
     const key = by("map-key");
     key.replaceChildren();
     for (const name of order.slice(0, 40)) {
