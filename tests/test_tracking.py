@@ -491,7 +491,8 @@ def test_a_run_is_one_of_model_training_with_its_data_set_and_description(
     assert run.data.tags["mlflow.note.content"] == "what, on what, result"
     kind = client(uri).get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"
+    assert run.inputs is not None
     (found,) = run.inputs.dataset_inputs  # once, though the run was opened twice
     assert (found.dataset.name, found.dataset.digest) == ("scans", "0" * 36)
     assert "SECRET" not in found.dataset.source
-    assert json.loads(found.dataset.profile) == {"images": 12}
+    assert json.loads(found.dataset.profile or "") == {"images": 12}
