@@ -567,7 +567,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         tags = {"run.folder": folder, "method": "simclr", "recipe": "test", **tags}
         tracker = Tracker(uri, "selfray", place.name, place, params, tags, parent, lambda _: None)
         tracker.start()
-        assert tracker.finish("FINISHED")
+        assert tracker.finish("FINISHED", seconds=300)
         found[name], found[f"{name}-folder"] = str(tracker.run_id), folder
 
     sweep = output / "sweeps/sweep-t-1a2b3c4d"
