@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import os
-import posixpath
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfray import config, recipes
+from selfray import config
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
-from selfray.cluster.mlflow_store import DataSetInput, tracking_uri
 from selfray.cluster.monitor import Monitor
+from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -36,7 +35,6 @@ from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
-from selfray.runs.environment import environment_tags
 from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
 from selfray.storage import Location
 
@@ -141,7 +139,7 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = _tracker(experiment, run, plan, data, used, tracking, part, console)
+        tracker = tracker_of(experiment, run, plan, data, used, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -184,12 +182,12 @@ def _carry_out(
             _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
-        tracker.describe_run(_description(experiment, plan, _result(monitor)))
+        tracker.describe_run(description(experiment, plan, outcome(monitor)))
         status = "FINISHED"
     except RunFailed as error:
         _write_record(run, experiment, "failed", failure=str(error))
         tracker.set_tags({"failure": str(error)})
-        tracker.describe_run(_description(experiment, plan, f"Failed: {error}"))
+        tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
     except KeyboardInterrupt:
         status = "KILLED"
@@ -211,64 +209,6 @@ def _carry_out(
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
     return result
-
-
-def _result(monitor: Monitor) -> str:
-    """What the probes came to, for the run's description."""
-    if not monitor.probes:
-        return ""
-    last, first = monitor.probes[max(monitor.probes)], monitor.probes.get(0)
-    before = f" (untrained: {first.described})" if first is not None and first != last else ""
-    return f"Result: {last.described}{before}."
-
-
-def _tracker(
-    experiment: Experiment,
-    run: Location,
-    plan: ReadPlan,
-    data: DataSets,
-    used: Mapping[str, str],
-    tracking: str | None,
-    part: PartOf,
-    console: Console,
-) -> Tracker:
-    params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
-    return Tracker(
-        tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
-        part.title or run.name,
-        run,
-        params | dict(part.params),
-        {
-            **environment_tags(),
-            "method": experiment.method.name,
-            "recipe": experiment.name,
-            "augmentation.backend": _augmentation_backend(),
-            "data.images": str(plan.rows),
-            "run.folder": run.uri,
-            "mlflow.note.content": _description(experiment, plan),
-            **used,
-        },
-        parent_run_id=part.parent_run_id,
-        say=console.say,
-        data_set=DataSetInput(
-            posixpath.basename(experiment.data.path.rstrip("/")) or experiment.data.path,
-            data.train.digest,
-            experiment.data.path,
-            {"images": plan.rows, "classes": len(data.train.label_names or ())},
-        ),
-    )
-
-
-def _description(experiment: Experiment, plan: ReadPlan, result: str = "") -> str:
-    """One paragraph for the run's page: what is trained, on what, and what came of it."""
-    encoder = experiment.encoder
-    text = (
-        f"{experiment.method.name} pretrains {encoder.name} at {encoder.image_size} pixels on "
-        f"{plan.rows:,} images of {experiment.data.path}: {experiment.epochs:,} epochs of batch "
-        f"{experiment.batch_size:,} by the recipe {experiment.name}."
-    )
-    return f"{text} {result}".strip()
 
 
 def _fit(
@@ -425,15 +365,6 @@ def _write_record(
     )
 
 
-def given_by_user(experiment: Experiment) -> list[str]:
-    """The dotted names of what a flag or file has set otherwise than the recipe."""
-    recipe = recipes.every().get(experiment.name)
-    if recipe is None:
-        return []
-    theirs, ours = (config.flatten(config.to_json(one)) for one in (recipe, experiment))
-    return sorted(name for name in ours if name != "name" and ours[name] != theirs.get(name))
-
-
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:
     """The result of a run that has ended well before, or that its sweep stopped; None where there
     is something left to do."""
@@ -478,9 +409,3 @@ def _say_plan(
             "and uniformity"
         )
     console.say(f"folder: {run}")
-
-
-def _augmentation_backend() -> str:
-    from selfray.pixels.augment import BACKEND
-
-    return BACKEND
