@@ -422,6 +422,17 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def test_a_chunk_that_declares_more_than_the_file_has_takes_no_memory():
+    data = OPAQUE["png"]
+    start = data.index(b"IDAT") - 4
+    data = data[:start] + (2**31 - 1).to_bytes(4) + data[start + 4 :]
+    before = peak_memory()
+    for read in (decode, check):
+        with pytest.raises(BrokenImage):
+            read(data)
+    assert peak_memory() - before < 250e6
+
+
 def test_a_picture_of_one_colour_is_no_bomb():
     for data in (
         encoded(Image.new("RGB", (3000, 2000), "navy"), "JPEG"),
