@@ -22,7 +22,9 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
-from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
+from selfray.cluster.endings import RunFailed
+from selfray.cluster.launch import PartOf, launch
+from selfray.cluster.placement import Placement, place
 from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
 from selfray.console import Console
@@ -147,6 +149,7 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         "one": {},
         "two": {"workers": 2},
         "accumulated": {"accumulate": 2},
+        "sharded": {"workers": 2, "shard": "fsdp"},
     }.items():
         changes = {"probe.times": 0, "epochs": 2, **changes}
         result = launch(experiment(shards, tmp_path / name, **changes), Screen())
@@ -159,7 +162,8 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         for name in losses
     }
     for key, tensor in ends["one"]["method"].items():
-        torch.testing.assert_close(ends["two"]["method"][key], tensor, rtol=1e-3, atol=1e-4)
+        for other in ("two", "sharded"):
+            torch.testing.assert_close(ends[other]["method"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long

@@ -23,8 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DataConfig:
     path: str = ""
     """Images: a folder of them, a folder of Parquet shards, Hugging Face Parquet files or a
-    pattern of them; local, s3:// or gs://. Files or folders named test or validation are kept for
-    the probes."""
+    pattern of them; local, s3:// or gs://. Files or folders named test, validation and the like are
+    kept for the probes (docs/layouts.md)."""
     test_path: str | None = None
     """Labelled images for the probes' test, where `path` holds none of its own."""
     image_column: str | None = None
@@ -123,9 +123,11 @@ class Experiment:
     batch_size: int = 256
     """Images in one optimizer step, over all workers."""
     accumulate: int = 1
-    """Micro-batches that each worker sums up before a step."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast; weights and losses stay float32."""
+    """Micro-batches in which each worker takes its share of a batch: the loss and the gradients are
+    those of the whole, also where images are compared with one another."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """bf16 is autocast; weights and losses stay float32. tf32: products of matrices with 10 bits of
+    mantissa on GPUs that know it; losses stay float32."""
     seed: int = 0
     """Seed of the weights, the views and the order of the images."""
     init_from: str | None = None
@@ -156,20 +158,13 @@ class Experiment:
     """How often a run whose workers die is started again from its last checkpoint."""
     log_every: int = 10
     """Steps between two points of the metrics."""
+    compile: bool = config.added(False)
+    """Compile encoders and heads by torch.compile: faster steps after a minute."""
+    shard: Literal["none", "fsdp"] = config.added("none")
+    """fsdp: each worker holds its share of weights, gradients and the optimizer's state (FSDP2),
+    for ViTs too large for one GPU. Checkpoints are the same."""
 
-    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "workers",
-            "gpus_per_worker",
-            "cpus_per_worker",
-            "worker_resources",
-            "data_cpus",
-            "output",
-            "max_failures",
-            "log_every",
-            "guard",
-        }
-    )
+    PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what is computed: they may change
     when a run is continued."""
 
@@ -189,7 +184,19 @@ class Experiment:
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
         named_amounts("worker_resources", self.worker_resources)
-        require_one_of("precision", self.precision, ("float32", "bf16"))
+        require_one_of("shard", self.shard, ("none", "fsdp"))
+        if self.shard == "fsdp":
+            require(
+                self.encoder.is_vit,
+                f"shard fsdp is for ViTs, whose blocks are gathered one by one, not for "
+                f"encoder.name {self.encoder.name}: leave --shard out",
+            )
+            require(
+                self.min_workers > 1,
+                f"shard fsdp shares the weights out among workers, and workers is {self.workers}: "
+                "give --workers 2 or more, or leave --shard out",
+            )
+        require_one_of("precision", self.precision, ("float32", "tf32", "bf16"))
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         reason = self.why_not_accumulate
         if self.accumulate > 1 and reason:
@@ -239,9 +246,18 @@ class Experiment:
     @property
     def why_not_accumulate(self) -> str | None:
         """Why micro-batches would change the loss; None where they do not."""
-        if self.method.why_not_accumulate is None and self.encoder.is_resnet:
-            return f"the batch norms of {self.encoder.name} would see micro-batches"
+        encoder = self.encoder
+        if self.method.why_not_accumulate is None and encoder.is_resnet and encoder.norm == "batch":
+            return (
+                f"the batch norms of {encoder.name} would see micro-batches, which --encoder.norm "
+                "ghost allows and --encoder.norm group does without"
+            )
         return self.method.why_not_accumulate
+
+    @property
+    def caches_gradients(self) -> bool:
+        """Whether a step's micro-batches go through the loss together (selfray.step)."""
+        return self.accumulate > 1 and self.method.compares
 
     @property
     def is_elastic(self) -> bool:
@@ -270,7 +286,9 @@ class Experiment:
         full cluster's GPUs fits them always.
         """
         accumulate = self.accumulate
-        if self.is_elastic and self.why_not_accumulate is None:
+        # Ghost norms' statistics would change with the number of workers.
+        exact = self.why_not_accumulate is None and self.encoder.norm != "ghost"
+        if self.is_elastic and exact:
             accumulate = math.ceil(self.max_workers * self.accumulate / workers)
             while self.batch_size % (workers * accumulate):
                 accumulate += 1
@@ -289,6 +307,8 @@ class Experiment:
             for f in fields(self)
             if f.name not in self.PLACEMENT and f.name in written
         }
+        # How the encoder is computed, not what.
+        computed["encoder"] = {k: v for k, v in computed["encoder"].items() if k != "recompute"}
         text = json.dumps(computed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
+from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.models import resnet, vit
@@ -53,7 +54,8 @@ class EncoderConfig:
     registers: int = 0
     """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
     swiglu: bool = False
-    """A ViT's feed-forward layers are gated, with two thirds of the hidden width (DINOv2)."""
+    """A ViT's feed-forward layers are gated, with two thirds of the hidden width, rounded up to a
+    multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
     drop_path: float = 0.0
     """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
     drop_path_uniform: bool = False
@@ -64,6 +66,12 @@ class EncoderConfig:
     """A ResNet's number of blocks in each stage."""
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
+    norm: Literal["batch", "ghost", "group"] = added("batch")
+    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
+    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
+    recompute: bool = added(False)
+    """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
+    more time, a fraction of the memory, the same numbers."""
     in_channels: int = added(3)
     """Channels of the images: those of data.channels."""
 
@@ -119,6 +127,17 @@ class EncoderConfig:
                     self.width % 4 == 0,
                     f"encoder.width must be a multiple of 4 for sincos, got {self.width}",
                 )
+        require_one_of("encoder.norm", self.norm, ("batch", "ghost", "group"))
+        require(
+            self.norm == "batch" or not self.is_vit,
+            f"encoder.norm {self.norm} is for ResNets: {self.name} has no batch norms",
+        )
+        if self.norm == "group":
+            require(self.is_resnet, f"encoder.norm group is for ResNets, not for {self.name}")
+            require(
+                all(count % 32 == 0 for count in self.channels or ()),
+                f"encoder.channels {self.channels} must be multiples of 32 for encoder.norm group",
+            )
         require(
             not self.small_stem or self.is_resnet,
             f"encoder.small_stem is for ResNets, not for {self.name}",
@@ -157,6 +176,7 @@ class EncoderConfig:
             "registers": self.registers > 0,
             "swiglu": self.swiglu,
             "drop_path_uniform": self.drop_path_uniform,
+            "recompute": self.recompute,
         }
 
     @property
@@ -175,6 +195,7 @@ class EncoderConfig:
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
             "reg_tokens": self.registers or None,
+            "norm_layer": GroupNorm if self.norm == "group" else None,
             "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
@@ -183,12 +204,29 @@ class EncoderConfig:
             options["global_pool"] = "token"
         if self.swiglu:
             kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
-            options |= {"mlp_ratio": 8 / 3, **kind}
+            options |= {"mlp_ratio": self._gated_ratio, **kind}
             options |= {} if self.is_beit else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
+    @property
+    def _gated_ratio(self) -> float:
+        """timm's `mlp_ratio` that gives the gated layers their hidden width."""
+        width = self.width or _width_of(self.name)
+        wanted = 4 * width * 2 // 3
+        rounded = -(-wanted // 8) * 8
+        ratio = 8 / 3 if rounded == wanted else rounded / width
+        # timm cuts the product off.
+        return ratio if int(width * ratio) == rounded else (rounded + 0.5) / width
+
     def build(self) -> "Encoder":
         return Encoder(self)
+
+
+@lru_cache
+def _width_of(name: str) -> int:
+    """A timm model's own embedding dimension."""
+    with torch.device("meta"):
+        return cast(int, timm.create_model(name).num_features)
 
 
 def _largest_divisor(size: int, most: int) -> int:
@@ -244,14 +282,22 @@ class Encoder(nn.Module):
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
         """
         if self.config.is_vit:
-            return Features(*vit.encode(self.backbone, images, visible, mask, mask_token))
+            recompute = self.config.recompute and self.training
+            tokens = vit.encode(self.backbone, images, visible, mask, mask_token, recompute)
+            return Features(*tokens)
         assert visible is mask is None, f"{self.config.name} has no patch tokens to leave out"
         return Features(*resnet.encode(self.backbone, images))
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly."""
-    tensors = encoder.backbone.state_dict()
+    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+
+    At the encoder's image size its features are ours. At others, where timm is asked for them
+    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
+    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
+    the weights, all must ask.
+    """
+    tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
         weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])
@@ -267,9 +313,13 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         encoder.backbone.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"these weights are not of encoder {encoder.config.name}: {first}"
-        ) from None
+        whose = f"of encoder {encoder.config.name}"
+        raise ValueError(f"these weights are not {whose}: {first}{_hint(encoder.config)}") from None
+
+
+def _hint(config: EncoderConfig) -> str:
+    """Why weights that an earlier version wrote may not fit."""
+    return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
 
 
 def timm_recipe(config: EncoderConfig, file: str) -> str:
