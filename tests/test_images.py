@@ -220,6 +220,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_allocated(name):
+    decode(OPAQUE["jpeg"])  # what loads at the first image is not counted
     tracemalloc.start()
     try:
         for read in (decode, check):
