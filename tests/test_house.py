@@ -47,5 +47,6 @@ def test_the_cluster_holds_only_what_needs_ray_or_mlflow():
 
 
 CLUSTERS = ("ray", "mlflow")
-PLAIN = {"cluster.preflight", "cluster.task"}
-"""What is checked before a run is given to Ray, and what each of its workers is told."""
+PLAIN = {"cluster.preflight", "cluster.ray_agent", "cluster.task"}
+"""What is checked before a run is given to Ray, what each of its workers is told, and a file that
+Ray runs by itself."""
