@@ -89,7 +89,7 @@ class EncoderConfig:
                 f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
                 "out",
             )
-        fitting = _positions_of(self.name)
+        fitting = positions_of(self.name)
         require(
             self.position in fitting,
             f"encoder.position {self.position} does not go with {self.name}: give "
@@ -203,7 +203,7 @@ def _is_rotary(name: str) -> bool:
     return built_by == "timm.models.eva" and not name.startswith("eva_")
 
 
-def _positions_of(name: str) -> tuple[Position, ...]:
+def positions_of(name: str) -> tuple[Position, ...]:
     """The kinds of position embedding that timm's model of a name can have here."""
     if name.startswith(("beit_", "beitv2_")):
         return ("relative", "relative_each")
