@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from helpers import MAE, VIT, experiment, start, tiny, train_for
-from selfray.cluster.training import Recorder
-from selfray.cluster.worker import _would_repeat
+from selfray.cluster.endings import would_repeat
+from selfray.cluster.recorder import Recorder
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
@@ -76,8 +76,8 @@ def test_a_guards_settings_are_checked(settings):
 
 
 def test_a_collapse_or_a_number_that_is_not_finite_is_not_tried_again():
-    assert _would_repeat(CollapsedError("x"))
-    assert _would_repeat(FloatingPointError("x"))
+    assert would_repeat(CollapsedError("x"))
+    assert would_repeat(FloatingPointError("x"))
 
 
 class Tape:

@@ -23,7 +23,9 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
 from selfray.cluster.build import write_arrays
-from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
+from selfray.cluster.endings import RunFailed
+from selfray.cluster.launch import PartOf, launch
+from selfray.cluster.placement import Placement, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.waiting import room_for
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig

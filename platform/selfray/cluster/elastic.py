@@ -14,14 +14,14 @@ import time
 from typing import Any
 
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import (
+from ray.train.v2.api.config import ScalingConfig
+
+from selfray.cluster.ray_internals import (
     ElasticScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
 )
-from ray.train.v2.api.config import ScalingConfig
-
 from selfray.runs import checkpoint
 from selfray.storage import Location
 

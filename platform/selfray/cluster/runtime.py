@@ -192,11 +192,12 @@ def cluster_resources() -> Resources:
     the file that the autoscaler of this machine was started with: jobs run beside it, on the head.
     """
     import ray
-    from ray._private.state import state
+
+    from selfray.cluster.ray_internals import cluster_state
 
     total: dict[str, float] = dict(ray.cluster_resources())
     limits = named_amounts("SELFRAY_CLUSTER", os.environ.get("SELFRAY_CLUSTER", ""))
-    limits = limits or state.get_max_resources_from_cluster_config() or {}
+    limits = limits or cluster_state.get_max_resources_from_cluster_config() or {}
     if not limits and (file := _autoscaling_file(ray.get_runtime_context().gcs_address)):
         limits = largest_cluster(yaml.safe_load(file.read_text()))
     for name, amount in limits.items():

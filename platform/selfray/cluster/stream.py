@@ -19,9 +19,9 @@ import ray
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
-from ray.data._internal.stats import get_or_create_stats_actor
 
 from selfray.cluster.gate import Gate, GateClosed
+from selfray.cluster.ray_internals import get_or_create_stats_actor
 from selfray.data.plan import Share
 from selfray.data.source import LABEL, POSITION, Arrays, Segment, Source
 from selfray.method import Batch

@@ -134,7 +134,7 @@ class Probe:
     ) -> "list[Judged]":
         from selfray.cluster import runtime
         from selfray.cluster.probe_tasks import EncoderRef, ProbeJob
-        from selfray.cluster.worker import root_cause
+        from selfray.cluster.endings import root_cause
 
         cluster = runtime.cluster_resources()
         gpus = (1.0 if cluster.gpus >= 1 else 0.0) if self.device_gpus is None else self.device_gpus
