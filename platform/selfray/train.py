@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from selfray import distributed
 from selfray.experiment import Experiment
 from selfray.method import Batch, Method
-from selfray.models.encoder import normalize
+from selfray.models.encoder import Encoder, normalize
 from selfray.models.vit import fit_positions
-from selfray.optim import clip_gradients, follow_schedules, learning_rate_at
+from selfray.optim import clip_gradients, follow_schedules, hold_encoder, learning_rate_at
 from selfray.pixels.augment import PARAMETERS_SUFFIX
 from selfray.pixels.device import recolour
 from selfray.schedules import Progress
@@ -33,11 +33,20 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, experiment: Experiment, total_images: int, device: torch.device | str = "cpu"
+        cls,
+        experiment: Experiment,
+        total_images: int,
+        device: torch.device | str = "cpu",
+        fill: Callable[[Encoder], None] | None = None,
     ) -> "TrainState":
-        """The state before the first step, the same for the same seed on every rank."""
+        """The state before the first step, the same for the same seed on every rank.
+
+        `fill` gives the encoder other weights, before the method makes its teachers of it.
+        """
         torch.manual_seed(experiment.seed)
         encoder = experiment.encoder.build()
+        if fill is not None:
+            fill(encoder)
         # A ResNet's name says so at the door; other names of timm do not.
         if experiment.accumulate > 1 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
             raise ValueError(
@@ -141,6 +150,8 @@ def train(
             (loss / experiment.accumulate).backward()
             losses.append(loss.detach())
 
+        if progress.fraction < experiment.warm_up_head:
+            hold_encoder(method)
         gradient_norm = clip_gradients(method, settings)
         method.before_step(progress)
         optimizer.step()

@@ -39,7 +39,7 @@ from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import run_pictures
 from selfray.report.run_pictures import History
-from selfray.runs import checkpoint
+from selfray.runs import checkpoint, starting
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ def launch(
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
+    started_from = starting.keep(experiment, run, console.say)
     data = open_data(experiment.data, output, console.say)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
@@ -143,7 +144,8 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = _tracker(experiment, run, plan, used, tracking, part, console)
+        tags = {**used, **started_from}
+        tracker = _tracker(experiment, run, plan, tags, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 

@@ -79,6 +79,10 @@ class Monitor:
         ]
 
     @property
+    def _start(self) -> str:
+        return "untrained" if self.experiment.init_from is None else "what it starts from"
+
+    @property
     def seconds(self) -> float:
         return (self._finished_at or time.time()) - self.started
 
@@ -200,7 +204,7 @@ class Monitor:
             # MLflow and the first probe take seconds of CPU: not before training runs.
             self._start_tracking()
             if self._probe_job is not None and 0 not in self.probes:
-                self._ask_probe(EncoderRef.untrained(self.experiment), 0, 0)
+                self._ask_probe(EncoderRef.start(self.experiment, self.run), 0, 0)
         seen, total = record["images_seen"], self.plan.total_images
         epoch = min(self.experiment.epochs, seen // self.plan.images_per_epoch + 1)
         rate = statistics.median(self._rates[-10:]) if self._rates else record["images_per_second"]
@@ -285,7 +289,7 @@ class Monitor:
         )
         epoch = images_seen / self.plan.images_per_epoch
         self.console.say(
-            f"epoch {epoch:g}: {result.described}" + (" (untrained)" if step == 0 else "")
+            f"epoch {epoch:g}: {result.described}" + (f" ({self._start})" if step == 0 else "")
         )
         self._tell(images_seen, result)
         self._retain()

@@ -39,6 +39,14 @@ def located(reference: str) -> str:
     return reference if reference.startswith(TIMM) else Location.of(reference).uri
 
 
+def licence_in_timm(reference: str) -> str | None:
+    """The licence that timm knows of weights of its own; None for files."""
+    if not reference.startswith(TIMM):
+        return None
+    settings = timm.get_pretrained_cfg(reference.removeprefix(TIMM), allow_unregistered=False)
+    return settings.license if settings else None
+
+
 @dataclass(frozen=True)
 class PublicWeights:
     """An encoder's weights as they were published, under timm's names."""
