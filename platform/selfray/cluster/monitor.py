@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from selfray.cluster.probe_tasks import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
+from selfray.cluster.probe_tasks import PROBED, ProbeJob, metrics_of, tags_of
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import SPOOL, Status, Tracker
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
+from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint

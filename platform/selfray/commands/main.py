@@ -15,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
+from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
 from selfray.commands.probe import Probe
 from selfray.commands.shards import BuildShards, CheckShards
@@ -37,6 +38,7 @@ Command = (
         Annotated[BuildShards, subcommand("build")] | Annotated[CheckShards, subcommand("check")],
         subcommand("shards", description=SHARDS),
     ]
+    | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Probe, subcommand("probe")]
     | Annotated[Compare, subcommand("compare")]
@@ -44,7 +46,7 @@ Command = (
 )
 
 
-AnyCommand = BuildShards | CheckShards | Export | Probe | Compare | Doctor
+AnyCommand = BuildShards | CheckShards | Evaluate | Export | Probe | Compare | Doctor
 
 
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.

@@ -132,8 +132,7 @@ class Embedding:
         """Write one block's file, all or none of it. Returns how many images could be read."""
         table = self.table(block)
         data = io.BytesIO()
-        strings = [name for name in (PATH,) if name in table.column_names]
-        pq.write_table(table, data, compression="zstd", use_dictionary=strings)
+        pq.write_table(table, data, compression="zstd", use_dictionary=False)
         (folder / part_name(block)).write_bytes(data.getvalue())
         return table.num_rows
 

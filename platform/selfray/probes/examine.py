@@ -48,8 +48,8 @@ def examine(
         "images, and both are needed: give labels as class folders or an integer column `label`",
     )
     known, train, counts = np.unique(train_labels, return_inverse=True, return_counts=True)
-    names = tuple(
-        label_names[c] if label_names and 0 <= c < len(label_names) else str(c)
+    names: tuple[str, ...] = tuple(
+        str(label_names[c]) if label_names and 0 <= c < len(label_names) else str(c)
         for c in known.tolist()
     )
     require(
@@ -66,7 +66,8 @@ def examine(
             f"warning: {int(both.sum()):,} of {len(test_keys):,} test images of {where} are in "
             "train, too (the same bytes): every number below is too high"
         )
-    if (alone := [names[i] for i in np.flatnonzero(counts == 1)]) != []:
+    alone = [names[int(i)] for i in np.flatnonzero(counts == 1)]
+    if alone:
         notes.append(
             f"{_counted(len(alone), 'class')} with one train image ({_listed(alone)}): none of it "
             "can be held out"

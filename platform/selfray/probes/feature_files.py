@@ -73,9 +73,7 @@ class FeatureFiles:
         with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(lambda block: self._table(block, columns), range(self.blocks)))
 
-    def _table(
-        self, block: int, columns: list[str] | None, schema_only: bool = False
-    ) -> pa.Table:
+    def _table(self, block: int, columns: list[str] | None, schema_only: bool = False) -> pa.Table:
         place = self.folder / part_name(block)
         with place.filesystem.open_input_file(place.path) as file:
             parquet = pq.ParquetFile(file)

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Gallery
-from selfray.probes.protocol import Protocol
 from selfray.probes.subsets import held_out
 
 
 @dataclass(frozen=True)
-class KNN(Protocol):
+class KNN(Classifier):
     """DINO's protocol (arXiv:2104.14294): cosine similarity s, each of the k nearest train images
     votes for its class with weight exp(s / temperature)."""
 
@@ -39,6 +38,11 @@ class KNN(Protocol):
     def predict(self, train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
         """The class of each test feature: int64 [m]."""
         return votes(train, train_labels, test, (self.k,), self.temperature)[:, 0]
+
+    def classify(self, train: Gallery, test: Tensor) -> Classified:
+        width = train.cls_width
+        predicted = self.predict(train.features[:, :width], train.labels, test[:, :width])
+        return Classified(predicted, {})
 
 
 @dataclass(frozen=True)
