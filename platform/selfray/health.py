@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selfray.check import require
+from selfray.config import added
 from selfray.models.encoder import Encoder
 
 
@@ -66,12 +67,19 @@ class GuardConfig:
     patience: int = 10
     """So many successive points of the metrics lie below a floor before the run ends; 0 for never,
     which switches the guard off."""
+    worse_than_start: int = added(0)
+    """So many successive probes are surely worse than that of the weights that the run started from
+    (95 % bootstrap interval) before it ends, its best checkpoint kept; 0 for never."""
 
     def __post_init__(self) -> None:
         for name in ("feature_floor", "projection_floor"):
             floor = getattr(self, name)
             require(0 <= floor < 1, f"guard.{name} must lie in [0, 1), got {floor}")
         require(self.patience >= 0, f"guard.patience must be at least 0, got {self.patience}")
+        require(
+            self.worse_than_start >= 0,
+            f"guard.worse_than_start must be at least 0, got {self.worse_than_start}",
+        )
 
     @property
     def floors(self) -> dict[str, float]:

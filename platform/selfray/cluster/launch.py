@@ -71,6 +71,10 @@ class RunResult:
         return self.probes[max(self.probes)] if self.probes else None
 
 
+STOP = "stop.json"
+"""In a run's folder: why its own guard ends it."""
+
+
 @dataclass(frozen=True)
 class PartOf:
     """The sweep that a run belongs to."""
@@ -124,6 +128,8 @@ def launch(
     output = Location.of(experiment.output)
     part = part_of or PartOf(None, {})
     run = Location.of(part.folder) if part.folder else output / experiment.run_name
+    if experiment.guard.worse_than_start and part.stop_file is None:
+        part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
@@ -171,7 +177,9 @@ def _carry_out(
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
-    monitor = Monitor(console, run, experiment, plan, tracker, job, started, part.on_probe)
+    monitor = Monitor(
+        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+    )
     monitor.start()
     status: Any = "FAILED"
     goal = part.until_step or plan.total_steps
@@ -212,6 +220,10 @@ def _carry_out(
     _write_record(run, experiment, ended, result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    if stopped is not None:
+        console.say(f"ended before its time: {stopped}")
+    if (verdict := monitor.verdict()) is not None:
+        console.say(verdict)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from selfray import __version__
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
-from selfray.commands.reference import described, name_of, open_checkpoint
+from selfray.commands.reference import described, name_of, open_checkpoint, run_folder
 from selfray.commands.words import plain, size
 from selfray.storage import Location
 
@@ -44,8 +44,10 @@ class Export:
             _require_local_safetensors(self.output)
         console.live("loading torch and timm")
         from selfray.models.encoder import timm_recipe
+        from selfray.runs.starting import licence_of
 
         checkpoint = open_checkpoint(self.checkpoint, self.tracking, console)
+        checkpoint = _best_of(checkpoint, self.checkpoint, console)
         experiment, encoder = checkpoint.experiment(), checkpoint.encoder()
         name = f"{name_of(checkpoint)}.safetensors"
         file = Path(os.path.abspath(os.path.expanduser(self.output or name)))
@@ -57,6 +59,9 @@ class Export:
             f"step {checkpoint.step:,}"
         )
         console.say(verdict)
+        licence = licence_of(experiment.init_from, experiment.encoder)
+        if licence is not None:
+            console.say(f"its weights began as public ones, and stay under: {licence}")
         console.say("\n" + timm_recipe(encoder.config, str(file)) + "\n")
         side, (mean, std) = encoder.config.image_size, (experiment.data.mean, experiment.data.std)
         console.say(
@@ -64,6 +69,23 @@ class Export:
             f"divided by {plain(std)}"
         )
         return 0
+
+
+def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Checkpoint":
+    """Of a run, the checkpoint with the best probe; a checkpoint that was named stays."""
+    from selfray.runs.checkpoint import best
+
+    run = run_folder(newest)
+    if run is None or newest.location.name in reference:
+        return newest
+    found = best(run)
+    if found is None or found.step == newest.step:
+        return newest
+    console.say(
+        f"taking step {found.step:,}, whose probe is the best; for the last one give "
+        f"{newest.location}"
+    )
+    return found
 
 
 def _require_local_safetensors(output: str) -> None:

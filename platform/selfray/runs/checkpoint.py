@@ -189,6 +189,26 @@ def _whole(checkpoints: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
+BEST = "best.json"
+"""In a run's folder: the step of the checkpoint with the best probe."""
+
+
+def mark_best(run: Location, step: int) -> None:
+    """Write down which checkpoint has the best probe, where that is news."""
+    place = run / BEST
+    if not place.exists() or place.read_json() != {"step": step}:
+        place.write_json({"step": step})
+
+
+def best(run: Location) -> Checkpoint | None:
+    """The checkpoint with the best probe, where it is whole; None where none was probed."""
+    try:
+        step = (run / BEST).read_json()["step"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return next(_whole(c for c in all_of(run) if c.step == step), None)
+
+
 def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) -> list[int]:
     """Remove all checkpoints but the last `keep`, the best and those still `needed` (steps).
 
