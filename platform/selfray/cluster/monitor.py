@@ -24,7 +24,7 @@ from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader, SpoolWriter
-from selfray.runs.verdict import gain_over, verdict, without_labels
+from selfray.probes.verdict import gain_over, verdict, without_labels
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import tyro
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
 from selfray.commands.flags import BadSetting, own_rules
+from selfray.commands.start_flags import with_encoder_of_start
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from selfray.cluster.launch import RunResult
@@ -57,6 +58,7 @@ def run_experiment(
 
 def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment":
     """The Experiment that the command line asks for; argparse's exit code 2 where it is wrong."""
+    recipes = with_encoder_of_start(recipes, sys.argv[1:])
     named = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
     command = tyro.extras.subcommand_type_from_defaults(
         named, {name: _first_line(recipe) for name, recipe in named.items()}

@@ -8,6 +8,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 def every() -> "dict[str, Experiment]":
     """All recipes by name."""
-    from selfray.recipes import cifar10, digits, imagenet
+    from selfray.recipes import adapt, cifar10, digits, imagenet
 
-    return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+    return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES | adapt.RECIPES
