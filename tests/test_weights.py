@@ -203,3 +203,222 @@ def test_a_file_of_each_layout_gives_the_features_of_timms_own_model(
     with torch.no_grad():
         expected = model(batch)
         torch.testing.assert_close(encoder(batch).cls, expected, rtol=1e-5, atol=1e-5)
+
+
+def saved(content: Any, folder: Path, name: str = "weights.pth") -> str:
+    torch.save(content, folder / name)
+    return str(folder / name)
+
+
+# Fitting
+
+
+def test_positions_are_interpolated_for_another_image_size_and_registers_get_none(tmp_path):
+    model = published(LEARNED)
+    file = saved(model.state_dict(), tmp_path)
+    larger = replace(LEARNED, image_size=32)
+    found = fitted_for(file, larger, least=0.95)
+    assert found.tensors["pos_embed"].shape == (1, 65, 32)
+    assert found.changes == ("positions of 4 x 4 patches interpolated to 8 x 8",)
+    with_registers = replace(LEARNED, registers=2)
+    found = fitted_for(file, with_registers, least=0.95)
+    assert found.missing == ("reg_token",)
+    assert not found.tensors["pos_embed"][:, 1:3].any()
+    encoder = with_registers.build().eval()
+    found.put_into(encoder)
+    assert encoder(images()).patches.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_a_first_layer_for_other_channels_gives_the_same_where_all_channels_are_alike(channels):
+    weight = torch.randn(5, 3, 4, 4)
+    gray = images(8, 1)
+    expected = torch.nn.functional.conv2d(gray.repeat(1, 3, 1, 1), weight)
+    found = torch.nn.functional.conv2d(
+        gray.repeat(1, channels, 1, 1), for_channels(weight, channels)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_of_another_size_are_resampled_and_one_table_of_positions_is_one_for_each(tmp_path):
+    file = saved(published(LEARNED).state_dict(), tmp_path)
+    found = fitted_for(file, replace(LEARNED, patch_size=2), least=0.95)
+    assert found.tensors["patch_embed.proj.weight"].shape == (32, 3, 2, 2)
+    assert "patches of 4 pixels: their embedding is resampled to 2" in found.changes
+    tables = published(BEIT).state_dict()
+    found = fitted_for(saved(beit(tables), tmp_path), BEIT_EACH, least=1.0)
+    table = tables["rel_pos_bias.relative_position_bias_table"]
+    assert torch.equal(found.tensors["blocks.1.attn.relative_position_bias_table"], table)
+
+
+def test_an_exported_small_stem_goes_back_into_one(tmp_path):
+    from selfray.models.encoder import export_weights
+
+    encoder = RESNET.build().eval()
+    file = saved(export_weights(encoder), tmp_path)
+    other = RESNET.build().eval()
+    fitted_for(file, RESNET, least=1.0).put_into(other)
+    assert torch.equal(other(images()).cls, encoder(images()).cls)
+
+
+def test_it_says_what_was_taken_and_what_was_not(tmp_path):
+    found = fitted_for(saved(dino(published(LEARNED).state_dict()), tmp_path), LEARNED, least=0.95)
+    first, second = found.described
+    assert re.fullmatch(
+        r"starting from .*weights.pth \(ViT layout\): 30 of 30 tensors, 100.0% of the encoder's "
+        r"0.0 million weights",
+        first,
+    )
+    assert second == "in it and not taken: head.mlp.0.weight, head.last_layer.weight_g"
+    partly = {k: v for k, v in published(LEARNED).state_dict().items() if "blocks.1" not in k}
+    found = fitted_for(saved(partly, tmp_path), LEARNED, least=0.4)
+    assert 0.5 < found.share < 0.6
+    assert "left at their random start: blocks.1.norm1.weight, " in found.described[1]
+
+
+def test_dinov3s_owners_terms_are_told(tmp_path):
+    file = saved(dinov3(published(ROTARY).state_dict()), tmp_path)
+    assert "stay under: DINOv3 License" in fitted_for(file, ROTARY, 1.0).described[-1]
+
+
+# Refusals, each of one line with the file and the way out
+
+
+def test_weights_of_another_architecture_are_refused_with_the_encoder_that_they_are_of(tmp_path):
+    file = saved(published(LEARNED).state_dict(), tmp_path)
+    deeper = replace(LEARNED, depth=5)
+    with pytest.raises(ValueError, match=r"weights.pth fits 4\d% of the weights of encoder.name vi"):
+        fitted_for(file, deeper, least=0.95)
+    assert fitted_for(file, deeper, least=0.0).missing
+    with pytest.raises(ValueError, match=r"resnet18 .*or accept less with --init-share 0"):
+        fitted_for(file, replace(RESNET), least=0.95)
+
+
+def test_a_vit_without_its_positions_is_refused_whatever_share_it_has(tmp_path):
+    blind = {k: v for k, v in published(LEARNED).state_dict().items() if k != "pos_embed"}
+    with pytest.raises(ValueError, match=r"fits 9\d% of .*\(no pos_embed\)"):
+        fitted_for(saved(blind, tmp_path), LEARNED, least=0.5)
+
+
+def test_moco_v3s_small_vit_has_twelve_heads():
+    shapes = {"patch_embed.proj.weight": torch.zeros(384, 3, 16, 16), "norm.weight": torch.ones(384)}
+    facts = named(mocov3(shapes), "file").facts
+    assert (facts["heads"], facts["position"]) == (12, "sincos")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("run",))
+
+
+def test_a_pickle_that_needs_code_is_refused_and_none_of_it_is_run(tmp_path, capsys):
+    file = saved({"model": published(LEARNED).state_dict(), "hook": Evil()}, tmp_path)
+    with pytest.raises(ValueError, match=r"weights.pth needs code to be read \(.*print.*\), which") as e:
+        read(file)
+    assert "\n" not in str(e.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("size", [0, 5, 100, -100])
+def test_a_file_that_was_cut_off_is_refused_in_one_line(suffix, size, tmp_path):
+    whole = tmp_path / f"whole{suffix}"
+    tensors = published(LEARNED).state_dict()
+    if suffix == ".pth":
+        torch.save(tensors, whole)
+    else:
+        safetensors.torch.save_file(tensors, str(whole))
+    torn = tmp_path / f"torn{suffix}"
+    torn.write_bytes(whole.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"torn{suffix} is no whole .*get it again") as error:
+        read(str(torn))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_an_unknown_layout_and_an_unknown_name_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.pth: there is no such file; give a .safeten"):
+        read(str(tmp_path / "gone.pth"))
+    with pytest.raises(ValueError, match="is in no layout that is known here, it holds a.weight: kno"):
+        read(saved({"a.weight": torch.ones(2)}, tmp_path))
+    with pytest.raises(ValueError, match="no tensor at all"):
+        read(saved([1, 2], tmp_path))
+    with pytest.raises(ValueError, match="'vit_smal_patch16_224' is no timm model; did you mean"):
+        encoder_of("timm:vit_smal_patch16_224")
+    with pytest.raises(ValueError, match="timm has no such weights; it has vit_small_patch16_224.a"):
+        read("timm:vit_small_patch16_224.nobodys")
+
+
+# Which encoder
+
+VITS = {
+    "dinov2": ("vit_base_patch14_dinov2", 768, 12, {"mask_token": (1, 768)}),
+    "registers": ("vit_small_patch14_reg4_dinov2", 384, 12, {"register_tokens": (1, 4, 384)}),
+    "dino": ("vit_small_patch16_224", 384, 12, {}),
+    "mae": ("vit_huge_patch14_224", 1280, 32, {"decoder_embed.weight": (2, 2)}),
+    "dinov3": ("vit_large_patch16_dinov3", 1024, 24, {"storage_tokens": (1, 4, 1024)}),
+    "beit": ("beit_large_patch16_224", 1024, 24, {"rel_pos_bias.relative_position_bias_table": (732, 16)}),
+}
+
+
+@pytest.mark.parametrize("layout", VITS)
+def test_shapes_tell_which_encoder_weights_are_of(layout):
+    name, width, depth, more = VITS[layout]
+    patch = int(name.split("patch")[1][:2])
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 197, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        **{f"blocks.{block}.norm1.weight": (width,) for block in range(depth)},
+        **more,
+    }
+    content = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    assert architecture(named(content, "file"))[0] == name
+
+
+def test_a_resnets_stages_tell_its_name():
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2"):
+        with torch.device("meta"):
+            content = timm.create_model(name).state_dict()
+        assert architecture(named(content, "file")) == (name, {})
+
+
+def test_timms_names_tell_the_encoder_and_its_positions():
+    given = EncoderConfig(image_size=112, drop_path=0.1)
+    assert encoder_of("timm:vit_small_patch14_dinov2.lvd142m", given) == replace(
+        given, name="vit_small_patch14_dinov2"
+    )
+    assert encoder_of("timm:vit_small_patch16_dinov3.lvd1689m").position == "rotary"
+    assert encoder_of("timm:beit_base_patch16_224").position == "relative_each"
+    assert encoder_of("timm:resnet50.a1_in1k").name == "resnet50"
+    assert not is_public("runs/mae-digits-01234567")
+
+
+def test_weights_are_found_in_the_hugging_face_cache_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    model = published(EncoderConfig("vit_tiny_patch16_224"))
+    head = {"head.weight": torch.zeros(21843, 192), "head.bias": torch.zeros(21843)}
+    safetensors.torch.save_file({**model.state_dict(), **head}, str(snapshot / "model.safetensors"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = fitted_for(f"timm:{name}", EncoderConfig("vit_tiny_patch16_224", 64), least=1.0)
+    assert found.share == 1.0
+    assert torch.equal(found.tensors["norm.weight"], model.state_dict()["norm.weight"])
+    with pytest.raises(FileNotFoundError, match="dino cannot be had .*give a file, or fill the cac"):
+        read("timm:vit_small_patch16_224.dino")
+
+
+def test_an_encoder_is_kept_apart_from_its_start(tmp_path):
+    """`fit` leaves what it was given as it was: two encoders may start from one reading."""
+    weights = read(saved(published(LEARNED).state_dict(), tmp_path))
+    before = {k: v.clone() for k, v in weights.named.tensors.items()}
+    fit(weights, Encoder(replace(LEARNED, image_size=32)))
+    assert all(torch.equal(v, weights.named.tensors[k]) for k, v in before.items())

@@ -43,8 +43,16 @@ def licence_in_timm(reference: str) -> str | None:
     """The licence that timm knows of weights of its own; None for files."""
     if not reference.startswith(TIMM):
         return None
-    settings = timm.get_pretrained_cfg(reference.removeprefix(TIMM), allow_unregistered=False)
+    settings = _settings(reference)
     return settings.license if settings else None
+
+
+def _settings(reference: str) -> Any:
+    """What timm knows of weights of its own; None where it has none of that name."""
+    try:
+        return timm.get_pretrained_cfg(reference.removeprefix(TIMM), allow_unregistered=False)
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def _from_timm(reference: str) -> PublicWeights:
     name = full.partition(".")[0]
     if not timm.is_model(name):
         EncoderConfig(name)  # says so, with the names that are near
-    settings = timm.get_pretrained_cfg(full, allow_unregistered=False)
+    settings = _settings(reference)
     if settings is None or not settings.has_weights:
         known = ", ".join(timm.list_pretrained(f"{name}.*")[:6]) or "none for this name"
         raise ValueError(f"--init-from {reference}: timm has no such weights; it has {known}")
@@ -232,7 +240,7 @@ def architecture(found: Named) -> tuple[str | None, dict[str, Any]]:
             case "timm's rotary ViT":
                 name = None
             case _:
-                name = f"vit_{size}_patch{patch}_{'224' if patch != 14 else 'dinov2'}"
+                name = f"vit_{size}_patch{patch}_224"
                 if not timm.is_model(name):
                     return f"vit_{size}_patch16_224", {"patch_size": patch}
     return (name if name is not None and timm.is_model(name) else None), {}
