@@ -75,7 +75,9 @@ def test_an_encoder_stands_still_while_its_head_warms_up_and_its_teacher_with_it
     state = start(wanted)  # of 100 steps
     before = weights(state)
     train_for(state, wanted, 3)
-    moved = {name for name, tensor in weights(state).items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name for name, tensor in weights(state).items() if not torch.equal(tensor, before[name])
+    }
     assert moved
     assert not [name for name in moved if ".backbone." in name]
     train_for(state, wanted, 1, batches(wanted, 3))
@@ -110,7 +112,7 @@ def test_the_encoder_is_that_of_the_weights_unless_one_is_named(tmp_path):
     assert changed["dinov2-adapt"].views
     named = ["dino-adapt", "--init-from", file, "--encoder.name", "vit_tiny_patch16_224"]
     assert with_encoder_of_start(recipes, named) is recipes
-    with pytest.raises(FileNotFoundError, match="gone.pth: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"gone.pth: there is no such file"):
         with_encoder_of_start(recipes, ["dino-adapt", "--init-from", "gone.pth"])
 
 
@@ -132,7 +134,9 @@ def test_a_verdict_says_by_how_much_and_how_sure():
     assert "kNN 72.5% at step 10, 50.0% at the start; 95 % bootstrap over 400" in better.described
     same = verdict({0: result(200), 10: result(204, seed=1)}, "linear")
     assert same is not None
-    assert same.described.startswith("no better than the weights it started from: a difference of +1")
+    assert same.described.startswith(
+        "no better than the weights it started from: a difference of +1"
+    )
     worse = verdict({0: result(300), 10: result(200)}, "knn")
     assert worse is not None
     assert worse.described.startswith("worse than the weights it started from by 25.0 ± ")
@@ -201,10 +205,12 @@ def test_a_run_starts_from_public_weights_probes_them_first_and_ends_with_its_ve
 @pytest.mark.usefixtures("ray_session")
 def test_weights_of_another_encoder_are_refused_before_any_worker_starts(shards, tmp_path):  # noqa: F811
     wanted = adapting(shards, tmp_path, encoder=replace(LEARNED, depth=6))
-    with pytest.raises(ValueError, match="fits .* of the weights of encoder.name vit_tiny_patch16_2"):
+    with pytest.raises(
+        ValueError, match=r"fits .* of the weights of encoder.name vit_tiny_patch16_2"
+    ):
         launch(wanted, Screen())
 
 
 def test_the_guard_counts_probes_that_are_surely_worse():
-    with pytest.raises(ValueError, match="guard.worse_than_start must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"guard.worse_than_start must be at least 0, got -1"):
         GuardConfig(worse_than_start=-1)

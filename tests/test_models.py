@@ -97,7 +97,9 @@ def test_a_rotary_vits_patches_keep_their_places_where_others_are_left_out(name)
     shuffled, plain = encoder(batch, visible=order), encoder(batch)
     torch.testing.assert_close(shuffled.cls, plain.cls, rtol=1e-4, atol=1e-5)
     index = order.unsqueeze(-1).expand(-1, -1, 32)
-    torch.testing.assert_close(shuffled.patches, plain.patches.gather(1, index), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        shuffled.patches, plain.patches.gather(1, index), rtol=1e-4, atol=1e-5
+    )
     few = torch.tensor([[5, 1, 2]] * 3)
     some = encoder(batch, visible=few)
     batch[:, :, :4, :4] += 1.0  # patch 0, which is not seen
@@ -143,7 +145,10 @@ def test_dinov2s_blocks_are_gated_and_skipped_alike():
         ({"registers": 2}, "encoder.registers 2 is for ViTs, not for resnet18"),
         ({"swiglu": True}, "encoder.swiglu True is for ViTs, not for resnet18"),
         ({"layer_scale": 0.1}, "encoder.layer_scale 0.1 is for ViTs, not for resnet18"),
-        ({"name": "vit_tiny_patch16_224", "position": "relative"}, "give --encoder.position learned or s"),
+        (
+            {"name": "vit_tiny_patch16_224", "position": "relative"},
+            "give --encoder.position learned or s",
+        ),
         ({"name": "vit_small_patch16_dinov3", "position": "learned"}, "--encoder.position rotary"),
         ({"name": "beit_base_patch16_224"}, "position learned does not go with beit_base_patch16"),
     ],

@@ -117,7 +117,11 @@ def mocov3(tensors: Tensors) -> Any:
 
 def beit(tensors: Tensors) -> Any:
     index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
-    return {"model": tensors | index | {"mask_token": torch.zeros(1, 1, 32), "lm_head.bias": torch.ones(9)}}
+    return {
+        "model": tensors
+        | index
+        | {"mask_token": torch.zeros(1, 1, 32), "lm_head.bias": torch.ones(9)}
+    }
 
 
 def torchvision_vit(tensors: Tensors) -> Any:
@@ -181,7 +185,9 @@ LAYOUTS: list[tuple[str, EncoderConfig, Callable[[Tensors], Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("config", "layout", "name"), [(c, f, n) for _, c, f, n in LAYOUTS], ids=[i for i, *_ in LAYOUTS]
+    ("config", "layout", "name"),
+    [(c, f, n) for _, c, f, n in LAYOUTS],
+    ids=[i for i, *_ in LAYOUTS],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_of_each_layout_gives_the_features_of_timms_own_model(
@@ -287,7 +293,9 @@ def test_dinov3s_owners_terms_are_told(tmp_path):
 def test_weights_of_another_architecture_are_refused_with_the_encoder_that_they_are_of(tmp_path):
     file = saved(published(LEARNED).state_dict(), tmp_path)
     deeper = replace(LEARNED, depth=5)
-    with pytest.raises(ValueError, match=r"weights.pth fits 4\d% of the weights of encoder.name vi"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth fits 4\d% of the weights of encoder.name vi"
+    ):
         fitted_for(file, deeper, least=0.95)
     assert fitted_for(file, deeper, least=0.0).missing
     with pytest.raises(ValueError, match=r"resnet18 .*or accept less with --init-share 0"):
@@ -301,7 +309,10 @@ def test_a_vit_without_its_positions_is_refused_whatever_share_it_has(tmp_path):
 
 
 def test_moco_v3s_small_vit_has_twelve_heads():
-    shapes = {"patch_embed.proj.weight": torch.zeros(384, 3, 16, 16), "norm.weight": torch.ones(384)}
+    shapes = {
+        "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16),
+        "norm.weight": torch.ones(384),
+    }
     facts = named(mocov3(shapes), "file").facts
     assert (facts["heads"], facts["position"]) == (12, "sincos")
 
@@ -313,7 +324,9 @@ class Evil:
 
 def test_a_pickle_that_needs_code_is_refused_and_none_of_it_is_run(tmp_path, capsys):
     file = saved({"model": published(LEARNED).state_dict(), "hook": Evil()}, tmp_path)
-    with pytest.raises(ValueError, match=r"weights.pth needs code to be read \(.*print.*\), which") as e:
+    with pytest.raises(
+        ValueError, match=r"weights.pth needs code to be read \(.*print.*\), which"
+    ) as e:
         read(file)
     assert "\n" not in str(e.value)
     assert capsys.readouterr().out == ""
@@ -336,15 +349,19 @@ def test_a_file_that_was_cut_off_is_refused_in_one_line(suffix, size, tmp_path):
 
 
 def test_a_missing_file_an_unknown_layout_and_an_unknown_name_are_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.pth: there is no such file; give a .safeten"):
+    with pytest.raises(FileNotFoundError, match=r"gone.pth: there is no such file; give a .safe"):
         read(str(tmp_path / "gone.pth"))
-    with pytest.raises(ValueError, match="is in no layout that is known here, it holds a.weight: kno"):
+    with pytest.raises(
+        ValueError, match=r"is in no layout that is known here, it holds a.weight: kno"
+    ):
         read(saved({"a.weight": torch.ones(2)}, tmp_path))
-    with pytest.raises(ValueError, match="no tensor at all"):
+    with pytest.raises(ValueError, match=r"no tensor at all"):
         read(saved([1, 2], tmp_path))
-    with pytest.raises(ValueError, match="'vit_smal_patch16_224' is no timm model; did you mean"):
+    with pytest.raises(ValueError, match=r"'vit_smal_patch16_224' is no timm model; did you mean"):
         encoder_of("timm:vit_smal_patch16_224")
-    with pytest.raises(ValueError, match="timm has no such weights; it has vit_small_patch16_224.a"):
+    with pytest.raises(
+        ValueError, match=r"timm has no such weights; it has vit_small_patch16_224.a"
+    ):
         read("timm:vit_small_patch16_224.nobodys")
 
 
@@ -356,7 +373,12 @@ VITS = {
     "dino": ("vit_small_patch16_224", 384, 12, {}),
     "mae": ("vit_huge_patch14_224", 1280, 32, {"decoder_embed.weight": (2, 2)}),
     "dinov3": ("vit_large_patch16_dinov3", 1024, 24, {"storage_tokens": (1, 4, 1024)}),
-    "beit": ("beit_large_patch16_224", 1024, 24, {"rel_pos_bias.relative_position_bias_table": (732, 16)}),
+    "beit": (
+        "beit_large_patch16_224",
+        1024,
+        24,
+        {"rel_pos_bias.relative_position_bias_table": (732, 16)},
+    ),
 }
 
 
@@ -412,7 +434,9 @@ def test_weights_are_found_in_the_hugging_face_cache_without_a_network(tmp_path,
     found = fitted_for(f"timm:{name}", EncoderConfig("vit_tiny_patch16_224", 64), least=1.0)
     assert found.share == 1.0
     assert torch.equal(found.tensors["norm.weight"], model.state_dict()["norm.weight"])
-    with pytest.raises(FileNotFoundError, match="dino cannot be had .*give a file, or fill the cac"):
+    with pytest.raises(
+        FileNotFoundError, match=r"dino cannot be had .*give a file, or fill the cac"
+    ):
         read("timm:vit_small_patch16_224.dino")
 
 

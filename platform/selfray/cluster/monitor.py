@@ -19,12 +19,12 @@ from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
+from selfray.probes.verdict import gain_over, verdict, without_labels
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader, SpoolWriter
-from selfray.probes.verdict import gain_over, verdict, without_labels
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -259,9 +259,7 @@ class Monitor:
             best = self._best_step()
             if best in self.probes:
                 checkpoint.mark_best(self.run, best)
-            checkpoint.retain(
-                self.run, self.experiment.checkpoint.keep, best, set(self._pending)
-            )
+            checkpoint.retain(self.run, self.experiment.checkpoint.keep, best, set(self._pending))
         except OSError:
             log.exception("old checkpoints could not be removed")
 

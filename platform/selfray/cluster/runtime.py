@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import yaml
 
+from selfray import plugins
 from selfray.check import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
@@ -162,6 +163,9 @@ def start(address: str | None = None) -> bool:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    if plugins.named():
+        # Workers read configs too, and believe only what the driver was told to.
+        options["runtime_env"] = {"env_vars": {plugins.VARIABLE: ",".join(plugins.named())}}
     if address:
         _require_cluster(address)
         try:

@@ -13,7 +13,6 @@ from selfray.commands.flags import TrackingFlag, flag
 from selfray.commands.labelled import (
     devices_of,
     evaluated,
-    is_converted,
     labelled_of,
     open_labelled,
     slug,
@@ -123,12 +122,13 @@ class Evaluate:
         self._check()
         console.live("loading torch and ray")
         from selfray.cluster import runtime
+        from selfray.data.data_sets import needs_build
 
         suite = self._suite()
         with ExitStack() as stack:
             named = open_subjects(self.encoders, self.image_size, self.tracking, console)
             chosen = self._data(named)
-            if any(is_converted(p) for d in chosen for p in (d.path, d.test_path) if p):
+            if any(needs_build(p) for d in chosen for p in (d.path, d.test_path) if p):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
             sets = [self._open(data, named, console) for data in chosen]

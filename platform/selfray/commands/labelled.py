@@ -18,22 +18,12 @@ if TYPE_CHECKING:
     from selfray.probes.protocol import Protocol
 
 
-def is_converted(path: str) -> bool:
-    """Whether a path holds images to be made into shards, which takes Ray. Whatever else is wrong
-    with a path is told without it."""
-    from selfray.data.data_sets import EMBEDDED
-    from selfray.data.reader import parquet_files
-
-    if path.startswith(EMBEDDED) or "*" in path:
-        return False
-    return Location.of(path).exists() and not parquet_files(path)
-
-
 def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
+    from selfray.cluster.build import build
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say)
+        opened = open_data(data, output, console.say, build)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")

@@ -252,8 +252,8 @@ def _position_biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
 
 
 def fitted_for(reference: str, encoder: EncoderConfig, least: float) -> Fitted:
-    """Read public weights and fit them to an encoder. ValueError and FileNotFoundError as of `read`,
-    and where less than the `least` share of the encoder's weights fits."""
+    """Read public weights and fit them to an encoder. ValueError and FileNotFoundError as of
+    `read`, and where less than the `least` share of the encoder's weights fits."""
     found = fit(read(reference), encoder.build())
     found.refuse(least)
     return found
