@@ -13,7 +13,7 @@ PARALLEL = -n $(PROCESSES) --dist loadgroup
 # Pip warns about every configured index folder that is missing; its errors are what matters here.
 PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: quickstart test drills test-bench test-all fuzz lint map ui bench clean help
+.PHONY: quickstart test drills test-bench test-all fuzz lint map flags ui bench clean help
 
 help:
 	@echo "make quickstart   pretrain SimCLR and MAE on embedded digits, probe them, show the result"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-bench   the tests of the benchmarks"
 	@echo "make test-all     all three"
 	@echo "make fuzz         100,000 damaged files of each kind, about an hour"
+	@echo "make flags        write the table of flags that typos are told by, after a change of a config"
 	@echo "make map          the rooms of the package by floors, drawn from its imports"
 	@echo "make lint         ruff and pyright"
 	@echo "make bench        speed of the augmentation beside its peers' (installs them), for each core"
@@ -52,6 +53,10 @@ test-all: test drills test-bench
 
 fuzz: $(READY)
 	@FUZZ_MUTATIONS=100000 $(BIN)/python -m pytest $(PARALLEL) tests/fuzz
+
+flags: $(READY)
+	@$(BIN)/python -m selfray.commands.early > $(VENV)/flags.json
+	@mv $(VENV)/flags.json platform/selfray/commands/flags.json
 
 map: $(READY)
 	@$(BIN)/python tests/house.py

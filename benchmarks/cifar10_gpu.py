@@ -41,8 +41,10 @@ from torch import Tensor
 
 from selfray import config
 from selfray.check import require
+from selfray.data.files import parquet_files, split_files
 from selfray.data.plan import ReadPlan, even_steps
-from selfray.data.reader import open_shards, parquet_files, read_rows, sample_rows, split_files
+from selfray.data.reader import read_rows, sample_rows
+from selfray.data.shard_set import open_shards
 from selfray.data.source import evaluation_views
 from selfray.experiment import Experiment, ProbeConfig
 from selfray.method import Batch, Method

@@ -22,10 +22,10 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
-from selfray.cluster.build import write_arrays
 from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.waiting import room_for
+from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
 from selfray.pixels import augment

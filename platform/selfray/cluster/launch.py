@@ -16,6 +16,7 @@ from typing import Any, Literal
 from selfray import config
 from selfray.check import named_amounts
 from selfray.cluster import runtime, waiting
+from selfray.cluster.build import build
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_tasks import ProbeJob
 from selfray.cluster.runtime import Console, Resources
@@ -161,7 +162,7 @@ def launch(
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
-    data = open_data(experiment.data, output, console.say)
+    data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -598,7 +599,7 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     """The probes on raw pixels: what an encoder has to beat."""
-    data = open_data(experiment.data, Location.of(experiment.output), console.say)
+    data = open_data(experiment.data, Location.of(experiment.output), console.say, build)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)

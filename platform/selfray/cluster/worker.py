@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from selfray.data.reader import ShardSet
+from selfray.data.shard_set import ShardSet
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

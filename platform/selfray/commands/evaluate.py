@@ -13,7 +13,6 @@ from selfray.commands.flags import TrackingFlag, flag
 from selfray.commands.labelled import (
     devices_of,
     evaluated,
-    is_converted,
     labelled_of,
     open_labelled,
     slug,
@@ -92,6 +91,9 @@ class Evaluate:
     image_column: Annotated[
         str | None, flag("Parquet column of the images.", "NAME", "found by its type")
     ] = None
+    label_column: Annotated[
+        str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
+    ] = None
     train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
         None
     )
@@ -123,12 +125,13 @@ class Evaluate:
         self._check()
         console.live("loading torch and ray")
         from selfray.cluster import runtime
+        from selfray.data.data_sets import needs_build
 
         suite = self._suite()
         with ExitStack() as stack:
             named = open_subjects(self.encoders, self.image_size, self.tracking, console)
             chosen = self._data(named)
-            if any(is_converted(p) for d in chosen for p in (d.path, d.test_path) if p):
+            if any(needs_build(p) for d in chosen for p in (d.path, d.test_path) if p):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
             sets = [self._open(data, named, console) for data in chosen]
@@ -179,6 +182,8 @@ class Evaluate:
             chosen = [replace(data, test_path=self.test) for data in chosen]
         if self.image_column is not None:
             chosen = [replace(data, image_column=self.image_column) for data in chosen]
+        if self.label_column is not None:
+            chosen = [replace(data, label_column=self.label_column) for data in chosen]
         return chosen
 
     def _open(self, data: "DataConfig", named: Sequence[Named], console: "Console") -> "Labelled":

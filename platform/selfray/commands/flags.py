@@ -1,11 +1,13 @@
-"""How flags are declared and read: help in flowing text, a config's own words where it refuses."""
+"""How flags are declared and read: help in flowing text, and one line for whatever is refused."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
+from tyro import _errors as tyro_errors  # 1.0.17 has no public way to word an error
 from tyro.conf import Positional
 from tyro.constructors import (
     ConstructorRegistry,
@@ -13,6 +15,8 @@ from tyro.constructors import (
     StructFieldSpec,
     StructTypeInfo,
 )
+
+from selfray.commands.early import nearest
 
 
 def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:
@@ -42,6 +46,89 @@ CheckpointArgument = Annotated[
 class BadSetting(Exception):  # noqa: N818 - it is the setting that is bad
     """A value that a config refuses. No ValueError, which tyro would frame and give its own words:
     a config's message names the field and the way out in one line."""
+
+
+def read(kind: Any, arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+    """What a command line asks for.
+
+    Args:
+        kind: a dataclass, or a union of sub-commands.
+        arguments: the words after the command.
+        prog: the command, as help and messages show it.
+        settings: more of `tyro.cli`, such as description, default and config.
+
+    Raises:
+        BadSetting: one line with the flag, what it takes, and the nearest name for a typo.
+        SystemExit: with code 0, after help was shown.
+    """
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        raise BadSetting(_worded(event, partial(_names, kind, settings)))
+
+    with tyro_errors.on_parse_error(refuse):
+        # Sub-commands show their docstrings as they are written; fields of configs flow.
+        rules = None if "config" in settings and "default" not in settings else own_rules()
+        return tyro.cli(kind, args=arguments, prog=prog, registry=rules, **settings)
+
+
+EXPERIMENT_FLAGS = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
+"""A schedule's kind stays what the recipe has; only its numbers are flags."""
+
+
+def flags_with_values(default: Any) -> dict[str, str]:
+    """The flags that set a config's fields, each with what it takes, such as FLOAT."""
+    found = {}
+    for action in _parser(type(default), default=default, config=EXPERIMENT_FLAGS)._actions:
+        for flag in action.option_strings:
+            if flag not in ("-h", "--help"):
+                found[flag] = "" if action.metavar is None else str(action.metavar)
+    return found
+
+
+def _names(kind: Any, settings: dict[str, Any]) -> list[str]:
+    known = {name: settings[name] for name in ("default", "config") if name in settings}
+    return [flag for action in _parser(kind, **known)._actions for flag in action.option_strings]
+
+
+def _parser(kind: Any, **settings: Any) -> Any:
+    with warnings.catch_warnings():
+        # Deprecated for no successor: what else tells the names of all flags?
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tyro.extras.get_parser(kind, registry=own_rules(), **settings)
+
+
+def _worded(event: tyro_errors.ParseErrorEvent, names: Callable[[], list[str]]) -> str:
+    """A refused command line in one line."""
+    where = f"see {event.prog} --help"
+    match event:
+        case tyro_errors.UnrecognizedArgs(tokens=tokens):
+            flag = next((t for t in tokens if t.startswith("-")), tokens[0]).partition("=")[0]
+            return f"{flag} is no flag of {event.prog}{nearest(flag, names())}"
+        case tyro_errors.MissingArgs(missing_arguments=missing):
+            given = ", ".join(_called(a.arg) for a in missing)
+            return f"{given} is missing: {where}"
+        case tyro_errors.MissingSubcommand(subcommand_spec=spec, found_token=token):
+            known = list(spec.parser_from_name)
+            if token is None:
+                return f"{event.prog} needs one of {', '.join(known)}"
+            return f"{event.prog} has no {token}{nearest(token, known)}"
+        case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            return f"{_called(argument)} must be one of {', '.join(choices)}, got {value}"
+        case tyro_errors.BadValue(argument=argument, offending_value=value):
+            if value is None and argument.is_positional():
+                return f"{_called(argument)} is missing: {where}"
+            taken = value or "too few values"
+            return f"{_called(argument)} takes {argument.lowered.metavar}, got {taken}"
+        case tyro_errors.InstantiationFailure(message=message, argument=argument):
+            flag = "" if argument is None else f"{_called(argument)}: "
+            return flag + " ".join(str(message).split())
+    return f"{event.prog} does not understand this: {where}"
+
+
+def _called(argument: Any) -> str:
+    """An argument as its user knows it."""
+    name = argument.lowered.name_or_flags[0]
+    return name if name.startswith("-") else str(argument.lowered.metavar)
 
 
 def own_rules() -> ConstructorRegistry:

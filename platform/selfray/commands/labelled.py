@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from selfray.check import require
@@ -18,43 +18,28 @@ if TYPE_CHECKING:
     from selfray.probes.protocol import Protocol
 
 
-def is_converted(path: str) -> bool:
-    """Whether a path holds images to be made into shards, which takes Ray. Whatever else is wrong
-    with a path is told without it."""
-    from selfray.data.data_sets import EMBEDDED
-    from selfray.data.reader import parquet_files
-
-    if path.startswith(EMBEDDED) or "*" in path:
-        return False
-    return Location.of(path).exists() and not parquet_files(path)
-
-
 def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
+    from selfray.cluster.build import build
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say)
+        opened = open_data(data, output, console.say, build)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
-        raise type(error)(text.replace("data.image-column", "image-column")) from None
+        raise type(error)(text.replace("data.label-column", "label-column")) from None
     if not opened.can_probe:
         path = data.path if not opened.train.has_labels else data.test_path or data.path
         raise ValueError(
             f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
-            "class folders, .cls members of tars or an integer Parquet column named label"
+            "class folders, .cls members of tars or a Parquet column named label"
         )
-    names = opened.train.label_names
-    if opened.test is not None and names and opened.test.label_names not in (None, names):
+    if opened.test is not None and not opened.common_classes:
         raise ValueError(
-            f"the classes of train ({_shown(names)}) and of test "
-            f"({_shown(opened.test.label_names or ())}) differ: give images of the same classes"
+            f"no class of the test images is among those of the train images ({opened.classes()}): "
+            "give images of the same classes"
         )
     return opened
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
 
 def slug(path: str) -> str:

@@ -7,18 +7,25 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
+from selfray import __version__
+from selfray.check import require
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
+from selfray.commands.early import nearest
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
+from selfray.commands.flags import flag, read
+from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
+from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
+from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import one_line
 
 if TYPE_CHECKING:
@@ -33,49 +40,107 @@ SHARDS = """Make and check Parquet shards of images: what encoders are trained o
 $ selfray shards build ~/scans s3://bucket/scans"""
 
 
-Command = (
-    Annotated[
-        Annotated[BuildShards, subcommand("build")] | Annotated[CheckShards, subcommand("check")],
-        subcommand("shards", description=SHARDS),
+@dataclass(frozen=True)
+class Elsewhere:
+    """A sub-command whose flags depend on a recipe, and are read where that is known."""
+
+    words: Annotated[
+        Positional[tuple[str, ...]], flag("What it is about, then flags.", "NAME")
+    ] = ()
+
+
+COMMANDS: dict[str, Any] = {
+    "pretrain": Elsewhere,
+    "tokenizer": Elsewhere,
+    "sweep": Elsewhere,
+    "shards": {"build": BuildShards, "check": CheckShards},
+    "evaluate": Evaluate,
+    "export": Export,
+    "probe": Probe,
+    "compare": Compare,
+    "doctor": Doctor,
+}
+PRETRAIN_IN_SHORT = """Pretrain an encoder by a recipe, a file or both.
+$ selfray pretrain mae-imagenet --data.path scans/"""
+TOKENIZER_IN_SHORT = """Train the tokenizer whose tokens BEiT predicts.
+$ selfray tokenizer tokenizer-imagenet --data.path scans/"""
+
+
+def _sweeps() -> str:
+    names = ", ".join(SWEEPS)
+    return (
+        f"Vary one setting of a recipe, probe every run, rank them: {names}.\n"
+        "$ selfray sweep mask-ratio --data scans/ --seeds 3"
+    )
+
+
+def _as_subcommands(commands: dict[str, Any], described: dict[str, str]) -> Any:
+    """A table of commands as the type that tyro shows help of."""
+    kinds = [
+        Annotated[
+            _as_subcommands(kind, {}) if isinstance(kind, dict) else kind,
+            subcommand(name, description=described.get(name)),
+        ]
+        for name, kind in commands.items()
     ]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Probe, subcommand("probe")]
-    | Annotated[Compare, subcommand("compare")]
-    | Annotated[Doctor, subcommand("doctor")]
-)
+    return Union[tuple(kinds)]  # noqa: UP007 - made from a table
 
 
-AnyCommand = BuildShards | CheckShards | Evaluate | Export | Probe | Compare | Doctor
+DESCRIBED = {
+    "pretrain": PRETRAIN_IN_SHORT,
+    "tokenizer": TOKENIZER_IN_SHORT,
+    "sweep": _sweeps(),
+    "shards": SHARDS,
+}
+Command = _as_subcommands(COMMANDS, DESCRIBED)
 
 
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.
 
-Training itself is started by experiments/pretrain.py; this command does what comes before and after
-it. Paths may be local, s3:// or gs://. RAY_ADDRESS names a cluster to work on; without it, a local
-Ray is started and stopped. SELFRAY_VERBOSE=1 shows what libraries print."""
+Paths may be local, s3:// or gs://. RAY_ADDRESS names a cluster to work on; without it, a local Ray
+is started and stopped. SELFRAY_VERBOSE=1 shows what libraries print."""
 
 
 def main() -> int:
     """Do what the command line says. Returns the exit code: 0 done, 1 failed, 2 bad input, 130
     interrupted."""
-    return _quietly(parse(sys.argv[1:] or ["--help"]))
+    words = sys.argv[1:] or ["--help"]
+    if words[0] in ("--version", "-V"):
+        print(f"selfray {__version__}")
+        return 0
+    if words[0] == "pretrain":
+        return pretrain(words[1:], prog="selfray pretrain")
+    if words[0] == "tokenizer":
+        return train_tokenizer(words[1:], prog="selfray tokenizer")
+    if words[0] == "sweep" and len(words) > 1 and not words[1].startswith("-"):
+        return one_line_errors(lambda: _sweep(words[1], words[2:]))
+    return one_line_errors(lambda: _quietly(parse(words)))
 
 
-def parse(arguments: Sequence[str]) -> AnyCommand:
-    """The command that arguments ask for; argparse's SystemExit where they ask for none."""
-    return tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="selfray",
-        description=DESCRIPTION,
-        args=arguments,
-        config=(FlagCreatePairsOff,),
-    )
+def _sweep(name: str, words: Sequence[str]) -> int:
+    require(name in SWEEPS, f"selfray sweep has no {name}{nearest(name, SWEEPS)}")
+    kind = SWEEPS[name]
+    return run(kind, words, kind.__doc__ or "", f"selfray sweep {name}")
 
 
-def _quietly(command: AnyCommand) -> int:
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that arguments ask for. BadSetting or ValueError says in a line why there is
+    none."""
+    kind: Any = COMMANDS
+    words, prog = list(arguments), "selfray"
+    while isinstance(kind, dict) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        require(name in kind, f"{prog} has no {name}{nearest(name, kind)}")
+        kind, prog = kind[name], f"{prog} {name}"
+    if isinstance(kind, dict):  # --help, or a word is missing
+        kind, words, prog = Command, arguments, "selfray"
+    described = DESCRIPTION if kind is Command else DESCRIBED.get(prog.removeprefix("selfray "))
+    settings = {} if described is None else {"description": described}
+    return read(kind, words, prog, config=(FlagCreatePairsOff,), **settings)
+
+
+def _quietly(command: Any) -> int:
     """Run a command with nothing but its own words on the console."""
-    from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
 
     def body(console: "Console") -> int:
         try:
@@ -93,7 +158,7 @@ def _quietly(command: AnyCommand) -> int:
                 console.say(f"the full log: {console.log}")
             return FAILED
 
-    return one_line_errors(lambda: with_console(_log_folder(), body))
+    return with_console(_log_folder(), body)
 
 
 def _log_folder() -> Path:

@@ -11,7 +11,6 @@ from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
 from selfray.commands.labelled import (
     devices_of,
     evaluated,
-    is_converted,
     labelled_of,
     open_labelled,
     slug,
@@ -59,6 +58,9 @@ class Probe:
     image_column: Annotated[
         str | None, flag("Parquet column of the images.", "NAME", "found by its type")
     ] = None
+    label_column: Annotated[
+        str | None, flag("Column of the labels.", "NAME", "found by its name")
+    ] = None
     train_limit: Annotated[
         int | None, flag("Use at most this many train images.", "N", "the run's probe.train_limit")
     ] = None
@@ -87,12 +89,13 @@ class Probe:
             require(limit is None or limit > 0, f"--{name}-limit must be positive, got {limit}")
         console.live("loading torch and ray")
         from selfray.cluster import runtime
+        from selfray.data.data_sets import needs_build
 
         checkpoint = open_checkpoint(self.checkpoint, self.tracking, console)
         experiment = checkpoint.experiment()
         chosen = self._data(experiment)
         with ExitStack() as stack:
-            if any(is_converted(path) for path in (chosen.path, chosen.test_path) if path):
+            if any(needs_build(path) for path in (chosen.path, chosen.test_path) if path):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
             data = open_labelled(chosen, output_of(checkpoint), console)
@@ -118,11 +121,15 @@ class Probe:
         """The run's own data, or what the flags say."""
         data = experiment.data
         if self.data is not None:
-            data = replace(data, path=self.data, test_path=self.test, image_column=None)
+            data = replace(
+                data, path=self.data, test_path=self.test, image_column=None, label_column=None
+            )
         if self.test is not None:
             data = replace(data, test_path=self.test)
         if self.image_column is not None:
             data = replace(data, image_column=self.image_column)
+        if self.label_column is not None:
+            data = replace(data, label_column=self.label_column)
         return data
 
     def _limits(self, experiment: "Experiment") -> tuple[int, int]:

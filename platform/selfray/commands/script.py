@@ -9,16 +9,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
-from selfray.commands.flags import BadSetting, own_rules
+from selfray.commands import early
+from selfray.commands.config_file import as_yaml, read_config
+from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
+from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from selfray.cluster.launch import RunResult
@@ -33,18 +34,33 @@ INTERRUPTED = 130
 log = logging.getLogger(__name__)
 
 
-def run_experiment(
-    recipes: "Mapping[str, Experiment]",
+def run_pretrain(
+    arguments: Sequence[str],
     description: str,
-    ray: runtime.Starting,
+    prog: str,
     started: float,
+    recipes: "Callable[[], Mapping[str, Experiment]]" = every,
     then: "Callable[[Experiment, RunResult, Console], None] | None" = None,
 ) -> int:
-    """`pretrain.py`'s whole life: parse, launch, report, and `then`. Returns the exit code."""
+    """A pretraining command's whole life: read, launch, report, and `then`. Returns the exit code.
+
+    Args:
+        arguments: a recipe's name and flags.
+        description: what its help says.
+        prog: the command, as help and messages show it.
+        started: time.time() of the command, for the time to the first step.
+        recipes: tells the recipes that may be given, and imports torch for it.
+        then: called after a run that was finished, with the experiment and its result.
+    """
 
     def main() -> int:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_help(description, prog))
+            return 0
+        early.refuse(arguments, NAMES, prog)
+        ray = runtime.Starting()  # Ray's processes come up while torch is imported
         try:
-            experiment = parse(recipes, description)
+            experiment = parse(recipes(), arguments, description, prog)
             return with_console(
                 log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then),
@@ -55,21 +71,70 @@ def run_experiment(
     return one_line_errors(main)
 
 
-def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment":
-    """The Experiment that the command line asks for; argparse's exit code 2 where it is wrong."""
-    named = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
-    command = tyro.extras.subcommand_type_from_defaults(
-        named, {name: _first_line(recipe) for name, recipe in named.items()}
+def _help(description: str, prog: str) -> str:
+    columns = [name.partition("-") for name in NAMES]
+    methods = dict.fromkeys(method for method, _, _ in columns)
+    rows = [
+        f"  {method:10} " + "  ".join(f"{m}-{d}" for m, _, d in columns if m == method)
+        for method in methods
+    ]
+    return (
+        f"usage: {prog} RECIPE [--flag value ...]\n"
+        f"       {prog} --config FILE [--flag value ...]\n\n{description.strip()}\n\n"
+        "recipes:\n" + "\n".join(rows) + f"\n\n{prog} RECIPE --help shows the recipe's flags."
     )
-    # A schedule's kind stays what the recipe has; only its numbers are flags.
-    settings = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-    experiment = tyro.cli(
-        command,  # type: ignore[arg-type]
-        description=description,
-        config=settings,
-        registry=own_rules(),
+
+
+def parse(
+    recipes: "Mapping[str, Experiment]", arguments: Sequence[str], description: str, prog: str
+) -> "Experiment":
+    """The Experiment that a recipe, a file and flags ask for; flags win over the file.
+
+    BadSetting and ValueError are one line that names the flag or field. SystemExit(0) after
+    `--help` or `--print-config`.
+    """
+    words, file, shows = _own_flags(arguments, prog)
+    recipes = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
+    base = None
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in recipes:
+            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
+        base = recipes[name]
+    if file is not None:
+        base = read_config(file, base, recipes)
+    assert base is not None, "early.refuse asks for a recipe or a file"
+    text = f"{description.strip()}\n\n{base.name}: {_first_line(base)}"
+    experiment = read(
+        type(base),
+        words,
+        f"{prog} {base.name}",
+        default=base,
+        description=text,
+        config=EXPERIMENT_FLAGS,
     )
-    return replace(experiment, output=runtime.lasting(experiment.output))
+    experiment = replace(experiment, output=runtime.lasting(experiment.output))
+    if shows:
+        print(as_yaml(experiment), end="")
+        raise SystemExit(0)
+    return experiment
+
+
+def _own_flags(arguments: Sequence[str], prog: str) -> tuple[list[str], str | None, bool]:
+    """(the other words, the file after --config, whether --print-config is given)."""
+    words, file, shows = [], None, False
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            file = value if equals else next(rest, None)
+            if not file:
+                raise ValueError(f"{prog} --config takes a YAML or JSON file")
+        elif flag == "--print-config":
+            shows = True
+        else:
+            words.append(word)
+    return words, file, shows
 
 
 def _first_line(experiment: "Experiment") -> str:

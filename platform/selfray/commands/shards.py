@@ -59,8 +59,9 @@ class BuildShards:
     labels: Annotated[
         Literal["auto", "folders", "none"],
         flag(
-            """auto: class folders if every image lies one level down, .cls members of tars, a label
-            column of Parquet. folders: the first folder below SRC is the class. none: no labels."""
+            """auto: class folders, a metadata table beside images, .cls or .json members of tars, a
+            label column of Parquet. folders: the first folder below SRC or its split is the class.
+            none: no labels."""
         ),
     ] = "auto"
     shard_mib: Annotated[
@@ -79,6 +80,14 @@ class BuildShards:
         str | None,
         flag("Column of the images, where SRC is Parquet.", "NAME", "found by its type"),
     ] = None
+    label_column: Annotated[
+        str | None,
+        flag(
+            "Column of the labels, in Parquet or in a metadata table beside the images.",
+            "NAME",
+            "found by its name",
+        ),
+    ] = None
 
     def run(self, console: "Console") -> int:
         from selfray.cluster import build, runtime
@@ -90,6 +99,7 @@ class BuildShards:
             labels=self.labels,
             seed=self.seed,
             image_column=self.image_column,
+            label_column=self.label_column,
         )
         if self.max_pixels is not None:
             options = replace(options, max_pixels=self.max_pixels)

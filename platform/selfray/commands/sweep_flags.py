@@ -1,13 +1,15 @@
 """The flags that all sweep scripts share, and the life of such a script."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from selfray import config
+from selfray.check import require
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
+from selfray.commands.early import check_path, nearest
 from selfray.commands.script import log_folder, with_console
+from selfray.recipes import NAMES
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment
@@ -61,9 +63,34 @@ class SweepFlags:
     """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
     under ~/selfray of the machine that runs the job."""
 
-    def base(self, recipes: "Mapping[str, Experiment]", *methods: str) -> "Experiment":
-        """The recipe with these flags. ValueError where it is none, or of no method that fits."""
-        fitting = [name for name, r in recipes.items() if r.method.name in methods]
+    title: ClassVar[str]
+    """What the sweep's folders and runs are called."""
+    asks: ClassVar[str]
+    """The question, as the report words it."""
+    methods: ClassVar[tuple[str, ...]]
+    """Methods whose recipes may be varied."""
+
+    def axis(self, base: "Experiment") -> "Axis | Range":
+        """What is varied of a recipe. ValueError where the flags make no sense for it."""
+        raise NotImplementedError
+
+    def check_early(self) -> None:
+        """ValueError for what is wrong without a look at any recipe's fields."""
+        require(
+            self.recipe in NAMES,
+            f"--recipe {self.recipe} does not exist{nearest(self.recipe, NAMES)}",
+        )
+        for name in ("data", "test_data"):
+            path = getattr(self, name)
+            if path is not None:
+                check_path(path, "--" + name.replace("_", "-"))
+
+    def base(self) -> "Experiment":
+        """The recipe with these flags. ValueError where it is of no method that fits."""
+        from selfray.recipes import every
+
+        recipes = every()
+        fitting = [name for name, r in recipes.items() if r.method.name in self.methods]
         if self.recipe not in fitting:
             raise ValueError(
                 f"--recipe {self.recipe} cannot be swept here: give one of {', '.join(fitting)}"
@@ -84,16 +111,16 @@ class SweepFlags:
             base = replace(base, epochs=min(SHORT_EPOCHS, base.epochs))
         return base
 
-    def question(self, name: str, *axes: "Axis | Range") -> "Question":
-        """What these flags ask of some axes. ValueError where it makes no sense."""
+    def question(self, base: "Experiment") -> "Question":
+        """What these flags ask of a recipe. ValueError where it makes no sense."""
         from selfray.sweeps.question import Halving, Question
 
         halving = Halving(self.stop_by, self.first_rung, self.rung_factor)
         if not self.stop_worse and self.stop_by is not None:
             raise ValueError(f"--stop-by {self.stop_by} stops nothing without --stop-worse")
         return Question(
-            name,
-            axes,
+            self.title,
+            (self.axis(base),),
             self.rank_by,
             self.seeds,
             self.search,
@@ -103,22 +130,16 @@ class SweepFlags:
         )
 
 
-def run_sweep(
-    flags: SweepFlags,
-    base: "Experiment",
-    question: "Question",
-    words: str,
-    ray: runtime.Starting,
-) -> int:
-    """A sweep script's life after its flags are read. Returns the exit code."""
-    from selfray.cluster.sweep.run import sweep
+def run_sweep(flags: SweepFlags, ray: runtime.Starting) -> int:
+    """Carry out the sweep that flags ask for. Returns the exit code."""
+    base = flags.base()
+    question = flags.question(base)
 
     def body(console: Console) -> int:
+        from selfray.cluster.sweep.run import sweep
+
         with ray.session():
-            result = sweep(base, question, words, console, at_once=flags.at_once)
+            result = sweep(base, question, flags.asks, console, at_once=flags.at_once)
         return 1 if any(outcome.failure for outcome in result.outcomes) else 0
 
-    try:
-        return with_console(log_folder(base.output), body)
-    finally:
-        ray.stop()
+    return with_console(log_folder(base.output), body)

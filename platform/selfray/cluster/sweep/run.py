@@ -10,6 +10,7 @@ from typing import Any
 
 from selfray import config
 from selfray.cluster import runtime
+from selfray.cluster.build import build
 from selfray.cluster.mlflow_store import asking_mlflow
 from selfray.cluster.runtime import Console
 from selfray.cluster.sweep.generations import evolve
@@ -56,7 +57,7 @@ def sweep(
     base = _probed_at_every_checkpoint(base)
     _refuse_impossible(base, question)
     # Read, and converted, once and not by each run; a wrong path is told before any is begun.
-    data = open_data(base.data, output, console.say)
+    data = open_data(base.data, output, console.say, build)
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / "trials").make_folder()
