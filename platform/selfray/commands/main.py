@@ -18,6 +18,7 @@ from selfray.check import require
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
 from selfray.commands.early import nearest
+from selfray.commands.embed import Embed
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Any] = {
     "sweep": Elsewhere,
     "shards": {"build": BuildShards, "check": CheckShards},
     "evaluate": Evaluate,
+    "embed": Embed,
     "export": Export,
     "probe": Probe,
     "compare": Compare,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor
 
@@ -124,3 +125,57 @@ def _packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".mlp.fc1_x." not in name:
             found[name] = tensor
     return found
+
+
+def opening_lines(config: EncoderConfig, folder: str, to: str = "timm") -> str:
+    """The Python lines that open an exported folder."""
+    lines = ["import timm", ""]
+    if config.small_stem:
+        lines[0] = "import timm, torch"
+    lines.append(f'model = timm.create_model("local-dir:{folder}", pretrained=True)')
+    if config.small_stem:
+        lines.append(
+            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
+        )
+    lines.append("model.eval()")
+    if to == "huggingface" and not config.small_stem:
+        lines += [
+            "",
+            "import transformers",
+            f"model = transformers.AutoModel.from_pretrained({folder!r})",
+        ]
+    return "\n".join(lines)
+
+
+def verify(folder: Path, encoder: Encoder) -> str:
+    """Open a folder as its users will, and compare features. RuntimeError where they differ.
+
+    Returns what was verified, in a sentence.
+    """
+    scope: dict[str, object] = {}
+    # Nothing of a stranger is run: the folder's name enters as a literal.
+    exec(opening_lines(encoder.config, str(folder)), scope)
+    model: Any = scope["model"]
+    side = encoder.config.image_size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = encoder(images), model(images)
+        tokens = model.forward_features(images)
+    # A ResNet's map is [B, D, h, w]; a ViT's tokens are [B, P + N, D].
+    patches = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
+    if not _same(patches[:, -ours.patches.shape[1] :], ours.patches):
+        raise RuntimeError(f"timm gives other features for {encoder.config.name}: please report it")
+    name = f"local-dir:{folder}"
+    with_head = timm.create_model(name, pretrained=True, num_classes=10)
+    own, headed = model.state_dict(), with_head.state_dict()
+    wrong = [k for k in own if k not in headed or not torch.equal(own[k], headed[k])]
+    if wrong and not encoder.config.small_stem:
+        raise RuntimeError(f"timm loses {wrong[0]} with num_classes=10: please report it")
+    verdict = "verified: timm opens it, with num_classes=10 too, and gives the same features"
+    if not _same(theirs, ours.cls):
+        verdict += " (model.forward_features; the pooling behind it is not pretrained)"
+    return verdict
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4)
