@@ -23,8 +23,9 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
 from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
-from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
+from selfray.console import Console
 from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
@@ -429,7 +430,7 @@ SCRIPT = """
 import sys
 from selfray.cluster import runtime
 from selfray.cluster.launch import launch
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray import config
 with runtime.session():
     launch(config.loads(open(sys.argv[1]).read()), Console(sys.stdout, None))

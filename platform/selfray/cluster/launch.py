@@ -17,18 +17,12 @@ from selfray import config
 from selfray.check import named_amounts
 from selfray.cluster import runtime, waiting
 from selfray.cluster.build import build
+from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.runtime import Resources
 from selfray.cluster.stream import keep_statistics_here
-from selfray.cluster.tracking import (
-    ARTIFACTS,
-    LOCK,
-    RUN_FILE,
-    Tracker,
-    environment_tags,
-    tracking_uri,
-)
+from selfray.cluster.tracking import Tracker
 from selfray.cluster.worker import (
     FAILURE,
     WorkerTask,
@@ -36,6 +30,7 @@ from selfray.cluster.worker import (
     root_cause,
     train_worker,
 )
+from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import Source, source_of
@@ -46,6 +41,8 @@ from selfray.report import run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

@@ -26,12 +26,12 @@ from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.method import Batch
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.folder import SPOOL
 from selfray.runs.spool import SpoolWriter
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
 
-SPOOL = "spool"
 log = logging.getLogger(__name__)
 
 

@@ -13,7 +13,7 @@ from selfray.commands.subjects import open_subjects
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.data.shard_set import ShardSet
 
 

@@ -22,7 +22,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Judged, Labelled
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 

@@ -15,7 +15,7 @@ from selfray.commands.reference import described, name_of, open_checkpoint
 from selfray.commands.words import plain, size
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import Experiment
     from selfray.runs.checkpoint import Checkpoint
 

@@ -30,7 +30,7 @@ from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import one_line
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 

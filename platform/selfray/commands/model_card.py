@@ -58,7 +58,7 @@ def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
 
 def _known(checkpoint: "Checkpoint") -> tuple[dict[str, float], dict[str, str]]:
     """The newest probes and evaluations of the checkpoint's run, and their protocols."""
-    from selfray.cluster.tracking import SPOOL
+    from selfray.runs.folder import SPOOL
     from selfray.runs.spool import SpoolReader
 
     run = run_folder(checkpoint)

@@ -10,7 +10,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Subject
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.probes.encoders import EncoderRef
     from selfray.runs.checkpoint import Checkpoint
 

@@ -13,7 +13,7 @@ from ray import tune
 from selfray import config
 from selfray.cluster.launch import PartOf, RunFailed, launch
 from selfray.cluster.probe_tasks import PROBED
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult, described
 from selfray.storage import Location
