@@ -21,10 +21,11 @@ from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
 from selfray.cluster import launch
 from selfray.cluster.mlflow_runs import log_page, read_run, read_runs
-from selfray.cluster.tracking import LOCK, RUN_FILE, SPOOL, Tracker, is_training
+from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
 from selfray.runs import checkpoint, comparison
 from selfray.runs.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
+from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture

@@ -18,7 +18,6 @@ from selfray.models.encoder import (
     export_weights,
     import_weights,
     normalize,
-    timm_recipe,
 )
 from selfray.models.heads import projector
 from selfray.models.vit import sincos_positions
@@ -281,17 +280,6 @@ def test_exported_weights_load_strictly_into_plain_timm_and_give_the_same_featur
         plain.conv1.stride, plain.maxpool = (1, 1), nn.Identity()  # the recipe's line
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(images()), encoder(images()).cls)
-
-
-@pytest.mark.parametrize("config", [RESNET, VIT, REGISTERS])
-def test_the_recipe_that_is_printed_loads_the_encoder(config, tmp_path):
-    encoder = build(config)
-    file = str(tmp_path / "encoder.safetensors")
-    safetensors.torch.save_file(export_weights(encoder), file)
-    namespace = {}
-    exec(timm_recipe(config, file), namespace)
-    with torch.no_grad():
-        torch.testing.assert_close(namespace["model"](images()), encoder(images()).cls)
 
 
 @pytest.mark.parametrize("config", [RESNET, VIT])

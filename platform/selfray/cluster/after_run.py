@@ -4,16 +4,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from selfray.cluster.mlflow_store import mlflow_tags
-from selfray.cluster.runtime import Console
-from selfray.cluster.tracking import (
-    RUN_RECORD,
-    SHIPPED,
-    SPOOL,
-    Tracker,
-    is_training,
-    tracking_uri,
-)
+from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+from selfray.cluster.tracking import Tracker
+from selfray.console import Console
+from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 

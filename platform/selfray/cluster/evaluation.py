@@ -18,7 +18,7 @@ import torch
 
 from selfray.cluster.embedding_tasks import Devices, write_embeddings
 from selfray.cluster.pace import Pace
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray.probes.classifier import Gallery
 from selfray.probes.embedding import EMBEDDING, OF_CROP, Contents, Embedding, Rows
 from selfray.probes.encoders import EncoderRef

@@ -16,22 +16,16 @@ from selfray import config
 from selfray.cluster import runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
+from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.runtime import Console
 from selfray.cluster.stream import keep_statistics_here
 from selfray.cluster.task import WorkerTask
-from selfray.cluster.tracking import (
-    ARTIFACTS,
-    LOCK,
-    RUN_FILE,
-    Tracker,
-    environment_tags,
-    tracking_uri,
-)
+from selfray.cluster.tracking import Tracker
 from selfray.cluster.worker import train_worker
+from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import Source, source_of
@@ -41,6 +35,8 @@ from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, starting
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

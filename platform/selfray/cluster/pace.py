@@ -3,7 +3,7 @@
 import threading
 import time
 
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 
 LINE_SECONDS = 30.0
 """Where nobody watches a terminal, a line this often."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import ray
 
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from selfray.commands.flags import flag
 from selfray.storage import one_line
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 
 @dataclass(frozen=True)

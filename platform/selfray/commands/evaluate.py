@@ -22,7 +22,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Judged, Labelled
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
@@ -90,6 +90,9 @@ class Evaluate:
     ] = None
     image_column: Annotated[
         str | None, flag("Parquet column of the images.", "NAME", "found by its type")
+    ] = None
+    label_column: Annotated[
+        str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
     ] = None
     train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
         None
@@ -179,6 +182,8 @@ class Evaluate:
             chosen = [replace(data, test_path=self.test) for data in chosen]
         if self.image_column is not None:
             chosen = [replace(data, image_column=self.image_column) for data in chosen]
+        if self.label_column is not None:
+            chosen = [replace(data, label_column=self.label_column) for data in chosen]
         return chosen
 
     def _open(self, data: "DataConfig", named: Sequence[Named], console: "Console") -> "Labelled":

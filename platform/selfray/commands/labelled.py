@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from selfray.check import require
@@ -11,7 +11,7 @@ from selfray.storage import Location
 if TYPE_CHECKING:
     from selfray.cluster.embedding_tasks import Devices
     from selfray.cluster.evaluation import Judged, Labelled, Subject
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.data.data_sets import DataSets
     from selfray.experiment import DataConfig
     from selfray.probes.embedding import Contents
@@ -27,24 +27,19 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
-        raise type(error)(text.replace("data.image-column", "image-column")) from None
+        raise type(error)(text.replace("data.label-column", "label-column")) from None
     if not opened.can_probe:
         path = data.path if not opened.train.has_labels else data.test_path or data.path
         raise ValueError(
             f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
-            "class folders, .cls members of tars or an integer Parquet column named label"
+            "class folders, .cls members of tars or a Parquet column named label"
         )
-    names = opened.train.label_names
-    if opened.test is not None and names and opened.test.label_names not in (None, names):
+    if opened.test is not None and not opened.common_classes:
         raise ValueError(
-            f"the classes of train ({_shown(names)}) and of test "
-            f"({_shown(opened.test.label_names or ())}) differ: give images of the same classes"
+            f"no class of the test images is among those of the train images ({opened.classes()}): "
+            "give images of the same classes"
         )
     return opened
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
 
 def slug(path: str) -> str:

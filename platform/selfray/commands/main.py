@@ -19,6 +19,7 @@ from selfray.commands.check_method import CheckMethod
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
 from selfray.commands.early import nearest
+from selfray.commands.embed import Embed
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
@@ -30,7 +31,7 @@ from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import one_line
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Any] = {
     "sweep": Elsewhere,
     "shards": {"build": BuildShards, "check": CheckShards},
     "evaluate": Evaluate,
+    "embed": Embed,
     "export": Export,
     "probe": Probe,
     "compare": Compare,

@@ -21,7 +21,7 @@ from selfray.storage import Location
 if TYPE_CHECKING:
     from selfray.cluster.embedding_tasks import Devices
     from selfray.cluster.evaluation import Labelled, Subject
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.data.data_sets import DataSets
     from selfray.experiment import DataConfig, Experiment
     from selfray.probes.features import ProbeResult
@@ -188,7 +188,7 @@ def _quick(
         len(judged.examined.train),
         len(judged.examined.test),
         {**{key: str(p) for key, p in protocols.items()}, "labelfree": str(LabelFree())},
-        **evaluation.label_free(judged),
+        **evaluation.label_free(judged),  # type: ignore[arg-type]
     )
 
 

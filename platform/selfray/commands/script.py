@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from selfray import plugins
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
+from selfray.console import Console, quiet_console
 from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
@@ -179,7 +179,7 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         raise OSError(
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
-    with runtime.quiet_console(folder / name) as console:
+    with quiet_console(folder / name) as console:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )

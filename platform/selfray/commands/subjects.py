@@ -10,7 +10,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Subject
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.probes.encoders import EncoderRef
     from selfray.runs.checkpoint import Checkpoint
 
@@ -60,7 +60,8 @@ def open_subjects(
 
 
 def _open(reference: str, size: int | None, tracking: str | None, console: "Console") -> Named:
-    from selfray.probes.encoders import EXPORTED_WEIGHTS, TIMM, EncoderRef
+    from selfray.models.portable import WEIGHTS
+    from selfray.probes.encoders import TIMM, EncoderRef
 
     here = Location.of("runs")
     if reference.startswith(TIMM):
@@ -70,7 +71,7 @@ def _open(reference: str, size: int | None, tracking: str | None, console: "Cons
         return Named(_subject(reference, ref, here, size), here)
     if not reference.startswith(MLRUNS):
         place = Location.of(reference)
-        if reference.endswith(".safetensors") or (place / EXPORTED_WEIGHTS).exists():
+        if reference.endswith(".safetensors") or (place / WEIGHTS).exists():
             require(place.exists(), f"there is no file {place}")
             ref = EncoderRef.of_file(reference)
             return Named(_subject(place.name, ref, here, size), here)

@@ -294,26 +294,6 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         ) from None
 
 
-def timm_recipe(config: EncoderConfig, file: str) -> str:
-    """The Python lines that load an exported encoder into plain timm."""
-    options = ", ".join(f"{key}={as_code(value)}" for key, value in config.options.items())
-    lines = ["import timm", ""]
-    if config.small_stem:
-        lines[0] = "import timm, torch"
-    lines.append(f"model = timm.create_model({config.name!r}, {options}, checkpoint_path={file!r})")
-    if config.small_stem:
-        lines.append(
-            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
-        )
-    lines.append("model.eval()")
-    return "\n".join(lines)
-
-
-def as_code(value: Any) -> str:
-    """A keyword argument of timm's, as it stands in Python."""
-    return f"timm.layers.{value.__name__}" if isinstance(value, type) else repr(value)
-
-
 @torch.no_grad()
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]

@@ -207,7 +207,7 @@ _SIZES = {
     (4096, 40): "7b",
 }
 """Of a ViT, by its width and depth."""
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",

@@ -81,7 +81,8 @@ class Rows:
 
     def digest(self) -> str:
         """Which rows of which files these are: files count by name, size and time of change."""
-        found = hashlib.sha256(self.shards.image_column.encode())
+        read = [self.shards.image_column, self.shards.label_column, self.shards.label_names]
+        found = hashlib.sha256(json.dumps(read).encode())
         for file in self.shards.files:
             info = Location.of(file.uri).info()
             text = json.dumps([file.uri, file.group_rows, info.size, info.mtime_ns])

@@ -14,6 +14,7 @@ from selfray import config
 from selfray.check import require
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder, EncoderConfig, export_weights, import_weights
+from selfray.models.portable import WEIGHTS, own_weights
 from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
@@ -23,8 +24,6 @@ TIMM = "timm:"
 UNTRAINED = "untrained"
 ENCODER_CONFIG = "encoder_config"
 """The key of an exported file's header that holds the EncoderConfig as JSON."""
-EXPORTED_WEIGHTS = "model.safetensors"
-"""In an exported folder."""
 Channels = tuple[float, float, float]
 
 
@@ -62,7 +61,7 @@ class EncoderRef:
         """A file of `selfray export`, or the folder that holds it. ValueError where it is none."""
         place = Location.of(path)
         if place.is_folder():
-            place = place / EXPORTED_WEIGHTS
+            place = place / WEIGHTS
         ref = cls(file=place.uri)
         _ = ref.encoder_config
         return ref
@@ -127,7 +126,8 @@ class EncoderRef:
             return TrainState.start(self._experiment, total_images=1).method.encoder.eval()
         encoder = self.encoder_config.build()
         if self.file is not None:
-            import_weights(encoder, safetensors.torch.load(Location.of(self.file).read_bytes()))
+            weights = safetensors.torch.load(Location.of(self.file).read_bytes())
+            import_weights(encoder, own_weights(encoder.config, weights))
         else:
             import_weights(encoder, self._timm_weights())
         return encoder.eval()
