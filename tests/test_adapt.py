@@ -188,7 +188,7 @@ def test_a_run_starts_from_public_weights_probes_them_first_and_ends_with_its_ve
     run = Location.of(found.folder)
     best = checkpoint.best(run)
     assert best is not None
-    by_knn = {step: p.knn for step, p in found.probes.items() if step > 0}
+    by_knn = {step: p.knn or 0.0 for step, p in found.probes.items() if step > 0}
     assert by_knn[best.step] == max(by_knn.values())
     # The first probe was of the public encoder itself.
     start_of = starting.state(wanted, run, 1).method.encoder.eval()

@@ -419,7 +419,8 @@ def test_weights_are_found_in_the_hugging_face_cache_without_a_network(tmp_path,
     from huggingface_hub import constants
 
     name = "vit_tiny_patch16_224.augreg_in21k"
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    settings: Any = timm.get_pretrained_cfg(name)
+    repository = settings.hf_hub_id
     folder = tmp_path / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

@@ -63,9 +63,9 @@ def _rotary_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None) -> T
         # Each image has angles of its own places: [(depth,) B, 1 or heads, Nv, E].
         chosen = angles[..., visible, :]  # [(depth, heads,) B, Nv, E]
         angles = chosen.transpose(1, 2) if backbone.rope_mixed else chosen.unsqueeze(1)
-    mixed = backbone.rope_mixed and angles is not None  # each block has angles of its own
     for number, block in enumerate(backbone.blocks):
-        tokens = block(tokens, rope=angles[number] if mixed else angles)
+        mixed = backbone.rope_mixed and angles is not None  # each block has angles of its own
+        tokens = block(tokens, rope=angles[number] if mixed and angles is not None else angles)
     return backbone.norm(tokens)
 
 
