@@ -447,3 +447,14 @@ def test_an_encoder_is_kept_apart_from_its_start(tmp_path):
     before = {k: v.clone() for k, v in weights.named.tensors.items()}
     fit(weights, Encoder(replace(LEARNED, image_size=32)))
     assert all(torch.equal(v, weights.named.tensors[k]) for k, v in before.items())
+
+
+def test_a_file_of_ours_tells_its_encoder_whole(tmp_path):
+    from selfray import config
+
+    shaped = replace(ROTARY, registers=2, swiglu=True, drop_path=0.3)
+    header = {"encoder_config": config.dumps(shaped)}
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(published(shaped).state_dict(), str(file), header)
+    given = EncoderConfig(image_size=32, drop_path=0.1)
+    assert encoder_of(str(file), given) == replace(shaped, image_size=32, drop_path=0.1)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from selfray.experiment import Experiment
     from selfray.models.encoder import Encoder
 
-    Image = Union[str, Path, bytes, Picture, np.ndarray]
+    Image = str | Path | bytes | Picture | np.ndarray
     """A file, a file's bytes, a Pillow image, or uint8 [H, W, 3] RGB."""
 
 

@@ -36,7 +36,7 @@ from selfray.report import run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, starting
 from selfray.runs.environment import environment_tags
-from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
+from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE, STOP
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,6 @@ class RunResult:
     @property
     def final_probe(self) -> ProbeResult | None:
         return self.probes[max(self.probes)] if self.probes else None
-
-
-STOP = "stop.json"
-"""In a run's folder: why its own guard ends it."""
 
 
 @dataclass(frozen=True)

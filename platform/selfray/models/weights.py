@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import safetensors
@@ -20,6 +20,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 
+from selfray import config
 from selfray.models import layouts
 from selfray.models.encoder import EncoderConfig, positions_of
 from selfray.models.layouts import Named, Tensors
@@ -106,10 +107,11 @@ def read(reference: str) -> PublicWeights:
     else:
         content = _pickled(data, reference)
     found = layouts.named(content, reference)
-    name, fields = _told(metadata) or architecture(found)
-    return PublicWeights(
-        reference, found, name, {**fields, **found.facts}, hashlib.sha256(data).hexdigest()
-    )
+    name, known = _told(metadata) or (None, {})
+    if name is None:
+        name, known = architecture(found)
+        known = {**known, **found.facts}
+    return PublicWeights(reference, found, name, known, hashlib.sha256(data).hexdigest())
 
 
 def _from_timm(reference: str) -> PublicWeights:
@@ -187,14 +189,20 @@ _OPTIONS = {
 
 def _told(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """The encoder that a file of `selfray export` says it is of; None for other files."""
+    if "encoder_config" in metadata:
+        told: EncoderConfig = config.loads(metadata["encoder_config"])
+        kept = ("name", "image_size", "drop_path", "drop_path_uniform")
+        return told.name, {
+            f.name: getattr(told, f.name) for f in fields(told) if f.name not in kept
+        }
     if "selfray_version" not in metadata or "options" not in metadata:
         return None
     options = json.loads(metadata["options"])
-    fields = {_OPTIONS[k]: v for k, v in options.items() if k in _OPTIONS}
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    fields["small_stem"] = json.loads(metadata.get("small_stem", "false"))
-    fields["swiglu"] = options.get("mlp_ratio") == 8 / 3
-    return metadata["encoder"], fields
+    known = {_OPTIONS[k]: v for k, v in options.items() if k in _OPTIONS}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    known["small_stem"] = json.loads(metadata.get("small_stem", "false"))
+    known["swiglu"] = options.get("mlp_ratio") == 8 / 3
+    return metadata["encoder"], known
 
 
 _SIZES = {
@@ -263,8 +271,8 @@ def encoder_of(reference: str, given: EncoderConfig | None = None) -> EncoderCon
         position = "relative_each" if "beit" in name else None
         if not timm.is_model(name):
             EncoderConfig(name)
-        fields: dict[str, Any] = {"position": position or positions_of(name)[0]}
-        return _like(PublicWeights(reference, Named("timm's", {}), name, fields, None), given)
+        known: dict[str, Any] = {"position": position or positions_of(name)[0]}
+        return _like(PublicWeights(reference, Named("timm's", {}), name, known, None), given)
     return _like(read(reference), given)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from selfray import config
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder, export_weights, import_weights
-from selfray.runs.folder import CHECKPOINTS
+from selfray.runs.folder import BEST, CHECKPOINTS
 from selfray.storage import Location
 from selfray.train import TrainState
 
@@ -187,10 +187,6 @@ def _whole(checkpoints: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
         except ValueError:
             continue
         yield checkpoint
-
-
-BEST = "best.json"
-"""In a run's folder: the step of the checkpoint with the best probe."""
 
 
 def mark_best(run: Location, step: int) -> None:

@@ -18,11 +18,10 @@ from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.fitting import fitted_for
 from selfray.models.layouts import DINOV3_LICENCE
 from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.folder import START
 from selfray.storage import Location
 from selfray.train import TrainState
 
-START = "start.safetensors"
-"""The kept encoder; its header says where it is from."""
 _FACTS = "selfray.start"
 
 
