@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfray import config
-from selfray.cluster import runtime, waiting
+from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.mlflow_store import tracking_uri
@@ -260,14 +260,16 @@ def _fit(
 ) -> None:
     """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    keep_statistics_here()
+    from selfray.cluster.trainer import Trainer
+
+    if not local_ray.is_running():
+        keep_statistics_here()
     resources = placement.resources(experiment)
     launch_id = f"{time.time_ns()}"
     workers: Any = experiment.max_workers
-    kind: Any = TorchTrainer
+    kind: Any = Trainer
     if experiment.is_elastic:
         from selfray.cluster import elastic
 

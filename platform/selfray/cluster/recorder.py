@@ -169,10 +169,10 @@ class Recorder:
         FloatingPointError where this step's update broke the encoder, its loss still finite."""
         if math.isnan(values["health/effective_rank"]):
             raise FloatingPointError(self._obituary("the features are not finite", progress))
-        self.guard.see(values)
+        self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
-            cause = f"the features have collapsed: {self.guard.cause}"
-            raise CollapsedError(f"{self._obituary(cause, progress)} (--guard.patience 0 goes on)")
+            cause = self._obituary(self.guard.verdict, progress)
+            raise CollapsedError(f"{cause} (--guard.patience 0 goes on)")
 
     def _obituary(self, cause: str, progress: Progress) -> str:
         """What ended the run, what is left of it, and what may help, in one line."""

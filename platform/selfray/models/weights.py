@@ -201,7 +201,7 @@ def _told(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     known = {_OPTIONS[k]: v for k, v in options.items() if k in _OPTIONS}
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     known["small_stem"] = json.loads(metadata.get("small_stem", "false"))
-    known["swiglu"] = options.get("mlp_ratio") == 8 / 3
+    known["swiglu"] = "mlp_ratio" in options
     return metadata["encoder"], known
 
 
