@@ -1,4 +1,4 @@
-"""What a step's memory is spent on: time and peak memory of the loss, of recomputing and of caching.
+"""What a step's memory is spent on: the loss, with and without blocks; recomputing; caching.
 
     python benchmarks/step_memory.py
 

@@ -4,6 +4,7 @@ blocks, and what is said when memory is too small."""
 import logging
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -111,14 +112,15 @@ def test_dropped_paths_are_the_same_in_both_passes():
     )
     state = start(wanted)
     seen: list[torch.Tensor] = []
-    own = state.method.embed
+    method: Any = state.method
+    own = method.embed
 
     def spied(batch, progress):
         found = own(batch, progress)
         seen.append(found["cls"].detach().clone())
         return found
 
-    state.method.embed = spied  # type: ignore[method-assign]
+    method.embed = spied
     train_for(state, wanted, 1)
     first, second = seen[:2], seen[2:]
     assert len(first) == len(second) == 2

@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and the settings that follow the schedules."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -221,7 +221,7 @@ class LARS(Optimizer):
 
 
 def _trust_ratios(
-    parameters: list[Tensor], updates: Sequence[Tensor], coefficient: float
+    parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
 ) -> list[Tensor]:
     """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
     weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)

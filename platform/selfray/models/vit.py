@@ -1,6 +1,7 @@
 """ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompu
 
 def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor) -> Tensor:
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, tokens, use_reentrant=False, **named)
+        return checkpoint(partial(block, **named), tokens, use_reentrant=False)
     return block(tokens, **named)
 
 
