@@ -16,7 +16,6 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from selfray.runs.folder import CHECKPOINTS
 
 from helpers import (
     MAE,
@@ -42,6 +41,7 @@ from selfray.runs.checkpoint import (
     load_encoder,
     retain,
 )
+from selfray.runs.folder import CHECKPOINTS
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.train import TrainState

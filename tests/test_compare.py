@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
 
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
@@ -26,6 +25,7 @@ from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
 from selfray.runs import checkpoint, comparison
 from selfray.runs.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
+from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from pyarrow import fs
-from selfray.runs.environment import environment_tags
-from selfray.runs.folder import SHIPPED, SPOOL, read_object
 
 from helpers import wait_for
 from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.tracking import Tracker
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 

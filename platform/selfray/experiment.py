@@ -13,7 +13,7 @@ from selfray.health import GuardConfig
 from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.views import Photometric, Views
+from selfray.views import MOST_CHANNELS, Photometric, Views, check_channels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,15 +23,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DataConfig:
     path: str = ""
     """Images: a folder of them, a folder of Parquet shards, Hugging Face Parquet files or a
-    pattern of them; local, s3:// or gs://. Files or folders named test or validation are kept for
-    the probes."""
+    pattern of them; local, s3:// or gs://. Files or folders named test, validation and the like are
+    kept for the probes (docs/layouts.md)."""
     test_path: str | None = None
     """Labelled images for the probes' test, where `path` holds none of its own."""
     image_column: str | None = None
     """The Parquet column of the images; None finds it."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, ...] = IMAGENET_MEAN
     """Channel means of the data, in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, ...] = IMAGENET_STD
     """Channel standard deviations of the data, in 0..1."""
     window_rows: int = 65_536
     """Shuffle window: images of this many rows are mixed with one another in each epoch. Of 10^6
@@ -44,8 +44,22 @@ class DataConfig:
     """The run stops when more than this share of the images cannot be read."""
     label_column: str | None = config.added(None)
     """The column of the labels, in Parquet files or a table beside images; None finds it."""
+    channels: int = config.added(3)
+    """Channels of the images: 1 for gray, 3 for RGB, up to 16 for multispectral ones. With 1,
+    colour images are read as gray."""
 
     def __post_init__(self) -> None:
+        require(
+            1 <= self.channels <= MOST_CHANNELS,
+            f"data.channels must lie in [1, {MOST_CHANNELS}], got {self.channels}",
+        )
+        for name in ("mean", "std"):
+            count = len(getattr(self, name))
+            require(
+                count == self.channels,
+                f"data.{name} has {count} values and data.channels is {self.channels}: give "
+                f"--data.{name} and as many values, in 0..1",
+            )
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
         require_one_of("data.photometric", self.photometric, ("cpu", "device"))
         require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
@@ -212,6 +226,12 @@ class Experiment:
         self.method.check_batch_size(self.batch_size)
         self._check_workers()
         # A method that cannot use this encoder says so here.
+        require(
+            self.encoder.in_channels == self.data.channels,
+            f"encoder.in_channels {self.encoder.in_channels} is not data.channels "
+            f"{self.data.channels}: give --encoder.in-channels {self.data.channels}",
+        )
+        check_channels(self.views, self.data.channels)
         for name, group in self.views.items():
             sizes = sorted({view.size or 0 for view in group})
             require(

@@ -17,7 +17,13 @@ from selfray.experiment import Experiment
 from selfray.method import Batch, ComparingMethod, Method
 from selfray.models.encoder import normalize
 from selfray.models.vit import fit_positions
-from selfray.optim import clip_gradients, follow_schedules, learning_rate_at, load_optimizer
+from selfray.optim import (
+    clip_gradients,
+    follow_schedules,
+    group_as_saved,
+    learning_rate_at,
+    load_optimizer,
+)
 from selfray.pixels.augment import PARAMETERS_SUFFIX
 from selfray.pixels.device import recolour
 from selfray.schedules import Progress
@@ -53,7 +59,8 @@ class TrainState:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if experiment.shard == "fsdp":
             shard.in_place(method, experiment.precision)
-        return cls(method, experiment.optimizer.build(method), Progress(0, total_images, 0))
+        optimizer = experiment.optimizer.build(method, method.is_decayed)
+        return cls(method, optimizer, Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, also where ranks hold shares of them: then all ranks must ask."""
@@ -91,6 +98,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state. ValueError where it is of another method or encoder."""
         self._load_method(state["method"])
+        group_as_saved(self.optimizer, self.method, state["optimizer"]["param_groups"])
         try:
             load_optimizer(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:

@@ -19,9 +19,10 @@ import ray
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
-from ray.data._internal.stats import get_or_create_stats_actor
 
+from selfray.cluster import local_ray
 from selfray.cluster.gate import Gate, GateClosed
+from selfray.cluster.ray_internals import get_or_create_stats_actor, stream_alone
 from selfray.data.plan import Share
 from selfray.data.source import LABEL, POSITION, Arrays, Segment, Source
 from selfray.method import Batch
@@ -77,7 +78,7 @@ class Stream:
     @property
     def most_steps_per_chunk(self) -> int:
         sizes = [view.size or 0 for group in self.source.views.values() for view in group]
-        image_bytes = sum(3 * size**2 for size in sizes)
+        image_bytes = sum(self.source.channels * size**2 for size in sizes)
         step_bytes = image_bytes * self.micro_batch * self.share.accumulate
         most = min(CHUNK_BYTES, self.room) // step_bytes
         return int(np.clip(most, 1, MOST_STEPS_PER_CHUNK))
@@ -270,6 +271,8 @@ def configure(context: DataContext) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
+    if local_ray.is_running():
+        stream_alone()
 
 
 def to_tensors(arrays: Arrays, views: Views) -> Batch:

@@ -141,8 +141,8 @@ class Probe:
         console: "Console",
     ) -> "list[Judged]":
         from selfray.cluster import runtime
+        from selfray.cluster.endings import root_cause
         from selfray.cluster.probe_tasks import EncoderRef, ProbeJob
-        from selfray.cluster.worker import root_cause
 
         cluster = runtime.cluster_resources()
         gpus = (1.0 if cluster.gpus >= 1 else 0.0) if self.device_gpus is None else self.device_gpus
@@ -193,7 +193,7 @@ def _open_labelled(data: "DataConfig", output: Location, console: "Console") -> 
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say, build)
+        opened = open_data(data, output, console.say, build, describe=False)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
@@ -209,6 +209,8 @@ def _open_labelled(data: "DataConfig", output: Location, console: "Console") -> 
             f"no class of the test images is among those of the train images ({opened.classes()}): "
             "give images of the same classes"
         )
+    for line in opened.described():
+        console.say(line)
     return opened
 
 

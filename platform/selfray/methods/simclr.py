@@ -11,6 +11,8 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import nt_xent
 from selfray.method import Batch, ComparingMethod, Embedded, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -33,6 +35,8 @@ class SimCLRConfig(MethodConfig):
     """Dimension of the embeddings that are compared."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    last_bias: bool = added(False, before=True)
+    """The projector's last batch norm has a bias; not so in the authors' code."""
     view: View = field(
         default_factory=lambda: View(
             crop_scale=(0.08, 1.0), color_jitter=ColorJitter(), grayscale=0.2, blur=0.5
@@ -67,7 +71,11 @@ class SimCLR(ComparingMethod):
         self.encoder = encoder
         hidden = config.projector_hidden or encoder.width
         self.projector = projector(
-            encoder.width, hidden, config.projector_width, config.projector_layers
+            encoder.width,
+            hidden,
+            config.projector_width,
+            config.projector_layers,
+            "affine" if config.last_bias else "scaled",
         )
 
     def embed(self, batch: Batch, progress: Progress) -> Embedded:
@@ -81,4 +89,5 @@ class SimCLR(ComparingMethod):
         local = self.projector(features.flatten(0, 1)).unflatten(0, (-1, 2))  # [b, 2, P]
         everyone = distributed.gather(local)  # [B, 2, P]
         first = distributed.rank() * local.shape[0]
-        return nt_xent(local, everyone, first, self.config.temperature), {}
+        loss = nt_xent(local, everyone, first, self.config.temperature)
+        return loss, {"below_chance": below_chance(loss, 2 * len(everyone) - 1)}

@@ -15,6 +15,7 @@ from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.models import resnet, vit
+from selfray.views import MOST_CHANNELS
 
 
 class Features(NamedTuple):
@@ -53,7 +54,8 @@ class EncoderConfig:
     registers: int = 0
     """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
     swiglu: bool = False
-    """A ViT's feed-forward layers are gated, with two thirds of the hidden width (DINOv2)."""
+    """A ViT's feed-forward layers are gated, with two thirds of the hidden width, rounded up to a
+    multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
     drop_path: float = 0.0
     """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
     drop_path_uniform: bool = False
@@ -70,6 +72,8 @@ class EncoderConfig:
     recompute: bool = added(False)
     """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
     more time, a fraction of the memory, the same numbers."""
+    in_channels: int = added(3)
+    """Channels of the images: those of data.channels."""
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
@@ -81,6 +85,10 @@ class EncoderConfig:
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
         require_one_of("encoder.position", self.position, ("learned", "sincos", "relative"))
+        require(
+            1 <= self.in_channels <= MOST_CHANNELS,
+            f"encoder.in_channels must lie in [1, {MOST_CHANNELS}], got {self.in_channels}",
+        )
         require(self.registers >= 0, f"encoder.registers must be at least 0, got {self.registers}")
         require(
             self.layer_scale is None or self.layer_scale > 0,
@@ -188,6 +196,7 @@ class EncoderConfig:
             "init_values": self.layer_scale,
             "reg_tokens": self.registers or None,
             "norm_layer": GroupNorm if self.norm == "group" else None,
+            "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
@@ -195,12 +204,29 @@ class EncoderConfig:
             options["global_pool"] = "token"
         if self.swiglu:
             kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
-            options |= {"mlp_ratio": 8 / 3, **kind}
+            options |= {"mlp_ratio": self._gated_ratio, **kind}
             options |= {} if self.is_beit else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
+    @property
+    def _gated_ratio(self) -> float:
+        """timm's `mlp_ratio` that gives the gated layers their hidden width."""
+        width = self.width or _width_of(self.name)
+        wanted = 4 * width * 2 // 3
+        rounded = -(-wanted // 8) * 8
+        ratio = 8 / 3 if rounded == wanted else rounded / width
+        # timm cuts the product off.
+        return ratio if int(width * ratio) == rounded else (rounded + 0.5) / width
+
     def build(self) -> "Encoder":
         return Encoder(self)
+
+
+@lru_cache
+def _width_of(name: str) -> int:
+    """A timm model's own embedding dimension."""
+    with torch.device("meta"):
+        return cast(int, timm.create_model(name).num_features)
 
 
 def _largest_divisor(size: int, most: int) -> int:
@@ -246,7 +272,7 @@ class Encoder(nn.Module):
         """Features of images.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
                 reach nothing (MAE). Only for ViTs. None shows all.
             mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
@@ -264,8 +290,13 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly. Where
-    ranks hold shares of them, all must ask."""
+    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+
+    At the encoder's image size its features are ours. At others, where timm is asked for them
+    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
+    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
+    the weights, all must ask.
+    """
     tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
@@ -282,9 +313,13 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         encoder.backbone.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"these weights are not of encoder {encoder.config.name}: {first}"
-        ) from None
+        whose = f"of encoder {encoder.config.name}"
+        raise ValueError(f"these weights are not {whose}: {first}{_hint(encoder.config)}") from None
+
+
+def _hint(config: EncoderConfig) -> str:
+    """Why weights that an earlier version wrote may not fit."""
+    return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
 
 
 def timm_recipe(config: EncoderConfig, file: str) -> str:
@@ -311,17 +346,17 @@ def as_code(value: Any) -> str:
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Features:
-    """Features of uint8 images [B, 3, H, W], normalised here."""
+    """Features of uint8 images [B, C, H, W], normalised here."""
     return encoder(normalize(images, mean, std))
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [..., 3, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
+    """uint8 [..., C, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
     shift, scale = _channels(mean, images.device), _channels(std, images.device)
     return (images.float() - shift) / scale
 
 
 @lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
-    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(3, 1, 1)
+    """[C, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(-1, 1, 1)
