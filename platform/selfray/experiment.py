@@ -164,21 +164,7 @@ class Experiment:
     """fsdp: each worker holds its share of weights, gradients and the optimizer's state (FSDP2),
     for ViTs too large for one GPU. Checkpoints are the same."""
 
-    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "workers",
-            "gpus_per_worker",
-            "cpus_per_worker",
-            "worker_resources",
-            "data_cpus",
-            "output",
-            "max_failures",
-            "log_every",
-            "guard",
-            "compile",
-            "shard",
-        }
-    )
+    PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what is computed: they may change
     when a run is continued."""
 

@@ -15,6 +15,7 @@ from selfray import config
 from selfray.cluster.stream import blocks_of_ids, configure
 from selfray.data.source import LABEL, VIEWS, Arrays, Sample
 from selfray.experiment import Experiment
+from selfray.metrics import PROBE, PROBES
 from selfray.models.encoder import Encoder
 from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
 from selfray.probes.labelfree import LabelFree
@@ -143,12 +144,8 @@ class ProbeJob:
 
 
 def metrics_of(result: ProbeResult) -> dict[str, float]:
-    values = {name: getattr(result, name) for name in PROBED}
-    return {f"probe/{name}": value for name, value in values.items() if value is not None}
-
-
-PROBED = ("knn", "linear", "rankme", "uniformity", "alignment")
-"""The numbers of a ProbeResult."""
+    values = {name: getattr(result, name) for name in PROBES}
+    return {f"{PROBE}{name}": value for name, value in values.items() if value is not None}
 
 
 def tags_of(result: ProbeResult) -> dict[str, str]:

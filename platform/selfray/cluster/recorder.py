@@ -134,6 +134,9 @@ class Recorder:
         health = feature_health(state.method.encoder, step.images)
         values = {
             "loss": loss,
+            "epoch": self.experiment.epochs
+            * step.progress.images_seen
+            / step.progress.total_images,
             "learning_rate": step.learning_rate,
             "gradient_norm": float(step.gradient_norm),
             "throughput/images_per_second": images / seconds,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
 from selfray.commands.reference import described, name_of, open_checkpoint, output_of, run_folder
+from selfray.metrics import ACCURACIES, probe_name
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.storage import Location
 
@@ -226,10 +227,12 @@ def _table(
     yield f"{first.train_images:,} train and {first.test_images:,} test images of {where}"
     yield ""
     width = max(len(judged.title) for judged in results)
-    yield f"{'':{width}}     kNN  linear  RankMe  seconds"
+    shown = (*ACCURACIES, "rankme")
+    head = "".join(f"  {probe_name(name):>6}" for name in shown)
+    yield f"{'':{width}}{head}  seconds"
     for _, title, result, seconds in results:
-        accuracies = f"{result.knn:6.1%}  {result.linear:6.1%}"
-        yield f"{title:{width}}  {accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
+        accuracies = "".join(f"  {getattr(result, name):6.1%}" for name in ACCURACIES)
+        yield f"{title:{width}}{accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
     yield ""
     yield from first.protocols.values()
 
@@ -268,10 +271,10 @@ def _track(
     console: "Console",
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
-    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+    from selfray.cluster.mlflow_store import mlflow_tags, named_store
     from selfray.cluster.probe_tasks import metrics_of, tags_of
     from selfray.cluster.tracking import Tracker
-    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
+    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training, read_object
     from selfray.runs.spool import SpoolWriter
 
     run = run_folder(checkpoint)
@@ -290,16 +293,15 @@ def _track(
     if is_training(run):
         console.say("the run is still training: it sends these numbers to MLflow with its own")
         return
-    record = (run / RUN_RECORD).read_json()
-    # A password is not recorded; then the environment must name the server.
-    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
-    uri = tracking_uri(output_of(checkpoint), tracking or known)
+    record = read_object(run / RUN_RECORD)
     try:
-        mlflow_tags(uri, record["run_id"])  # a Tracker would begin a second run where it is missing
+        uri = named_store(record, tracking)
+        # A Tracker would begin a second run where it is missing.
+        mlflow_tags(uri, str(record.get("run_id")))
     except (ValueError, OSError) as error:
         console.say(f"not logged, but kept in {run / SPOOL}: {error}")
         return
-    shipped = (run / SHIPPED).read_json() if (run / SHIPPED).exists() else {}
+    shipped = read_object(run / SHIPPED)
     tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
     console.live("logging to MLflow")
     tracker.start()
