@@ -308,10 +308,10 @@ def test_an_optimizer_keeps_how_it_computes_when_it_takes_over_a_state():
     for group in saved["param_groups"]:
         group["fused"] = True
     load_optimizer(ours.optimizer, saved)
-    assert [group["fused"] for group in ours.optimizer.param_groups] == [None, None]
+    assert {group["fused"] for group in ours.optimizer.param_groups} == {None}
     assert ours.optimizer.state_dict()["state"].keys() == saved["state"].keys()
     saved["param_groups"] = saved["param_groups"][:1]
-    with pytest.raises(ValueError, match="it has 1 groups, not 2"):
+    with pytest.raises(ValueError, match="it has 1 groups, not"):
         load_optimizer(ours.optimizer, saved)
 
 
