@@ -17,7 +17,6 @@ from selfray import __version__
 from selfray.check import require
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
-from selfray.commands.early import nearest
 from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
 from selfray.commands.pretrain import pretrain, train_tokenizer
@@ -25,7 +24,7 @@ from selfray.commands.probe import Probe
 from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
-from selfray.commands.words import one_line
+from selfray.commands.words import nearest, one_line
 
 if TYPE_CHECKING:
     from selfray.console import Console

@@ -18,6 +18,7 @@ from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
+from selfray.commands.words import nearest
 from selfray.console import Console, LogFormatter, printable, quiet_console
 from selfray.recipes import NAMES, every
 
@@ -99,7 +100,7 @@ def parse(
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in recipes:
-            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
+            raise ValueError(f"{prog}: there is no recipe {name}{nearest(name, recipes)}")
         base = recipes[name]
     if file is not None:
         base = read_config(file, base, recipes)
