@@ -279,7 +279,7 @@ class LARS(Optimizer):
 
 
 def _trust_ratios(
-    parameters: list[Tensor], updates: Sequence[Tensor], coefficient: float
+    parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
 ) -> list[Tensor]:
     """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
     weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)

@@ -1,6 +1,7 @@
 """ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor) -> Tensor:
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, tokens, use_reentrant=False, **named)
+        return checkpoint(partial(block, **named), tokens, use_reentrant=False)
     return block(tokens, **named)
 
 
