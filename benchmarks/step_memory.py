@@ -1,4 +1,4 @@
-"""What a step's memory goes to: time and peak memory of the loss, recomputing and caching.
+"""What a step's memory is spent on: the loss, with and without blocks; recomputing; caching.
 
     python benchmarks/step_memory.py
 

@@ -34,6 +34,8 @@ COMPUTED = {
     "precision": "bf16",
     "seed": 1,
     "init_from": "elsewhere",
+    "init_share": 0.5,
+    "warm_up_head": 0.1,
     "probe": ProbeConfig(times=1),
     "checkpoint": CheckpointConfig(times=1),
 }

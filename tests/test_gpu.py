@@ -145,8 +145,11 @@ def test_a_compiled_step_is_the_eager_one(method, encoder):
 
 @pytest.mark.parametrize("encoder", [VIT, BEIT], ids=["vit", "beit"])
 def test_recomputing_blocks_changes_nothing(encoder):
+    # SGD: AdamW's first steps would turn the rounding of a gradient of zero into whole steps.
     wanted = experiment(
-        replace(tiny(DINOv2Config), local_crops=0), replace(encoder, drop_path=0.3, depth=4)
+        replace(tiny(DINOv2Config), local_crops=0),
+        replace(encoder, drop_path=0.3, depth=4),
+        optimizer=replace(PLAIN_SGD, base_learning_rate=0.01),
     )
     kept = trained(wanted, "cuda", 2)
     recomputed = replace(wanted, encoder=replace(wanted.encoder, recompute=True))
@@ -204,7 +207,7 @@ def one_rank(tmp_path) -> Iterator[None]:
 
 @pytest.mark.parametrize("method", [MAE, tiny(DINOv2Config)], ids=["mae", "dinov2"])
 def test_sharded_weights_on_one_card_are_the_plain_ones(method, one_rank):
-    settings = OptimizerConfig("adamw", base_learning_rate=1e-3, scaling="none", clip_norm=1.0)
+    settings = replace(PLAIN_SGD, base_learning_rate=0.01, momentum=0.9, clip_norm=1.0)
     wanted = experiment(method, VIT, optimizer=settings, workers=2)
     sharded = trained(replace(wanted, shard="fsdp"), "cuda", 3)
     plain = trained(wanted, "cuda", 3)

@@ -4,6 +4,7 @@ blocks, and what is said when memory is too small."""
 import logging
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -111,14 +112,15 @@ def test_dropped_paths_are_the_same_in_both_passes():
     )
     state = start(wanted)
     seen: list[torch.Tensor] = []
-    own = state.method.embed
+    method: Any = state.method
+    own = method.embed
 
     def spied(batch, progress):
         found = own(batch, progress)
         seen.append(found["cls"].detach().clone())
         return found
 
-    state.method.embed = spied  # type: ignore[method-assign]
+    method.embed = spied
     train_for(state, wanted, 1)
     first, second = seen[:2], seen[2:]
     assert len(first) == len(second) == 2
@@ -306,10 +308,10 @@ def test_an_optimizer_keeps_how_it_computes_when_it_takes_over_a_state():
     for group in saved["param_groups"]:
         group["fused"] = True
     load_optimizer(ours.optimizer, saved)
-    assert [group["fused"] for group in ours.optimizer.param_groups] == [None, None]
+    assert {group["fused"] for group in ours.optimizer.param_groups} == {None}
     assert ours.optimizer.state_dict()["state"].keys() == saved["state"].keys()
     saved["param_groups"] = saved["param_groups"][:1]
-    with pytest.raises(ValueError, match="it has 1 groups, not 2"):
+    with pytest.raises(ValueError, match="it has 1 groups, not"):
         load_optimizer(ours.optimizer, saved)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from selfray import config
-from selfray.check import named_amounts, require, require_one_of
+from selfray.check import named_amounts, require, require_number, require_one_of
 from selfray.data.plan import Share
 from selfray.health import GuardConfig
 from selfray.method import MethodConfig
@@ -131,8 +131,15 @@ class Experiment:
     seed: int = 0
     """Seed of the weights, the views and the order of the images."""
     init_from: str | None = None
-    """A checkpoint of the same method and encoder to start from, such as to go on with another
-    data set or image size: its weights, a new optimizer."""
+    """Weights to start from, with a new optimizer: a checkpoint of the same method and encoder,
+    such as to go on with another data set or image size; or public weights of an encoder, timm:NAME
+    or a .safetensors or .pth file (DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision, timm)."""
+    init_share: float = config.added(0.95)
+    """Of the encoder's weights, at least this share must be in public weights that it starts from;
+    0 takes whatever fits."""
+    warm_up_head: float = config.added(0.0)
+    """Share of the run in which the method's heads learn alone, and the encoder stands still: new
+    heads would at first teach a pretrained encoder nonsense."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run's state is saved, and how much of it is kept."""
@@ -183,6 +190,8 @@ class Experiment:
             self.cpus_per_worker is None or self.cpus_per_worker > 0,
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
+        require_number("init_share", self.init_share, least=0, most=1)
+        require_number("warm_up_head", self.warm_up_head, least=0, below=1)
         named_amounts("worker_resources", self.worker_resources)
         require_one_of("shard", self.shard, ("none", "fsdp"))
         if self.shard == "fsdp":

@@ -91,6 +91,9 @@ class GuardConfig:
     patience: int = 10
     """So many successive points of the metrics lie below a floor before the run ends; 0 for never,
     which switches the guard off."""
+    worse_than_start: int = added(0)
+    """So many successive probes are surely worse than that of the weights that the run started from
+    (95 % bootstrap interval) before it ends, its best checkpoint kept; 0 for never."""
 
     def __post_init__(self) -> None:
         for name in ("feature_floor", "projection_floor", "chance_floor", "uniform_floor"):
@@ -101,6 +104,10 @@ class GuardConfig:
             f"guard.learning_by must lie in [0, 1], got {self.learning_by}",
         )
         require(self.patience >= 0, f"guard.patience must be at least 0, got {self.patience}")
+        require(
+            self.worse_than_start >= 0,
+            f"guard.worse_than_start must be at least 0, got {self.worse_than_start}",
+        )
 
     @property
     def floors(self) -> dict[str, float]:

@@ -202,6 +202,14 @@ HOW_COMPUTED = ("foreach", "fused", "capturable")
 """Settings of torch's optimizers that change no number but its rounding."""
 
 
+def hold_encoder(module: nn.Module) -> None:
+    """Let an encoder stand still in this step, while its heads learn: without a gradient, no
+    optimizer moves a parameter, decays it or remembers anything of it."""
+    for name, parameter in module.named_parameters():
+        if ".backbone." in name:
+            parameter.grad = None
+
+
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
     """Clip as the settings say, and return the norm that all gradients had together."""
     if settings.clip_norm is None or settings.clip_each == "all":
@@ -271,7 +279,7 @@ class LARS(Optimizer):
 
 
 def _trust_ratios(
-    parameters: list[Tensor], updates: Sequence[Tensor], coefficient: float
+    parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
 ) -> list[Tensor]:
     """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
     weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)

@@ -34,8 +34,8 @@ from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
-from selfray.runs import checkpoint
-from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
+from selfray.runs import checkpoint, starting
+from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE, STOP
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,13 @@ def launch(
     output = Location.of(experiment.output)
     part = part_of or PartOf(None, {})
     run = Location.of(part.folder) if part.folder else output / experiment.run_name
+    if experiment.guard.worse_than_start and part.stop_file is None:
+        part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
+    started_from = starting.keep(experiment, run, console.say)
     data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
@@ -139,7 +142,8 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = tracker_of(experiment, run, plan, data, used, tracking, part, console)
+        tags = {**used, **started_from}
+        tracker = tracker_of(experiment, run, plan, data, tags, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -165,7 +169,9 @@ def _carry_out(
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
-    monitor = Monitor(console, run, experiment, plan, tracker, job, started, part.on_probe)
+    monitor = Monitor(
+        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+    )
     monitor.start()
     status: Any = "FAILED"
     goal = part.until_step or plan.total_steps
@@ -208,6 +214,10 @@ def _carry_out(
     _write_record(run, experiment, ended, result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    if stopped is not None:
+        console.say(f"ended before its time: {stopped}")
+    if (verdict := monitor.verdict()) is not None:
+        console.say(verdict)
     return result
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from selfray import config
 from selfray.check import require
 from selfray.cluster import runtime
-from selfray.commands.early import check_path, nearest
+from selfray.commands.early import check_path
 from selfray.commands.script import log_folder, with_console
+from selfray.commands.words import nearest
 from selfray.console import Console
 from selfray.metrics import ProbeName
 from selfray.recipes import NAMES

@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
@@ -27,6 +27,9 @@ class Features(NamedTuple):
     """[B, N, D]: a feature for each patch (under a mask: for each visible one)."""
 
 
+Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """A timm backbone by name, with the few changes that pretraining needs.
@@ -46,9 +49,10 @@ class EncoderConfig:
     """A ViT's number of blocks."""
     heads: int | None = None
     """A ViT's number of attention heads."""
-    position: Literal["learned", "sincos", "relative"] = "learned"
+    position: Position = "learned"
     """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3), `relative` is a bias on the
-    attention that all blocks share (BEiT; for the names beit_*)."""
+    attention that all blocks share (BEiT; for the names beit_*), `relative_each` one of each block
+    (fine-tuned BEiT), `rotary` turns queries and keys by their place (DINOv3, EVA-02)."""
     layer_scale: float | None = None
     """Start of a ViT's factors on the channels of each residual branch (BEiT, DINOv2)."""
     registers: int = 0
@@ -84,7 +88,7 @@ class EncoderConfig:
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
-        require_one_of("encoder.position", self.position, ("learned", "sincos", "relative"))
+        require_one_of("encoder.position", self.position, get_args(Position))
         require(
             1 <= self.in_channels <= MOST_CHANNELS,
             f"encoder.in_channels must lie in [1, {MOST_CHANNELS}], got {self.in_channels}",
@@ -101,10 +105,11 @@ class EncoderConfig:
                 f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
                 "out",
             )
+        fitting = positions_of(self.name)
         require(
-            (self.position == "relative") == self.is_beit,
-            f"encoder.position {self.position} does not go with {self.name}: BEiT's encoders, such "
-            "as beit_base_patch16_224, have relative positions, others learned or sincos ones",
+            self.position in fitting,
+            f"encoder.position {self.position} does not go with {self.name}: give "
+            f"--encoder.position {' or '.join(fitting)}",
         )
         require(
             not (self.is_beit and self.registers), "encoder.registers are not for BEiT's encoders"
@@ -145,7 +150,13 @@ class EncoderConfig:
 
     @property
     def is_vit(self) -> bool:
-        return self.name.startswith(("vit_", "deit_", "deit3_")) or self.is_beit
+        named = self.name.startswith(("vit_", "deit_", "deit3_"))
+        return named or self.is_beit or self.is_rotary
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether timm builds it as an `Eva` whose attention has rotary positions."""
+        return _is_rotary(self.name)
 
     @property
     def is_beit(self) -> bool:
@@ -194,18 +205,21 @@ class EncoderConfig:
             "channels": self.channels,
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
-            "reg_tokens": self.registers or None,
+            "num_reg_tokens" if self.is_rotary else "reg_tokens": self.registers or None,
             "norm_layer": GroupNorm if self.norm == "group" else None,
             "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
-            options |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+            shared = self.position == "relative"
+            options |= {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+        if self.is_beit or self.is_rotary:
             options["global_pool"] = "token"
         if self.swiglu:
-            kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
+            flag = self.is_beit or self.is_rotary
+            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": SwiGLU}
             options |= {"mlp_ratio": self._gated_ratio, **kind}
-            options |= {} if self.is_beit else {"act_layer": "silu"}
+            options |= {} if flag else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
     @property
@@ -220,6 +234,20 @@ class EncoderConfig:
 
     def build(self) -> "Encoder":
         return Encoder(self)
+
+
+@lru_cache
+def _is_rotary(name: str) -> bool:
+    # The names eva_* are of the first EVA, whose positions are learned alone.
+    built_by = timm.model_entrypoint(name).__module__
+    return built_by == "timm.models.eva" and not name.startswith("eva_")
+
+
+def positions_of(name: str) -> tuple[Position, ...]:
+    """The kinds of position embedding that timm's model of a name can have here."""
+    if name.startswith(("beit_", "beitv2_")):
+        return ("relative", "relative_each")
+    return ("rotary",) if _is_rotary(name) else ("learned", "sincos")
 
 
 @lru_cache
@@ -248,10 +276,13 @@ class Encoder(nn.Module):
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
+        except AssertionError as error:  # timm's own mistakes are ValueErrors and TypeErrors
+            raise ValueError(f"encoder.name {config.name} cannot be had here: {error}") from None
         if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
             raise ValueError(
                 f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
-                "that is not known here: take a vit_*, deit_* or beit_* model of learned positions"
+                "that is not known here: take a vit_*, deit_* or beit_* model of learned or rotary "
+                "positions"
             )
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
@@ -320,26 +351,6 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
 def _hint(config: EncoderConfig) -> str:
     """Why weights that an earlier version wrote may not fit."""
     return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
-
-
-def timm_recipe(config: EncoderConfig, file: str) -> str:
-    """The Python lines that load an exported encoder into plain timm."""
-    options = ", ".join(f"{key}={as_code(value)}" for key, value in config.options.items())
-    lines = ["import timm", ""]
-    if config.small_stem:
-        lines[0] = "import timm, torch"
-    lines.append(f"model = timm.create_model({config.name!r}, {options}, checkpoint_path={file!r})")
-    if config.small_stem:
-        lines.append(
-            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
-        )
-    lines.append("model.eval()")
-    return "\n".join(lines)
-
-
-def as_code(value: Any) -> str:
-    """A keyword argument of timm's, as it stands in Python."""
-    return f"timm.layers.{value.__name__}" if isinstance(value, type) else repr(value)
 
 
 @torch.no_grad()

@@ -215,7 +215,8 @@ def _png_header(data: bytes) -> Header | None:
         kind = data[position + 4 : position + 8]
         end = position + 8 + int.from_bytes(data[position : position + 4])
         if kind == b"IDAT":
-            return Header("PNG", width, height, stack=stack) if bits == 8 or stack else None
+            is_plain = (bits == 8 or stack > 0) and _chunks_fit(data, position)
+            return Header("PNG", width, height, stack=stack) if is_plain else None
         if kind in _PNG_SPECIAL_CHUNKS:
             return None
         if kind == b"tEXt" and data.startswith(STACK_KEY + b"\0", position + 8):
@@ -223,6 +224,20 @@ def _png_header(data: bytes) -> Header | None:
             stack = int(text) if text.isdigit() and len(text) <= 2 and colour == _PNG_GRAY else 0
         position = end + 4
     return None
+
+
+def _chunks_fit(data: bytes, position: int) -> bool:
+    """Whether each chunk of a PNG from here on ends within the file.
+
+    OpenCV allocates and clears what a chunk declares, up to 2 GB, before it looks for its bytes.
+    """
+    while position + 8 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4])
+        if position > len(data):
+            return False
+    return True
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:

@@ -72,12 +72,14 @@ def _probabilities_as_tensors(part: nn.Module, device: torch.device) -> None:
 
 def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
     """The module's call, compiled at its first use for each shape."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile alone
+
     compiled = torch.compile(module._call_impl, dynamic=False, backend=backend)
 
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             return compiled(*arguments, **named)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             log.warning(
                 "compile: %s cannot be compiled and runs as it is: %s",
                 type(module).__name__,

@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """The batches on the device.
 
     On a GPU a thread reads ahead into pinned memory, and copies run on a stream of their own while
@@ -78,7 +78,9 @@ def with_hidden_places(batch: Batch) -> Batch:
     return batch | places
 
 
-def read_ahead(items: Iterator[Item], prepare: Callable[[Item], Item]) -> Iterator[Item]:
+def read_ahead(
+    items: Iterator[Item], prepare: Callable[[Item], Item]
+) -> Generator[Item, None, None]:
     """Items as a thread has read and prepared them, `AHEAD` at most before they are asked for. What
     it raises is raised here, in its place."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(AHEAD)
