@@ -8,13 +8,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: quickstart test test-all lint ui bench clean help
+PROCESSES ?= 2
+PARALLEL = -n $(PROCESSES) --dist loadgroup
+# Pip warns about every configured index folder that is missing; its errors are what matters here.
+PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
+
+.PHONY: quickstart test drills test-bench test-all fuzz lint map flags ui bench clean help
 
 help:
 	@echo "make quickstart   pretrain SimCLR and MAE on embedded digits, probe them, show the result"
 	@echo "make ui           open the MLflow UI on the runs"
-	@echo "make test         the tests, under 8 minutes on 2 cores"
-	@echo "make test-all     the same and the long fault drills"
+	@echo "make test         the tests, about three minutes on 2 cores"
+	@echo "make drills       faults and clusters: killed workers, lost nodes, full disks, dead servers"
+	@echo "make test-bench   the tests of the benchmarks"
+	@echo "make test-all     all three"
+	@echo "make fuzz         100,000 damaged files of each kind, about an hour"
+	@echo "make flags        write the table of flags that typos are told by, after a change of a config"
+	@echo "make map          the rooms of the package by floors, drawn from its imports"
 	@echo "make lint         ruff and pyright"
 	@echo "make bench        speed of the augmentation beside its peers' (installs them), for each core"
 	@echo "make clean        remove the environment (runs/ stays)"
@@ -23,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "selfray needs Python 3.11 or later; give one with make PYTHON=/path/to/python3"; exit 2; }
 	@echo "installing into $(VENV) (once; torch's packages are about 5 GB) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --editable '.[dev]'
 	@$(BIN)/python -c "from selfray.pixels.augment import compile_kernels; compile_kernels()"
 	@touch $@
 
@@ -31,10 +41,25 @@ quickstart: $(READY)
 	@$(BIN)/python experiments/quickstart.py --output $(RUNS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not long and not bench"
 
-test-all: $(READY)
-	@$(BIN)/python -m pytest $(TESTS)
+drills: $(READY)
+	@$(BIN)/python -m pytest $(PARALLEL) -m long
+
+test-bench: $(READY)
+	@$(BIN)/python -m pytest -m bench
+
+test-all: test drills test-bench
+
+fuzz: $(READY)
+	@FUZZ_MUTATIONS=100000 $(BIN)/python -m pytest $(PARALLEL) tests/fuzz
+
+flags: $(READY)
+	@$(BIN)/python -m selfray.commands.early > $(VENV)/flags.json
+	@mv $(VENV)/flags.json platform/selfray/commands/flags.json
+
+map: $(READY)
+	@$(BIN)/python tests/house.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -42,10 +67,10 @@ lint: $(READY)
 	@$(BIN)/pyright
 
 bench: $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@$(PIP) --editable '.[bench]'
 	@# Alone: of what it depends on, its transforms need only what the extra has, and hydra-core
 	@# wants an antlr4 of 2021 beside which the tests' S3 server does not install.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lightly
+	@$(PIP) --no-deps lightly
 	@$(BIN)/python benchmarks/augmentation.py --output $(RUNS)/bench/augment.json
 
 ui: $(READY)

@@ -382,7 +382,9 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
     """Encoded images, repeated where there are fewer than a round takes; None if there are none."""
     shared = Path(__file__).parents[2] / "shared" / "data"
     if task.is_small:
-        from selfray.data.reader import open_shards, parquet_files, read_rows, sample_rows
+        from selfray.data.files import parquet_files
+        from selfray.data.reader import read_rows, sample_rows
+        from selfray.data.shard_set import open_shards
 
         folder = settings.small or shared / "cifar10"
         if not folder.is_dir():

@@ -12,7 +12,7 @@ goes on from the checkpoints of the one before. Tables go to the console, result
 throughput.json to the output folder, result.json beside each run's checkpoints.
 
 LightlySSL's table is of ResNet-18, batch 128 and 200 epochs, kNN with k = 200 and temperature 0.1,
-the best of all epochs. Ours are the recipes of experiments/recipes/cifar10.py, with their learning
+the best of all epochs. Ours are the recipes of selfray.recipes.cifar10, with their learning
 rates scaled to the batch, and so differ from theirs: the optimizer (theirs is SGD at 0.06, weight
 decay 5e-4, no warm-up, for all four), the crop's interpolation (bicubic), the strengths of the
 colour jitter, and the heads; MoCo has a longer queue, a higher temperature, and no loss the other
@@ -41,8 +41,10 @@ from torch import Tensor
 
 from selfray import config
 from selfray.check import require
+from selfray.data.files import parquet_files, split_files
 from selfray.data.plan import ReadPlan, even_steps
-from selfray.data.reader import open_shards, parquet_files, read_rows, sample_rows, split_files
+from selfray.data.reader import read_rows, sample_rows
+from selfray.data.shard_set import open_shards
 from selfray.data.source import evaluation_views
 from selfray.experiment import Experiment, ProbeConfig
 from selfray.method import Batch, Method
@@ -142,11 +144,7 @@ def run(settings: Benchmark) -> list[dict[str, Any]]:
 
 def experiment_of(settings: Benchmark, method: str) -> Experiment:
     """The method's CIFAR-10 recipe with this benchmark's epochs, batch and precision."""
-    # The recipes are no part of the package.
-    folder = str(Path(__file__).resolve().parent.parent / "experiments")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    from recipes import cifar10
+    from selfray.recipes import cifar10
 
     recipe = cifar10.RECIPES[f"{method}-cifar10"]
     gpu = settings.where.type == "cuda"

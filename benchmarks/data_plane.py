@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from augmentation import photographs
 from selfray.cluster import runtime
 from selfray.cluster.stream import Stream
+from selfray.data.files import parquet_files
 from selfray.data.plan import ReadPlan, Share
-from selfray.data.reader import open_shards, parquet_files
+from selfray.data.shard_set import open_shards
 from selfray.data.source import POSITION, Source
 from selfray.pixels.codecs import encode_jpeg
 from selfray.views import ColorJitter, View, Views

@@ -74,8 +74,8 @@ def main() -> int:
 def compare(
     settings: Comparison, folder: Path, console: Console, ray: runtime.Starting, started: float
 ) -> int:
-    from recipes import digits
     from selfray.cluster.launch import baseline
+    from selfray.recipes import digits
 
     recipes = choose(digits.RECIPES, settings)
     names = ", ".join(name.removesuffix("-digits") for name in recipes)

@@ -7,19 +7,8 @@ The same command started again continues where it stopped.
 """
 
 import sys
-import time
 
-from selfray.cluster import runtime
-
-
-def main() -> int:
-    started = time.time()
-    ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
-    from selfray.commands.script import run_experiment
-
-    return run_experiment(every(), __doc__ or "", ray, started)
-
+from selfray.commands.pretrain import pretrain
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pretrain(sys.argv[1:], __doc__ or "", "pretrain.py"))

@@ -47,8 +47,8 @@ def main() -> int:
 def quickstart(
     settings: Quickstart, folder: Path, console: Console, ray: runtime.Starting, started: float
 ) -> int:
-    from recipes import digits
     from selfray.cluster.launch import baseline, launch
+    from selfray.recipes import digits
     from selfray.report.run_pictures import curves
 
     console.say("selfray quickstart: SimCLR and MAE on 1,797 handwritten digits, labels unseen")

@@ -10,40 +10,8 @@ not suit it, and losses do not compare across mask ratios.
 """
 
 import sys
-from dataclasses import dataclass
 
-import tyro
-
-from selfray.cluster import runtime
-from selfray.commands.script import SweepFlags, one_line_errors, run_sweep
-
-
-@dataclass(frozen=True)
-class SweepMAE(SweepFlags):
-    """Sweep MAE's mask ratio."""
-
-    ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
-    """Mask ratios to try."""
-    between: tuple[float, float] | None = None
-    """Bounds between which a search draws them instead."""
-    recipe: str = "mae-digits"
-    """Any recipe of MAE."""
-
-
-def main() -> int:
-    flags = tyro.cli(SweepMAE, description=__doc__)
-    ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
-    from selfray.sweeps.question import Axis, Range
-
-    base = flags.base(every(), "mae")
-    name, path = "mask ratio", "method.mask_ratio"
-    ratio = (
-        Range(name, path, *flags.between) if flags.between else Axis.over(name, path, flags.ratios)
-    )
-    question = flags.question("sweep-mask-ratio", ratio)
-    return run_sweep(flags, base, question, "Which mask ratio is best for these images?", ray)
-
+from selfray.commands.sweeps import SweepMAE, run
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(main))
+    sys.exit(run(SweepMAE, sys.argv[1:], __doc__ or "", "sweep_mae.py"))

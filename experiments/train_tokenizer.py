@@ -10,22 +10,8 @@ recipe's name in MLflow's registry.
 """
 
 import sys
-import time
 
-from selfray.cluster import runtime
-
-
-def main() -> int:
-    started = time.time()
-    ray = runtime.Starting()  # Ray's processes come up while torch is imported
-    from recipes import every
-    from selfray.cluster.registry import register_tokenizer
-    from selfray.commands.script import run_experiment
-    from selfray.tokenizer import TokenizerConfig
-
-    recipes = {name: r for name, r in every().items() if isinstance(r.method, TokenizerConfig)}
-    return run_experiment(recipes, __doc__ or "", ray, started, register_tokenizer)
-
+from selfray.commands.pretrain import train_tokenizer
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train_tokenizer(sys.argv[1:], __doc__ or "", "train_tokenizer.py"))

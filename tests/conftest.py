@@ -1,4 +1,4 @@
-"""One thread for torch, and one real Ray for all tests that need one: it takes seconds to start."""
+"""One thread for torch, one real Ray for all tests that need one, and what runs side by side."""
 
 import os
 from collections.abc import Iterator
@@ -22,3 +22,13 @@ from selfray.cluster import runtime
 def ray_session() -> Iterator[None]:
     with runtime.session():
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`: a file's tests share one process, for their fixtures; and all fast
+    tests that need Ray share one, since each process would start a Ray of its own."""
+    for item in items:
+        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
+        is_long = item.get_closest_marker("long") is not None
+        group = "ray" if needs_ray and not is_long else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from selfray.pixels import augment, kernels
+from selfray.pixels import augment, colour, random, resize
 from selfray.pixels.augment import (
     Jitter,
     Parameters,
@@ -85,10 +85,10 @@ def blurred(pixels: np.ndarray, kernel_size: int, sigma: float) -> np.ndarray:
     height, width = pixels.shape[:2]
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     reach = kernel_size // 2
-    line = kernels.blurred_length(width, reach)
+    line = colour.blurred_length(width, reach)
     padded = np.zeros(line + 2 * reach, np.int16)
     room = np.empty(height * line, np.int16)
-    kernels.gaussian_blur(planes, reach, sigma, padded, room)
+    colour.gaussian_blur(planes, reach, sigma, padded, room)
     return planes.transpose(1, 2, 0)
 
 
@@ -102,14 +102,14 @@ FACTORS = [0.0, 0.2, 0.7, 1.0, 1.3, 1.8]
 @pytest.mark.parametrize("factor", FACTORS)
 def test_brightness_is_torchvisions_exactly(factor):
     for pixels in PICTURES:
-        ours = changed(pixels, kernels.adjust_brightness, factor)
+        ours = changed(pixels, colour.adjust_brightness, factor)
         assert errors(ours, reference.adjust_brightness(tensor(pixels), factor)).max() == 0
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_contrast_is_torchvisions_within_one_level(factor):
     for pixels in PICTURES:
-        ours = changed(pixels, kernels.adjust_contrast, factor)
+        ours = changed(pixels, colour.adjust_contrast, factor)
         difference = errors(ours, reference.adjust_contrast(tensor(pixels), factor))
         assert difference.max() <= 1
         assert difference.mean() < 0.01
@@ -119,7 +119,7 @@ def test_contrast_is_torchvisions_within_one_level(factor):
 def test_saturation_is_torchvisions_within_one_level(factor):
     for pixels in PICTURES:
         difference = errors(
-            changed(pixels, kernels.adjust_saturation, factor),
+            changed(pixels, colour.adjust_saturation, factor),
             reference.adjust_saturation(tensor(pixels), factor),
         )
         assert difference.max() <= 1
@@ -130,7 +130,7 @@ def test_saturation_is_torchvisions_within_one_level(factor):
 def test_hue_is_torchvisions_within_one_level(shift):
     for pixels in PICTURES:
         difference = errors(
-            changed(pixels, kernels.adjust_hue, shift), reference.adjust_hue(tensor(pixels), shift)
+            changed(pixels, colour.adjust_hue, shift), reference.adjust_hue(tensor(pixels), shift)
         )
         assert difference.max() <= 1
         assert difference.mean() < 0.01
@@ -139,7 +139,7 @@ def test_hue_is_torchvisions_within_one_level(shift):
 def test_grayscale_is_torchvisions_within_one_level():
     for pixels in PICTURES:
         theirs = reference.rgb_to_grayscale(tensor(pixels), num_output_channels=3)
-        assert errors(changed(pixels, kernels.to_grayscale), theirs).max() <= 1
+        assert errors(changed(pixels, colour.to_grayscale), theirs).max() <= 1
 
 
 @pytest.mark.parametrize("size", [32, 96, 224])
@@ -161,7 +161,7 @@ def test_white_stays_white_under_the_widest_blur():
 def test_the_weights_of_a_few_pixels_are_the_cubics(length, flip):
     """Each alone can weigh more than 1, which int16 does not hold."""
     size = 96
-    first, weights, number = kernels.resampling(length, 0.0, float(length), size, flip)
+    first, weights, number = resize.resampling(length, 0.0, float(length), size, flip)
     ours = np.zeros((size, length))
     for new in range(size):
         for k in range(number):
@@ -176,8 +176,7 @@ def test_the_weights_of_a_few_pixels_are_the_cubics(length, flip):
 def test_solarize_is_torchvisions_exactly():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     assert (
-        errors(changed(levels, kernels.solarize), reference.solarize(tensor(levels), 128)).max()
-        == 0
+        errors(changed(levels, colour.solarize), reference.solarize(tensor(levels), 128)).max() == 0
     )
 
 
@@ -419,7 +418,7 @@ EXTREMES = (0, 1, 2**64 - 1)
 def test_the_compiled_random_numbers_are_numpys():
     for key, seed, epoch in product(EXTREMES, repeat=3):
         drawn = np.empty((1, 2 * augment.DRAWS))
-        kernels.fill_uniforms(np.array([key], np.uint64), np.uint64(seed), np.uint64(epoch), drawn)
+        random.fill_uniforms(np.array([key], np.uint64), np.uint64(seed), np.uint64(epoch), drawn)
         assert np.array_equal(drawn[0], generator(seed, epoch, key).random(2 * augment.DRAWS))
 
 

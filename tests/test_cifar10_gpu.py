@@ -161,7 +161,9 @@ def test_data_that_cannot_be_used_is_refused_by_name(settings, path, message):
         cifar10_gpu.load(f"{settings.data}/{path}", None, 32)
 
 
-@pytest.mark.parametrize("file", ["benchmarks/cifar10_gpu.py", "experiments/recipes/cifar10.py"])
+@pytest.mark.parametrize(
+    "file", ["benchmarks/cifar10_gpu.py", "platform/selfray/recipes/cifar10.py"]
+)
 def test_the_benchmark_needs_neither_ray_nor_mlflow(file):
     names = imported(ROOT / file)
     assert "selfray.experiment.Experiment" in names

@@ -25,7 +25,8 @@ from PIL import Image
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
-from selfray.commands import main, script
+from selfray.commands import main, script, shards
+from selfray.commands.flags import BadSetting
 from selfray.config import override
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
@@ -166,8 +167,8 @@ def flip_a_byte(file: Path) -> None:
 
 def test_help_is_shown_without_importing_torch_ray_timm_or_mlflow():
     script = (
-        "import sys\nfrom selfray import cli\nsys.argv = ['selfray', '--help']\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom selfray.commands import main\nsys.argv = ['selfray', '--help']\n"
+        "try:\n    main.main()\nexcept SystemExit:\n    pass\n"
         "print([name for name in ('torch', 'ray', 'timm', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -176,8 +177,9 @@ def test_help_is_shown_without_importing_torch_ray_timm_or_mlflow():
 
 def test_making_shards_does_not_wait_for_torch(tmp_path):
     script = (
-        "import sys\nfrom selfray import cli\nsys.argv = ['selfray', 'shards', 'build', 'a', 'b']\n"
-        "assert cli.main() == 2\n"
+        "import sys\nfrom selfray.commands import main\n"
+        "sys.argv = ['selfray', 'shards', 'build', 'a', 'b']\n"
+        "assert main.main() == 2\n"
         "print([name for name in ('torch', 'timm', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run(
@@ -187,7 +189,20 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["", "shards", "shards build", "shards check", "export", "probe", "compare", "doctor"]
+    "words",
+    [
+        "",
+        "pretrain",
+        "tokenizer",
+        "sweep",
+        "shards",
+        "shards build",
+        "shards check",
+        "export",
+        "probe",
+        "compare",
+        "doctor",
+    ],
 )
 def test_every_help_text_has_an_example_to_type(typed, words):
     said = typed(*words.split(), "--help")
@@ -212,9 +227,8 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
 ):
     width = 90
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", "--help"])
     with pytest.raises(SystemExit):
-        script.parse({"recipe": experiment(method)}, "")
+        script.parse({"recipe": experiment(method)}, ["recipe", "--help"], "", "pretrain")
     said = capsys.readouterr().out
     assert "Weight decay over the run; never applied to biases" in said
     lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
@@ -227,12 +241,13 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
             assert len(words) > width - 4, f"broken too early: {line.strip()}"
 
 
-def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes(monkeypatch):
+def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes():
     wanted = override(experiment(MAE), **{"optimizer.weight_decay": Ramp(0.0, 0.1)})
     flags = ["--optimizer.weight-decay.end", "0.2", "--method.view.flip", "0.25"]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", *flags])
     changes = {"name": "recipe", "optimizer.weight_decay.end": 0.2, "method.view.flip": 0.25}
-    assert script.parse({"recipe": wanted}, "") == override(wanted, **changes)
+    assert script.parse({"recipe": wanted}, ["recipe", *flags], "", "pretrain") == override(
+        wanted, **changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,19 +256,20 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes(monkeypatch):
         (["--method.mask-ratio", "1.2"], "mask_ratio must lie in (0, 1), got 1.2"),
         (["--encoder.patch-size", "5"], "patch_size 5 does not divide encoder.image_size"),
         (["--epochs", "0"], "epochs must be positive, got 0"),
+        (["--epochs", "ten"], "--epochs: invalid literal"),
+        (["--method.mask-ration", "0.5"], "is no flag of pretrain recipe; did you mean --method.m"),
+        (["--precision", "fp8"], "--precision must be one of float32, bf16, got fp8"),
     ],
 )
 def test_an_impossible_value_ends_in_one_line_and_exit_code_2(
     flags: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe", *flags])
     recipes = {"recipe": experiment(MAE)}
 
     def main() -> int:
-        script.parse(recipes, "")
+        script.parse(recipes, ["recipe", *flags], "", "pretrain")
         return 0
 
     assert script.one_line_errors(main) == 2
@@ -270,11 +286,19 @@ def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) 
         script.with_console(tmp_path / "file" / "logs", lambda console: 0)
 
 
-def test_an_unknown_export_target_is_named_with_the_known_ones(typed):
-    said = typed("export", "somewhere", "--to", "onnx")
-    assert said.code == 2
-    assert "invalid choice 'onnx'" in said.text
-    assert "timm" in said.text
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("export somewhere --to elsewhere", "--to must be one of timm, got elsewhere"),
+        ("probe", "CHECKPOINT is missing: see selfray probe --help"),
+        ("probe run --datta x", "--datta is no flag of selfray probe; did you mean --data?"),
+        ("prob run", "selfray has no prob; did you mean probe?"),
+        ("shards bild a b", "selfray shards has no bild; did you mean build?"),
+    ],
+)
+def test_a_wrong_word_is_named_with_the_right_ones(words, message):
+    with pytest.raises((BadSetting, ValueError), match=re.escape(message)):
+        main.parse(words.split())
 
 
 # shards: bad input, told without starting Ray
@@ -344,7 +368,7 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
     manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
-    assert 1 <= len(progress) <= main.LINES_WITHOUT_TERMINAL
+    assert 1 <= len(progress) <= shards.LINES_WITHOUT_TERMINAL
     assert all(re.match(r"\d+ of 32 images  .*images/s .*MB/s .*quarantined", p) for p in progress)
     assert f"out: 30 images in {len(manifest.shards)} shards, " in summary
     assert sizes == "pixels (min / median / max): width 20 / 20 / 20, height 16 / 16 / 16"
@@ -540,11 +564,13 @@ def test_train_and_test_images_of_other_classes_cannot_be_compared(
     typed_without_ray, trained, tmp_path
 ):
     encoded, labels = labelled_pictures(8)
-    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "wolf"])):
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["lion", "wolf"])):
         build.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
     flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
     said = typed_without_ray("probe", trained / "mae", *flags)
-    assert_one_line_error(said, "the classes of train (cat, dog) and of test (dog, wolf) differ")
+    assert_one_line_error(
+        said, "no class of the test images is among those of the train images (cat, dog)"
+    )
 
 
 def test_missing_data_is_told_by_the_flag_of_this_command(typed_without_ray, trained):

@@ -1,49 +1,110 @@
 """Kernels are compiled once for what their sources say, wherever these lie."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from selfray.pixels import compiled
 
-SCRIPT = """
+SERVER = """
+import json, os, sys, traceback
+import numba
 import numpy as np
-from selfray import compiled, kernels
-kernels.digest(np.zeros(4, np.uint64), np.zeros(4, np.uint64))
-stats = kernels.digest.stats
-print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), compiled.cache_folder())
+
+def use_a_kernel(platform, settings):
+    os.environ.update(settings)
+    numba.core.config.reload_config()
+    sys.path.insert(0, platform)
+    from selfray.pixels import compiled, random
+    random.digest(np.zeros(4, np.uint64), np.zeros(4, np.uint64))
+    stats = random.digest.stats
+    counts = sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
+    return [*counts, str(compiled.cache_folder())]
+
+for line in sys.stdin:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = use_a_kernel(*json.loads(line))
+        except BaseException:
+            answer = traceback.format_exc()
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    print(os.read(read, 65536).decode(), flush=True)
+    os.close(read)
 """
 
 
+class Used(NamedTuple):
+    """What a new process saw when it called a kernel for the first time."""
+
+    found: int
+    """How often the kernel's code was found in the cache."""
+    compiled: int
+    folder: Path
+    """The cache; Path("None") without one."""
+
+
+Run = Callable[..., Used]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Use a kernel of the sources at `platform` in a new process, with a cache in `caches`.
+
+    The processes are forks of one that has imported numba, which takes longer than all the rest.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    environment.pop("PYTHONPATH", None)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def use(platform: Path, caches: Path, **settings: str) -> Used:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        request = [str(platform), {"XDG_CACHE_HOME": str(caches)} | settings]
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+        assert isinstance(answer, list), answer
+        return Used(answer[0], answer[1], Path(answer[2]))
+
+    yield use
+    server.stdin.close()
+    server.wait()
+
+
 def sources(folder: Path) -> Path:
-    """What the kernels are made of, and nothing else of the package."""
-    package = folder / "selfray"
+    """The files of which the kernels are made, and nothing else of the package."""
+    package = folder / "selfray" / "pixels"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package.parent / "__init__.py").touch()
     for name in compiled.SOURCES:
         # Without the file's times, as a clone or an upload has it.
         shutil.copyfile(Path(compiled.__file__).with_name(name), package / name)
     return folder
 
 
-def run(platform: Path, caches: Path, **more: str) -> tuple[int, int, Path]:
-    """A first kernel in a new process: how often it was found, how often compiled, the folder."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    environment |= {"PYTHONPATH": str(platform), "XDG_CACHE_HOME": str(caches)} | more
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found, missed, folder = done.stdout.split()
-    return int(found), int(missed), Path(folder)
-
-
-def test_another_copy_of_the_same_sources_finds_them_compiled(tmp_path: Path) -> None:
+def test_another_copy_of_the_same_sources_finds_them_compiled(tmp_path: Path, run: Run) -> None:
     caches = tmp_path / "caches"
     first = run(sources(tmp_path / "one"), caches)
     assert first[:2] == (0, 1)
@@ -58,10 +119,10 @@ def test_all_that_is_compiled_and_what_it_imports_is_among_the_sources() -> None
     imported = set()
     for name in compiled.SOURCES:
         for node in ast.walk(ast.parse((package / name).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "selfray":
+            if isinstance(node, ast.ImportFrom) and node.module == "selfray.pixels":
                 imported |= {f"{alias.name}.py" for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfray."):
-                imported.add(f"{node.module}.py".removeprefix("selfray."))
+                imported.add(f"{node.module}.py".removeprefix("selfray.pixels."))
             elif isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("selfray") for alias in node.names)
     imported.remove("workspace.py")  # called by Python alone
@@ -71,7 +132,7 @@ def test_all_that_is_compiled_and_what_it_imports_is_among_the_sources() -> None
 @pytest.mark.parametrize("name", compiled.SOURCES)
 def test_a_change_of_any_of_them_compiles_anew(tmp_path: Path, monkeypatch, name: str) -> None:
     before = compiled.digest()
-    package = sources(tmp_path) / "selfray"
+    package = sources(tmp_path) / "selfray" / "pixels"
     monkeypatch.setattr(compiled, "__file__", str(package / "compiled.py"))
     assert compiled.digest.__wrapped__() == before
     with (package / name).open("a") as file:
@@ -84,16 +145,16 @@ def test_a_change_of_any_of_them_compiles_anew(tmp_path: Path, monkeypatch, name
     [("NUMBA_CPU_NAME", "nehalem"), ("NUMBA_BOUNDSCHECK", "1"), ("NUMBA_OPT", "1")],
 )
 def test_so_does_another_processor_and_another_setting(
-    tmp_path: Path, variable: str, value: str
+    tmp_path: Path, run: Run, variable: str, value: str
 ) -> None:
     platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
-    folder = run(platform, caches)[2]
+    folder = run(platform, caches).folder
     found, missed, another = run(platform, caches, **{variable: value})
     assert (found, missed) == (0, 1)
     assert another != folder
 
 
-def test_where_no_cache_can_be_written_kernels_still_run(tmp_path: Path) -> None:
+def test_where_no_cache_can_be_written_kernels_still_run(tmp_path: Path, run: Run) -> None:
     (tmp_path / "caches").write_text("a file is in the way")
     blocked = {"HOME": str(tmp_path / "caches"), "TMPDIR": str(tmp_path / "temporary")}
     (tmp_path / "temporary").mkdir()
@@ -104,13 +165,7 @@ def test_where_no_cache_can_be_written_kernels_still_run(tmp_path: Path) -> None
     assert private.stat().st_mode & 0o777 == 0o700
     # A folder that others may write to could have anybody's code.
     private.chmod(0o777)
-    blocked = {"PYTHONPATH": str(tmp_path / "one"), "XDG_CACHE_HOME": blocked["HOME"], **blocked}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")} | blocked
-    script = SCRIPT.split("stats")[0] + "print(compiled.cache_folder())"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert (done.stdout.strip(), done.stderr) == ("None", "")
+    assert run(tmp_path / "one", tmp_path / "caches", **blocked) == (0, 1, Path("None"))
 
 
 def test_a_user_without_a_home_has_a_cache_too(monkeypatch, tmp_path: Path) -> None:
@@ -127,11 +182,11 @@ def test_a_user_without_a_home_has_a_cache_too(monkeypatch, tmp_path: Path) -> N
 
 
 def test_a_cache_that_others_made_is_used_where_it_cannot_be_written(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, run: Run, monkeypatch
 ) -> None:
     platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
-    folder = run(platform, caches)[2]
-    monkeypatch.setattr(compiled, "__file__", str(platform / "selfray" / "compiled.py"))
+    folder = run(platform, caches).folder
+    monkeypatch.setattr(compiled, "__file__", str(platform / "selfray" / "pixels" / "compiled.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
     monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
 
@@ -142,10 +197,12 @@ def test_a_cache_that_others_made_is_used_where_it_cannot_be_written(
     assert compiled.cache_folder.__wrapped__() == folder
 
 
-def test_a_disk_that_fills_up_and_an_index_that_was_cut_off_only_cost_time(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_and_an_index_that_was_cut_off_only_cost_time(
+    tmp_path: Path, run: Run
+) -> None:
     platform, caches = sources(tmp_path / "one"), tmp_path / "caches"
-    folder = run(platform, caches)[2]
-    (index,) = folder.glob("kernels.digest*.nbi")
+    folder = run(platform, caches).folder
+    (index,) = folder.glob("random.digest*.nbi")
     index.write_bytes(b"")
     assert run(platform, caches)[:2] == (0, 1)
     assert run(platform, caches)[:2] == (1, 0), "it was written anew"
@@ -157,7 +214,7 @@ def test_a_disk_that_fills_up_and_an_index_that_was_cut_off_only_cost_time(tmp_p
     assert run(platform, caches)[:2] == (0, 1)
 
 
-def test_what_numba_is_told_holds_for_the_kernels_too(tmp_path: Path) -> None:
+def test_what_numba_is_told_holds_for_the_kernels_too(tmp_path: Path, run: Run) -> None:
     own = tmp_path / "own"
     _, _, folder = run(sources(tmp_path / "one"), tmp_path / "caches", NUMBA_CACHE_DIR=str(own))
     assert folder.is_relative_to(own)

@@ -2,7 +2,10 @@ import contextlib
 import io
 import os
 import pickle
+import resource
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import warnings
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from selfray.pixels import codecs, compose
 from selfray.pixels.codecs import (
     BrokenImage,
     ImageInfo,
@@ -377,6 +381,124 @@ def test_a_broken_image_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(BrokenImage("truncated", "the file ends early")))
     assert error.reason == "truncated"
     assert str(error) == "truncated: the file ends early"
+
+
+def ends_early(data: bytes) -> bytes:
+    """The first half of a JPEG, with an end marker pasted on."""
+    return data[: len(data) * 2 // 3] + b"\xff\xd9"
+
+
+@needs_codec_messages
+@pytest.mark.parametrize("kind", ["cmyk", "cmyk progressive", "odd orientation"])
+def test_what_pillow_decodes_is_checked_as_strictly_as_the_rest(kind):
+    whole = {
+        "cmyk": encoded(picture(200, 200).convert("CMYK"), "JPEG"),
+        "cmyk progressive": encoded(picture(200, 200).convert("CMYK"), "JPEG", progressive=True),
+        "odd orientation": encoded(picture(200, 200), "JPEG", exif=with_orientation(9)),
+    }[kind]
+    assert check(whole) == ImageInfo(200, 200, "JPEG")
+    with pytest.raises(BrokenImage) as caught:
+        check(ends_early(whole))
+    assert caught.value.reason == "truncated"
+    with pytest.raises(BrokenImage):
+        check(whole[:-2])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "jpeg cmyk"])
+def test_a_size_that_the_bytes_cannot_hold_takes_no_memory(kind):
+    data = bytearray(OPAQUE[kind])
+    frame = next(at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 9_999, 10_000)
+    before = peak_memory()
+    for read in (decode, check, open_image):
+        with pytest.raises(BrokenImage, match=r"bytes cannot hold 10000 x 9999 pixels") as caught:
+            read(bytes(data))
+        assert caught.value.reason == "truncated"
+    assert peak_memory() - before < 250e6
+
+
+def peak_memory() -> float:
+    """Of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_picture_of_one_colour_is_no_bomb():
+    for data in (
+        encoded(Image.new("RGB", (3000, 2000), "navy"), "JPEG"),
+        encoded(Image.new("RGB", (3000, 2000), "navy"), "JPEG", progressive=True, quality=1),
+        encoded(Image.new("CMYK", (3000, 2000)), "JPEG", quality=1, optimize=True),
+        encoded(Image.new("L", (3000, 2000)), "PNG"),
+        encoded(Image.new("1", (3000, 2000)), "PNG"),
+    ):
+        assert check(data).width == 3000
+
+
+HUNGRY = {
+    "PNG": ("RGBA", {}),
+    "WEBP": ("RGBA", {"lossless": True}),
+    "TIFF": ("CMYK", {"compression": "tiff_deflate"}),
+    "GIF": ("RGB", {}),
+    "AVIF": ("RGB", {"speed": 10}),
+    "JPEG2000": ("RGBA", {}),
+    "JPEG": ("CMYK", {"progressive": True}),
+}
+
+
+MEASURE = """
+import io, sys
+from pathlib import Path
+from PIL import Image
+from selfray.pixels.codecs import decode
+
+def high_water():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) * 1024
+
+for name in sys.argv[1:]:
+    data = Path(name).read_bytes()
+    small = io.BytesIO()  # what its decoder needs for any image is not counted
+    Image.new("RGB", (64, 64)).save(small, Path(name).name)
+    decode(small.getvalue())
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    decode(data)
+    print(high_water() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
+def test_a_pixel_takes_no_more_memory_than_is_promised(tmp_path):
+    side, files = 1200, []
+    for image_format, (mode, options) in HUNGRY.items():
+        files.append(tmp_path / image_format)
+        files[-1].write_bytes(encoded(Image.new(mode, (side, side), 7), image_format, **options))
+    command = [sys.executable, "-c", MEASURE, *map(str, files)]
+    # Memory goes back to the system as soon as it is freed.
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    promised = codecs.MEMORY_PER_PIXEL | {"JPEG": codecs._CMYK_JPEG_MEMORY}
+    for image_format, taken in zip(HUNGRY, map(int, done.stdout.split()), strict=True):
+        # And the strips in which Pillow's image is converted.
+        assert 3 * side**2 < taken < promised[image_format] * side**2 + 8e6, image_format
+
+
+def test_what_would_take_more_memory_than_is_allowed_is_refused(monkeypatch):
+    monkeypatch.setattr(codecs, "MAX_MEMORY", 17 * 64 * 48 - 1)
+    decode(OPAQUE["jpeg"])
+    with pytest.raises(BrokenImage, match=r"64 x 48 pixels take .* from WEBP") as caught:
+        decode(OPAQUE["webp"])
+    assert caught.value.reason == "too large"
+
+
+@pytest.mark.parametrize("box", [(77, 27, 1, 2), (35, 13, 6, 38), (-5, 0, 10, 10), (0, 0, 999, 9)])
+def test_a_box_that_is_none_gives_the_planes_of_the_whole_image(box):
+    for name in ("jpeg", "jpeg progressive", "png"):
+        planes = open_image(OPAQUE[name]).planes(box, 1.0)
+        assert planes.layout[0, compose.ROWS] == 48
+        assert planes.layout[0, compose.STORED] >= 48
 
 
 # Encoding

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfray.data.data_sets import as_started, remember
-from selfray.data.reader import ShardSet, open_shards, parquet_files
+from selfray.data.files import parquet_files
+from selfray.data.shard_set import ShardSet, open_shards
 from selfray.storage import Location
 
 

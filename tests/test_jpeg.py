@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from selfray.pixels import codecs, jpeg, kernels
+from selfray.pixels import codecs, compose, jpeg
 from selfray.pixels.augment import apply, augment_batch, draw, draw_views
 from selfray.pixels.codecs import BrokenImage, Planes, encode_png, open_image
 from selfray.pixels.codecs import decode as decode_whole
+from selfray.pixels.headers import TRANSPOSED, TURNS
 from selfray.views import View, Views
 
 SUBSAMPLING = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:4:0": 0x121111}
@@ -138,7 +139,7 @@ def test_reduced_planes_are_near_the_whole_ones_shrunk(reduction):
     data = saved(pixels, subsampling="4:2:0")
     found = jpeg.decode(data, whole(pixels), reduction + 0.5)
     assert found is not None
-    divided = found[1][:, [kernels.DOWN, kernels.ACROSS]].tolist()
+    divided = found[1][:, [compose.DOWN, compose.ACROSS]].tolist()
     # Colour that is stored at half the size is reduced half as much.
     assert divided == [[reduction, reduction], [reduction, reduction], [reduction, reduction]]
     complete = planes_of(data, whole(pixels))
@@ -381,9 +382,7 @@ def orientation(value: int) -> bytes:
 def test_turned_pixels_give_the_views_of_upright_ones(value):
     stored = photograph(70, 91)
     upright = decode_whole(saved(stored, exif=orientation(value), quality=100))
-    planes = Planes.of_rgb(
-        decode_whole(saved(stored, quality=100)), stored=(kernels.TURNS[value], 70, 91)
-    )
+    planes = Planes.of_rgb(decode_whole(saved(stored, quality=100)), stored=(TURNS[value], 70, 91))
     rng = np.random.default_rng(value)
     view = View(size=32, crop_scale=(0.1, 1.0), flip=0.5)
     for _ in range(30):
@@ -406,7 +405,7 @@ def test_a_photograph_that_is_turned_is_decoded_where_the_crops_lie(
     wanted = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert np.array_equal(codecs._turned_back(wanted, opened.stored[0]), opened.decode(320, 1)[0])
     ours = augment_batch([data] * 4, CROPS, seed=0, epoch=0).arrays["global"].astype(int)
-    monkeypatch.setattr(codecs, "_turn_of", lambda _: None)
+    monkeypatch.setattr(codecs, "turn_of", lambda _: None)
     assert open_image(data).pixels is not None, "decoded whole, and upright"
     theirs = augment_batch([data] * 4, CROPS, seed=0, epoch=0).arrays["global"]
     difference = np.abs(ours - theirs)
@@ -417,16 +416,16 @@ def test_a_photograph_that_is_turned_is_decoded_where_the_crops_lie(
 @pytest.mark.parametrize("value", range(1, 9))
 def test_a_box_of_a_turned_image_lies_where_its_pixels_are(value):
     stored = np.arange(20 * 30 * 3).reshape(20, 30, 3)
-    turn = kernels.TURNS[value]
+    turn = TURNS[value]
     # What stored_box says of boxes, and _turned_back of pixels, are each other's inverse.
-    height, width = (30, 20) if turn & kernels.TRANSPOSED else (20, 30)
+    height, width = (30, 20) if turn & TRANSPOSED else (20, 30)
     upright = np.empty((height, width, 3), int)
     for top in range(height):
         for left in range(width):
-            box = kernels.stored_box((turn, 20, 30), (float(top), float(left), 1.0, 1.0))
+            box = compose.stored_box((turn, 20, 30), (float(top), float(left), 1.0, 1.0))
             upright[top, left] = stored[int(box[0]), int(box[1])]
     assert np.array_equal(codecs._turned_back(upright, turn), stored)
-    top, left, rows, columns = map(int, kernels.stored_box((turn, 20, 30), (3.0, 5.0, 7.0, 11.0)))
+    top, left, rows, columns = map(int, compose.stored_box((turn, 20, 30), (3.0, 5.0, 7.0, 11.0)))
     part = stored[top : top + rows, left : left + columns]
     assert np.array_equal(codecs._turned_back(upright[3:10, 5:16], turn), part)
 
@@ -463,7 +462,7 @@ def test_an_unusual_orientation_is_seen_in_training_as_it_is_elsewhere(name):
 def test_what_only_pillow_can_read_is_turned_back(monkeypatch):
     data = saved(photograph(40, 120), exif=orientation(6))
     wanted = open_image(data).decode(40, 1.0)[0]
-    monkeypatch.setattr(codecs._codec_messages, "imdecode", lambda *_: (None, ""))
+    monkeypatch.setattr(codecs.codec_messages, "imdecode", lambda *_: (None, ""))
     assert np.array_equal(open_image(data).decode(40, 1.0)[0], wanted)
 
 

@@ -22,12 +22,12 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
-from selfray.cluster.build import write_arrays
 from selfray.cluster.endings import RunFailed
 from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.placement import Placement, place
 from selfray.cluster.runtime import Console, Resources
 from selfray.cluster.waiting import room_for
+from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
 from selfray.pixels import augment

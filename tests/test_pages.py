@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import selfray.data.reader as shards_module
+import selfray.data.row_cache as shards_module
 from selfray.data.parquet_pages import value_places
-from selfray.data.reader import RowGroupCache, ShardSet, open_shards, read_chosen
+from selfray.data.reader import read_chosen
+from selfray.data.row_cache import RowGroupCache
+from selfray.data.shard_set import ShardSet, open_shards
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False}
@@ -207,7 +209,7 @@ def test_the_bytes_of_whole_row_groups_are_counted_once_for_threads_that_share_a
     for seed, chosen in enumerate(found):
         groups, rows = all_rows(seed % 2)
         assert chosen.images == [images[i] for i in (groups * 10 + rows).tolist()]
-    assert cache._bytes == sum(table.nbytes for table in cache._tables.values())
+    assert cache._bytes == sum(held.table.nbytes for held in cache._tables.values())
     assert cache._placed == sum(len(p.labels) for p in cache._places.values())
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from helpers import batches, tokenizer_run
-from recipes import every
 from selfray import config
 from selfray.experiment import Experiment
 from selfray.methods.beit import BEiTConfig
 from selfray.optim import follow_schedules, learning_rate_at
+from selfray.recipes import every
 from selfray.schedules import Progress
 
 RECIPES = every()

@@ -8,7 +8,8 @@ import pytest
 
 from selfray import storage
 from selfray.data.broken import BrokenTally, too_many
-from selfray.data.reader import RowGroupCache, UnreadableShard, read_chosen
+from selfray.data.reader import read_chosen
+from selfray.data.row_cache import RowGroupCache, UnreadableShard
 from selfray.data.source import BROKEN, REASON
 from selfray.pixels.codecs import BrokenImage
 from selfray.storage import Location, Retry, patiently

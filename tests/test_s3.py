@@ -16,11 +16,13 @@ from pyarrow import fs
 
 from helpers import experiment, start, train_for, weights
 from selfray import storage
-from selfray.cluster.build import _finish
+from selfray.data.destination import finish
+from selfray.data.files import parquet_files
 from selfray.data.listing import BuildOptions, make_plan
-from selfray.data.reader import open_shards, parquet_files
+from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest
+from selfray.data.shard_set import open_shards
 from selfray.data.source import BROKEN
-from selfray.data.writer import BUILD_FOLDER, PLAN, Job, Manifest, build_item
+from selfray.data.writer import Job, build_item
 from selfray.runs import checkpoint
 from selfray.storage import Location, Retry
 from test_source import png, source
@@ -127,7 +129,7 @@ def shards_uri(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> st
     plan = make_plan(Location.of(folder), BuildOptions(shard_bytes=400))
     (destination / BUILD_FOLDER / PLAN).write_json(plan.identity())
     job = Job(plan.source, destination, plan.layout, plan.options)
-    _finish(destination, plan, [r for i in plan.items for r in build_item(job, i, frozenset())])
+    finish(destination, plan, [r for i in plan.items for r in build_item(job, i, frozenset())])
     return destination.uri
 
 
@@ -187,7 +189,8 @@ def test_a_shard_that_is_deleted_from_s3_costs_its_rows(gateway, shards_uri, tmp
     kept = lost.read_bytes()
     lost.filesystem.delete_file(lost.path)
     try:
-        from selfray.data.reader import RowGroupCache, read_chosen
+        from selfray.data.reader import read_chosen
+        from selfray.data.row_cache import RowGroupCache
 
         groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
         rows = np.concatenate([np.arange(n) for n in shards.group_rows])
@@ -199,7 +202,8 @@ def test_a_shard_that_is_deleted_from_s3_costs_its_rows(gateway, shards_uri, tmp
 
 
 def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, shards_uri):
-    from selfray.data.reader import RowGroupCache, read_chosen
+    from selfray.data.reader import read_chosen
+    from selfray.data.row_cache import RowGroupCache
 
     shards = open_shards(parquet_files(shards_uri), shards_uri)
     groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
@@ -229,7 +233,8 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
 
 def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri, monkeypatch):
     from selfray.data import reader as reading
-    from selfray.data.reader import RowGroupCache, read_chosen
+    from selfray.data.reader import read_chosen
+    from selfray.data.row_cache import RowGroupCache
 
     first, second = (
         pa.table({"image": [letter * (length + i) for i in range(20)]})

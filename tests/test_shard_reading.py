@@ -7,16 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfray.data.reader import (
-    RowGroupCache,
-    ShardSet,
-    only,
-    open_shards,
-    parquet_files,
-    read_rows,
-    sample_rows,
-    split_files,
-)
+from selfray.data.files import parquet_files, split_files
+from selfray.data.reader import read_rows, sample_rows
+from selfray.data.row_cache import RowGroupCache
+from selfray.data.shard_set import ShardSet, only, open_shards
 from selfray.storage import Location
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -115,7 +109,10 @@ def test_labels_without_names_have_none(tmp_path, features):
         {"image": structs([b"1"]), "label": pa.array([1])},
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    assert open_shards([uri], uri).label_names is None
+    shards = open_shards([uri], uri)
+    # The one class there is is called by its value.
+    assert shards.label_names == ("1",)
+    assert everything(shards)[1] == [0]
 
 
 @pytest.mark.parametrize("column", ["label", "labels", "fine_label", "class", "target"])
@@ -123,19 +120,14 @@ def test_the_usual_names_of_a_label_column_are_found(tmp_path, column):
     uri = write(tmp_path / "x.parquet", {"image": structs([b"1"]), column: pa.array([7])})
     shards = open_shards([uri], uri)
     assert shards.label_column == column
-    assert everything(shards)[1] == [7]
-
-
-def test_a_label_column_of_text_is_no_label(tmp_path):
-    uri = write(tmp_path / "x.parquet", {"image": structs([b"1"]), "label": pa.array(["cat"])})
-    assert not open_shards([uri], uri).has_labels
+    assert (shards.label_names, everything(shards)[1]) == (("7",), [0])
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.int8(), pa.uint8(), pa.uint64()])
 def test_labels_of_any_integer_type_are_read_and_missing_ones_are_minus_one(tmp_path, kind):
-    labels = pa.array([2, None, 0], kind)
+    labels = pa.array([1, None, 0], kind)
     uri = write(tmp_path / "x.parquet", {"image": structs([b"1", b"2", b"3"]), "label": labels})
-    assert everything(open_shards([uri], uri))[1] == [2, -1, 0]
+    assert everything(open_shards([uri], uri))[1] == [1, -1, 0]
 
 
 def test_an_image_without_bytes_is_read_as_empty_bytes(tmp_path):
@@ -247,7 +239,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path):
         (["a.parquet", "b.parquet"], [0, 1], []),
         (["a.parquet", "test.parquet"], [0], [1]),
         (["train.parquet", "extra.parquet"], [0], []),
-        (["test-0.parquet", "test-1.parquet"], [0, 1], []),
+        (["test-0.parquet", "test-1.parquet"], [], [0, 1]),
         (["testimony.parquet", "trainer.parquet", "valley.parquet"], [0, 1, 2], []),
     ],
 )
@@ -266,7 +258,7 @@ def test_a_relative_folder_is_split_like_an_absolute_one(tmp_path, monkeypatch):
     shard(tmp_path / "set/train/0.parquet", 0, 1)
     shard(tmp_path / "set/test/0.parquet", 0, 1)
     monkeypatch.chdir(tmp_path)
-    for path, folder in (("set", "set"), ("set/*.parquet", "set")):
+    for path, folder in (("set", "set"), ("set/**/*.parquet", "set"), ("set/*", "set")):
         train, test = split_files(parquet_files(path), folder)
         assert [Path(uri).parent.name for uri in train] == ["train"]
         assert [Path(uri).parent.name for uri in test] == ["test"]
@@ -313,17 +305,29 @@ def test_a_file_without_images_is_named_with_its_columns(tmp_path):
 
 def test_an_image_column_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     uri = shard(tmp_path / "x.parquet", 0, 1)
-    with pytest.raises(ValueError, match=r"--data.image-column photo is not in .*has image, label"):
+    with pytest.raises(
+        ValueError, match=r"--data.image-column photo is not in .*has image: .*, label: int64"
+    ):
         open_shards([uri], uri, "photo")
 
 
-def test_a_file_that_lacks_a_column_of_the_others_is_named(tmp_path):
+def test_a_file_that_lacks_the_images_of_the_others_is_named(tmp_path):
     first = shard(tmp_path / "a.parquet", 0, 4)
-    second = write(tmp_path / "b.parquet", {"image": structs([b"1"])})
+    second = write(tmp_path / "b.parquet", {"label": pa.array([1])})
     with pytest.raises(
-        ValueError, match=r"b\.parquet lacks the column label, which .*a\.parquet has"
+        ValueError, match=r"b\.parquet lacks the column image, which .*a\.parquet has"
     ):
         open_shards([first, second], str(tmp_path))
+
+
+def test_a_file_that_lacks_the_labels_of_the_others_costs_its_own(tmp_path):
+    first = shard(tmp_path / "a.parquet", 0, 4)
+    second = write(tmp_path / "b.parquet", {"image": structs([b"1"])})
+    shards = open_shards([first, second], str(tmp_path))
+    assert everything(shards)[1] == [0, 1, 2, 0, -1]
+    assert shards.notes == (
+        f"1 of 2 files have no labels, such as {second}: their 1 images are unlabelled",
+    )
 
 
 # The cache

@@ -23,8 +23,9 @@ from pyarrow import fs
 
 from helpers import wait_for
 from selfray.cluster import build as builder
-from selfray.cluster.build import BuildOptions, Manifest, build, check, write_arrays
-from selfray.data import listing, writer
+from selfray.cluster.build import BuildOptions, Manifest, build, check
+from selfray.data import destination, rows, samples, writer
+from selfray.data.writer import write_arrays
 from selfray.storage import Location
 
 PLATFORM = str(Path(__file__).resolve().parents[1] / "platform")
@@ -137,7 +138,7 @@ def test_class_folders_become_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [["a/1.jpg", "a/2.jpg"], ["a/1.jpg", "b/1.jpg", "2.jpg"], ["a/b/1.jpg", "c/2.jpg"]]
+    "names", [["a/1.jpg", "a/2.jpg"], ["a/1.jpg", "b/1.jpg", "2.jpg", "3.jpg"], ["images/1.jpg"]]
 )
 def test_folders_that_are_not_clearly_classes_give_no_labels(tmp_path, names):
     write(tmp_path, {name: picture(i) for i, name in enumerate(names)})
@@ -340,7 +341,7 @@ def test_what_may_not_be_opened_is_quarantined():
             os.seteuid(65534)
         try:
             plan = builder.make_plan(Location.of(source), BuildOptions())
-            rows = list(listing.read_samples(plan.source, plan.layout, plan.items[0].inputs))
+            rows = list(samples.read_samples(plan.source, plan.layout, plan.items[0].inputs))
         finally:
             os.seteuid(os.getuid())
             (source / "c").chmod(0o755)
@@ -351,9 +352,9 @@ def test_what_may_not_be_opened_is_quarantined():
 def test_an_outage_of_remote_storage_stops_the_build_and_quarantines_nothing(tmp_path):
     remote = Location(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), str(tmp_path)[1:], "s3://x")
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
-        listing.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
-    listing.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
-    listing.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
+        rows.raise_if_outage(OSError("AWS Error NETWORK_CONNECTION"), remote)
+    rows.raise_if_outage(OSError("AWS Error ACCESS_DENIED"), remote)
+    rows.raise_if_outage(OSError("a bad sector"), Location.of(tmp_path))
 
 
 # Properties of a build
@@ -420,7 +421,7 @@ def test_progress_counts_up_to_the_whole(tmp_path):
 
 BUILD_SCRIPT = """
 import sys, ray
-from selfray.cluster.shards import BuildOptions, build
+from selfray.cluster.build import BuildOptions, build
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error",
          runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
 build(sys.argv[3], sys.argv[4], BuildOptions(shard_bytes=int(sys.argv[5]), max_side=64))
@@ -479,7 +480,7 @@ def test_a_complete_build_is_returned_at_once_and_lost_shards_are_built_again(tm
 
 def test_storage_that_fails_on_the_way_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path / "source", {"a.jpg": picture(1)}), tmp_path / "out"
-    builder._start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
+    destination.start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
     (out / "shard-00000.parquet").mkdir()  # in the way of the shard
     with pytest.raises(OSError, match=r"build of .*/out stopped: .*run the same build again"):
         build(source, out)
@@ -602,10 +603,12 @@ def test_bad_sources_and_destinations_are_named_in_one_line(tmp_path):
     table = pa.table({"text": ["a"], "number": [1]})
     (tmp_path / "parquet").mkdir()
     pq.write_table(table, tmp_path / "parquet" / "p.parquet")
-    refused("no image column .*it has text: string, number: int64", tmp_path / "parquet", out)
+    refused(
+        "no image column .*its columns are text: string, number: int64", tmp_path / "parquet", out
+    )
     two = pa.table({"left": pa.array([b"x"]), "right": pa.array([b"x"])})
     pq.write_table(two, tmp_path / "parquet" / "p.parquet")
-    refused(r"\(left, right\): choose one with image_column", tmp_path / "parquet", out)
+    refused(r"\(left, right\): choose one with --data.image-column", tmp_path / "parquet", out)
     (tmp_path / "parquet" / "p.parquet").write_bytes(b"nothing")
     refused("none of the 1 Parquet files .* can be read", tmp_path / "parquet", out)
     assert not out.exists()

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfray.data.plan import ReadPlan, Share
-from selfray.data.reader import ShardSet, open_shards
+from selfray.data.shard_set import ShardSet, open_shards
 from selfray.data.source import (
     BROKEN,
     LABEL,

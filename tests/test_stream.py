@@ -25,7 +25,7 @@ from selfray.cluster.stream import (
     chunk_room,
 )
 from selfray.data.plan import ReadPlan, Share
-from selfray.data.reader import open_shards
+from selfray.data.shard_set import open_shards
 from selfray.data.source import LABEL, POSITION, REASON, Arrays, Source
 from selfray.pixels.augment import BROKEN
 from selfray.pixels.codecs import encode_png

@@ -14,9 +14,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from helpers import RESNET, SIMCLR, tiny, wait_for
-from selfray.cluster.build import write_arrays
 from selfray.cluster.launch import launch
 from selfray.cluster.sweep.run import _identity, _probed_at_every_checkpoint, _with_metrics, sweep
+from selfray.data.writer import write_arrays
 from selfray.experiment import Experiment
 from selfray.methods.byol import BYOLConfig
 from selfray.runs.checkpoint import MANIFEST, Checkpoint

@@ -42,6 +42,8 @@ class DataConfig:
     parameters are the same."""
     max_broken_fraction: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
+    label_column: str | None = config.added(None)
+    """The column of the labels, in Parquet files or a table beside images; None finds it."""
 
     def __post_init__(self) -> None:
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")

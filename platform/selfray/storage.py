@@ -50,6 +50,8 @@ def is_about_the_file(error: OSError) -> bool:
     about = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     # Arrow gives most of S3's refusals as a bare OSError with the cause in its text.
     causes = ("ACCESS_DENIED", "NO_SUCH_", "RESOURCE_NOT_FOUND", "INVALID_", "HTTP status 40")
+    # What Arrow says of a file whose bytes it has and cannot make sense of.
+    causes += ("CRC checksum verification", "deserialize thrift", "Unexpected end of stream")
     return isinstance(error, about) or any(cause in str(error) for cause in causes)
 
 
@@ -113,6 +115,10 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     filesystem = _object_store(scheme, authority, environment)
     bucket = authority.rpartition("@")[2]
     return filesystem, f"{bucket}/{unquote(inner)}".rstrip("/")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds the number {name}")
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,14 @@ class Location:
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
+
+    def read_strict_json(self) -> Any:
+        """JSON of a file that others may have written. ValueError where it is none: not UTF-8, too
+        deeply nested, or with numbers that are not finite."""
+        try:
+            return json.loads(self.read_bytes(), parse_constant=_refuse_constant)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
 
     def write_bytes(self, data: bytes) -> None:
         """Write a whole file so that a reader, or a crash, sees all of it or none of it.

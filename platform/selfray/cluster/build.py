@@ -1,8 +1,8 @@
 """Images of any origin -> Parquet shards with a manifest, in parallel on Ray.
 
 Sources are a folder of images, WebDataset tars or Parquet files; local, s3:// or gs://. A build is
-planned as data first (shard_sources.py), and a work item's shards follow from its inputs and the
-seed alone (shard_writer.py). So any worker can build any shard, the same source and options give
+planned as data first (data/listing.py), and a work item's shards follow from its inputs and the
+seed alone (data/writer.py). So any worker can build any shard, the same source and options give
 the same bytes, and an interrupted build goes on where it stopped.
 
 While a build runs, DST/_build holds the plan and one record for each finished shard; manifest.json
@@ -12,13 +12,9 @@ is written last and marks the build complete. Broken images are listed in quaran
 import dataclasses
 import hashlib
 import itertools
-import json
-import os
 import posixpath
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,37 +25,35 @@ import ray
 import ray.exceptions
 from pyarrow import fs
 
-from selfray.check import require
-from selfray.data.listing import (
-    MIB,
-    BuildOptions,
-    Layout,
-    Plan,
-    Quarantined,
-    Sample,
-    make_plan,
-    one_line,
+from selfray.data.destination import (
+    QUARANTINE,
+    delete_temporary_files,
+    finish,
+    intact,
+    open_destination,
+    read_records,
+    refuse_other_plan,
+    refuse_overlap,
+    start,
 )
-from selfray.data.reader import NO_LABEL
-from selfray.data.writer import (
+from selfray.data.files import Quarantined
+from selfray.data.listing import BuildOptions, Plan, make_plan
+from selfray.data.manifest import (
     BUILD_FOLDER,
     MANIFEST,
     PLAN,
-    Job,
     Labels,
     Manifest,
     Shard,
-    ShardBuilder,
     ShardRecord,
     Spread,
-    build_item,
-    manifest_of,
-    schema_of,
     shard_name,
     shard_number,
 )
+from selfray.data.rows import MIB, Layout
+from selfray.data.writer import Job, build_item, schema_of
 from selfray.pixels import codecs
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 __all__ = [
     "MANIFEST",
@@ -75,10 +69,7 @@ __all__ = [
     "build",
     "check",
     "make_plan",
-    "write_arrays",
 ]
-
-QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -131,25 +122,30 @@ def build(
     """
     options = options or BuildOptions()
     source, destination = Location.of(source), Location.of(destination)
-    _refuse_overlap(source, destination)
-    state = _open_destination(destination)
+    refuse_overlap(source, destination)
+    state = open_destination(destination)
     plan = make_plan(source, options)
     if state.plan is not None:
-        _refuse_other_plan(destination, state, plan)
+        refuse_other_plan(destination, state, plan)
 
     numbers = {number for item in plan.items for number in item.shard_numbers}
     tally = _Tally(on_progress, plan.images_total, len(numbers))
     if state.manifest is not None:
         return _mend(destination, plan, state.manifest, numbers, tally)
+    if state.damage:
+        (destination / BUILD_FOLDER).delete_folder()
     if state.plan is None:
-        _start(destination, plan)
-    records = _intact(destination, _read_records(destination))
+        start(destination, plan)
+    records = intact(destination, read_records(destination))
     tally.quarantined = len(plan.quarantined)
     for record in records.values():
         tally.add(record)
-    tally.report(f"going on: {len(records)} of {len(numbers)} shards are there" if records else "")
+    going_on = f"going on: {len(records)} of {len(numbers)} shards are there" if records else ""
+    for note in filter(None, (state.damage, *plan.notes)):
+        tally.report(note)
+    tally.report(going_on)
     records |= _build_missing(destination, plan, set(records), tally)
-    return _finish(destination, plan, [records[number] for number in sorted(records)])
+    return finish(destination, plan, [records[number] for number in sorted(records)])
 
 
 def check(
@@ -199,227 +195,22 @@ def check(
     )
 
 
-def write_arrays(
-    destination: str | Path | Location,
-    images: Sequence[bytes],
-    labels: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-    rows_per_shard: int = 4096,
-    source: str = "memory",
-) -> Manifest:
-    """Write a small data set from memory, without Ray and in the given order.
-
-    `images` are encoded files (JPEG, PNG, ...), `names` their paths, `source` says in the manifest
-    where they come from. The same call a second time finds its result and returns it. ValueError
-    where an image is broken, lengths differ, or the folder holds something else.
-    """
-    destination = Location.of(destination)
-    require(len(images) > 0, "images is empty: give at least one encoded image")
-    require(rows_per_shard > 0, f"rows_per_shard must be positive, got {rows_per_shard}")
-    for name, values in (("labels", labels), ("names", names)):
-        require(
-            values is None or len(values) == len(images),
-            f"{name} must have one entry for each of the {len(images)} images",
-        )
-    if names is None:
-        names = [f"{index:06d}" for index in range(len(images))]
-    classes = None if label_names is None else tuple(label_names)
-    digest = hashlib.sha256(json.dumps([rows_per_shard, classes]).encode())
-    for index, data in enumerate(images):
-        label = None if labels is None else int(labels[index])
-        digest.update(json.dumps([names[index], label, len(data)]).encode() + data)
-    options = BuildOptions(labels="none" if labels is None else "auto")
-    plan = Plan(
-        source=destination,
-        source_uri=source,
-        layout=Layout("images", labels is not None, classes),
-        options=options,
-        items=(),
-        quarantined=(),
-        images_total=len(images),
-        files=len(images),
-        bytes=sum(map(len, images)),
-        fingerprint=digest.hexdigest(),
-    )
-    state = _open_destination(destination)
-    if state.plan is not None:
-        _refuse_other_plan(destination, state, plan)
-    if state.manifest is not None:
-        shards = dict(enumerate(state.manifest.shards))
-        if len(_intact(destination, shards)) == len(shards):
-            return state.manifest
-    builders = []
-    for first in range(0, len(images), rows_per_shard):
-        builder = ShardBuilder(plan.layout, options)
-        for index in range(first, min(first + rows_per_shard, len(images))):
-            label = NO_LABEL if labels is None else int(labels[index])
-            builder.add(Sample(names[index], images[index], label))
-        if builder.quarantined:
-            broken = builder.quarantined[0]
-            raise ValueError(f"image {broken.file} is broken: {broken.message}; leave it out")
-        builders.append(builder)
-    _start(destination, plan)
-    records = [builder.write(destination, number) for number, builder in enumerate(builders)]
-    return _finish(destination, plan, records)
-
-
-# The destination --------------------------------------------------------------------------------
-
-
-_OF_A_BUILD = re.compile(
-    r"(manifest\.json|quarantine\.jsonl|shard-\d{5,}\.parquet)(\.\d+\.tmp)?|" + BUILD_FOLDER
-)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a destination holds at the start: nothing, a part of a build, or a whole one."""
-
-    plan: dict[str, Any] | None = None
-    manifest: Manifest | None = None
-
-
-def _refuse_overlap(source: Location, destination: Location) -> None:
-    if source.is_local and destination.is_local:
-        outer, inner = os.path.realpath(source.path), os.path.realpath(destination.path)
-    elif source.filesystem == destination.filesystem:
-        outer, inner = source.path.rstrip("/"), destination.path.rstrip("/")
-    else:
-        return
-    require(
-        inner != outer and not inner.startswith(outer.rstrip("/") + "/"),
-        f"the destination {destination} lies inside the source {source}: give one outside",
-    )
-
-
-def _open_destination(destination: Location) -> _State:
-    """ValueError where the folder holds anything that no build has put there."""
-    try:
-        names = [posixpath.basename(info.path) for info in destination.list()]
-    except OSError as error:
-        raise ValueError(
-            f"the destination {destination} cannot be listed: {one_line(error)}; give a folder"
-        ) from None
-    if MANIFEST in names:
-        manifest = Manifest.load(destination)
-        return _State(
-            {"source": manifest.source, "options": manifest.options, **manifest.plan}, manifest
-        )
-    plan_file = destination / BUILD_FOLDER / PLAN
-    plan = plan_file.read_json() if BUILD_FOLDER in names and plan_file.exists() else None
-    known = _OF_A_BUILD if plan else re.compile(BUILD_FOLDER)
-    foreign = [name for name in names if not known.fullmatch(name)]
-    require(
-        not foreign,
-        f"the destination {destination} holds other files ({', '.join(foreign[:3])}"
-        f"{', ...' if len(foreign) > 3 else ''}): give an empty or a new folder",
-    )
-    return _State(plan)
-
-
-def _refuse_other_plan(destination: Location, state: _State, plan: Plan) -> None:
-    then, now = state.plan or {}, plan.identity()
-    old, new = then["options"], now["options"]
-    changes = [
-        f"{name} was {old.get(name)}, now {new.get(name)}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if then["source"] != now["source"]:
-        changes.insert(0, f"source was {then['source']}, now {now['source']}")
-    elif not changes and then["fingerprint"] != now["fingerprint"]:
-        changes.append(
-            f"the source had {then['files']} files of {then['bytes']:,} bytes, "
-            f"now {now['files']} of {now['bytes']:,}"
-        )
-        if (then["files"], then["bytes"]) == (now["files"], now["bytes"]):
-            changes = ["files of the source have changed since"]
-    what = "a complete" if state.manifest else "an unfinished"
-    require(
-        not changes,
-        f"{destination} holds {what} build of something else ({'; '.join(changes)}): "
-        f"give another destination, or delete {destination}",
-    )
-
-
-def _start(destination: Location, plan: Plan) -> None:
-    try:
-        (destination / BUILD_FOLDER).make_folder()
-        (destination / BUILD_FOLDER / PLAN).write_json(plan.identity())
-    except OSError as error:
-        raise ValueError(
-            f"the destination {destination} cannot be written: {one_line(error)}; "
-            "give a folder that you may write to"
-        ) from None
-
-
-def _read_records(destination: Location) -> dict[int, ShardRecord]:
-    names = [info.path for info in (destination / BUILD_FOLDER).list()]
-    files = [
-        destination / BUILD_FOLDER / posixpath.basename(name)
-        for name in names
-        if name.endswith(".parquet.json")
-    ]
-    with ThreadPoolExecutor(16) as pool:
-        records = pool.map(lambda file: ShardRecord.from_json(file.read_json()), files)
-        return {record.number: record for record in records}
-
-
-_Stored = TypeVar("_Stored", Shard, ShardRecord)
-
-
-def _intact(destination: Location, shards: dict[int, _Stored]) -> dict[int, _Stored]:
-    """Those whose file is there in full size; contents are the business of `check`."""
-    sizes = {posixpath.basename(info.path): info.size for info in destination.list()}
-    return {
-        number: shard
-        for number, shard in shards.items()
-        if shard.rows == 0 or sizes.get(shard.name) == shard.bytes
-    }
-
-
-def _finish(destination: Location, plan: Plan, records: Sequence[ShardRecord]) -> Manifest:
-    quarantined = [*plan.quarantined, *(entry for r in records for entry in r.quarantined)]
-    if not any(record.rows for record in records):
-        (destination / BUILD_FOLDER).delete_folder()
-        examples = "; ".join(f"{q.file}: {q.message}" for q in quarantined[:3])
-        raise ValueError(
-            f"{plan.source_uri} holds no readable image: all {len(quarantined)} files were refused "
-            f"({examples}); give a folder that holds images"
-        )
-    manifest = manifest_of(plan, records, quarantined)
-    lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in quarantined)
-    (destination / QUARANTINE).write_bytes(lines.encode())
-    _delete_temporary_files(destination)
-    (destination / MANIFEST).write_json(manifest.to_json())
-    (destination / BUILD_FOLDER).delete_folder()
-    return manifest
-
-
-def _delete_temporary_files(destination: Location) -> None:
-    """What a killed task has left."""
-    for info in destination.list():
-        if info.path.endswith(".tmp"):
-            destination.filesystem.delete_file(info.path)
-
-
 def _mend(
     destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: "_Tally"
 ) -> Manifest:
     """Build again what is lost from a complete build; the manifest changes only where another
     version of a library writes the same rows as other bytes."""
     shards = {shard_number(shard.name): shard for shard in manifest.shards}
-    intact = _intact(destination, shards)
-    lost = set(shards) - set(intact)
+    kept = intact(destination, shards)
+    lost = set(shards) - set(kept)
     tally.quarantined = manifest.quarantined.count
-    for shard in intact.values():
+    for shard in kept.values():
         tally.add(shard)
     tally.shards_done = len(numbers) - len(lost)  # some numbers have no shard: nothing was sound
     note = f"{destination} is complete: nothing to do"
     if lost:
         note = f"{destination} has lost {len(lost)} of {len(shards)} shards: building them again"
-        _start(destination, plan)
+        start(destination, plan)
     tally.report(note)
     for number, record in _build_missing(destination, plan, numbers - lost, tally).items():
         shards[number] = Shard(
@@ -430,7 +221,7 @@ def _mend(
         shards=tuple(shards.values()),
         bytes=sum(shard.bytes for shard in shards.values()),
     )
-    _delete_temporary_files(destination)
+    delete_temporary_files(destination)
     if mended != manifest:
         (destination / MANIFEST).write_json(mended.to_json())
     (destination / BUILD_FOLDER).delete_folder()
@@ -571,7 +362,8 @@ def _build_missing(
     job = ray.put(Job(plan.source, destination, plan.layout, plan.options))
     work = [
         (
-            f"{shard_name(item.first_shard)} ({item.inputs[0].name} to {item.inputs[-1].name})",
+            f"{shard_name(item.first_shard, item.split)} "
+            f"({item.inputs[0].name} to {item.inputs[-1].name})",
             (job, item, frozenset(done & set(item.shard_numbers))),
         )
         for item in items

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from selfray import config
 from selfray.cluster import local_ray, runtime, waiting
+from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
@@ -128,7 +129,7 @@ def launch(
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
-    data = open_data(experiment.data, output, console.say)
+    data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -415,7 +416,7 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     """The probes on raw pixels: what an encoder has to beat."""
-    data = open_data(experiment.data, Location.of(experiment.output), console.say)
+    data = open_data(experiment.data, Location.of(experiment.output), console.say, build)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfray import config
 from selfray.check import require
+from selfray.cluster.mlflow_store import asking_mlflow
 from selfray.cluster.tracking import (
     ARTIFACTS,
     RUN_FILE,
@@ -27,7 +28,6 @@ from selfray.cluster.tracking import (
     is_training,
     tracking_uri,
 )
-from selfray.commands.script import asking_mlflow
 from selfray.runs.comparison import PAGE, ComparedRun, Points, Scalar, Status, Tracked
 from selfray.runs.spool import SpoolReader
 from selfray.storage import Location

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 from selfray.cluster.launch import RunResult
+from selfray.cluster.mlflow_store import asking_mlflow
 from selfray.cluster.runtime import Console
 from selfray.cluster.tracking import RUN_RECORD, tracking_uri
-from selfray.commands.script import asking_mlflow
 from selfray.experiment import Experiment
 from selfray.runs.checkpoint import MANIFEST, Checkpoint
 from selfray.storage import Location

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import Positional
 
 from selfray.check import require
-from selfray.commands.script import TrackingFlag, flag
+from selfray.commands.flags import TrackingFlag, flag
 
 if TYPE_CHECKING:
     from selfray.cluster.runtime import Console

@@ -1,4 +1,4 @@
-"""What the commands share: flags, a quiet console, one-line errors and exit codes.
+"""The life of a script: flags read, a quiet console, one-line errors and exit codes.
 
 Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing was started.
 130: interrupted, the same command continues.
@@ -6,70 +6,61 @@ Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing wa
 
 import logging
 import os
-import re
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
-import tyro
-from tyro.constructors import (
-    ConstructorRegistry,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
-
-from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.runtime import Console
+from selfray.commands import early
+from selfray.commands.config_file import as_yaml, read_config
+from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
+from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
-    from mlflow import MlflowClient
-
     from selfray.cluster.launch import RunResult
     from selfray.experiment import Experiment
-    from selfray.sweeps.question import Axis, Question, Range
 
 BAD_INPUT = 2
+
+
 INTERRUPTED = 130
+
 
 log = logging.getLogger(__name__)
 
 
-def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:
-    """A flag's help. Not its docstring: tyro would keep the line breaks of the source.
-
-    `default` says in words what happens without the flag; None shows the value.
-    """
-    hint = None if default is None else f"(default: {default})" if default else ""
-    return tyro.conf.arg(help=" ".join(text.split()), metavar=metavar, help_behavior_hint=hint)
-
-
-TrackingFlag = Annotated[
-    str | None,
-    flag("Where MLflow is.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
-]
-
-
-def run_experiment(
-    recipes: "Mapping[str, Experiment]",
+def run_pretrain(
+    arguments: Sequence[str],
     description: str,
-    ray: runtime.Starting,
+    prog: str,
     started: float,
+    recipes: "Callable[[], Mapping[str, Experiment]]" = every,
     then: "Callable[[Experiment, RunResult, Console], None] | None" = None,
 ) -> int:
-    """`pretrain.py`'s whole life: parse, launch, report, and `then`. Returns the exit code."""
+    """A pretraining command's whole life: read, launch, report, and `then`. Returns the exit code.
+
+    Args:
+        arguments: a recipe's name and flags.
+        description: what its help says.
+        prog: the command, as help and messages show it.
+        started: time.time() of the command, for the time to the first step.
+        recipes: tells the recipes that may be given, and imports torch for it.
+        then: called after a run that was finished, with the experiment and its result.
+    """
 
     def main() -> int:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_help(description, prog))
+            return 0
+        early.refuse(arguments, NAMES, prog)
+        ray = runtime.Starting()  # Ray's processes come up while torch is imported
         try:
-            experiment = parse(recipes, description)
+            experiment = parse(recipes(), arguments, description, prog)
             return with_console(
                 log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then),
@@ -80,71 +71,70 @@ def run_experiment(
     return one_line_errors(main)
 
 
-def parse(recipes: "Mapping[str, Experiment]", description: str) -> "Experiment":
-    """The Experiment that the command line asks for; argparse's exit code 2 where it is wrong."""
-    named = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
-    command = tyro.extras.subcommand_type_from_defaults(
-        named, {name: _first_line(recipe) for name, recipe in named.items()}
+def _help(description: str, prog: str) -> str:
+    columns = [name.partition("-") for name in NAMES]
+    methods = dict.fromkeys(method for method, _, _ in columns)
+    rows = [
+        f"  {method:10} " + "  ".join(f"{m}-{d}" for m, _, d in columns if m == method)
+        for method in methods
+    ]
+    return (
+        f"usage: {prog} RECIPE [--flag value ...]\n"
+        f"       {prog} --config FILE [--flag value ...]\n\n{description.strip()}\n\n"
+        "recipes:\n" + "\n".join(rows) + f"\n\n{prog} RECIPE --help shows the recipe's flags."
     )
-    # A schedule's kind stays what the recipe has; only its numbers are flags.
-    settings = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-    experiment = tyro.cli(
-        command,  # type: ignore[arg-type]
-        description=description,
-        config=settings,
-        registry=_own_rules(),
-    )
-    return replace(experiment, output=runtime.lasting(experiment.output))
 
 
-def _own_rules() -> ConstructorRegistry:
-    """tyro's own rules, but with every field's docstring as one paragraph, and a config's own
-    message where it refuses a value.
+def parse(
+    recipes: "Mapping[str, Experiment]", arguments: Sequence[str], description: str, prog: str
+) -> "Experiment":
+    """The Experiment that a recipe, a file and flags ask for; flags win over the file.
 
-    tyro joins the lines of a docstring only where they are not indented, as a field's always are;
-    and it leaves the docstring out where the field's type is a union, such as Schedule.
+    BadSetting and ValueError are one line that names the flag or field. SystemExit(0) after
+    `--help` or `--print-config`.
     """
-    registry = ConstructorRegistry()
-    asking_tyro = False
-
-    @registry.struct_rule
-    def dataclass_in_our_words(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal asking_tyro
-        if asking_tyro or not is_dataclass(info.type):
-            return None
-        asking_tyro = True  # so that this rule passes, and tyro's rule for dataclasses answers
-        try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            asking_tyro = False
-        if not isinstance(spec, StructConstructorSpec):
-            return None
-        fields = tuple(map(_with_flowing_help, spec.fields))
-        return replace(spec, instantiate=partial(_checked, spec.instantiate), fields=fields)
-
-    return registry
-
-
-class BadSetting(Exception):  # noqa: N818 - it is the setting that is bad
-    """A value that a config refuses. No ValueError, which tyro would frame and give its own words:
-    a config's message names the field and the way out in one line."""
-
-
-def _checked(instantiate: Callable[..., Any], *values: Any, **fields: Any) -> Any:
-    try:
-        return instantiate(*values, **fields)
-    except ValueError as error:
-        raise BadSetting(str(error)) from None
+    words, file, shows = _own_flags(arguments, prog)
+    recipes = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
+    base = None
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in recipes:
+            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
+        base = recipes[name]
+    if file is not None:
+        base = read_config(file, base, recipes)
+    assert base is not None, "early.refuse asks for a recipe or a file"
+    text = f"{description.strip()}\n\n{base.name}: {_first_line(base)}"
+    experiment = read(
+        type(base),
+        words,
+        f"{prog} {base.name}",
+        default=base,
+        description=text,
+        config=EXPERIMENT_FLAGS,
+    )
+    experiment = replace(experiment, output=runtime.lasting(experiment.output))
+    if shows:
+        print(as_yaml(experiment), end="")
+        raise SystemExit(0)
+    return experiment
 
 
-def _with_flowing_help(field: StructFieldSpec) -> StructFieldSpec:
-    kind = type(field.default) if is_dataclass(field.default) else field.type
-    return replace(field, type=kind, helptext=partial(_one_paragraph, field.helptext))
-
-
-def _one_paragraph(text: str | Callable[[], str | None] | None) -> str | None:
-    text = text() if callable(text) else text  # tyro reads docstrings only when help is shown
-    return None if text is None else " ".join(text.split())
+def _own_flags(arguments: Sequence[str], prog: str) -> tuple[list[str], str | None, bool]:
+    """(the other words, the file after --config, whether --print-config is given)."""
+    words, file, shows = [], None, False
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            file = value if equals else next(rest, None)
+            if not file:
+                raise ValueError(f"{prog} --config takes a YAML or JSON file")
+        elif flag == "--print-config":
+            shows = True
+        else:
+            words.append(word)
+    return words, file, shows
 
 
 def _first_line(experiment: "Experiment") -> str:
@@ -168,116 +158,6 @@ def _launch(
     if then is not None:
         then(experiment, result, console)
     return 0
-
-
-SHORT_EPOCHS = 20
-"""Epochs of each run of a sweep over the embedded digits, where none are given: minutes in all."""
-
-
-@dataclass(frozen=True)
-class SweepFlags:
-    """What all sweeps have in common; each script adds what it varies."""
-
-    recipe: str = ""
-    """The recipe that is varied."""
-    data: str | None = None
-    """Images: as --data.path of pretrain.py; None takes the recipe's."""
-    test_data: str | None = None
-    """Labelled images for the probes' test, where `data` holds none of its own."""
-    epochs: int | None = None
-    """Epochs of each run; None takes 20 for the embedded digits, else the recipe's."""
-    batch_size: int | None = None
-    """None takes the recipe's."""
-    workers: int | str | None = None
-    """Train workers of each run, such as 2 or 1:4; None takes the recipe's."""
-    seeds: int = 1
-    """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
-    probes: int = 4
-    """Checkpoints of each run, every one of them probed beside the training."""
-    search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """Which values are tried: all that are given; some of them, or some between two bounds, drawn
-    at random; drawn where the ones before did well (Optuna's TPE); or runs side by side, of which
-    the worse take over from the better and vary (population-based training, for schedules)."""
-    samples: int = 8
-    """Values that a search draws, or members of a population."""
-    rank_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
-    """What ranks the runs; None takes the probe that judges the method, and RankMe where the
-    images have no labels (not for MAE and BEiT, which it misleads about)."""
-    stop_worse: bool = False
-    """Stop runs that are not among the best at a rung (ASHA), judged at their checkpoints."""
-    stop_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
-    """What runs are stopped by; None takes what ranks."""
-    first_rung: float = 0.25
-    """Share of the images that every run sees before it may be stopped."""
-    rung_factor: float = 2.0
-    """One run in this many goes on from each rung."""
-    at_once: int | None = None
-    """Runs at a time; None takes as many as the cluster holds."""
-    output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
-    under ~/selfray of the machine that runs the job."""
-
-    def base(self, recipes: "Mapping[str, Experiment]", *methods: str) -> "Experiment":
-        """The recipe with these flags. ValueError where it is none, or of no method that fits."""
-        fitting = [name for name, r in recipes.items() if r.method.name in methods]
-        if self.recipe not in fitting:
-            raise ValueError(
-                f"--recipe {self.recipe} cannot be swept here: give one of {', '.join(fitting)}"
-            )
-        recipe = recipes[self.recipe]
-        given = {
-            "data.path": self.data,
-            "data.test_path": self.test_data,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "workers": self.workers,
-            "probe.times": self.probes,
-            "output": runtime.lasting(self.output),
-        }
-        changes = {path: value for path, value in given.items() if value is not None}
-        base = config.override(recipe, **changes)
-        if self.epochs is None and base.data.path.startswith("embedded:"):
-            base = replace(base, epochs=min(SHORT_EPOCHS, base.epochs))
-        return base
-
-    def question(self, name: str, *axes: "Axis | Range") -> "Question":
-        """What these flags ask of some axes. ValueError where it makes no sense."""
-        from selfray.sweeps.question import Halving, Question
-
-        halving = Halving(self.stop_by, self.first_rung, self.rung_factor)
-        if not self.stop_worse and self.stop_by is not None:
-            raise ValueError(f"--stop-by {self.stop_by} stops nothing without --stop-worse")
-        return Question(
-            name,
-            axes,
-            self.rank_by,
-            self.seeds,
-            self.search,
-            self.samples,
-            self.probes if self.search == "population" else 4,
-            halving if self.stop_worse else None,
-        )
-
-
-def run_sweep(
-    flags: SweepFlags,
-    base: "Experiment",
-    question: "Question",
-    words: str,
-    ray: runtime.Starting,
-) -> int:
-    """A sweep script's life after its flags are read. Returns the exit code."""
-    from selfray.cluster.sweep.run import sweep
-
-    def body(console: Console) -> int:
-        with ray.session():
-            result = sweep(base, question, words, console, at_once=flags.at_once)
-        return 1 if any(outcome.failure for outcome in result.outcomes) else 0
-
-    try:
-        return with_console(log_folder(base.output), body)
-    finally:
-        ray.stop()
 
 
 def log_folder(output: str) -> Path:
@@ -338,58 +218,3 @@ def one_line_errors(main: Callable[[], int]) -> int:
     except (BadSetting, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-
-
-def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
-    """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
-    there is no answer."""
-    with asking_mlflow(uri) as (client, where):
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return client.get_run(run_id).data.tags
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-    raise ValueError(
-        f"there is no MLflow run {run_id} in {where}: name the store that has it with --tracking "
-        "or MLFLOW_TRACKING_URI"
-    )
-
-
-def count_mlflow_experiments(uri: str) -> tuple[str, int]:
-    """(the store without its password, how many experiments it has at most 1000). ConnectionError
-    where there is no answer."""
-    with asking_mlflow(uri) as (client, where):
-        return where, len(client.search_experiments(max_results=1000))
-
-
-@contextmanager
-def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
-    """A client that asks once and does not wait for minutes."""
-    from selfray.cluster.tracking import QUIET_AND_QUICK, database_file, without_password
-
-    for name, value in QUIET_AND_QUICK.items():
-        os.environ.setdefault(name, value)
-    where = without_password(uri)
-    database = database_file(uri)
-    if database is not None and not Path(database).exists():  # MLflow would make an empty one
-        raise ConnectionError(
-            f"there is no MLflow store at {database}: name one with --tracking or "
-            "MLFLOW_TRACKING_URI"
-        )
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield MlflowClient(tracking_uri=uri), where
-    except (MlflowException, SQLAlchemyError) as error:
-        log.exception("MLflow")
-        text = str(error).replace(uri, where)
-        refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
-        cause = refused[1] if refused else textwrap.shorten(text, 160, placeholder=" ...")
-        raise ConnectionError(
-            f"the MLflow store {where} cannot be used ({cause}): start or mend it, or name another "
-            "with --tracking or MLFLOW_TRACKING_URI"
-        ) from None

@@ -3,24 +3,28 @@
 import hashlib
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from selfray.cluster import build as shard_builder
-from selfray.data.reader import (
+from selfray.data.files import Listing, list_matching, list_source, select
+from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
+from selfray.data.listing import BuildOptions, says_more
+from selfray.data.manifest import MANIFEST, Manifest
+from selfray.data.reader import sample_rows
+from selfray.data.shard_set import (
     ShardFile,
     ShardSet,
     open_shards,
-    parquet_files,
-    sample_rows,
-    split_files,
+    rows_of,
+    with_common_classes,
 )
 from selfray.data.source import Sample
+from selfray.data.writer import write_arrays
 from selfray.experiment import DataConfig
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 EMBEDDED = "embedded:"
 """Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
@@ -32,12 +36,23 @@ HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
 
 
+Build = Callable[[Location, Location, BuildOptions], Manifest]
+"""(source, destination, options) -> shards of images: `selfray.cluster.build.build`."""
+Say = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class DataSets:
     """What is trained on, and what probes test on (None where nothing bears a label)."""
 
     train: ShardSet
     test: ShardSet | None
+    origin: str = ""
+    """Where the test images come from, such as `val/`."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What is neither, by its folder or file, and its images."""
+    unlabeled: int = 0
+    """How many of the train images come from a split of unlabelled ones."""
 
     @property
     def can_probe(self) -> bool:
@@ -49,33 +64,278 @@ class DataSets:
         Without test images of their own, a fifth of the train images is held out for the test:
         the encoder has seen them, unlabelled; the probe has not.
         """
+        shards = self.train.labelled if self.can_probe else self.train
         if self.test is not None:
-            train = Sample(self.train, *sample_rows(self.train, train_limit), size)
-            return train, Sample(self.test, *sample_rows(self.test, test_limit), size)
-        groups, rows = sample_rows(self.train, train_limit + test_limit)
+            own = self.test.labelled if self.can_probe else self.test
+            train = Sample(shards, *sample_rows(shards, train_limit), size)
+            return train, Sample(own, *sample_rows(own, test_limit), size)
+        groups, rows = sample_rows(shards, train_limit + test_limit)
         test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
-        test = Sample(self.train, groups[:test_rows], rows[:test_rows], size)
-        return Sample(self.train, groups[test_rows:], rows[test_rows:], size), test
+        test = Sample(shards, groups[:test_rows], rows[:test_rows], size)
+        return Sample(shards, groups[test_rows:], rows[test_rows:], size), test
+
+    def described(self) -> list[str]:
+        """What was understood of the data, in one line, and what is odd about it."""
+        parts = [_train_words(self.train)]
+        if self.unlabeled:
+            parts[0] += f" ({self.unlabeled:,} of them from unlabeled)"
+        if self.test is not None:
+            origin = f" from {self.origin}" if self.origin else ""
+            without = "" if self.test.has_labels else ", without labels"
+            parts.append(f"{self.test.rows:,} test images{origin}{without}")
+        if self.left_out:
+            names = list(self.left_out)
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            parts.append(f"{sum(self.left_out.values()):,} left out: {shown}")
+        notes = [*self.train.notes, *(self.test.notes if self.test else ())]
+        return [", ".join(parts), *dict.fromkeys(notes), *self._odd()]
+
+    @property
+    def common_classes(self) -> set[str]:
+        """The classes of train images that test images have, too."""
+        return set(_classes_of(self.train)) & set(_classes_of(self.test or self.train))
+
+    def classes(self) -> str:
+        """The classes of the train images for a message."""
+        return _shown(_classes_of(self.train))
+
+    def _odd(self) -> Iterator[str]:
+        train, test = self.train, self.test
+        if not train.has_labels:
+            if test is not None and test.has_labels:
+                yield "the test images have labels and the train images have none: no probes"
+            return
+        count = sum(file.labelled for file in train.files)
+        seen = _classes_of(train)
+        if len(seen) == 1:
+            yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
+        elif len(seen) > count:
+            yield f"there are more classes ({len(seen):,}) than labelled images ({count:,})"
+        if test is not None and test.has_labels:
+            unseen = [name for name in _classes_of(test) if name not in set(seen)]
+            if unseen:
+                yield (
+                    f"{len(unseen):,} of the classes of the test images are not among those of the "
+                    f"train images, such as {unseen[0]}: probes cannot find them"
+                )
 
 
-def open_data(data: DataConfig, output: Location, say: Callable[[str], None]) -> DataSets:
-    """Open a run's data. A folder of images or tars is converted to shards once, under `output`.
+def _classes_of(shards: ShardSet) -> list[str]:
+    """The classes that a data set's own files can name."""
+    names = shards.label_names or ()
+    known = {file.classes for file in shards.files if file.classes is not None}
+    own = {file.label for file in shards.files if file.label >= 0}
+    for classes in known:
+        own.update(i for i, value in enumerate(classes.values) if value is not None)
+    return [name for index, name in enumerate(names) if index in own]
 
-    FileNotFoundError or ValueError of one line names the path and the way out. Ray must run where
-    something is to be converted.
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
+
+
+def _train_words(train: ShardSet) -> str:
+    names = _classes_of(train)
+    if not names:
+        return f"{train.rows:,} train images without labels"
+    classes = f"{len(names):,} class{'es' if len(names) > 1 else ''} ({_shown(names)})"
+    labelled = sum(file.labelled for file in train.files)
+    if labelled == train.rows:
+        return f"{train.rows:,} train images of {classes}"
+    return f"{train.rows:,} train images, {labelled:,} of them of {classes}"
+
+
+def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> DataSets:
+    """Open a run's data, and say what was understood of it. A folder of images or tars is converted
+    to shards once, under `output`, by `build`, which may need Ray.
+
+    FileNotFoundError or ValueError of one line names the path and the way out.
     """
     if not data.path:
         raise ValueError(
             "--data.path is missing: give a folder of images, a folder of shards or Parquet "
             "files, local, s3:// or gs://"
         )
-    train_files, test_files, folder = _files(data.path, "data.path", output, say)
-    train = open_shards(train_files, folder, data.image_column)
-    if data.test_path:
-        files, more, folder = _files(data.test_path, "data.test_path", output, say)
-        return DataSets(train, open_shards([*files, *more], folder, data.image_column))
-    test = open_shards(test_files, folder, data.image_column) if test_files else None
-    return DataSets(train, test)
+    opened = _open_data(data, _Opener(data, output, say, build))
+    for line in opened.described():
+        say(line)
+    return opened
+
+
+def needs_build(path: str) -> bool:
+    """Whether a path holds images to be made into shards. Whatever is wrong with it is told when it
+    is opened."""
+    if path.startswith(EMBEDDED) or "*" in path:
+        return False
+    try:
+        location = Location.of(path)
+        return select(path, list_source(location).files).kind != "parquet"
+    except (ValueError, OSError):
+        return False
+
+
+def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
+    found = opener.find(data.path, "data.path")
+    if not found.train:
+        raise ValueError(
+            f"--data.path {data.path} holds test images only ({found.origin}), which are never "
+            "trained on: give a folder that holds train images, or that folder itself to train "
+            "on it"
+        )
+    train = opener.open(found, found.train)
+    unlabeled = sum(file.rows for file in train.files[len(train.files) - found.unlabeled :])
+    if not data.test_path:
+        if not found.test:
+            return DataSets(train, None, "", found.left_out, unlabeled)
+        test = _with_labels_first(opener.open(found, found.test), opener.say)
+        both = with_common_classes(train, test)
+        return DataSets(*both, found.origin, found.left_out, unlabeled)
+    own = opener.find(data.test_path, "data.test_path")
+    test = opener.open(own, own.test or own.train)
+    left_out = dict(found.left_out)
+    if found.test:
+        left_out[found.origin] = rows_of(found.test)
+    return DataSets(*with_common_classes(train, test), data.test_path, left_out, unlabeled)
+
+
+def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
+    """Test images with labels, where some files have labels and others none."""
+    labelled = test.labelled
+    if labelled is test or not labelled.files:
+        return test
+    lost = test.rows - labelled.rows
+    say(f"{lost:,} test images without labels are not used beside those that have one")
+    return replace(labelled, notes=())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Parquet files at a path, and what their names say."""
+
+    uri: str
+    train: list[str]
+    test: list[str]
+    labels: Mapping[str, str]
+    """The class of a file, where its folder gives it."""
+    origin: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    unlabeled: int = 0
+    """So many files at the end of `train` are those of a split of unlabelled images."""
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens the data sets of one run."""
+
+    data: DataConfig
+    output: Location
+    say: Say
+    build: Build
+
+    def open(self, found: _Found, files: list[str]) -> ShardSet:
+        labels = {uri: found.labels[uri] for uri in files if uri in found.labels}
+        return open_shards(files, found.uri, self.data.image_column, self.data.label_column, labels)
+
+    def find(self, path: str, field: str) -> _Found:
+        """The Parquet files at a path, after a conversion where one is needed."""
+        flag = f"--{field.replace('_', '-')}"
+        if path.startswith(EMBEDDED):
+            return self._sorted(list_source(_write_embedded(path[len(EMBEDDED) :], self.output)))
+        if "*" in path and not Location.of(path).exists():
+            listing = list_matching(path)
+            if not listing.files:
+                raise FileNotFoundError(f"{flag} {path} matches no file")
+            kind, files, _ = select(path, listing.files)
+            if kind != "parquet":
+                raise ValueError(
+                    f"{flag} {path} matches no Parquet file, but {kind}: give a folder"
+                )
+            return self._sorted(replace(listing, files=files))
+        location = Location.of(path)
+        if not location.exists():
+            raise FileNotFoundError(
+                f"{flag} {path} does not exist: give a folder of images or Parquet files, "
+                "local, s3:// or gs://"
+            )
+        try:
+            listing = list_source(location)
+            kind, files, tables = select(location, listing.files)
+            if kind == "parquet":
+                return self._sorted(replace(listing, files=files), location)
+            names = [file.name for file in files]
+            more = says_more(names, understand(names, kind), kind, bool(tables))
+            shards, manifest = self._converted(location, more)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from None
+        found = self._sorted(list_source(shards))
+        understood = manifest.plan.get("understood") or {}
+        origins = [understood.get("origins", {}).get(split) for split in ("validation", "test")]
+        return replace(
+            found,
+            origin=" and ".join(filter(None, origins)) or found.origin,
+            left_out=understood.get("left_out", {}),
+        )
+
+    def _sorted(self, listing: Listing, source: Location | None = None) -> _Found:
+        """The Parquet files of a listing by what their names say."""
+        names = [file.name for file in listing.files]
+        is_one_file = source is not None and source.uri != listing.root.uri
+        if is_one_file:  # whoever names a file means that file
+            understood = Understood((TRAIN,), (None,), False, {}, {})
+        else:
+            names = [name for name in names if name.endswith(".parquet")]
+            understood = understand(names, "parquet")
+        if listing.quarantined:
+            first = listing.quarantined[0]
+            self.say(
+                f"passed over: {first.file} ({first.message})"
+                + (f" and {len(listing.quarantined) - 1:,} more" if listing.quarantined[1:] else "")
+            )
+        train, unlabeled, test = [], [], []
+        lists = {TRAIN: train, UNLABELED: unlabeled}
+        for name, split in zip(names, understood.splits, strict=True):
+            if split is not None:
+                lists.get(split, test).append(listing.uri(name))
+        left_out = {
+            top: rows_of([listing.uri(n) for n in names if n == top or n.startswith(top)])
+            for top in understood.left_out
+        }
+        labels = {
+            listing.uri(name): label
+            for name, label in zip(names, understood.labels, strict=True)
+            if label is not None
+        }
+        origins = [understood.origins.get(split) for split in ("validation", "test")]
+        uri = (source or listing.root).uri
+        origin = " and ".join(filter(None, origins))
+        files = train + unlabeled
+        # Without labelled train images there is nothing that they come beside.
+        count = len(unlabeled) if train else 0
+        return _Found(uri, files, test, labels, origin, left_out, count)
+
+    def _converted(self, source: Location, more: bool) -> tuple[Location, Manifest]:
+        """Shards of a folder of images, built under `output` on first use."""
+        name = re.sub(r"[^\w-]", "-", source.name) or "images"
+        column = self.data.label_column
+        # A name of its own where an earlier version read the same folder otherwise.
+        text = source.uri + ("?splits" if more else "") + (f"?label={column}" if column else "")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        target = self.output / "shards" / f"{name}-{digest}"
+        is_new = not (target / MANIFEST).exists()
+        if is_new:
+            self.say(f"converting {source} to shards in {target}, once")
+        manifest = self.build(source, target, BuildOptions(label_column=column))
+        left_out = manifest.quarantined.count
+        if is_new or left_out:
+            self.say(
+                f"{manifest.images:,} images in {len(manifest.shards)} shards"
+                + (
+                    f"; {left_out:,} files left out, see {target}/quarantine.jsonl"
+                    if left_out
+                    else ""
+                )
+            )
+        return target, manifest
 
 
 def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> ShardSet:
@@ -88,7 +348,11 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
     record = run / DATA_FILE
     if not record.exists():
         return shards
-    started: dict[str, list[int]] = record.read_json()["files"]
+    try:
+        started = _started_files(record)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        say(f"{record} is no record of a start ({one_line(error)}): the data is taken as it is now")
+        return shards
     found = {_inner(file.uri, shards): file for file in shards.files}
     for name, file in found.items():
         if name in started and list(file.group_rows) != started[name]:
@@ -119,6 +383,14 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
     return replace(shards, files=files)
 
 
+def _started_files(record: Location) -> dict[str, list[int]]:
+    files = record.read_strict_json()["files"]
+    for name, rows in files.items():
+        if not all(type(count) is int and count >= 0 for count in rows):
+            raise ValueError(f"{name} has rows {rows}")
+    return files
+
+
 def remember(shards: ShardSet, run: Location) -> None:
     """Write down what `as_started` reads."""
     files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
@@ -135,65 +407,12 @@ def _outer(name: str, shards: ShardSet) -> str:
     return name if is_whole else f"{shards.uri.rstrip('/')}/{name}"
 
 
-def _files(
-    path: str, field: str, output: Location, say: Callable[[str], None]
-) -> tuple[list[str], list[str], str]:
-    """(train files, test files, folder) at a path, after a conversion where one is needed."""
-    if path.startswith(EMBEDDED):
-        folder = _write_embedded(path.removeprefix(EMBEDDED), output)
-        return *split_files(parquet_files(folder), folder), folder.uri
-    root = path if "*" in path else Location.of(path).uri
-    found = parquet_files(root)
-    if found:
-        return *split_files(found, root.rpartition("/")[0] if "*" in path else root), root
-    if "*" in path:
-        raise FileNotFoundError(f"--{_flag(field)} {path} matches no Parquet file")
-    location = Location.of(path)
-    if not location.exists():
-        raise FileNotFoundError(
-            f"--{_flag(field)} {path} does not exist: give a folder of images or Parquet files, "
-            "local, s3:// or gs://"
-        )
-    shards = _converted(location, field, output, say)
-    return parquet_files(shards), [], shards.uri
-
-
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
-
-
-def _converted(
-    source: Location, field: str, output: Location, say: Callable[[str], None]
-) -> Location:
-    """Shards of a folder of images, built under `output` on first use."""
-    name = re.sub(r"[^\w-]", "-", source.name) or "images"
-    digest = hashlib.sha256(source.uri.encode()).hexdigest()[:8]
-    target = output / "shards" / f"{name}-{digest}"
-    is_new = not (target / shard_builder.MANIFEST).exists()
-    if is_new:
-        say(f"converting {source} to shards in {target}, once")
-    try:
-        manifest = shard_builder.build(source, target)
-    except ValueError as error:
-        raise ValueError(f"--{_flag(field)}: {error}") from None
-    if is_new or manifest.quarantined.count:
-        say(
-            f"{manifest.images:,} images in {len(manifest.shards)} shards"
-            + (
-                f"; {manifest.quarantined.count:,} files left out, see {target}/quarantine.jsonl"
-                if manifest.quarantined.count
-                else ""
-            )
-        )
-    return target
-
-
 def _write_embedded(name: str, output: Location) -> Location:
     """The shards of an embedded data set, written on first use."""
     if name != "digits":
         raise ValueError(f"there is no embedded data set {name!r}; there is embedded:digits")
     folder = output / "data" / name
-    if all((folder / part / shard_builder.MANIFEST).exists() for part in ("train", "test")):
+    if all((folder / part / MANIFEST).exists() for part in ("train", "test")):
         return folder
     from sklearn.datasets import load_digits
 
@@ -201,7 +420,7 @@ def _write_embedded(name: str, output: Location) -> Location:
     images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
     order = np.random.default_rng(0).permutation(len(images))
     for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):
-        shard_builder.write_arrays(
+        write_arrays(
             folder / part,
             [_png(images[i]) for i in chosen],
             [int(labels[i]) for i in chosen],

@@ -25,17 +25,24 @@ _SMALL_VALUES = 16_384
 """Where values are shorter than this on average, a page is read whole to find them; else only the
 length in front of each."""
 _DATA_PAGE, _PLAIN, _RLE = 0, 0, 3
-_TYPE, _PAGE_BYTES, _DATA_PAGE_HEADER = 1, 3, 5
+_TYPE, _PAGE_BYTES, _CHECKSUM, _DATA_PAGE_HEADER = 1, 3, 4, 5
 _VALUES, _ENCODING, _LEVEL_ENCODING = 1, 2, 3
 
 
 def value_places(
-    read: Read, footer: pq.FileMetaData, group: int, column: str, at_once: bool = False
+    read: Read,
+    footer: pq.FileMetaData,
+    group: int,
+    column: str,
+    at_once: bool = False,
+    checked: bool = False,
 ) -> np.ndarray | None:
     """(offset, length) of each value of a row group's binary column: int64 [rows, 2].
 
     `column` is its path, such as "image.bytes". None where the values have no places. `at_once`
-    asks for the whole column in one read, for storage where each read waits.
+    asks for the whole column in one read, for storage where each read waits. `checked` says that
+    each value has a checksum of its own; otherwise pages with a checksum are left to pyarrow, which
+    verifies it, since one value does not tell that of its page.
     """
     chunks = footer.row_group(group)
     for index in range(chunks.num_columns):
@@ -53,7 +60,9 @@ def value_places(
                 read = _ahead(read, chunk.data_page_offset, end)
             try:
                 has_levels = kind.max_definition_level > 0
-                return _in_pages(read, chunk.data_page_offset, end, chunk.num_values, has_levels)
+                return _in_pages(
+                    read, chunk.data_page_offset, end, chunk.num_values, has_levels, checked
+                )
             except _DAMAGE:
                 return None  # pyarrow will say what is wrong with it
     return None
@@ -81,12 +90,16 @@ def _inside(read: Read, start: int, end: int) -> Read:
     return checked
 
 
-def _in_pages(read: Read, start: int, end: int, count: int, has_levels: bool) -> np.ndarray:
+def _in_pages(
+    read: Read, start: int, end: int, count: int, has_levels: bool, checked: bool
+) -> np.ndarray:
     places: list[tuple[int, int]] = []
     while len(places) < count:
         header, length = _page_header(read, start, end)
         page = header.get(_DATA_PAGE_HEADER, {})
         if header.get(_TYPE) != _DATA_PAGE or page.get(_ENCODING) != _PLAIN:
+            raise _NotPlain
+        if _CHECKSUM in header and not checked:
             raise _NotPlain
         first, start = start + length, start + length + header[_PAGE_BYTES]
         if not first <= start <= end:

@@ -1,4 +1,4 @@
-"""How shards are written: Parquet files of verified images, a record of each, and the manifest.
+"""How shards are written: Parquet files of verified images, and a record of each.
 
 A shard's record lies in DST/_build until the build is complete; what all records add up to is the
 Manifest.
@@ -22,168 +22,20 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from selfray.check import require
-from selfray.data.listing import (
-    MIB,
-    BuildOptions,
-    Layout,
-    Plan,
-    Quarantined,
-    Row,
-    Sample,
-    WorkItem,
-    one_line,
-    read_samples,
-)
-from selfray.data.reader import NO_LABEL
+from selfray.data.checksums import checksum, written
+from selfray.data.destination import finish, intact, open_destination, refuse_other_plan, start
+from selfray.data.files import Quarantined
+from selfray.data.listing import BuildOptions, Plan, WorkItem
+from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest, ShardRecord, shard_name
+from selfray.data.rows import MIB, Layout, Row, Sample
+from selfray.data.samples import read_samples
+from selfray.data.shard_set import NO_LABEL
 from selfray.pixels import codecs
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 ROW_GROUP_BYTES = 4 * MIB
 ROW_GROUP_ROWS = 1024
 """Row groups are small because the reader shuffles by row groups and reads each of them whole."""
-
-MANIFEST = "manifest.json"
-BUILD_FOLDER = "_build"  # readers of Parquet folders pass over names that start with _
-PLAN = "plan.json"
-
-
-# The manifest -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    row_groups: tuple[int, ...]
-    """Rows of each row group."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    names: tuple[str, ...] | None
-    """names[label] is the class's name; None where the source has integers only."""
-    counts: dict[str, int]
-    """Images of each class, by name, or by the integer as text where there is no name."""
-    unlabelled: int
-    """Images with label -1: the source has labels, but none for these."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Sizes in pixels over all stored images."""
-
-    min: int
-    median: int
-    max: int
-
-
-@dataclass(frozen=True)
-class QuarantineCount:
-    count: int
-    reasons: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of shards holds; stored as manifest.json."""
-
-    source: str
-    options: dict[str, Any]
-    images: int
-    bytes: int
-    labels: Labels | None
-    shards: tuple[Shard, ...]
-    image_width: Spread
-    image_height: Spread
-    formats: dict[str, int]
-    quarantined: QuarantineCount
-    max_side: int | None
-    plan: dict[str, Any]
-    """files, bytes and fingerprint of the source's listing: tells one build from another."""
-
-    FORMAT = "selfray-shards"
-    VERSION = 1
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Manifest":
-        """The inverse of to_json. ValueError where this is no manifest or of another version."""
-        require(
-            isinstance(value, dict) and value.get("format") == cls.FORMAT,
-            f'this is no manifest of selfray shards: it lacks "format": "{cls.FORMAT}"',
-        )
-        require(
-            value["version"] == cls.VERSION,
-            f"the manifest has version {value['version']}, this selfray reads version "
-            f"{cls.VERSION}: use the selfray that built the shards, or build them again",
-        )
-        fields = {f.name: value[f.name] for f in dataclasses.fields(cls)}
-        if (labels := fields["labels"]) is not None:
-            names = None if labels["names"] is None else tuple(labels["names"])
-            fields["labels"] = Labels(names, labels["counts"], labels["unlabelled"])
-        fields["shards"] = tuple(
-            Shard(**{**shard, "row_groups": tuple(shard["row_groups"])})
-            for shard in fields["shards"]
-        )
-        fields["image_width"] = Spread(**fields["image_width"])
-        fields["image_height"] = Spread(**fields["image_height"])
-        fields["quarantined"] = QuarantineCount(**fields["quarantined"])
-        return cls(**fields)
-
-    @classmethod
-    def load(cls, folder: str | Path | Location) -> "Manifest":
-        """Read the manifest of a folder of shards. FileNotFoundError, ValueError name the file."""
-        location = Location.of(folder) / MANIFEST
-        if not location.exists():
-            raise FileNotFoundError(
-                f"{location} does not exist: give a folder that `selfray shards build` has finished"
-            )
-        try:
-            return cls.from_json(location.read_json())
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{location} cannot be read: {one_line(error)}; restore it from a copy, or delete "
-                f"{folder} and build the shards again"
-            ) from None
-
-
-# A shard and its record -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What a finished shard adds to the manifest; stored beside it until the build is complete."""
-
-    number: int
-    name: str
-    rows: int
-    """0 where nothing sound was left: there is no file then."""
-    bytes: int
-    sha256: str
-    row_groups: tuple[int, ...]
-    labels: dict[str, int]
-    widths: dict[str, int]
-    heights: dict[str, int]
-    formats: dict[str, int]
-    quarantined: tuple[Quarantined, ...]
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "ShardRecord":
-        value["row_groups"] = tuple(value["row_groups"])
-        value["quarantined"] = tuple(Quarantined(*entry) for entry in value["quarantined"])
-        return cls(**value)
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.parquet"
-
-
-def shard_number(name: str) -> int:
-    return int(name.removeprefix("shard-").removesuffix(".parquet"))
 
 
 def schema_of(layout: Layout) -> pa.Schema:
@@ -205,6 +57,7 @@ class _ParquetShard:
     def __init__(self, layout: Layout) -> None:
         self._schema = schema_of(layout)
         self._file = io.BytesIO()
+        labels = [name for name in self._schema.names if name == "label"]
         # JPEG does not compress: on 300 photographs (32 MB) ZSTD saved 0.6 %, SNAPPY 0.3 %, and
         # reading was a fifth slower. A dictionary of images that are all different halves the
         # speed of writing; statistics of image bytes serve no query.
@@ -213,8 +66,10 @@ class _ParquetShard:
             self._schema,
             compression="NONE",
             use_dictionary=False,
-            write_statistics=False,
+            write_statistics=labels or False,  # type: ignore[arg-type]
+            write_page_checksum=True,
         )
+        self._checksums: list[int] = []
         self._rows: list[Sample] = []
         self._bytes = 0
         self.row_groups: list[int] = []
@@ -234,11 +89,13 @@ class _ParquetShard:
         if "label" in self._schema.names:
             columns.append(pa.array([row.label for row in rows], pa.int64()))
         self._parquet.write_table(pa.table(columns, schema=self._schema))
+        self._checksums += [checksum(row.data) for row in rows]
         self.row_groups.append(len(rows))
 
     def finish(self) -> bytes:
         if self._rows:
             self._close_row_group()
+        self._parquet.add_key_value_metadata(written(self._checksums))
         self._parquet.close()
         return self._file.getvalue()
 
@@ -285,14 +142,14 @@ class ShardBuilder:
         else:
             self._waiting.append(row)
 
-    def write(self, destination: Location, number: int) -> ShardRecord:
+    def write(self, destination: Location, number: int, split: str = "") -> ShardRecord:
         """Write the shard and then its record: a shard without a record does not count."""
         if self._shuffle_seed is not None:
             random.Random(self._shuffle_seed).shuffle(self._waiting)
         while self._waiting:
             self._shard.add(self._waiting.pop())  # popped: one shard's bytes in memory, not two
         data = self._shard.finish()
-        name, rows = shard_name(number), sum(self._shard.row_groups)
+        name, rows = shard_name(number, split), sum(self._shard.row_groups)
         if rows:
             (destination / name).write_bytes(data)
         record = ShardRecord(
@@ -348,10 +205,10 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
         builder = ShardBuilder(job.layout, job.options, shuffle_seed)
         for _, row in rows:
             builder.add(row)
-        records.append(builder.write(job.destination, number))
+        records.append(builder.write(job.destination, number, item.split))
     for number in set(item.shard_numbers) - finished - {record.number for record in records}:
         empty = ShardBuilder(job.layout, job.options)
-        records.append(empty.write(job.destination, number))
+        records.append(empty.write(job.destination, number, item.split))
     return records
 
 
@@ -378,56 +235,69 @@ def _require_shared_storage(job: Job) -> None:
             )
 
 
-# All records together ---------------------------------------------------------------------------
+# Without Ray -------------------------------------------------------------------------------------
 
 
-def manifest_of(
-    plan: Plan, records: Sequence[ShardRecord], quarantined: Sequence[Quarantined]
+def write_arrays(
+    destination: str | Path | Location,
+    images: Sequence[bytes],
+    labels: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    rows_per_shard: int = 4096,
+    source: str = "memory",
 ) -> Manifest:
-    def merged(name: str) -> dict[str, int]:
-        total: collections.Counter[str] = collections.Counter()
-        for record in records:
-            total.update(getattr(record, name))
-        return dict(sorted(total.items()))
+    """Write a small data set from memory, without Ray and in the given order.
 
-    labels = None
-    if plan.layout.has_labels:
-        names, counts = plan.layout.label_names, merged("labels")
-        unlabelled = counts.pop(str(NO_LABEL), 0)
-        if names is None:
-            by_name = dict(sorted(counts.items(), key=lambda item: int(item[0])))
-        else:
-            by_name = {name: counts.pop(str(index), 0) for index, name in enumerate(names)} | counts
-        labels = Labels(names, by_name, unlabelled)
-    identity = plan.identity()
-    return Manifest(
-        source=identity.pop("source"),
-        options=identity.pop("options"),
-        images=sum(record.rows for record in records),
-        bytes=sum(record.bytes for record in records),
-        labels=labels,
-        shards=tuple(
-            Shard(r.name, r.rows, r.bytes, r.sha256, r.row_groups) for r in records if r.rows
-        ),
-        image_width=_spread(merged("widths")),
-        image_height=_spread(merged("heights")),
-        formats=merged("formats"),
-        quarantined=QuarantineCount(
-            len(quarantined),
-            dict(sorted(collections.Counter(q.reason for q in quarantined).items())),
-        ),
-        max_side=plan.options.max_side,
-        plan=identity,
+    `images` are encoded files (JPEG, PNG, ...), `names` their paths, `source` says in the manifest
+    where they come from. The same call a second time finds its result and returns it. ValueError
+    where an image is broken, lengths differ, or the folder holds something else.
+    """
+    destination = Location.of(destination)
+    require(len(images) > 0, "images is empty: give at least one encoded image")
+    require(rows_per_shard > 0, f"rows_per_shard must be positive, got {rows_per_shard}")
+    for name, values in (("labels", labels), ("names", names)):
+        require(
+            values is None or len(values) == len(images),
+            f"{name} must have one entry for each of the {len(images)} images",
+        )
+    if names is None:
+        names = [f"{index:06d}" for index in range(len(images))]
+    classes = None if label_names is None else tuple(label_names)
+    digest = hashlib.sha256(json.dumps([rows_per_shard, classes]).encode())
+    for index, data in enumerate(images):
+        label = None if labels is None else int(labels[index])
+        digest.update(json.dumps([names[index], label, len(data)]).encode() + data)
+    options = BuildOptions(labels="none" if labels is None else "auto")
+    plan = Plan(
+        source=destination,
+        source_uri=source,
+        layout=Layout("images", labels is not None, classes),
+        options=options,
+        items=(),
+        quarantined=(),
+        images_total=len(images),
+        files=len(images),
+        bytes=sum(map(len, images)),
+        fingerprint=digest.hexdigest(),
     )
-
-
-def _spread(counts: dict[str, int]) -> Spread:
-    sizes = {int(size): count for size, count in sorted(counts.items(), key=lambda c: int(c[0]))}
-    total, seen = sum(sizes.values()), 0
-    median = 0
-    for size, count in sizes.items():
-        seen += count
-        if seen * 2 >= total:
-            median = size
-            break
-    return Spread(min(sizes), median, max(sizes))
+    state = open_destination(destination)
+    if state.plan is not None:
+        refuse_other_plan(destination, state, plan)
+    if state.manifest is not None:
+        shards = dict(enumerate(state.manifest.shards))
+        if len(intact(destination, shards)) == len(shards):
+            return state.manifest
+    builders = []
+    for first in range(0, len(images), rows_per_shard):
+        builder = ShardBuilder(plan.layout, options)
+        for index in range(first, min(first + rows_per_shard, len(images))):
+            label = NO_LABEL if labels is None else int(labels[index])
+            builder.add(Sample(names[index], images[index], label))
+        if builder.quarantined:
+            broken = builder.quarantined[0]
+            raise ValueError(f"image {broken.file} is broken: {broken.message}; leave it out")
+        builders.append(builder)
+    start(destination, plan)
+    records = [builder.write(destination, number) for number, builder in enumerate(builders)]
+    return finish(destination, plan, records)

@@ -1,7 +1,7 @@
 """Augmentation: (image bytes, views, seed) -> arrays.
 
-The parameters of all views are drawn first, from the image's header alone, so that no more of it is
-decoded than they need; kernels.py computes the views. Operations are those of
+The parameters of all views are drawn first, from the size in the image's header, so that only the
+part of the image that they need is decoded; compose.py computes the views. Operations are those of
 torchvision.transforms.v2.functional on uint8, in the order of SimCLR and BYOL: crop, flip, colour
 jitter, grayscale, blur, solarize.
 """
@@ -19,9 +19,11 @@ import cv2
 import numpy as np
 
 from selfray.check import require
-from selfray.pixels import kernels
+from selfray.pixels import compose, random
 from selfray.pixels.codecs import BrokenImage, Planes, encode_jpeg, encode_png, open_image
-from selfray.pixels.kernels import LUMA as LUMA
+from selfray.pixels.colour import blurred_length
+from selfray.pixels.draw import PARAMETERS, draw_parameters, extend_cover
+from selfray.pixels.resize import padded_length
 from selfray.pixels.workspace import Workspace
 from selfray.views import (
     BLUR_SIGMA,
@@ -34,7 +36,7 @@ from selfray.views import (
 )
 
 BACKEND = f"selfray-5/opencv-{cv2.__version__}"
-"""Tags a run: another version, or another OpenCV's JPEG decoder, may round pixels differently."""
+"""Recorded with a run: another version, or another OpenCV's JPEG decoder, may round differently."""
 
 BROKEN = "broken"
 MASK_SUFFIX = "_mask"
@@ -44,7 +46,7 @@ EVALUATION_CROP = 0.875
 
 JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
 LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
-# A view takes the same number of draws whatever comes of them: crop attempts, the crop's corner,
+# Every view takes the same number of random numbers, used or not: crop attempts, the crop's corner,
 # flip, jitter (whether, order, four strengths), grayscale, blur (whether, sigma), solarize.
 CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
 DRAWS = CROP_DRAWS + 11
@@ -81,7 +83,7 @@ class Parameters:
 
     @property
     def row(self) -> np.ndarray:
-        """The same as kernels.py has it: float64 [13]."""
+        """The same as float64 [13], in the columns that draw.py names."""
         jitter = self.jitter
         colour = (-1, 1.0, 1.0, 1.0, 0.0)
         if jitter is not None:
@@ -93,6 +95,7 @@ class Parameters:
 
     @classmethod
     def of(cls, row: np.ndarray) -> "Parameters":
+        """The inverse of `row`."""
         top, left, height, width, flip, order, *colour, gray, sigma, solarizes = row.tolist()
         jitter = Jitter(JITTER_ORDERS[int(order)], *colour) if order >= 0 else None
         box = (int(top), int(left), int(height), int(width))
@@ -101,11 +104,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Augmented:
-    """A batch of views: arrays by name, and why an image could not be read, by its row."""
+    """A batch of views, and for each row whose image could not be read, the reason."""
 
     arrays: dict[str, np.ndarray]
     """`g` uint8 [B, V, 3, size, size] and `g_mask` bool [B, V, N] by group; `broken` bool [B].
-    With photometric "device" also `g_parameters` float64 [B, V, 13], in kernels.py's columns."""
+    With photometric "device" also `g_parameters` float64 [B, V, 13], in draw.py's columns."""
     reasons: dict[int, str]
 
 
@@ -115,40 +118,40 @@ class Augmented:
 def image_key(data: bytes) -> int:
     """64 bits that name an image by its bytes.
 
-    blake2b alone takes 100 us for a photograph of 100 kB, a twentieth of all the time of SimCLR's
-    views; a kernel brings it down to 32 bytes and a tail, which blake2b then mixes.
+    blake2b alone takes 100 us for a photograph of 100 kB, a twentieth of the time that SimCLR's
+    views take. So a kernel reduces the bytes to 32 and a tail, and blake2b mixes these.
     """
     whole = len(data) // 32 * 32
     lanes = np.zeros(4, np.uint64)
-    kernels.digest(np.frombuffer(data, np.uint64, whole // 8), lanes)
+    random.digest(np.frombuffer(data, np.uint64, whole // 8), lanes)
     rest = data[whole:] + len(data).to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(lanes.tobytes() + rest, digest_size=8).digest(), "little")
 
 
 def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
     """The generator of one image's views in one epoch; each argument lies in [0, 2**64)."""
-    # Philox counts up from the lowest word: the epoch in the highest word keeps streams apart.
+    # Philox counts up from the lowest word, so the epoch in the highest keeps streams apart.
     words = np.array((key, seed), np.uint64)
     counter = np.array((0, 0, 0, epoch), np.uint64)
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
 
 
 def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Parameters:
-    """One view's parameters for an image of this height and width. Always DRAWS numbers of rng."""
+    """One view's parameters for an image of this height and width. Takes DRAWS numbers from rng."""
     return parameters_from(view, rng.random(DRAWS), height, width)
 
 
 def parameters_from(
     view: View, uniform: Sequence[float] | np.ndarray, height: int, width: int
 ) -> Parameters:
-    """What DRAWS uniform numbers in [0, 1) mean for a view: the distribution of all parameters."""
+    """The parameters that DRAWS uniform numbers in [0, 1) give a view: their whole distribution."""
     drawn = np.asarray(uniform, np.float64)[None]
     return Parameters.of(_draw_rows(_specs_of((view,)), drawn, height, width)[0])
 
 
 @lru_cache
 def _specs_of(views: tuple[View, ...]) -> np.ndarray:
-    """What is random in views, float64 [V, 11], as kernels.draw_parameters reads it."""
+    """How views are drawn, float64 [V, 11] in the columns that draw.py names."""
     rows = []
     for view in views:
         jitter = view.color_jitter
@@ -163,8 +166,8 @@ def _specs_of(views: tuple[View, ...]) -> np.ndarray:
 
 def _draw_rows(specs: np.ndarray, uniform: np.ndarray, height: int, width: int) -> np.ndarray:
     """Parameters float64 [V, 13] from uniform [V, DRAWS]."""
-    rows = np.empty((len(specs), kernels.PARAMETERS))
-    kernels.draw_parameters(
+    rows = np.empty((len(specs), PARAMETERS))
+    draw_parameters(
         specs,
         uniform,
         CROP_ATTEMPTS,
@@ -185,13 +188,15 @@ _workspace = Workspace()
 
 
 def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
-    """What the kernels work in for views of this size, and rows of this many bytes in all planes:
-    lines, columns, turned, padded, blurred."""
+    """The arrays that compose.draw_views works in: lines, columns, turned, padded, blurred.
+
+    `size` is the side of a view in pixels, and `length` the bytes of one row of all planes.
+    """
     get = _workspace.get
     reach = blur_kernel_size(size) // 2
-    line = kernels.blurred_length(size, reach)
+    line = blurred_length(size, reach)
     return (
-        get("lines", kernels.padded_length(length) * size, np.int16),
+        get("lines", padded_length(length) * size, np.int16),
         get("columns", length * size, np.int16),
         get("turned", 3 * size * size, np.uint8),
         get("padded", line + 2 * reach, np.int16),
@@ -200,17 +205,19 @@ def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
 
 
 def apply(image: np.ndarray, parameters: Parameters, size: int) -> np.ndarray:
-    """The view of an image uint8 [H, W, 3] RGB: uint8 [size, size, 3]; leaves the image alone."""
+    """The view of an image uint8 [H, W, 3] RGB, which is not changed: uint8 [size, size, 3]."""
     views = np.empty((1, 3, size, size), np.uint8)
     draw_views(Planes.of_rgb(image), parameters.row[None], views)
     return np.ascontiguousarray(views[0].transpose(1, 2, 0))
 
 
 def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: bool = True) -> None:
-    """Fill views uint8 [V, 3, size, size] of an image from parameters [V, 13], whose crop boxes are
-    in the image's own pixels. Without `recolours`, nothing follows crop and flip."""
+    """Fill views uint8 [V, 3, size, size] of one image from its parameters float64 [V, 13].
+
+    Crop boxes are in pixels of the upright image. Without `recolours`, only crop and flip are done.
+    """
     size = views.shape[2]
-    kernels.draw_views(
+    compose.draw_views(
         planes.pixels,
         planes.layout,
         planes.turns,
@@ -218,18 +225,18 @@ def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: b
         rows,
         _ORDERS,
         blur_kernel_size(size) // 2,
-        _room(size, int(planes.layout[:, kernels.STRIDE].sum())),
+        _room(size, int(planes.layout[:, compose.STRIDE].sum())),
         views,
         recolours,
     )
 
 
 def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
-    """The view of an image [H, W, 3] that evaluation sees: uint8 [size, size, 3], nothing random.
+    """The view of an image uint8 [H, W, 3] for evaluation: uint8 [size, size, 3], nothing random.
 
-    The usual protocol: the shorter side is resized to size / 0.875 and the central square of
-    `size` is cut out (256 and 224). An image whose shorter side is at most `size` has nothing to
-    spare and keeps it whole. One resize of the box in the source does both steps.
+    The usual protocol: resize the shorter side to size / 0.875, then cut out the central square of
+    `size` (256 and 224). If the shorter side is at most `size`, nothing of it is cut off. Both
+    steps are one resize of a box of the source.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -240,11 +247,11 @@ def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize to uint8 [size, size, 3], as version 1 of the probes' protocols has it.
+    """Resize uint8 [H, W, 3] to [size, size, 3], as version 1 of the probes' protocols does.
 
-    With OpenCV's nearest to antialiased bicubic at each factor. Measured on photographs, mean
-    difference from torchvision: 1.0 of 255 when enlarging (cubic), 1.7 at a factor of 1.2
-    (linear), 1.5 to 2.4 from there to 4 (area).
+    At each factor it takes the interpolation of OpenCV's that comes nearest to antialiased bicubic.
+    Mean difference from torchvision on photographs: 1.0 of 255 when enlarging (cubic), 1.7 at a
+    factor of 1.2 (linear), 1.5 to 2.4 from there to 4 (area).
     """
     height, width = pixels.shape[:2]
     if height == size and width == size:
@@ -263,7 +270,7 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dict[str, np.ndarray]:
-    """The arrays of a batch, not yet filled: those of Augmented."""
+    """The arrays of a batch as Augmented describes them, not yet filled."""
     require(len(views) > 0, "views are empty: name a group of them")
     arrays = {}
     for name, group in views.items():
@@ -287,19 +294,19 @@ def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dic
             assert grid is not None
             arrays[name + MASK_SUFFIX] = np.empty((images, len(group), grid**2), bool)  # [B, V, N]
         if photometric == "device":
-            shape = (images, len(group), kernels.PARAMETERS)
+            shape = (images, len(group), PARAMETERS)
             arrays[name + PARAMETERS_SUFFIX] = np.empty(shape)
     return arrays
 
 
 class _Recent(threading.local):
-    """The arrays of the last batches, of each thread its own: no two may find the same one free."""
+    """The arrays of a thread's last batches. Two threads must not find the same one free."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
 
     def is_free(self, place: int) -> bool:
-        """Views of an array, and whoever else shares its memory, hold it as their base."""
+        """Whether nobody else holds it: slices of an array and tensors of its memory do."""
         return sys.getrefcount(self.arrays[place]) == _UNHELD
 
 
@@ -311,14 +318,15 @@ _UNHELD = sys.getrefcount(_sample[0])
 def _recycled(shape: tuple[int, ...]) -> np.ndarray:
     """An uninitialised uint8 array, in the memory of an earlier one that nobody holds any more.
 
-    Fresh memory costs 64 us for a plane of 224 x 224 pixels, a page fault for each 4 kB, where the
-    same memory costs 3 (measured on a virtual machine): a fifth of all the time of SimCLR's views.
+    For a plane of 224 x 224 pixels, fresh memory costs 64 us, a page fault for each 4 kB; memory
+    used before costs 3 us (measured on a virtual machine). That is a fifth of the time that
+    SimCLR's views take.
     """
     arrays = _recent.arrays
     for place in range(len(arrays)):
         if arrays[place].shape == shape and _recent.is_free(place):
             return arrays[place][:]
-    # Whoever needs more lets go what nobody holds: never more than was needed at one time.
+    # Drop free arrays before allocating: never hold more than was needed at one time.
     arrays[:] = [arrays[place] for place in range(len(arrays)) if not _recent.is_free(place)]
     arrays.append(np.empty(shape, np.uint8))
     return arrays[-1][:]
@@ -330,9 +338,9 @@ def augment_image(
     rng: np.random.Generator,
     quantiles: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """All views of one image: `g` uint8 [V, 3, size, size], `g_mask` bool [V, N].
+    """All views of one image: `g` uint8 [V, 3, size, size] and `g_mask` bool [V, N], by group g.
 
-    `quantiles` are those of the masks, by group, float [V]; see Mask.draw. Raises BrokenImage.
+    `quantiles` are the masks', float [V] by group; see Mask.draw. Raises BrokenImage.
     """
     arrays = {name: array[0] for name, array in allocate(views, 1).items()}
     uniform = rng.random((sum(map(len, views.values())), DRAWS))
@@ -350,18 +358,24 @@ def augment_batch(
     photometric: Photometric = "cpu",
     out: Mapping[str, np.ndarray] | None = None,
 ) -> Augmented:
-    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes):
-    each is computed by itself, so what else is in the batch cannot change a bit of it.
+    """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes).
 
-    A mask whose ratio is spread over the batch is one of its place there, too: `quantiles`, by
-    group, float [B, V]. With `out`, arrays as `allocate` makes them, they are filled.
+    Each image is computed by itself, so the rest of the batch does not change a bit of it. Only a
+    mask whose ratio is spread over the batch also depends on the image's place in it.
 
-    A row whose image is broken is a copy of the nearest earlier readable row, else of the next
-    later one, and is marked in `broken`. Raises BrokenImage if no image can be read. Views must
-    have their `size` and, with a mask, their `grid` filled in.
+    Args:
+        images: encoded images, B of them.
+        views: groups of views with their `size` and, with a mask, their `grid` filled in.
+        seed, epoch: each in [0, 2**64).
+        quantiles: the masks' places among those of the batch, float [B, V] by group.
+        photometric: "device" leaves out what follows crop and flip, and returns its parameters.
+        out: arrays of `allocate` to fill; None to make them.
 
-    Sets OpenCV to one thread, for the whole process: parallelism is in the workers that call this,
-    and OpenCV's own threads would only contend with them.
+    A broken image's row is a copy of the nearest earlier readable row, or of the next later one,
+    and is marked in `broken`. Raises BrokenImage if no image can be read.
+
+    Sets OpenCV to one thread for the whole process: the workers that call this run in parallel, and
+    OpenCV's threads would contend with them.
     """
     require(len(images) > 0, "a batch of no images has no views")
     require(0 <= seed < 2**64, f"seed must lie in [0, 2**64), got {seed}")
@@ -370,9 +384,8 @@ def augment_batch(
     arrays = allocate(views, len(images), photometric) if out is None else dict(out)
     count = sum(map(len, views.values()))
     keys = [image_key(data) for data in images]
-    # All at once: a generator of numpy's for each image takes 18 us, these numbers 0.3.
     uniform = np.empty((len(images), count * DRAWS))
-    kernels.fill_uniforms(np.array(keys, np.uint64), np.uint64(seed), np.uint64(epoch), uniform)
+    random.fill_uniforms(np.array(keys, np.uint64), np.uint64(seed), np.uint64(epoch), uniform)
     has_masks = any(view.mask is not None for group in views.values() for view in group)
     broken = np.zeros(len(images), bool)
     reasons: dict[int, str] = {}
@@ -386,7 +399,7 @@ def augment_batch(
             continue
         if has_masks:
             rng = generator(seed, epoch, keys[row])
-            rng.random((count, DRAWS))  # as augment_image: masks are drawn after all views
+            rng.random((count, DRAWS))  # as in augment_image: masks are drawn after all views
             places = quantiles and {name: values[row] for name, values in quantiles.items()}
             _draw_masks(views, rng, rows, places)
     if broken.all():
@@ -409,14 +422,17 @@ def _draw_image(
     out: dict[str, np.ndarray],
     photometric: Photometric = "cpu",
 ) -> None:
-    """The views of one image from uniform [all views, DRAWS] into out's arrays. BrokenImage."""
+    """Fill out's arrays with one image's views, from uniform float64 [all views, DRAWS].
+
+    Raises BrokenImage.
+    """
     image = open_image(data)
     rows, first, cover = {}, 0, np.array((math.inf, math.inf, 0, 0, math.inf))
     for name, group in views.items():
         part = uniform[first : first + len(group)]
         first += len(group)
         drawn = rows[name] = _draw_rows(_specs_of(group), part, image.height, image.width)
-        kernels.extend_cover(drawn, out[name].shape[2], cover)
+        extend_cover(drawn, out[name].shape[2], cover)
     *box, least = cover.tolist()
     top, left, bottom, right = map(int, box)
     planes = image.planes((top, left, bottom, right), least)
@@ -441,7 +457,7 @@ def _draw_masks(
 
 
 def compile_kernels() -> None:
-    """Compile all that a first batch would wait for; numba keeps it for the processes to come."""
+    """Compile every kernel that a first batch needs; later processes find them in the cache."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     view = View(
         size=32,

@@ -1,8 +1,11 @@
 """How the kernels are compiled, and where their machine code is kept.
 
-Compiling them takes 20 to 40 s of a core, once: the code is kept in the user's cache folder under
-what their sources say. numba by itself keeps it under a file's path, and each uploaded job, each
-clone and each node would wait for it anew.
+Compiling them takes 20 to 40 s of a core, once: the code is kept in the user's cache folder, under
+a hash of their sources. numba by itself keeps code under the path of its source, so each uploaded
+job, each clone and each node would compile it again.
+
+This subclasses numba's FunctionCache and CompileResultCacheImpl, which are private: pyproject.toml
+bounds numba's version, and tests/test_compiled.py says what is expected of them.
 """
 
 import contextlib
@@ -20,27 +23,37 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 config: Any = numba.config
-SOURCES = ("compiled.py", "intrinsics.py", "kernels.py", "jpeg.py")
-"""The files whose functions are compiled into one another."""
+SOURCES = (
+    "compiled.py",
+    "intrinsics.py",
+    "headers.py",
+    "random.py",
+    "resize.py",
+    "colour.py",
+    "draw.py",
+    "compose.py",
+    "jpeg.py",
+)
+"""The files whose functions are compiled into one another: a change of any compiles all anew."""
 ROOM = 32 << 20
-"""Free bytes that a cache folder must have; all kernels take 3.5 MB."""
+"""Free bytes that a cache folder's disk must have; all kernels take 3.5 MB."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of SOURCES at its first call; later processes find it compiled."""
+    """Compile a function of SOURCES at its first call; later processes load it from the cache."""
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
     if not config.DISABLE_JIT and cache_folder() is not None:
-        # As njit's cache=True does, with a cache of numba's own kind.
+        # What njit(cache=True) does, with our cache instead of numba's.
         dispatcher._cache = _Cache(function)
     return dispatcher
 
 
 class _Locator:
-    """Tells numba where a function's code is and of which sources."""
+    """Tells numba where a function's machine code is kept, and for which sources it is valid."""
 
     def __init__(self, line: int, file: str) -> None:
         self.line = line
-        self._py_file = file  # numba names it where a function cannot be kept
+        self._py_file = file  # numba's messages name it
 
     @classmethod
     def from_function(cls, function: Callable[..., Any], file: str) -> "_Locator":
@@ -65,14 +78,14 @@ class _Implementation(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """Without what numba lets a caller feel: a disk that is full, an index that a crash cut off."""
+    """A cache whose faults, such as a full disk or a damaged index, only cost time to compile."""
 
     _impl_class = _Implementation
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # as many kinds as there are ways to damage it
+        except Exception:  # a damaged index raises many types
             with contextlib.suppress(OSError):
                 self.flush()
             return None
@@ -84,12 +97,15 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Where the code is kept, the first of these that can be: NUMBA_CACHE_DIR if it is set,
-    `selfray` in XDG_CACHE_HOME or ~/.cache, a folder of the user's among the temporary ones."""
+    """The first of these folders that can be used, or None.
+
+    NUMBA_CACHE_DIR if it is set; `selfray` in XDG_CACHE_HOME or ~/.cache; a folder in the temporary
+    one that only this user may write to.
+    """
     name = f"kernels-{digest()}"
     for folder in (choice / name for choice in _choices()):
         try:
-            # Of others' making, in an image or on a disk that is read only.
+            # Filled already: it may be read-only, such as part of a container's image.
             if next(folder.glob("*.nbi"), None):
                 return folder
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,9 +122,9 @@ def _choices() -> Iterator[Path]:
         yield Path(config.CACHE_DIR)
     if caches := os.environ.get("XDG_CACHE_HOME"):
         yield Path(caches) / "selfray"
-    with contextlib.suppress(RuntimeError):  # a user without a home
+    with contextlib.suppress(RuntimeError):  # this user has no home folder
         yield Path.home() / ".cache" / "selfray"
-    # Code that somebody else may have put there must not be run.
+    # Everybody may write to the temporary folder: never run code that somebody else put there.
     folder = Path(tempfile.gettempdir()) / f"selfray-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -119,8 +135,10 @@ def _choices() -> Iterator[Path]:
 
 @functools.cache
 def digest() -> str:
-    """Of all that the code depends on, 16 hexadecimal digits: SOURCES, numba, its settings, and the
-    processor. Nodes of two kinds may share a home, and numba's index is for one writer at a time.
+    """A hash of what the machine code depends on, as 16 hexadecimal digits.
+
+    SOURCES, numba's version and settings, and the processor: nodes of two kinds may share a home
+    folder, and numba's index allows one writer at a time.
     """
     settings = (config.OPT, config.BOUNDSCHECK, config.DEBUGINFO_DEFAULT)
     processor = (

@@ -1,13 +1,12 @@
 """Augmentation on the device: uint8 images in its memory -> a batch's views, in torch.
 
-The distribution is that of augment.py, number for number: the same uniform draws mean the same
-parameters. The operations are its operations too, cut to whole levels after each as those are, for
-all images of a batch at once, which keeps a GPU busy. `recolour` does only what follows crop and
-flip, with parameters that augment.py drew. Masks are drawn on the host: `augment` refuses views
-that carry one.
+The same uniform numbers give the same parameters as in augment.py. The operations are the same
+too, cut to whole levels after each, but for all images of a batch at once, which keeps a GPU busy.
+`recolour` does only what follows crop and flip, with parameters that augment.py drew. Masks are
+drawn on the host: `augment` refuses views that have one.
 
-It is for GPUs. On one busy CPU core, two SimCLR views of CIFAR-10 at 32 pixels: 3,300 images/s,
-beside augment.py's 5,900 (which include decoding); medians of 11 turns.
+It is meant for GPUs. On one busy CPU core, two SimCLR views of CIFAR-10 at 32 pixels: 3,300
+images/s, where augment.py makes 5,900 with decoding; medians of 11 runs.
 """
 
 from collections.abc import Callable
@@ -18,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.check import require
-from selfray.pixels.augment import CROP_ATTEMPTS, CROP_DRAWS, DRAWS, JITTER_ORDERS, LOG_ASPECT, LUMA
-from selfray.pixels.kernels import BLUR_SIGMA as BLUR_SIGMA_COLUMN
-from selfray.pixels.kernels import (
+from selfray.pixels.augment import CROP_ATTEMPTS, CROP_DRAWS, DRAWS, JITTER_ORDERS, LOG_ASPECT
+from selfray.pixels.colour import LUMA
+from selfray.pixels.draw import BLUR_SIGMA as BLUR_SIGMA_COLUMN
+from selfray.pixels.draw import (
     BRIGHTNESS,
     CONTRAST,
     FLIP,
@@ -33,7 +33,7 @@ from selfray.pixels.kernels import (
 from selfray.views import BLUR_SIGMA, CROP_ASPECT, View, Views, blur_kernel_size
 
 BACKEND = f"selfray-torch-2/{torch.__version__}"
-"""Tags a run, as augment.BACKEND does."""
+"""Recorded with a run, like augment.BACKEND."""
 
 _BLENDS = ("brightness", "contrast", "saturation")
 _CONTRAST, _SATURATION = _BLENDS.index("contrast"), _BLENDS.index("saturation")
@@ -45,7 +45,7 @@ _BLENDS_BEFORE_HUE = torch.tensor([order.index("hue") for order in JITTER_ORDERS
 
 @dataclass(frozen=True)
 class BatchParameters:
-    """What was drawn for one view of each of n images: augment.Parameters as tensors [n]."""
+    """The parameters of one view of each of n images: augment.Parameters as tensors [n]."""
 
     top: Tensor
     left: Tensor
@@ -54,7 +54,7 @@ class BatchParameters:
     """The crop box, int64, in pixels of the source image."""
     flip: Tensor
     order: Tensor
-    """int64: the place in augment.JITTER_ORDERS."""
+    """int64: the index in augment.JITTER_ORDERS."""
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
@@ -73,7 +73,7 @@ DrawView = Callable[[Tensor, Tensor, View], Tensor]
 def draw_view(images: Tensor, uniform: Tensor, view: View) -> Tensor:
     """One view of each image: uint8 [n, 3, H, W] and uniform [n, DRAWS] -> uint8 [n, 3, s, s].
 
-    Nothing in it depends on the values of a tensor, so torch.compile takes it whole.
+    No branch depends on the values of a tensor, so torch.compile compiles it as one graph.
     """
     height, width = images.shape[-2:]
     return apply(images, parameters_from(view, uniform, height, width), view)
@@ -92,8 +92,8 @@ def augment(
 
     Args:
         images: uint8 [B, 3, H, W] on any device.
-        keys: int64 [B] on that device, such as the images' places in the data set.
-        draw_view: this module's, or torch.compile of it.
+        keys: int64 [B] on that device, such as the images' numbers in the data set.
+        draw_view: this module's function, or torch.compile of it.
 
     Returns:
         Each group of views as uint8 [B, V, 3, size, size].
@@ -104,7 +104,8 @@ def augment(
     for name, group in views.items():
         size = _size_of(name, group)
         out = images.new_empty((len(images), len(group), 3, size, size))
-        # Equal views go together: half the kernels for SimCLR, an eighth for DINO's local crops.
+        # Equal views are computed together: half the kernel launches for SimCLR's two views, an
+        # eighth for DINO's local crops.
         for view in dict.fromkeys(group):
             places = [place for place, other in enumerate(group) if other == view]
             of_view = torch.stack([uniform[:, first + place] for place in places])
@@ -139,8 +140,8 @@ def _size_of(name: str, group: tuple[View, ...]) -> int:
 def uniforms(seed: int, epoch: int, keys: Tensor, views: int) -> Tensor:
     """Uniform numbers float64 [B, views, DRAWS] in [0, 1), the same on every device.
 
-    SplitMix64 with a stream for each (seed, epoch, key): torch's generators depend on the device
-    and on the batch that a number is drawn in, so a resumed run would see other views.
+    SplitMix64, with a stream for each (seed, epoch, key). torch's own generators depend on the
+    device and on the batch in which a number is drawn, so a resumed run would see other views.
     """
     device = keys.device
     # torch.full, not torch.tensor: a copy from the host would wait for the GPU's queue.
@@ -153,7 +154,7 @@ def uniforms(seed: int, epoch: int, keys: Tensor, views: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """64 bits as torch's int64 writes them; its products wrap around as unsigned ones do."""
+    """A uint64 as the int64 of the same bits: sums and products wrap around in the same way."""
     return word - 2**64 if word >= 2**63 else word
 
 
@@ -163,18 +164,22 @@ _FIRST_FACTOR, _SECOND_FACTOR = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB1
 
 
 def _mixed(words: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 words."""
     words = (words ^ _shifted(words, 30)) * _FIRST_FACTOR
     words = (words ^ _shifted(words, 27)) * _SECOND_FACTOR
     return words ^ _shifted(words, 31)
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """A right shift that brings in zeros; torch's brings in the sign."""
+    """A right shift that fills with zeros; torch's fills with the sign."""
     return (words >> bits) & (2 ** (64 - bits) - 1)
 
 
 def parameters_from(view: View, uniform: Tensor, height: int, width: int) -> BatchParameters:
-    """What uniform numbers [n, DRAWS] mean for a view: augment.parameters_from for each row."""
+    """The parameters that uniform numbers float64 [n, DRAWS] give a view, row by row.
+
+    Each row gives what augment.parameters_from gives.
+    """
     top, left, crop_height, crop_width = _draw_crop(view.crop_scale, uniform, height, width)
     (flip, jitters, order, brightness, contrast, saturation, hue, gray, blurs, sigma, solarizes) = (
         uniform[:, CROP_DRAWS:].unbind(1)
@@ -207,7 +212,7 @@ def parameters_from(view: View, uniform: Tensor, height: int, width: int) -> Bat
 def _draw_crop(
     scale: tuple[float, float], uniform: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(top, left, height, width), int64 [n] each: see augment._draw_crop."""
+    """(top, left, height, width), int64 [n] each: see draw.draw_crop."""
     whole_height = min(height, round(width / CROP_ASPECT[0]))
     whole_width = min(width, round(height * CROP_ASPECT[1]))
     centre = ((height - whole_height) // 2, (width - whole_width) // 2, whole_height, whole_width)
@@ -234,7 +239,7 @@ def _draw_crop(
 def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
     """The views of images uint8 [n, 3, H, W]: uint8 [n, 3, size, size].
 
-    `view` says which operations can occur at all; the others cost nothing.
+    `view` says which operations can occur; the others are not computed.
     """
     assert view.size is not None
     cropped = crop_and_resize(images, parameters, view.size).round()
@@ -243,8 +248,10 @@ def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
 
 @torch.no_grad()
 def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
-    """What follows crop and flip, for a group of views: crops uint8 [B, V, 3, s, s] and the
-    parameters that augment.augment_batch drew, float64 [B, V, 13] -> uint8 [B, V, 3, s, s]."""
+    """Do what follows crop and flip for a group of views: uint8 [B, V, 3, s, s] -> the same shape.
+
+    rows float64 [B, V, 13] are the parameters that augment.augment_batch drew.
+    """
     views = [
         _recoloured(crops[:, place].float(), parameters_of(rows[:, place]), view)
         for place, view in enumerate(group)
@@ -253,7 +260,7 @@ def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
 
 
 def parameters_of(rows: Tensor) -> BatchParameters:
-    """augment.py's parameters, float64 [n, 13] in the columns of kernels.py."""
+    """Parameters float64 [n, 13], in the columns that draw.py names, as BatchParameters."""
     columns = rows.unbind(1)
     top, left, height, width = (column.long() for column in columns[:4])
     sigma = columns[BLUR_SIGMA_COLUMN]
@@ -276,7 +283,7 @@ def parameters_of(rows: Tensor) -> BatchParameters:
 
 
 def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """float32 [n, 3, s, s] of whole levels to the same."""
+    """What follows crop and flip: float32 [n, 3, s, s] of whole levels -> the same."""
     assert view.size is not None
     if view.color_jitter is not None:
         pixels = color_jitter(pixels, parameters, view.color_jitter.hue > 0)
@@ -296,7 +303,7 @@ def crop_and_resize(images: Tensor, parameters: BatchParameters, size: int) -> T
     rows = _resampling(parameters.top, parameters.height, height, size)
     columns = _resampling(parameters.left, parameters.width, width, size)
     columns = torch.where(parameters.flip[:, None, None], columns.flip(1), columns)
-    # Two products with small matrices: boxes of any size in one batch, and tensor cores do them.
+    # Two matrix products resize boxes of different sizes in one batch, and run on tensor cores.
     resized = torch.einsum("nih,nchw,njw->ncij", rows, images.float(), columns)
     return resized.clamp(0, 255)  # cubic weights overshoot
 
@@ -304,7 +311,7 @@ def crop_and_resize(images: Tensor, parameters: BatchParameters, size: int) -> T
 def _resampling(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
     """Weights float32 [n, size, source] that resize pixels [start, start + length) to `size`.
 
-    Antialiased bicubic as torchvision and Pillow have it: nothing beyond the box is seen.
+    Antialiased bicubic as in torchvision and Pillow; pixels outside the box have no weight.
     """
     step = length.float()[:, None, None] / size  # source pixels for each pixel of the view
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step  # [n, size, 1]
@@ -323,11 +330,11 @@ def _cubic(distance: Tensor) -> Tensor:
 
 
 def color_jitter(pixels: Tensor, parameters: BatchParameters, turns_hue: bool) -> Tensor:
-    """Each image's four operations in its own order.
+    """Apply each image's four operations in its own order.
 
-    Brightness, contrast and saturation are one blend each. Those that come before the image's hue
-    are done in a first round, the others in a second; in the wrong round, a factor of 1 does
-    nothing. So the hue, the dearest of the four, is computed once and not at each place.
+    Brightness, contrast and saturation are blends. Those that precede an image's hue are done in a
+    first round and the others in a second; in the other round their factor is 1, which changes
+    nothing. So the hue, the most expensive of the four, is computed once for the whole batch.
     """
     device = pixels.device
     orders = _BLEND_ORDERS.to(device, non_blocking=True)[parameters.order]  # [n, 3]
@@ -343,13 +350,16 @@ def color_jitter(pixels: Tensor, parameters: BatchParameters, turns_hue: bool) -
 
 
 def _blends(pixels: Tensor, factors: Tensor, kinds: Tensor) -> Tensor:
-    """Three blends in a row: brightness with black, contrast with the view's mean luma, saturation
-    with each pixel's own."""
+    """Three blends in a row, each with its factors [n] and kinds [n] (columns of [n, 3]).
+
+    Brightness blends with black, contrast with the view's mean luma, saturation with each pixel's
+    luma.
+    """
     for factor, kind in zip(factors.unbind(1), kinds.unbind(1), strict=True):
         luma = _luma(pixels).floor()  # [n, 1, h, w]
         other = luma * _column(kind == _SATURATION)
         other = other + luma.mean((2, 3), keepdim=True) * _column(kind == _CONTRAST)
-        # Not lerp: a factor of 1 must give the very pixel.
+        # Not lerp, with which a factor of 1 may not return the same pixel.
         blend = pixels * _column(factor) + other * _column(1 - factor)
         pixels = blend.clamp(0, 255).floor()
     return pixels
@@ -361,7 +371,7 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     value, least = pixels.amax(1), pixels.amin(1)
     chroma = value - least
     divisor = torch.where(chroma > 0, chroma, 1.0)
-    # In sixths of the circle. A gray pixel has no hue, and no chroma to show a wrong one by.
+    # In sixths of the circle. A gray pixel has no hue, but with a chroma of 0 any will do.
     hue = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -372,7 +382,7 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     for offset in (5, 3, 1):
         sector = torch.remainder(hue + offset, 6)
         channels.append(value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1))
-    # How torchvision goes from [0, 1] to whole levels.
+    # Times 255.999 and cut: torchvision converts from [0, 1] to whole levels like this.
     return (torch.stack(channels, dim=1) * (255.999 / 255)).floor()
 
 
@@ -382,7 +392,7 @@ def gaussian_blur(pixels: Tensor, kernel_size: int, sigma: Tensor) -> Tensor:
     height, width = pixels.shape[-2:]
     offsets = torch.arange(-reach, reach + 1, device=pixels.device)
     exponent = -0.5 * (offsets / sigma.float()[:, None]).square()
-    # augment.gaussian_blur ends the kernel there, too.
+    # colour.gaussian_blur ends its kernel at three sigma, too.
     within = offsets.abs() <= (3 * sigma.float()).ceil()[:, None]
     weights = torch.where(within, exponent.exp(), 0.0)  # [n, k]
     weights = [_column(weight) for weight in (weights / weights.sum(1, keepdim=True)).unbind(1)]
@@ -398,7 +408,7 @@ def gaussian_blur(pixels: Tensor, kernel_size: int, sigma: Tensor) -> Tensor:
 
 
 def _luma(pixels: Tensor) -> Tensor:
-    """[n, 3, h, w] -> [n, 1, h, w]."""
+    """The brightness of each pixel: [n, 3, h, w] -> [n, 1, h, w]."""
     red, green, blue = pixels.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
@@ -409,5 +419,5 @@ def _column(values: Tensor) -> Tensor:
 
 
 def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """The images of `one` where chosen [n], else those of `other`."""
+    """Images of `one` where chosen bool [n], images of `other` elsewhere."""
     return torch.where(_column(chosen), one, other)

@@ -1,6 +1,6 @@
-"""Steps of the kernels in LLVM's own words, for which numba has none or LLVM finds no good ones.
+"""Steps of the kernels written in LLVM's language, where numba's own code is missing or slow.
 
-Arrays must be contiguous, and nothing checks their bounds.
+Arrays must be contiguous, and their bounds are not checked.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ from numba import types
 from numba.extending import intrinsic
 
 WORD = 8
-"""Bytes of a word."""
+"""Bytes of a uint64."""
 TILE = 8
-"""Side of what transpose_tile turns."""
+"""Side of the square that transpose_tile transposes."""
 
 
 def _add_product_in_llvm(context, total, a, b) -> Any:
-    # numba widens whatever it adds or multiplies to 64 bits, and LLVM then finds the processor's
-    # 16-bit products for some loops and not for others: four times slower.
+    # numba widens operands to 64 bits. LLVM turns that back into the processor's 16-bit products in
+    # some loops only, and the others are four times slower.
     def emit(context, builder, signature, arguments):
         wide, narrow = ir.IntType(32), ir.IntType(16)
         product = builder.mul(*(builder.sext(value, wide) for value in arguments[1:]))
@@ -28,7 +28,7 @@ def _add_product_in_llvm(context, total, a, b) -> Any:
 
 
 def _pointer(context, builder, signature, arguments, array: int, index: Any, kind: ir.Type) -> Any:
-    """To what the argument `array`, an array, has at index."""
+    """A pointer to element `index` of the argument number `array`, which is an array."""
     wrapped = context.make_array(signature.args[array])(context, builder, arguments[array])
     return builder.bitcast(builder.gep(wrapped.data, [index]), kind.as_pointer())
 
@@ -55,8 +55,10 @@ def _copy_word_in_llvm(context, source, start, out, place) -> Any:
 
 
 def _transposed(builder, rows: list[Any], width: int) -> list[Any]:
-    """Eight vectors of `width` elements, as one [8, width], transposed. LLVM finds no shuffles for
-    a loop of that."""
+    """Transpose [8, width] elements, given and returned as eight vectors of `width`.
+
+    From a loop over elements LLVM makes no shuffle instructions.
+    """
     halves = [
         ir.Constant(
             ir.VectorType(ir.IntType(32), width),
@@ -64,7 +66,7 @@ def _transposed(builder, rows: list[Any], width: int) -> list[Any]:
         )
         for first in (0, width // 2)
     ]
-    # Each round makes the highest bit of an element's place its lowest; a row's number has 3.
+    # Each round moves the highest bit of an element's index to its lowest; a row's number has 3.
     for _ in range(3):
         pairs = zip(rows[:4], rows[4:], strict=True)
         rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in halves]
@@ -109,18 +111,18 @@ def _interleave_in_llvm(context, source, start, out, place) -> Any:
 
 
 add_product: Any = intrinsic(_add_product_in_llvm)
-"""add_product(total, a, b): total + (a * b >> 16) of int16, wrapping around."""
+"""add_product(total, a, b): total + (a * b >> 16) of int16; the sum wraps around."""
 
 load_word: Any = intrinsic(_load_word_in_llvm)
-"""load_word(array, index): eight bytes of a uint8 array as one uint64, the first the highest."""
+"""load_word(array, index): eight bytes of a uint8 array as one big-endian uint64."""
 
 copy_word: Any = intrinsic(_copy_word_in_llvm)
-"""copy_word(source, start, out, place): copy eight bytes of uint8 arrays; also returns them, as a
-uint64 in the processor's own order."""
+"""copy_word(source, start, out, place): copy eight bytes between uint8 arrays. Returns them as a
+uint64 in the processor's byte order."""
 
 transpose_tile: Any = intrinsic(_transpose_tile_in_llvm)
-"""transpose_tile(source, start, step, out, place, out_step): TILE x TILE elements of source [n],
-whose rows lie `step` apart from start on, transposed into out."""
+"""transpose_tile(source, start, step, out, place, out_step): transpose TILE x TILE elements of
+source, from `start` with rows `step` apart, into out, from `place` with rows `out_step` apart."""
 
 interleave: Any = intrinsic(_interleave_in_llvm)
-"""interleave(source, start, out, place): 8 x 16 bytes of source [n], transposed, 128 into out."""
+"""interleave(source, start, out, place): transpose 8 x 16 bytes of source into 16 x 8 of out."""

@@ -1,17 +1,19 @@
-"""Baseline JPEG to planes of brightness and colour, and of them only what crops need.
+"""Decodes baseline JPEGs to planes of brightness and colour, and only the part that crops need.
 
-Two random crops of a photograph rarely need its whole height, width and colour resolution, and what
-they need they need resized. So this decoder (ITU-T T.81) stops below the lowest crop, transforms
-only the blocks under the crops, and leaves colour at the resolution that it is stored in: the views
-are resized from the planes, and only their pixels are turned into RGB.
+Two random crops of a photograph rarely need its whole height, width and colour resolution, and they
+need it resized. So this decoder (ITU-T T.81) stops below the lowest crop, transforms only the
+blocks under the crops, and keeps colour at the resolution that it is stored in: views are resized
+from the planes, and only the pixels of the views are converted to RGB.
 
-It reads one scan of Huffman codes with 8 bits, as cameras write them and most of the web has them;
-all else, and whatever is damaged, is left to libjpeg. It is compiled by numba, like kernels.py.
+It reads files with one scan of Huffman codes and 8 bits per value, as cameras write them and most
+of the web has them. Any other JPEG, and any that is damaged, is left to libjpeg. numba compiles it,
+as it compiles the modules that resize and compose the views.
 
-Measured on 150 photographs, views of whole images that libjpeg decoded beside these: at 224 pixels
-they differ by 0.37 of 255 on average and 99 % by at most 2; at 96, where most crops are shrunk by
-more than 2 and high frequencies left out, by 0.66 and at most 5 (libjpeg's own reduced decoding by
-0.68 and 8). Decoding one takes 0.75 ms where libjpeg takes 1.23; 0.55 of it are for the codes.
+Measured on 150 photographs against views of the whole images as libjpeg decodes them: views of 224
+pixels differ by 0.37 of 255 on average, and 99 % of their values by at most 2. At 96 pixels, where
+most crops are shrunk by more than 2 and high frequencies are left out, by 0.66 and at most 5
+(libjpeg's own reduced decoding: 0.68 and 8). One photograph takes 0.75 ms where libjpeg takes 1.23;
+0.55 ms of it go into the Huffman codes.
 """
 
 import math
@@ -19,8 +21,10 @@ import threading
 
 import numpy as np
 
-from selfray.pixels import kernels
+from selfray.pixels import compose, headers
+from selfray.pixels.colour import cut
 from selfray.pixels.compiled import compiled
+from selfray.pixels.headers import END, MARKER, START, two_bytes
 from selfray.pixels.intrinsics import WORD, copy_word, interleave, load_word
 from selfray.pixels.workspace import Workspace
 
@@ -28,8 +32,8 @@ i16, i32, i64, f32 = np.int16, np.int32, np.int64, np.float32
 u8, u64 = np.uint8, np.uint64
 
 
-class _Headers(threading.local):
-    """What headers say and what follows from it, each time in the same arrays."""
+class _Tables(threading.local):
+    """What the headers of a JPEG say and what follows from it: arrays of each thread, reused."""
 
     def __init__(self) -> None:
         self.frame = np.zeros(4, np.int64)
@@ -39,37 +43,51 @@ class _Headers(threading.local):
         self.long = np.zeros((8, _ENTRIES + 256), np.int64)
         self.blocks = np.zeros((_MAX_BLOCKS, 5), np.int64)
         self.parts = np.zeros((3, 7), np.int64)
-        self.planes = np.zeros((3, 9), np.int64)
+        self.planes = np.zeros((3, compose.PLANE_COLUMNS), np.int64)
 
 
 def decode(
-    data: bytes, box: tuple[int, int, int, int], least_factor: float
+    data: bytes,
+    box: tuple[int, int, int, int],
+    least_factor: float,
+    segments: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The planes of a JPEG, Y alone or Y, Cb and Cr, under a box (top, left, bottom, right) of its
-    pixels: all pixels uint8 [n], and where which plane has which of them, int64 [1 or 3, 9], in the
-    columns that kernels.py names. Both are valid until this thread's next call. None if this JPEG
-    is not for this decoder, or its codes above the box's bottom show damage.
+    """The planes of a JPEG under a box of its pixels: Y alone, or Y, Cb and Cr.
 
-    Under the box and some way around it each plane is libjpeg's to one level of 255. `least_factor`
-    is the least by which any crop will be shrunk: from 2 on, frequencies that a half, a quarter or
-    an eighth of the size has no room for are left out.
+    Args:
+        data: the file.
+        box: (top, left, bottom, right) in pixels of the stored image.
+        least_factor: the least factor by which any crop will be shrunk. From 2 on, the decoder
+            leaves out frequencies that a half, a quarter or an eighth of the size cannot show.
+        segments: int64 [segments, 3] as headers.read_segments found them; None to find them here.
+
+    Returns:
+        The pixels of all planes, uint8 [n], and their layout, int64 [1 or 3, 9] in the columns that
+        compose.py names. Both are valid until this thread's next call. None for a JPEG that this
+        decoder does not read, or whose codes above the bottom of the box are damaged.
+
+    Under the box and some way around it, each plane equals libjpeg's to one level of 255 where
+    nothing is shrunk.
     """
-    headers, get = _headers, _workspace.get
+    tables, get = _tables, _workspace.get
     source = np.frombuffer(data, np.uint8)
-    count = _read_headers(
+    if segments is None:
+        segments = headers.read_segments(source)
+    count = _read_tables(
         source,
-        headers.frame,
-        headers.components,
-        headers.quantisation,
-        headers.short,
-        headers.long,
+        segments,
+        tables.frame,
+        tables.components,
+        tables.quantisation,
+        tables.short,
+        tables.long,
     )
-    frame = headers.frame
+    frame = tables.frame
     if count == 0 or box[2] > frame[_FRAME_HEIGHT] or box[3] > frame[_FRAME_WIDTH]:
         return None
-    parts, planes = headers.parts[:count], headers.planes[:count]
+    parts, planes = tables.parts[:count], tables.planes[:count]
     blocks, groups, pixels, units = _plan(
-        frame, headers.components[:count], box, least_factor, headers.blocks, parts, planes
+        frame, tables.components[:count], box, least_factor, tables.blocks, parts, planes
     )
     interval = int(frame[_INTERVAL])
     bits = get("bits", len(data) + _MARGIN + WORD, np.uint8)
@@ -81,35 +99,37 @@ def decode(
         ends[:runs],
         interval,
         units,
-        headers.blocks[:blocks],
+        tables.blocks[:blocks],
         parts,
         planes,
-        headers.short,
-        headers.long,
-        headers.quantisation,
+        tables.short,
+        tables.long,
+        tables.quantisation,
         get("coefficients", groups * _GROUP_STRIDE, np.int16),
         get("tile", 64 * _GROUP, np.float32),
         get("turned", 64 * _GROUP, np.uint8),
+        get("energies", _GROUP, np.float32),
         out,
     )
     return (out, planes) if complete else None
 
 
-# Headers
+# Tables
 
 _FRAME_HEIGHT, _FRAME_WIDTH, _INTERVAL, _SCAN = range(4)
-"""Of a frame: its size, minimum coded units between restart markers (0: none), and where the codes
-start."""
+"""A frame as int64 [4]: its height and width in pixels, the number of minimum coded units between
+restart markers (0: no such markers), and the byte offset where the codes start."""
 _ACROSS, _DOWN, _QUANTISATION, _DC, _AC = range(5)
-"""Of a component: how many of its blocks a minimum coded unit has across and down, and which tables
-it takes."""
+"""A component as int64 [5]: how many of its blocks a minimum coded unit has across and down, and
+the numbers of its quantisation table and of its Huffman tables for DC and AC."""
 _BLOCK = 8
+"""Pixels along a block's side."""
 _MAX_BLOCKS = 10
-"""In a minimum coded unit, by the standard."""
+"""The most blocks of a minimum coded unit, by the standard."""
 
 
 def _zigzag() -> np.ndarray:
-    """Row-major places of a block's 64 coefficients in the order in which a file has them."""
+    """The row-major places of a block's 64 coefficients, int64 [64], in the order of a file."""
     places = sorted(
         ((row, column) for row in range(8) for column in range(8)),
         key=lambda at: (sum(at), at[0] if sum(at) % 2 else at[1]),
@@ -123,64 +143,55 @@ _SCALE[0] = math.sqrt(0.125)
 
 
 @compiled
-def _read_headers(source, frame, components, quantisation, short, long):
-    """The number of components, or 0 for a file that `decode` does not decode."""
-    size, position, frame_at = len(source), 2, 0
+def _read_tables(source, segments, frame, components, quantisation, short, long):
+    """Fill the other arrays from the segments of a file uint8 [n].
+
+    Returns the number of components, or 0 for a file that `decode` does not decode.
+    """
+    size, last, frame_at = len(source), len(segments) - 1, 0
+    if last < 0 or segments[last, MARKER] != headers.SCAN:
+        return 0
     quantisation[:, 0] = 0
     long[:, 0] = 0
     frame[_INTERVAL] = 0
-    while position + 4 <= size:
-        marker = source[position + 1]
-        if source[position] != 0xFF:
-            return 0
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            position += 2
-            continue
-        start, end = position + 4, position + 2 + _two_bytes(source, position + 2)
+    for place in range(len(segments)):
+        marker, start, end = segments[place, MARKER], segments[place, START], segments[place, END]
         if not start <= end <= size:
             return 0
-        if marker == 0xDB:
+        if marker == headers.DEFINE_QUANTISATION:
             if not _read_quantisation(source, start, end, quantisation):
                 return 0
-        elif marker == 0xC4:
+        elif marker == headers.DEFINE_HUFFMAN:
             if not _read_codes(source, start, end, short, long):
                 return 0
-        elif marker == 0xC0 or marker == 0xC1:  # baseline, and extended sequential
-            if frame_at or end - start < 6 or end - start < 6 + 3 * source[start + 5]:
+        elif marker == headers.BASELINE or marker == headers.EXTENDED:
+            if frame_at or end - start < 6 or end - start != 6 + 3 * source[start + 5]:
                 return 0
             frame_at = start
-        elif marker == 0xDD:
-            if end - start < 2:
+        elif marker == headers.RESTART_INTERVAL:
+            if end - start != 2:
                 return 0
-            frame[_INTERVAL] = _two_bytes(source, start)
-        elif marker == 0xEE:  # surely Adobe's, which says whether this is Y, Cb and Cr
+            frame[_INTERVAL] = two_bytes(source, start)
+        elif marker == headers.ADOBE:  # it says whether the components are Y, Cb and Cr
             if end - start >= 12 and source[start] == 0x41 and source[start + 11] != 1:
                 return 0
-        elif marker == 0xDA:
-            if frame_at == 0:
-                return 0
-            frame[_FRAME_HEIGHT] = _two_bytes(source, frame_at + 1)
-            frame[_FRAME_WIDTH] = _two_bytes(source, frame_at + 3)
-            frame[_SCAN] = end
-            scan = source[start:end]
-            return _read_components(source[frame_at:], scan, components, quantisation, long)
-        elif marker <= 0xCF or marker == 0xD9:
-            return 0  # another kind of frame, no segment, or the end
-        position = end
-    return 0
-
-
-@compiled
-def _two_bytes(source, place):
-    return i64(source[place]) << 8 | i64(source[place + 1])
+        elif marker <= headers.LAST_FRAME:
+            return 0  # another kind of frame
+    if frame_at == 0:
+        return 0
+    start, end = segments[last, START], segments[last, END]
+    frame[_FRAME_HEIGHT] = two_bytes(source, frame_at + 1)
+    frame[_FRAME_WIDTH] = two_bytes(source, frame_at + 3)
+    frame[_SCAN] = end
+    return _read_components(source[frame_at:], source[start:end], components, quantisation, long)
 
 
 @compiled
 def _read_quantisation(source, start, end, quantisation):
-    """Into [4, 64], row-major: each step times the scale of the inverse transform."""
+    """Fill quantisation float32 [4, 64], row-major: each step times the inverse transform's scale.
+
+    Returns False for a table that is cut off or has 16-bit steps.
+    """
     while start < end:
         table = source[start]
         if table > 3 or start + 65 > end:  # more than 3 means 16 bits
@@ -195,6 +206,10 @@ def _read_quantisation(source, start, end, quantisation):
 
 @compiled
 def _read_components(frame, scan, components, quantisation, long):
+    """Fill components int64 [3, 5] from the contents, uint8, of the frame's and the scan's headers.
+
+    Returns their number: 1 for Y, 3 for Y, Cb and Cr, 0 for what `decode` does not decode.
+    """
     count = i64(frame[5])
     if count != 1 and count != 3:
         return 0
@@ -206,6 +221,9 @@ def _read_components(frame, scan, components, quantisation, long):
         return 0
     blocks, across, down = 0, 0, 0
     for place in range(count):
+        wide, high = frame[7 + 3 * place] >> 4, frame[7 + 3 * place] & 15
+        if not (1 <= wide <= 4 and 1 <= high <= 4):
+            return 0
         name, sampling, table = frame[6 + 3 * place], frame[7 + 3 * place], frame[8 + 3 * place]
         tables = i64(scan[2 + 2 * place])
         dc, ac = 2 * (tables >> 4), 2 * (tables & 15) + 1
@@ -226,23 +244,27 @@ def _read_components(frame, scan, components, quantisation, long):
     return count if blocks <= _MAX_BLOCKS else 0
 
 
-# Huffman codes. An entry of a table says what a code means: in its lowest 5 bits how many bits it
-# takes together with the value that follows, in 4 how many of these are the value, in 7 by how many
-# places to go on. 0 is no code.
+# Huffman codes. An entry of a table describes one code in 16 bits: the lowest 5 are the number of
+# bits of the code and of the value that follows it, the next 4 the number of bits of that value,
+# and the upper 7 by how many coefficients to advance. An entry of 0 is no code.
 
 _PEEK = 9
-"""Bits that the first table looks at: larger ones fall out of the processor's first cache."""
+"""Bits by which `short` is indexed: a larger table would not fit into the first-level cache."""
 _END = 80
-"""By how many places the end of a block goes on: more than anything else could reach."""
+"""The advance at the end of a block: larger than any other sum of advances."""
 _ENTRIES = 34
-"""long[0] is the number of codes, and of a code's length l: long[l] the first 16 bits that no code
-as long or shorter has; long[17 + l] what to add to a code for the place of its entry. These follow.
-"""
+"""Where a table's entries start in `long`. Before them, long[0] is the number of codes, and for
+each code length l, long[l] is the first 16-bit pattern above all codes of at most l bits, and
+long[17 + l] what to add to a code of l bits to get its entry's index."""
 
 
 @compiled
 def _read_codes(source, start, end, short, long):
-    """Into short [8, 512], by the next bits, and long [8, 290]; even rows are for DC."""
+    """Fill short uint16 [8, 512], indexed by the next 9 bits, and long int64 [8, 290].
+
+    Rows are 2 * table number for DC and 2 * table number + 1 for AC. Returns False for a table that
+    is no Huffman code.
+    """
     while start < end:
         kind = i64(source[start])
         if start + 17 > end or kind >> 4 > 1 or kind & 15 > 3:
@@ -257,8 +279,11 @@ def _read_codes(source, start, end, short, long):
                     return False
                 symbol = i64(source[symbols + place])
                 zeros, size = symbol >> 4, symbol & 15
-                step = _END if symbol == 0 else zeros + 1
-                # A value of 12 bits or more is of no 8-bit image; let its code be none.
+                if table % 2 == 0 and zeros > 0:
+                    return False
+                # A size of 0 ends the block, except after 15 zeros.
+                step = _END if size == 0 and zeros < 15 else zeros + 1
+                # No 8-bit image has a value of 12 bits or more: no code.
                 entry = (length + size) | size << 5 | step << 9 if size <= 11 else 0
                 long[table, _ENTRIES + place] = entry
                 if length <= _PEEK:
@@ -267,6 +292,8 @@ def _read_codes(source, start, end, short, long):
                         short[table, index] = entry
                 code += 1
                 place += 1
+            if code == 1 << length:  # a code of ones alone is none
+                return False
             long[table, length] = code << (16 - length)
             code <<= 1
         long[table, 0] = place
@@ -276,10 +303,10 @@ def _read_codes(source, start, end, short, long):
 
 @compiled
 def _long_code(long, table, window):
-    """The entry of a code that `short` does not have; 0 if it is none."""
+    """The entry of a code that is too long for `short`; 0 if there is no such code."""
     peek = i64(window >> u64(48))
     if peek < long[table, _PEEK]:
-        return u64(0)  # a short code that is none
+        return u64(0)  # as short as those of `short`, which does not have it
     for length in range(_PEEK + 1, 17):
         if peek < long[table, length]:
             place = (peek >> (16 - length)) + long[table, 17 + length]
@@ -289,48 +316,57 @@ def _long_code(long, table, window):
 
 @compiled
 def _refill(ahead, window, place, held):
-    """The window with 56 bits or more, where the bits after these lie, and how many it holds."""
+    """Fill the window to at least 56 bits.
+
+    Returns it, the byte offset of the bits after it, and the number of bits that it holds.
+    """
     return window | ahead >> held, place + ((u64(63) - held) >> u64(3)), held | u64(56)
 
 
 @compiled
 def _meaning(entry, window):
-    """Of the next bits: how many they are, by how many places to go on, and the value."""
+    """What an entry says of the next bits: how many they are, the advance, and the value."""
     taken, size = entry & u64(31), (entry >> u64(5)) & u64(15)
     rest = window << (taken - size)
     value = (rest >> (u64(63) - size)) >> u64(1)
-    # A value whose highest bit is 0 is negative: less 1 than the bits' complement.
+    # A value whose highest bit is 0 is negative: the bits minus (2 ** size - 1).
     positive = u64(i64(rest) >> i64(63))
     value -= ((u64(1) << size) - u64(1)) & ~positive
     return taken, entry >> u64(9), value
 
 
-# The scan. 16 minimum coded units at a time are decoded and transformed, while the processor's
-# first cache has their coefficients. Those of 16 blocks side by side take turns, [64, 16], so that
-# one instruction of the transform takes all of them.
+# The scan. A chunk of 16 minimum coded units is decoded and then transformed, while its
+# coefficients are in the first-level cache. The coefficients of 16 blocks side by side, a group,
+# are interleaved, [64, 16], so that one vector instruction transforms all of them.
 
 _GROUP = 16
 _GROUP_STRIDE = 64 * _GROUP + 2 * _GROUP
-"""With a place for what would be written behind a block's end."""
+"""int16 values of a group, with room for what is written behind the end of a block."""
 _MARGIN = 320
-"""Bytes of zeros behind the codes: more than a block can take."""
+"""Zero bytes behind the codes: more than one block can take."""
 _PLACES = np.full(192, 64 * _GROUP, np.uint64)
-"""By how far a block has come, which its end sets beyond 63."""
+"""Where a coefficient lies in its group, by its number in the file; numbers beyond 63, which the
+end of a block gives, lie in the room behind the group."""
 _PLACES[:64] = _ZIGZAG * _GROUP
 
-_headers, _workspace = _Headers(), Workspace()
+_COMPONENT, _DC_TABLE, _AC_TABLE, _FIRST, _STEP = range(5)
+"""A block of a minimum coded unit as int64 [5]: its component, its rows of Huffman tables, its
+place among the blocks of a chunk, and how far the next unit's lies behind it."""
+_ROWS, _COLUMNS, _FIRST_GROUP, _KEEP_FROM, _KEEP_TO, _SIDE, _STEPS = range(7)
+"""A component's part in a chunk as int64 [7]: its blocks down and across a unit, its first group in
+a chunk, the first group of a line of blocks to keep and the first not to keep, the pixels along a
+block's side after shrinking, and its quantisation table."""
+
+_tables, _workspace = _Tables(), Workspace()
 
 
 @compiled
 def _plan(frame, components, box, least_factor, blocks, parts, planes):
-    """What to decode.
+    """Decide what to decode for a box (top, left, bottom, right) of pixels.
 
-    Fills a unit's blocks [10, 5]: the component, its codes for DC and AC, its first place among a
-    chunk's blocks, and the step to the next unit's. Of the components, parts [3, 7]: blocks down
-    and across a unit, the first group in a chunk, the groups of a line to keep from and to, the
-    side of a block's pixels, and the quantisation. And planes [3, 9].
-    Returns the numbers of blocks, groups and pixels, and which units to read: columns, rows, and
-    the first row to keep.
+    Fills blocks int64 [10, 5], parts int64 [3, 7] and planes int64 [3, 9]. Returns the numbers of
+    blocks, of groups in a chunk and of bytes in all planes, and the units to read: their columns,
+    the rows to read, and the first row to keep.
     """
     top, left, bottom, right = box
     across, down = 1, 1
@@ -344,9 +380,10 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
         part = components[place]
         for row in range(part[_DOWN]):
             for column in range(part[_ACROSS]):
-                blocks[count, 0], blocks[count, 1], blocks[count, 2] = place, part[_DC], part[_AC]
-                blocks[count, 3] = (groups + row * part[_ACROSS]) * _GROUP + column
-                blocks[count, 4] = part[_ACROSS]
+                block = blocks[count]
+                block[_COMPONENT], block[_DC_TABLE], block[_AC_TABLE] = place, part[_DC], part[_AC]
+                block[_FIRST] = (groups + row * part[_ACROSS]) * _GROUP + column
+                block[_STEP] = part[_ACROSS]
                 count += 1
         divided_down, divided_across = down // part[_DOWN], across // part[_ACROSS]
         side, factor = _BLOCK, least_factor / max(divided_down, divided_across)
@@ -356,16 +393,17 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
         last = -(-(-(-right // unit_width) * part[_ACROSS]) // _GROUP)
         stride, height = (last - first) * _GROUP * side, (last_row - first_row) * part[_DOWN] * side
         keep = parts[place]
-        keep[0], keep[1], keep[2] = part[_DOWN], part[_ACROSS], groups
-        keep[3], keep[4], keep[5], keep[6] = first, last, side, part[_QUANTISATION]
+        keep[_ROWS], keep[_COLUMNS], keep[_FIRST_GROUP] = part[_DOWN], part[_ACROSS], groups
+        keep[_KEEP_FROM], keep[_KEEP_TO] = first, last
+        keep[_SIDE], keep[_STEPS] = side, part[_QUANTISATION]
         plane = planes[place]
-        plane[kernels.START], plane[kernels.STORED], plane[kernels.STRIDE] = pixels, height, stride
-        plane[kernels.FIRST_ROW] = first_row * part[_DOWN] * side
-        plane[kernels.FIRST_COLUMN] = first * _GROUP * side
-        plane[kernels.DOWN] = divided_down * _BLOCK // side
-        plane[kernels.ACROSS] = divided_across * _BLOCK // side
-        plane[kernels.ROWS] = -(-frame[_FRAME_HEIGHT] // plane[kernels.DOWN])
-        plane[kernels.COLUMNS] = -(-frame[_FRAME_WIDTH] // plane[kernels.ACROSS])
+        plane[compose.START], plane[compose.STORED], plane[compose.STRIDE] = pixels, height, stride
+        plane[compose.FIRST_ROW] = first_row * part[_DOWN] * side
+        plane[compose.FIRST_COLUMN] = first * _GROUP * side
+        plane[compose.DOWN] = divided_down * _BLOCK // side
+        plane[compose.ACROSS] = divided_across * _BLOCK // side
+        plane[compose.ROWS] = -(-frame[_FRAME_HEIGHT] // plane[compose.DOWN])
+        plane[compose.COLUMNS] = -(-frame[_FRAME_WIDTH] // plane[compose.ACROSS])
         groups += part[_DOWN] * part[_ACROSS]
         pixels += height * stride
     return count, groups, pixels, (columns, last_row, first_row)
@@ -373,9 +411,12 @@ def _plan(frame, components, box, least_factor, blocks, parts, planes):
 
 @compiled
 def _unstuff(source, start, restarts, bits, ends):
-    """Copy codes without the zeros that follow their bytes of 255, up to the next marker; restart
-    markers are left out, and `ends` gets the places where they, and all codes, end. Returns the
-    number of these."""
+    """Copy the codes from uint8 source, from `start` up to the next marker, into uint8 bits.
+
+    The zero byte that follows each byte of 255 is left out, and so are restart markers if the file
+    has them. int64 ends gets the offsets in `bits` where restart markers and the codes end; their
+    number is returned.
+    """
     place, size, count, run = i64(start), len(source), 0, 0
     lowest, highest = u64(0x0101010101010101), u64(0x8080808080808080)
     while place < size:
@@ -421,13 +462,14 @@ def _decode_scan(
     coefficients,
     tile,
     turned,
+    energies,
     out,
 ):
-    """Whether all went well."""
+    """Decode the planes into uint8 out. Returns False if the codes are corrupt or end early."""
     columns, rows, first_row = units
-    # `window` has the next `held` bits at its top; `place` is where the bits after them lie, and
-    # `ahead` the eight bytes there: loaded early, for each code waits until the last one's end is
-    # known.
+    # `window` has the next `held` bits at its top; `place` is the offset of the byte after them,
+    # and `ahead` the eight bytes from there. They are loaded early: where a code starts is known
+    # only when the one before it is read, and a load at that moment would be waited for.
     place, window, held = u64(0), u64(0), u64(0)
     ahead = load_word(bits, place)
     run, end, left = 0, ends[0], interval
@@ -448,8 +490,9 @@ def _decode_scan(
                         end, left = ends[run], interval
                     left -= 1
                 for block in range(len(blocks)):
-                    part, dc, ac = blocks[block, 0], u64(blocks[block, 1]), u64(blocks[block, 2])
-                    index = blocks[block, 3] + column * blocks[block, 4]
+                    part = blocks[block, _COMPONENT]
+                    dc, ac = u64(blocks[block, _DC_TABLE]), u64(blocks[block, _AC_TABLE])
+                    index = blocks[block, _FIRST] + column * blocks[block, _STEP]
                     first = u64(index // _GROUP * _GROUP_STRIDE + index % _GROUP)
                     window, place, held = _refill(ahead, window, place, held)
                     ahead = load_word(bits, place)
@@ -486,7 +529,7 @@ def _decode_scan(
                         return False
             if row >= first_row:
                 for part in range(len(parts)):
-                    _transform(
+                    if not _transform(
                         coefficients,
                         chunk // _GROUP,
                         row - first_row,
@@ -495,13 +538,16 @@ def _decode_scan(
                         quantisation,
                         tile,
                         turned,
+                        energies,
                         out,
-                    )
+                    ):
+                        return False
     return 8 * i64(place) - i64(held) <= 8 * end
 
 
-# The inverse transform, by B. G. Lee's recursion (IEEE Trans. ASSP 32, 1984): two of half as many
-# points. In float32 and in a fixed order, so every processor finds the same.
+# The inverse transform, by B. G. Lee's recursion (IEEE Trans. ASSP 32, 1984), which splits it into
+# two transforms of half as many points. All sums are float32 in a fixed order, so that every
+# processor computes the same pixels.
 
 
 def _half_secants(points: int) -> list[np.float32]:
@@ -524,7 +570,14 @@ _COSINES = np.array(
     ],
     np.float32,
 )
-"""For as few points, the sums themselves cost less than a case of their own."""
+"""float32 [3, 4, 4]: cosines by (log2 of the points, pixel, frequency). For at most 4 points, plain
+sums cost less than a recursion."""
+
+
+_MOST_ENERGY = f32(290**2)
+"""The largest sum of a block's squared coefficients, times the scale of the inverse transform.
+Pixels have at most 256**2 before they are quantised, and damaged files any. Beyond 290, the 16-bit
+sums of libjpeg-turbo's transform can overflow."""
 
 
 @compiled
@@ -543,10 +596,14 @@ def _inverse_8(a, b, c, d, e, f, g, h):
 
 
 @compiled
-def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, out):
-    """The pixels of one component in a chunk of a row's units, of the groups that are kept."""
+def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned, energies, out):
+    """Write the pixels of one component in a chunk of units into uint8 out, for groups to keep.
+
+    `chunk` counts along a row of units and `row` from the first row to keep. Returns False for
+    values that no encoder writes, on which decoders differ.
+    """
     down, across, groups, first, last, side, table = part
-    stride = plane[kernels.STRIDE]
+    stride = plane[compose.STRIDE]
     for line in range(down):
         for column in range(across):
             group = chunk * across + column
@@ -554,24 +611,47 @@ def _transform(coefficients, chunk, row, part, plane, quantisation, tile, turned
                 continue
             at = (groups + line * across + column) * _GROUP_STRIDE
             source = coefficients[at : at + 64 * _GROUP]
-            place = plane[kernels.START] + (row * down + line) * side * stride
+            place = plane[compose.START] + (row * down + line) * side * stride
             place += (group - first) * _GROUP * side
             if side == _BLOCK:
-                _transform_whole(source, quantisation[table], tile, turned)
+                if not _transform_whole(source, quantisation[table], tile, turned, energies):
+                    return False
                 for y in range(_BLOCK):
                     interleave(turned, _BLOCK * _GROUP * y, out, place + y * stride)
             else:
                 _transform_lowest(source, quantisation[table], tile, side, out[place:], stride)
+    return True
 
 
 @compiled
-def _transform_whole(source, quantisation, tile, turned):
-    """8 x 8 pixels of each of 16 blocks: turned[128 * y + 16 * x + block]."""
+def _transform_whole(source, quantisation, tile, turned, energies):
+    """8 x 8 pixels of each of 16 blocks, into turned uint8 [1024] as [y, x, block].
+
+    Works in tile float32 [1024] and energies float32 [16]; source is int16 [1024] as [frequency,
+    block]. Returns False if a block's values are larger than those of any 8 x 8 pixels.
+    """
     q = quantisation
+    energies[:] = 0
     for x in range(8):
         q0, q1, q2, q3 = q[x], q[8 + x], q[16 + x], q[24 + x]
         q4, q5, q6, q7 = q[32 + x], q[40 + x], q[48 + x], q[56 + x]
-        for at in range(16 * x, 16 * x + 16):
+        for block in range(_GROUP):
+            at = _GROUP * x + block
+            a, b, c, d = (
+                f32(source[at]) * q0,
+                f32(source[at + 128]) * q1,
+                f32(source[at + 256]) * q2,
+                f32(source[at + 384]) * q3,
+            )
+            e, f, g, h = (
+                f32(source[at + 512]) * q4,
+                f32(source[at + 640]) * q5,
+                f32(source[at + 768]) * q6,
+                f32(source[at + 896]) * q7,
+            )
+            energies[block] += ((a * a + b * b) + (c * c + d * d)) + (
+                (e * e + f * f) + (g * g + h * h)
+            )
             (
                 tile[at],
                 tile[at + 128],
@@ -581,16 +661,12 @@ def _transform_whole(source, quantisation, tile, turned):
                 tile[at + 640],
                 tile[at + 768],
                 tile[at + 896],
-            ) = _inverse_8(
-                f32(source[at]) * q0,
-                f32(source[at + 128]) * q1,
-                f32(source[at + 256]) * q2,
-                f32(source[at + 384]) * q3,
-                f32(source[at + 512]) * q4,
-                f32(source[at + 640]) * q5,
-                f32(source[at + 768]) * q6,
-                f32(source[at + 896]) * q7,
-            )
+            ) = _inverse_8(a, b, c, d, e, f, g, h)
+    most = f32(0)
+    for block in range(_GROUP):
+        most = max(most, energies[block])
+    if most > _MOST_ENERGY:
+        return False
     for y in range(8):
         for at in range(128 * y, 128 * y + 16):
             a, b, c, d, e, f, g, h = _inverse_8(
@@ -603,19 +679,23 @@ def _transform_whole(source, quantisation, tile, turned):
                 tile[at + 96],
                 tile[at + 112],
             )
-            turned[at] = kernels.cut(a)
-            turned[at + 16] = kernels.cut(b)
-            turned[at + 32] = kernels.cut(c)
-            turned[at + 48] = kernels.cut(d)
-            turned[at + 64] = kernels.cut(e)
-            turned[at + 80] = kernels.cut(f)
-            turned[at + 96] = kernels.cut(g)
-            turned[at + 112] = kernels.cut(h)
+            turned[at] = cut(a)
+            turned[at + 16] = cut(b)
+            turned[at + 32] = cut(c)
+            turned[at + 48] = cut(d)
+            turned[at + 64] = cut(e)
+            turned[at + 80] = cut(f)
+            turned[at + 96] = cut(g)
+            turned[at + 112] = cut(h)
+    return True
 
 
 @compiled
 def _transform_lowest(source, quantisation, tile, side, out, stride):
-    """side x side pixels of each of 16 blocks, from as many of their lowest frequencies."""
+    """side x side pixels of each of 16 blocks, from their side x side lowest frequencies.
+
+    Into uint8 out, whose rows lie `stride` bytes apart.
+    """
     basis = _COSINES[side // 2]  # 1, 2, 4 -> 0, 1, 2
     for y in range(side):
         for k in range(side):
@@ -631,4 +711,4 @@ def _transform_lowest(source, quantisation, tile, side, out, stride):
                 total = f32(128.5)
                 for k in range(side):
                     total += basis[x, k] * tile[(side * y + k) * 16 + i]
-                out[y * stride + i * side + x] = kernels.cut(total)
+                out[y * stride + i * side + x] = cut(total)

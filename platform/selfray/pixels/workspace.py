@@ -1,25 +1,27 @@
-"""Memory to work in, kept from image to image."""
+"""Arrays to work in, kept from image to image."""
 
 import threading
 
 import numpy as np
 
 MOST_BYTES = 32 << 20
-"""Of an array that is kept: a process does not hold forever what its largest image took."""
+"""A larger array is not kept, so that one large image does not take memory for good."""
 LINE = 64
-"""Bytes of a line of the processor's cache, and of its widest registers: a vector that lies across
-two lines takes two accesses."""
+"""Bytes of a cache line and of the widest vector register. A vector that crosses the border of two
+lines takes two accesses."""
 
 
 class Workspace(threading.local):
-    """Arrays by name, of each thread its own: allocating them anew takes a fresh page of the system
-    for each 4 kB."""
+    """Arrays by name, separate for each thread.
+
+    To allocate them for each image would cost a page fault for every 4 kB.
+    """
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
 
     def get(self, name: str, size: int, dtype: type) -> np.ndarray:
-        """An array [size] that holds whatever it held before and starts with a line."""
+        """An array [size] that starts on a cache line, with arbitrary contents."""
         array = self._arrays.get(name)
         assert array is None or array.dtype == dtype, name
         if array is None or len(array) < size:

@@ -1,7 +1,7 @@
 """Frozen features of labelled images, and the probes that judge them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,7 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
             f"probes need labelled images; {len(train.labels)} of train and {len(test.labels)} of "
             "test have a label"
         )
+    train, test = _renumbered(train, test)
     knn, linear = KNN(), Linear()
     return ProbeResult(
         knn.accuracy(train.cls, train.labels, test.cls, test.labels),
@@ -117,6 +118,22 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
         {"knn": str(knn), "linear": str(linear), "labelfree": str(labelfree)},
         *_without_labels(labelfree, test),
     )
+
+
+def _renumbered(
+    train: LabelledFeatures, test: LabelledFeatures
+) -> tuple[LabelledFeatures, LabelledFeatures]:
+    """Labels as 0..C-1 where their ids leave gaps: probes take room for each id up to the largest.
+
+    Where there is no more of them than of images, ids stay: a class that no image has is then a
+    class that the linear probe can be wrong with, as in the numbers of before.
+    """
+    both = torch.cat([train.labels, test.labels])
+    if int(both.max()) < len(both):
+        return train, test
+    labels = torch.unique(both, return_inverse=True)[1]
+    count = len(train.labels)
+    return replace(train, labels=labels[:count]), replace(test, labels=labels[count:])
 
 
 def _without_labels(

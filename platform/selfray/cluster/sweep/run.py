@@ -10,6 +10,8 @@ from typing import Any
 
 from selfray import config
 from selfray.cluster import runtime
+from selfray.cluster.build import build
+from selfray.cluster.mlflow_store import asking_mlflow
 from selfray.cluster.runtime import Console
 from selfray.cluster.sweep.generations import evolve
 from selfray.cluster.sweep.plan import Asking, SweepPlan, asked, fitting, placed
@@ -17,7 +19,6 @@ from selfray.cluster.sweep.report import SweepResult, report, result_of
 from selfray.cluster.sweep.trial import Outcome, Task, failed
 from selfray.cluster.sweep.tune import Rungs, TaskSource, run_tasks
 from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
-from selfray.commands.script import asking_mlflow
 from selfray.data.data_sets import as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import source_of
@@ -56,7 +57,7 @@ def sweep(
     base = _probed_at_every_checkpoint(base)
     _refuse_impossible(base, question)
     # Read, and converted, once and not by each run; a wrong path is told before any is begun.
-    data = open_data(base.data, output, console.say)
+    data = open_data(base.data, output, console.say, build)
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / "trials").make_folder()

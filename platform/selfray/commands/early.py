@@ -1,0 +1,135 @@
+"""What can be refused before torch is imported: a recipe, a flag or a path that does not exist.
+
+torch takes seconds to import and Ray takes more to start, and a typo needs neither. `flags.json`
+says which flags each recipe has; `make flags` writes it from the recipes, a test compares.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from selfray.check import require
+
+TABLE = "flags.json"
+OF_ALL = "*"
+BEFORE_FLAGS = ("--config", "--print-config", "--plugin", "--tracking", "--yes")
+"""Flags of the command itself, whatever the recipe."""
+
+
+def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
+    """Raise ValueError for a command line that cannot be meant.
+
+    Args:
+        arguments: the recipe's name, then flags as `--flag value` or `--flag=value`.
+        recipes: names that may be given.
+        prog: the command, for messages.
+    """
+    if not arguments or "--plugin" in arguments or "--help" in arguments or "-h" in arguments:
+        return
+    if not arguments[0].startswith("-"):
+        recipe = arguments[0]
+        names = sorted(recipes)
+        require(recipe in names, f"there is no recipe {recipe}{nearest(recipe, names)}")
+    elif "--config" not in arguments:
+        raise ValueError(
+            f"{arguments[0]}: the recipe comes first: {prog} RECIPE {arguments[0]} ..."
+        )
+    else:
+        return  # the file says which flags there are
+    known = flags_of(recipe)
+    if known is None:
+        return
+    given = _given(arguments[1:])
+    for flag, values in given:
+        if flag in BEFORE_FLAGS:
+            continue
+        require(flag in known, f"{flag} is no flag of {recipe}{nearest(flag, known)}")
+        _check_values(flag, values, known[flag])
+    for flag, values in given:
+        if flag in ("--data.path", "--data.test-path") and values:
+            check_path(values[0], flag)
+
+
+def flags_of(recipe: str) -> Mapping[str, str] | None:
+    """A recipe's flags, each with what it takes, such as FLOAT; None for an unknown recipe."""
+    table = json.loads(resources.files("selfray.commands").joinpath(TABLE).read_text("utf-8"))
+    own = table["recipes"].get(recipe)
+    return None if own is None else table["flags"][OF_ALL] | table["flags"][own]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the end of a message: `; did you mean --batch-size?`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _given(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Flags with their values; a word that begins with two dashes is a flag."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found.append((flag.replace("_", "-"), [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            raise ValueError(f"{word}: a flag such as --epochs is missing before it")
+    return found
+
+
+def _check_values(flag: str, values: Sequence[str], takes: str) -> None:
+    kind = {"INT": int, "FLOAT": float}.get(takes)
+    if kind is not None:
+        require(len(values) == 1, f"{flag} takes one number, got {' '.join(values) or 'none'}")
+        try:
+            kind(values[0])
+        except ValueError:
+            words = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{flag} takes {words}, got {values[0]}") from None
+    elif takes.startswith("{") and takes.endswith("}") and "[" not in takes:
+        choices = takes[1:-1].split(",")
+        require(
+            len(values) == 1 and values[0] in choices,
+            f"{flag} must be one of {', '.join(choices)}, got {' '.join(values) or 'nothing'}",
+        )
+
+
+def check_path(path: str, flag: str) -> None:
+    """FileNotFoundError for a local path that is not there; stores and patterns are asked later."""
+    if "://" in path or "*" in path or path.startswith("embedded:") or not path:
+        return
+    if not os.path.exists(os.path.expanduser(path)):
+        raise FileNotFoundError(
+            f"{flag} {path} does not exist: give a folder of images or Parquet files, local, "
+            "s3:// or gs://"
+        )
+
+
+def table(recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flags.json` holds: the flags that all recipes share, and each group's own."""
+    from selfray.commands.flags import flags_with_values
+
+    found = {name: flags_with_values(recipe) for name, recipe in recipes.items()}
+    shared = dict(set.intersection(*(set(flags.items()) for flags in found.values())))
+    groups: dict[str, str] = {}
+    flags: dict[str, dict[str, str]] = {OF_ALL: dict(sorted(shared.items()))}
+    of: dict[str, str] = {}
+    for name, own in sorted(found.items()):
+        rest = {flag: takes for flag, takes in sorted(own.items()) if flag not in shared}
+        of[name] = groups.setdefault(json.dumps(rest), name)
+        flags[of[name]] = rest
+    return {"recipes": of, "flags": flags}
+
+
+def main() -> None:
+    from selfray.recipes import every
+
+    sys.stdout.write(json.dumps(table(every()), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

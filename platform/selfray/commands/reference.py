@@ -1,0 +1,84 @@
+"""A checkpoint by any name that a user may have for it."""
+
+import posixpath
+from typing import TYPE_CHECKING
+
+from selfray.check import require
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from selfray.cluster.runtime import Console
+    from selfray.experiment import Experiment
+    from selfray.runs.checkpoint import Checkpoint
+
+
+MLRUNS = "mlruns:"
+
+
+def open_checkpoint(reference: str, tracking: str | None, console: "Console") -> "Checkpoint":
+    """A checkpoint's or a run's folder, or mlruns:/RUN_ID. ValueError and OSError say what it is
+    instead, or why it is out of reach."""
+    from selfray.runs import checkpoint
+    from selfray.runs.checkpoint import Checkpoint
+
+    path = reference
+    if reference.startswith(MLRUNS):
+        path = _folder_of_run(reference.removeprefix(MLRUNS).strip("/"), tracking)
+    try:
+        found = Checkpoint.open(path)
+    except FileNotFoundError as error:
+        if path == reference:
+            raise
+        raise FileNotFoundError(
+            f"MLflow says that {reference} lies in {path}, and this machine sees nothing there: "
+            "give the folder's path on this machine"
+        ) from error
+    newest = checkpoint.all_of(Location.of(path))[-1:]
+    if newest and newest[0].step > found.step:
+        console.say(f"{newest[0].location} is damaged: taking the one before, step {found.step:,}")
+    return found
+
+
+def _folder_of_run(run_id: str, tracking: str | None) -> str:
+    from selfray.cluster.mlflow_store import mlflow_tags
+    from selfray.cluster.tracking import tracking_uri
+
+    require(run_id != "", f"{MLRUNS}/RUN_ID needs the id of a run, as MLflow's page shows it")
+    uri = tracking_uri(Location.of("runs"), tracking)
+    tags = mlflow_tags(uri, run_id)
+    if "run.folder" not in tags:
+        raise ValueError(
+            f"MLflow run {run_id} has no tag run.folder, so it is no run of selfray's: give the "
+            "run's folder"
+        )
+    return tags["run.folder"]
+
+
+def run_folder(checkpoint: "Checkpoint") -> Location | None:
+    """The run that a checkpoint lies in; None for a copy elsewhere."""
+    from selfray.runs.checkpoint import FOLDER
+
+    place = checkpoint.location
+    outer = posixpath.dirname(place.path.rstrip("/"))
+    if posixpath.basename(outer) != FOLDER:
+        return None
+    uri = posixpath.dirname(posixpath.dirname(place.uri.rstrip("/")))
+    return Location(place.filesystem, posixpath.dirname(outer), uri)
+
+
+def output_of(checkpoint: "Checkpoint") -> Location:
+    """The folder that holds the run: converted data sets lie there, too."""
+    run = run_folder(checkpoint)
+    return Location.of("runs" if run is None else posixpath.dirname(run.uri))
+
+
+def name_of(checkpoint: "Checkpoint") -> str:
+    run = run_folder(checkpoint)
+    return f"{run.name}-{checkpoint.location.name}" if run else checkpoint.location.name
+
+
+def described(experiment: "Experiment") -> str:
+    encoder = experiment.encoder
+    return (
+        f"{experiment.method.name}, {encoder.name} at {encoder.image_size} x {encoder.image_size}"
+    )

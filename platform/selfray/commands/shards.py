@@ -1,0 +1,237 @@
+"""`selfray shards`: images -> Parquet shards, and whether they are still whole."""
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from tyro.conf import Positional
+
+from selfray.check import require
+from selfray.commands.flags import flag
+from selfray.commands.words import clock, size
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from selfray.cluster.build import Manifest, Progress
+    from selfray.cluster.runtime import Console
+
+FAILED = 1
+
+
+LINES_WITHOUT_TERMINAL = 10
+"""Progress lines of a build whose output goes to a file."""
+
+
+@dataclass(frozen=True)
+class BuildShards:
+    """Turn images into Parquet shards, in parallel on all CPUs. Broken images are listed with their
+    reason and stop nothing; an interrupted build goes on when the same command is given again.
+    $ selfray shards build ~/scans s3://bucket/scans --max-side 512
+    """
+
+    interrupted: ClassVar[str] = "finished shards are kept, the same command goes on"
+
+    source: Annotated[
+        Positional[str],
+        flag(
+            """Folder of images, of WebDataset .tar or of .parquet files, or one such file; local,
+            s3:// or gs://.""",
+            "SRC",
+        ),
+    ]
+    destination: Annotated[
+        Positional[str],
+        flag("Folder for the shards, new or empty; local, s3:// or gs://.", "DST"),
+    ]
+    max_side: Annotated[
+        int | None,
+        flag(
+            """Shrink images so that their longer side has at most this many pixels, as JPEGs of
+            quality 95. A crop of a fifth of a square image has 0.45 of its side: give at least
+            twice the size of the views.""",
+            "PIXELS",
+            "keep the files' bytes as they are",
+        ),
+    ] = None
+    labels: Annotated[
+        Literal["auto", "folders", "none"],
+        flag(
+            """auto: class folders, a metadata table beside images, .cls or .json members of tars, a
+            label column of Parquet. folders: the first folder below SRC or its split is the class.
+            none: no labels."""
+        ),
+    ] = "auto"
+    shard_mib: Annotated[
+        float, flag("Size of a shard in MiB; a task takes about three times this memory.", "MIB")
+    ] = 128
+    max_pixels: Annotated[
+        int | None,
+        flag(
+            "Images of more pixels (width x height) are quarantined before they are decoded.",
+            "N",
+            "100 million",
+        ),
+    ] = None
+    seed: Annotated[int, flag("Seed of the order in which images are spread over shards.", "N")] = 0
+    image_column: Annotated[
+        str | None,
+        flag("Column of the images, where SRC is Parquet.", "NAME", "found by its type"),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        flag(
+            "Column of the labels, in Parquet or in a metadata table beside the images.",
+            "NAME",
+            "found by its name",
+        ),
+    ] = None
+
+    def run(self, console: "Console") -> int:
+        from selfray.cluster import build, runtime
+
+        require(self.shard_mib > 0, f"--shard-mib must be positive, got {self.shard_mib:g}")
+        options = build.BuildOptions(
+            max_side=self.max_side,
+            shard_bytes=max(1, int(self.shard_mib * 2**20)),
+            labels=self.labels,
+            seed=self.seed,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
+        if self.max_pixels is not None:
+            options = replace(options, max_pixels=self.max_pixels)
+        started = time.monotonic()
+        line = BuildLine(console)
+        with ExitStack() as stack:
+
+            def on_progress(progress: "Progress") -> None:
+                # The first report comes when the plan is made, before any task: so a wrong folder
+                # is told at once and not after Ray's start.
+                if line.first is None:
+                    console.live("starting Ray")
+                    stack.enter_context(runtime.session())
+                line.show(progress)
+
+            console.live(f"looking through {self.source}")
+            manifest = build.build(self.source, self.destination, options, on_progress)
+        destination = Location.of(self.destination)
+        for text in _summary(manifest, destination, time.monotonic() - started):
+            console.say(text)
+        return 0
+
+
+@dataclass(frozen=True)
+class CheckShards:
+    """Compare shards with their manifest: existence, size, sha256, structure. The exit code is 0
+    where all is well, 1 where something is wrong, 2 where there is no such folder.
+    $ selfray shards check s3://bucket/scans --deep
+    """
+
+    interrupted: ClassVar[str] = "nothing was changed"
+
+    destination: Annotated[
+        Positional[str], flag("Folder that `selfray shards build` has written.", "DST")
+    ]
+    deep: Annotated[
+        bool, flag("Decode every image, too; takes about as long as the build.", default="")
+    ] = False
+
+    def run(self, console: "Console") -> int:
+        from selfray.cluster import build, runtime
+
+        started = time.monotonic()
+
+        def on_progress(progress: "Progress") -> None:
+            console.live(f"{progress.shards_done:,} of {progress.shards_total:,} shards checked")
+
+        with ExitStack() as stack:
+            if (Location.of(self.destination) / build.MANIFEST).exists():
+                console.live("starting Ray")
+                stack.enter_context(runtime.session())
+            report = build.check(self.destination, on_progress, self.deep)
+        for problem in report.problems:
+            console.say(f"problem: {problem}")
+        found = len(report.problems)
+        console.say(
+            f"{report.destination}: {report.images:,} images in {report.shards:,} shards, "
+            f"{size(report.bytes)}: "
+            + ("no problems" if report.ok else f"{found:,} problem{'s' if found > 1 else ''}")
+            + ("" if self.deep else "; images not decoded (--deep does)" if report.ok else "")
+            + f"; {time.monotonic() - started:.0f} s"
+        )
+        return 0 if report.ok else FAILED
+
+
+class BuildLine:
+    """The progress of a build: one live line, or a handful of lines where nobody watches."""
+
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+        self.first: Progress | None = None
+        """What was there at the start: it says nothing about the speed."""
+        self._started = 0.0
+        self._shown = 0
+
+    def show(self, progress: "Progress") -> None:
+        if progress.note:
+            self._console.say(progress.note)
+        if self.first is None:
+            self.first, self._started = progress, time.monotonic()
+        line = self._line(progress, self.first)
+        if self._console.is_terminal:
+            self._console.live(line)
+            return
+        tenth = progress.shards_done * LINES_WITHOUT_TERMINAL // max(1, progress.shards_total)
+        if tenth > self._shown:
+            if progress is not self.first:
+                self._console.say(line)
+            self._shown = tenth
+
+    def _line(self, now: "Progress", first: "Progress") -> str:
+        seconds = time.monotonic() - self._started
+        total = f" of {now.images_total:,}" if now.images_total is not None else ""
+        parts = [f"{now.images_done:,}{total} images"]
+        if now.shards_done > first.shards_done:
+            images = (now.images_done - first.images_done) / seconds
+            size = (now.bytes - first.bytes) / seconds
+            left = seconds * (now.shards_total - now.shards_done)
+            left /= now.shards_done - first.shards_done
+            parts += [f"{images:,.0f} images/s", f"{size / 1e6:,.1f} MB/s", f"{clock(left)} left"]
+        return "  ".join([*parts, f"{now.quarantined:,} quarantined"])
+
+
+def _summary(manifest: "Manifest", destination: Location, seconds: float) -> Iterator[str]:
+    """What a build came to, and the command that uses it."""
+    from selfray.cluster.build import QUARANTINE
+
+    yield (
+        f"{destination}: {manifest.images:,} images in {len(manifest.shards):,} shards, "
+        f"{size(manifest.bytes)}, {seconds:.0f} s"
+    )
+    width, height = manifest.image_width, manifest.image_height
+    yield (
+        f"pixels (min / median / max): width {width.min} / {width.median} / {width.max}, "
+        f"height {height.min} / {height.median} / {height.max}"
+    )
+    if manifest.labels is None:
+        yield "labels: none, so the encoder cannot be probed on these images"
+    else:
+        counts = sorted(manifest.labels.counts.values())
+        unlabelled = manifest.labels.unlabelled
+        sizes = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[0] < counts[-1] else "")
+        yield f"labels: {len(counts):,} classes of {sizes} images" + (
+            f"; {unlabelled:,} images without" if unlabelled else ""
+        )
+    quarantined = manifest.quarantined
+    if quarantined.count:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in quarantined.reasons.items())
+        yield f"quarantined: {reasons}; see {destination / QUARANTINE}"
+    else:
+        yield "quarantined: none"
+    yield (
+        "next: python experiments/pretrain.py mae-imagenet --data.path "
+        f"{shlex.quote(destination.uri)}"
+    )

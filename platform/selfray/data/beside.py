@@ -1,0 +1,91 @@
+"""Images that a Parquet file or a table names by their paths, and that lie beside it."""
+
+import posixpath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfray.storage import Location
+
+MAX_IMAGE_BYTES = 256 * 2**20
+"""A larger file is refused unread: it would take the worker's memory, and is no photograph."""
+
+
+def image_beside(folder: Location, path: str) -> Location:
+    """The file that a row's path names, inside the folder. ValueError where it leads out of it: a
+    file from a stranger must not choose what is read."""
+    root = folder.path.rstrip("/") + "/"
+    inner = path.removeprefix(root) if folder.is_local else path
+    inner = posixpath.normpath(inner)
+    if inner.startswith(("/", "../")) or inner in ("..", ".") or "://" in inner or "\0" in inner:
+        raise ValueError(f"the path {path} does not lie in {folder}")
+    return folder / inner
+
+
+def read_beside(parquet_uri: str, path: str) -> bytes:
+    """The bytes of the image that a row names. OSError, ValueError say why there are none."""
+    place = image_beside(Location.of(parquet_uri).parent, path)
+    size = place.info().size
+    if size is None:
+        raise FileNotFoundError(f"{place} does not exist")
+    if size > MAX_IMAGE_BYTES:
+        raise ValueError(f"{place} has {size:,} bytes, more than any image")
+    return place.read_bytes()
+
+
+def require_images_beside(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str) -> None:
+    """Refuse a file whose first row holds the path of an image that is not there, no bytes.
+
+    Told at the start rather than after minutes, when a run finds no readable image.
+    """
+    path = _first_path(uri, footer, schema, image)
+    if path is None:
+        return
+    try:
+        found = image_beside(Location.of(uri).parent, path).exists()
+    except ValueError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"{uri} holds only the paths of images, no bytes, and there is no {path} beside it: "
+            "give the folder of the images, put the file where the paths begin, or write it with "
+            "the images inside"
+        )
+
+
+def _first_path(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str) -> str | None:
+    """The path in the first row, where it has one and no bytes."""
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind):
+        names = [field.name for field in kind.fields]
+        if "path" not in names:
+            return None
+        if "bytes" in names and not _begins_with_null(footer, f"{image}.bytes"):
+            return None
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return None
+    location = Location.of(uri)
+    try:
+        with location.filesystem.open_input_file(location.path) as stream:
+            batches = pq.ParquetFile(stream).iter_batches(batch_size=1, columns=[image])
+            first = next(batches).column(0)[0].as_py()
+    except (OSError, pa.ArrowException, StopIteration):
+        return None  # what cannot be read is named when it is read
+    if isinstance(first, dict):
+        return None if first.get("bytes") is not None else first.get("path")
+    return first if isinstance(first, str) else None
+
+
+def _begins_with_null(footer: pq.FileMetaData, column: str) -> bool:
+    """Whether the first row group may lack bytes: true unless its statistics say otherwise."""
+    for group in range(footer.num_row_groups):
+        chunks = footer.row_group(group)
+        if not chunks.num_rows:
+            continue
+        for index in range(chunks.num_columns):
+            chunk = chunks.column(index)
+            if chunk.path_in_schema == column:
+                statistics = chunk.statistics
+                return statistics is None or statistics.null_count != 0
+        return True
+    return False

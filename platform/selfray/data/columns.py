@@ -1,0 +1,319 @@
+"""What the columns of a Parquet file mean: which holds the images, which the labels, and which
+classes there are.
+
+Labels may be integers of any size and with gaps, whole floats, text, bools, or a dictionary of
+any of these. A class's label is its place among the sorted values, 0..C-1. What is negative, empty,
+null or NaN is no label.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from selfray.data.layout import natural
+
+NO_LABEL = -1
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "category")
+MOST_CLASSES = 100_000
+"""A column of more values holds no classes but names or numbers of images."""
+SMALLEST_IMAGE = 64
+"""Values of fixed size below this many bytes are digests or ids."""
+HOW_TO_CHOOSE = "--data.image-column (--image-column of selfray's commands)"
+
+Value = int | str
+# Its functions are made at import, where type checkers do not see them.
+pc: Any = pyarrow.compute
+
+
+# Images ------------------------------------------------------------------------------------------
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_fixed_size_binary(kind):
+        return kind.byte_width >= SMALLEST_IMAGE
+    return (
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(f.name == "bytes" and _holds_bytes(f.type) for f in kind.fields)
+    return _holds_bytes(kind)
+
+
+def described(schema: pa.Schema) -> str:
+    """Names and types of columns for a message, of the first ten."""
+    shown = [f"{f.name}: {f.type}" for f in list(schema)[:10]]
+    return ", ".join([*shown, *(["..."] if len(schema) > 10 else [])]) or "no columns"
+
+
+def image_column(schema: pa.Schema, file: object, wanted: str | None) -> str:
+    """The column that holds the images. ValueError where there is none, or where several may."""
+    columns = described(schema)
+    candidates = [f.name for f in schema if _holds_images(f.type)]
+    if wanted is not None and schema.names.count(wanted) != 1:
+        what = "is not in" if wanted not in schema.names else "is the name of several columns of"
+        raise ValueError(f"--data.image-column {wanted} {what} {file}, which has {columns}")
+    if wanted is not None:
+        if wanted not in candidates and not _holds_paths(schema.field(wanted).type):
+            raise ValueError(f"--data.image-column {wanted} holds no images in {file}: {columns}")
+        return wanted
+    if not candidates:
+        named = [f.name for f in schema if f.name in _IMAGE_NAMES and _holds_paths(f.type)]
+        if len(named) == 1:
+            return named[0]
+        raise ValueError(
+            f"{file} has no image column (binary, or struct<bytes, path>); its columns are "
+            f"{columns}; name one with {HOW_TO_CHOOSE}, or give the folder of the images"
+        )
+    usual = [name for name in _IMAGE_NAMES if candidates.count(name) == 1]
+    if usual:
+        return usual[0]
+    if len(candidates) > 1:
+        raise ValueError(
+            f"{file} has several columns that may hold images ({', '.join(candidates)}): choose "
+            f"one with {HOW_TO_CHOOSE}"
+        )
+    return candidates[0]
+
+
+_IMAGE_NAMES = ("image", "img", "file_name", "image_path", "path", "file")
+
+
+def _holds_paths(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(f.name == "path" and _is_text(f.type) for f in kind.fields)
+    return _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+# Labels ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How the values of one file's label column become labels."""
+
+    values: tuple[Value | None, ...] = field(repr=False)
+    """values[label] as the file writes it; None for a class that this file cannot name."""
+
+    def __post_init__(self) -> None:
+        # Asked for in each read: not over thousands of names.
+        object.__setattr__(self, "_hash", hash(self.values))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Classes, (self.values,)  # text hashes otherwise in each process
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """The label column of a data set, or why there is none that can be used."""
+
+    name: str | None
+    names: tuple[str, ...] | None = None
+    """Names of the integers 0, 1, ..., where the file's metadata gives them."""
+    refused: str = ""
+    """A column by the name of labels that cannot be used, and the reason."""
+
+
+def label_column(schema: pa.Schema, file: object, wanted: str | None) -> LabelColumn:
+    """The column of the labels. ValueError where the `wanted` one is missing or of no use."""
+    features = _features(schema)
+    if wanted is not None:
+        reason = _why_unusable(schema, wanted)
+        if reason:
+            raise ValueError(
+                f"--data.label-column {wanted} of {file} {reason}; its columns are "
+                f"{described(schema)}"
+            )
+        return LabelColumn(wanted, _names(features, wanted))
+    lower = {name.lower(): name for name in reversed(schema.names)}
+    usual = [lower[name] for name in LABEL_COLUMNS if name in lower]
+    classes = [n for n, f in features.items() if isinstance(f, dict) and _is_class_label(f)]
+    refused = ""
+    for name in [*usual, *(n for n in classes if n in schema.names and len(classes) == 1)]:
+        reason = _why_unusable(schema, name)
+        if not reason:
+            return LabelColumn(name, _names(features, name))
+        refused = refused or f"the column {name} of {file} {reason}"
+    return LabelColumn(None, refused=refused)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """The columns' features as Hugging Face's `datasets` keeps them in the schema's metadata."""
+    try:
+        info: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError:  # whoever wrote it: the columns are there all the same
+        return {}
+    for key in ("info", "features"):
+        info = info.get(key, info if key == "info" else None) if isinstance(info, dict) else None
+    return info if isinstance(info, dict) else {}
+
+
+def _is_class_label(feature: dict[str, Any]) -> bool:
+    return feature.get("_type") == "ClassLabel"
+
+
+def _names(features: dict[str, Any], column: str) -> tuple[str, ...] | None:
+    feature = features.get(column)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(names, list) or not names:
+        return None
+    texts = tuple(str(name) for name in names)
+    return texts if len(set(texts)) == len(texts) else None
+
+
+def _why_unusable(schema: pa.Schema, name: str) -> str:
+    """Why a column cannot be one of labels, as the end of a sentence; empty where it can."""
+    count = schema.names.count(name)
+    if count != 1:
+        return "is there twice" if count else "is missing"
+    kind = schema.field(name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return "is empty"
+    if pa.types.is_nested(kind):
+        return f"holds {kind} and not one value for each image"
+    usable = (
+        _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+        or pa.types.is_floating(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    )  # fmt: skip
+    return "" if usable else f"holds {kind}, which names no classes"
+
+
+class NoClassesError(ValueError):
+    """A label column whose values are no classes; the message ends a sentence."""
+
+
+def plain_values(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Labels as int64 or text, null where there is none. NoClassesError where they are neither."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        # Taken rather than cast: a cast of indices that are damaged would read anywhere.
+        array = array.dictionary.take(array.indices)
+        kind = array.type
+    try:
+        if pa.types.is_floating(kind):
+            array = pc.if_else(pc.is_nan(array), pa.scalar(None, kind), array)
+            return _not_negative(array.cast(pa.int64()))
+        if pa.types.is_uint64(kind) and len(array) and (pc.max(array).as_py() or 0) >= 2**63:
+            return array.cast(pa.string())
+        if pa.types.is_integer(kind):
+            return _not_negative(array.cast(pa.int64()))
+        text = array.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        what = "numbers that are not whole" if pa.types.is_floating(kind) else "bytes, no text"
+        raise NoClassesError(f"holds {what}") from error
+    text = pc.utf8_trim_whitespace(text)
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _not_negative(array: pa.Array) -> pa.Array:
+    return pc.if_else(pc.less(array, 0), pa.scalar(None, pa.int64()), array)
+
+
+def labels_of(column: pa.ChunkedArray | pa.Array, classes: Classes) -> np.ndarray:
+    """Labels int64 [n]; -1 where a row has none, or a value that is none of the classes."""
+    try:
+        values = plain_values(column)
+    except NoClassesError:  # a part that was not there when the classes were listed
+        return np.full(len(column), NO_LABEL, dtype=np.int64)
+    if pa.types.is_int64(values.type) and _counts_from_zero(classes):
+        found = values.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
+        return np.where(found < len(classes.values), found, NO_LABEL)
+    wanted = _value_set(classes, values.type)
+    return (
+        pc.index_in(values, wanted, skip_nulls=True)
+        .fill_null(NO_LABEL)
+        .to_numpy(zero_copy_only=False)
+        .astype(np.int64)
+    )
+
+
+@lru_cache(maxsize=64)
+def _counts_from_zero(classes: Classes) -> bool:
+    return classes.values == tuple(range(len(classes.values)))
+
+
+@lru_cache(maxsize=64)
+def _value_set(classes: Classes, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_int64(kind):
+        return pa.array([v if isinstance(v, int) else _as_int(v) for v in classes.values], kind)
+    return pa.array([None if v is None else str(v) for v in classes.values], pa.string())
+
+
+def _as_int(value: str | None) -> int | None:
+    return int(value) if value is not None and is_label_number(value) else None
+
+
+def is_label_number(text: str) -> bool:
+    """Whether a label's text is a number that int64 holds."""
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63
+
+
+def distinct(column: pa.ChunkedArray | pa.Array) -> dict[Value, int]:
+    """The values of a label column, and how many rows have each."""
+    values = plain_values(column).drop_null()
+    return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
+
+
+def sorted_values(values: Iterable[Value]) -> list[Value]:
+    """In the order of their labels: numbers by their value, before words."""
+    return sorted(values, key=lambda value: natural(str(value)))
+
+
+def class_names(
+    columns: Sequence[tuple[tuple[str, ...] | None, Iterable[Value]]],
+) -> tuple[str, ...]:
+    """The classes of a data set, from (names of 0, 1, ..., values found) of each of its files.
+
+    Where all files give the same names, these are the classes, and whether each is there or not.
+    """
+    given = {names for names, _ in columns}
+    if len(given) == 1 and (names := next(iter(given))) is not None:
+        return names
+    found: set[str] = set()
+    for names, values in columns:
+        if names is not None:
+            found.update(names)
+        else:
+            found.update(str(value) for value in values)
+    return tuple(sorted(found, key=natural))
+
+
+def coded(
+    names: tuple[str, ...] | None, values: Iterable[Value], classes: tuple[str, ...]
+) -> Classes:
+    """How a file writes the `classes`: by its own names of 0, 1, ..., or by its values."""
+    if names is not None:
+        own: dict[str, Value] = {name: index for index, name in enumerate(names)}
+    else:
+        own = {str(value): value for value in values}
+    return Classes(tuple(own.get(name) for name in classes))
+
+
+def too_many_classes(count: int) -> str:
+    return "" if count <= MOST_CLASSES else f"has more than {MOST_CLASSES:,} values"

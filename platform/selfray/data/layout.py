@@ -1,0 +1,324 @@
+"""What the names of a data set mean: train and test, classes, and what is left out.
+
+Decided here, once, for every command: `pretrain.py`, the sweeps, `selfray probe` and `selfray
+shards build` ask `understand` with the names of all files, and get the same answer. The table of
+layouts is in docs/layouts.md, and what a Parquet file's columns mean in columns.py.
+"""
+
+import collections
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from selfray.check import require
+
+SourceKind = Literal["images", "tar", "parquet"]
+LabelRule = Literal["auto", "folders", "none"]
+
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    "avif", "bmp", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg",
+    "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
+})
+# fmt: on
+
+TRAIN, UNLABELED, VALIDATION, TEST = "train", "unlabeled", "validation", "test"
+SPLITS = (TRAIN, UNLABELED, VALIDATION, TEST)
+"""In the order of a data set's shards. The first two are trained on, the others never."""
+
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training", "trainval"), TRAIN),
+    **dict.fromkeys(("unlabeled", "unlabelled", "unsupervised"), UNLABELED),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), VALIDATION),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), TEST),
+}
+# fmt: off
+_NEUTRAL_WORDS = frozenset({
+    "", "class", "classes", "data", "dataset", "examples", "files", "folder", "image", "images",
+    "img", "imgs", "jpeg", "jpg", "of", "only", "parquet", "part", "photos", "pictures", "pics",
+    "png", "sample", "samples", "set", "shard", "shards", "split", "subset", "tar",
+})
+# fmt: on
+"""Beside a split's name in a folder's name, these say nothing more: `test_images`, `trainingSet`"""
+_SPLIT_KEYS = ("split", "subset", "partition")
+LABEL_KEYS = ("label", "labels", "class", "target", "category")
+"""Of folders named like `label=cat`, as Hive and pyarrow's partitioned data sets have them."""
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What the names of some files say, in the order of the files."""
+
+    splits: tuple[str | None, ...]
+    """One of SPLITS; None for what is left out."""
+    labels: tuple[str | None, ...]
+    """The name of the class, where a folder is one."""
+    has_splits: bool
+    """Whether any name is a split's; else all are train."""
+    origins: Mapping[str, str]
+    """split -> what the files call it, such as `val2017/`."""
+    left_out: Mapping[str, int]
+    """What is neither train nor test beside those that are: top folder or file -> files."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes in the order of their labels; None where no folder is a class."""
+        found = {label for label in self.labels if label is not None}
+        return tuple(sorted(found)) if found else None
+
+
+def understand(
+    names: Sequence[str], kind: SourceKind, rule: LabelRule = "auto", source: object = ""
+) -> Understood:
+    """What the names of all files of a data set mean.
+
+    Args:
+        names: paths inside the data set, with /.
+        rule: where class names come from; see BuildOptions.labels.
+        source: the data set, for messages.
+    """
+    folders = _Folders(pictures(names, kind), kind)
+    splits: list[str | None] = []
+    marks: list[str] = []
+    for name in names:
+        split, mark = folders.split_of(posixpath.dirname(name))
+        if split is None and kind != "images":
+            split, mark = _of_file(posixpath.basename(name))
+        splits.append(split)
+        marks.append(mark)
+    if kind != "images" and not set(splits) & {TRAIN, UNLABELED, None}:
+        # A file named `crash-test.parquet` alone is no test set.
+        splits = [
+            split if mark.endswith("/") or not _parsed(posixpath.basename(name))[1] else None
+            for name, split, mark in zip(names, splits, marks, strict=True)
+        ]
+    has_splits = any(split is not None for split in splits)
+    labels = _labels(names, folders, splits, kind, rule, source)
+    left_out: collections.Counter[str] = collections.Counter()
+    if TRAIN in splits:
+        seen = set(pictures(names, kind))
+        used = {n.partition("/")[0] for n, s in zip(names, splits, strict=True) if s is not None}
+        for name, split in zip(names, splits, strict=True):
+            if split is None and name in seen:
+                top, slash, _ = name.partition("/")
+                left_out[
+                    f"{posixpath.dirname(name)}/" if slash and top in used else top + slash
+                ] += 1
+    else:
+        splits = [split or TRAIN for split in splits]
+    origins: dict[str, str] = {}
+    for split, mark in sorted({(s, m) for s, m in zip(splits, marks, strict=True) if s and m}):
+        origins[split] = f"{origins[split]}, {mark}" if split in origins else mark
+    return Understood(tuple(splits), tuple(labels), has_splits, origins, dict(left_out))
+
+
+def extension(name: str) -> str:
+    return posixpath.splitext(name)[1][1:].lower()
+
+
+def pictures(names: Sequence[str], kind: SourceKind) -> Sequence[str]:
+    """The names that tell what is meant: beside images, a README or a folder of .xml files is no
+    class and no split."""
+    if kind != "images":
+        return names
+    return [name for name in names if extension(name) in IMAGE_EXTENSIONS] or names
+
+
+def natural(name: str) -> tuple[int, int, str]:
+    """Sorts numbers by their value, and before words."""
+    is_number = name.isascii() and name.isdigit() and len(name) < 30
+    return (0, int(name), name) if is_number else (1, 0, name)
+
+
+# Splits ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=65_536)
+def _parsed(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """(the split that a name tells, its other words)."""
+    key, _, value = name.partition("=")
+    if value and key.lower() in _SPLIT_KEYS:
+        name = value
+    elif value:
+        return None, ()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("held-out", "heldout")
+    parts = [
+        w.rstrip("0123456789") for w in re.split(r"[\W_]+", words.replace("held_out", "heldout"))
+    ]
+    found = {_SPLIT_OF_WORD[word] for word in parts if word in _SPLIT_OF_WORD}
+    rest = tuple(w for w in parts if w not in _SPLIT_OF_WORD and w not in _NEUTRAL_WORDS)
+    if found == {TRAIN, UNLABELED}:
+        found = {UNLABELED}
+    if TRAIN not in found and found & {VALIDATION, TEST} and len(found) > 1:
+        found = {TEST}
+    return (found.pop() if len(found) == 1 else None), rest
+
+
+def _of_file(base: str) -> tuple[str | None, str]:
+    split, _ = _parsed(base)
+    return split, split or ""
+
+
+class _Folders:
+    """The folders of a data set, and which of them are splits."""
+
+    def __init__(self, names: Iterable[str], kind: SourceKind) -> None:
+        self._kind = kind
+        self._inside: dict[str, set[str]] = collections.defaultdict(set)
+        """Folder -> the folders in it that hold files."""
+        self._holds_files: set[str] = set()
+        self._known: dict[str, tuple[str | None, str]] = {}
+        self._splits: dict[str, dict[str, str]] = {}
+        for folder in {posixpath.dirname(name) for name in names}:
+            self._holds_files.add(folder)
+            while folder and folder not in self._known:
+                self._known[folder] = (None, "")
+                above, base = posixpath.split(folder)
+                self._inside[above].add(base)
+                folder = above
+        self._known = {}
+
+    def split_of(self, folder: str) -> tuple[str | None, str]:
+        """(split, the folder's own name with a /) of what lies in a folder."""
+        if folder not in self._known:
+            above = ""
+            self._known[folder] = (None, "")
+            for part in folder.split("/") if folder else ():
+                split = self._splits_in(above).get(part)
+                if split is not None:
+                    self._known[folder] = (split, part + "/")
+                    break
+                above = f"{above}/{part}" if above else part
+        return self._known[folder]
+
+    def parts(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The folders above a split's and those below it; all of them below where there is none."""
+        above, parts = "", tuple(folder.split("/")) if folder else ()
+        for index, part in enumerate(parts):
+            if part in self._splits_in(above):
+                return parts[:index], parts[index + 1 :]
+            above = f"{above}/{part}" if above else part
+        return (), parts
+
+    def _splits_in(self, above: str) -> dict[str, str]:
+        """The folders in a folder that are splits."""
+        if above not in self._splits:
+            self._splits[above] = self._find(above)
+        return self._splits[above]
+
+    def _find(self, above: str) -> dict[str, str]:
+        inside = self._inside.get(above, set())
+        parsed = {part: _parsed(part) for part in inside}
+        splits = {p: split for p, (split, rest) in parsed.items() if split and not rest}
+        # `cells_train` and `cells_test` are splits as a pair; `crash-test` alone is a class.
+        pairs: dict[tuple[str, ...], set[str]] = collections.defaultdict(set)
+        for split, rest in parsed.values():
+            if split and rest:
+                pairs[rest].add(split)
+        for part, (split, rest) in parsed.items():
+            if split and rest and TRAIN in pairs[rest] and len(pairs[rest]) > 1:
+                splits[part] = split
+        if self._kind == "images" and self._train_is_a_class(above, splits, inside - set(splits)):
+            splits = {part: split for part, split in splits.items() if split != TRAIN}
+        return splits
+
+    def _train_is_a_class(self, above: str, splits: Mapping[str, str], others: set[str]) -> bool:
+        """Among buses and cars, `train` is what runs on rails: with images of its own, beside other
+        folders, and no folder of test images, or one that has the same classes."""
+
+        def inside(part: str) -> set[str]:
+            return self._inside.get(f"{above}/{part}" if above else part, set())
+
+        trains = [part for part, split in splits.items() if split == TRAIN]
+        if len(trains) != 1 or trains[0].lower() != "train" or inside(trains[0]):
+            return False
+        tests = [part for part, split in splits.items() if split in (VALIDATION, TEST)]
+        if not tests:
+            return len(others) >= 2 and not any(inside(part) for part in others)
+        return any(trains[0] in inside(part) and inside(part) & others for part in tests)
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def _labels(
+    names: Sequence[str],
+    folders: _Folders,
+    splits: Sequence[str | None],
+    kind: SourceKind,
+    rule: LabelRule,
+    source: object,
+) -> list[str | None]:
+    nothing: list[str | None] = [None] * len(names)
+    if rule == "none":
+        return nothing
+    hive = [_hive_label(name) for name in names]
+    if any(label is not None for label in hive):
+        return hive
+    if kind != "images":
+        return nothing
+    if rule == "folders":
+        return _first_folders(names, folders, source)
+    # Each folder is looked at once: a data set has millions of images, and few folders.
+    seen = set(pictures(names, kind))
+    is_used = {
+        posixpath.dirname(name): split
+        for name, split in zip(names, splits, strict=True)
+        if name in seen and (split is not None or TRAIN not in splits)
+    }
+    below = {f: folders.parts(f) for f, split in is_used.items() if split != UNLABELED}
+    for side in (1, 0):
+        class_of = _classes({f: parts[side] for f, parts in below.items()}, any(splits))
+        labels = [class_of.get(posixpath.dirname(name)) for name in names]
+        trained = [
+            label
+            for name, label, split in zip(names, labels, splits, strict=True)
+            if name in seen and (split == TRAIN or (split is None and TRAIN not in splits))
+        ]
+        # Some images beside the class folders cost their own label; if most are, those are none.
+        if 2 * sum(label is not None for label in trained) > len(trained):
+            return labels
+    return nothing
+
+
+def _classes(parts_of: Mapping[str, tuple[str, ...]], has_splits: bool) -> dict[str, str]:
+    """Folder -> class, by the folders that lead to it; empty where they are no classes."""
+    paths = {parts for parts in parts_of.values() if parts}
+    depth = 0
+    # A folder around all others, such as `images`, is no class.
+    while paths and len({p[depth] for p in paths}) == 1 and all(len(p) > depth + 1 for p in paths):
+        depth += 1
+    found = {parts[depth] for parts in paths}
+    if len(found) < 2 and not (has_splits and found and _has_meaning(next(iter(found)))):
+        return {}
+    return {folder: parts[depth] for folder, parts in parts_of.items() if len(parts) > depth}
+
+
+def _has_meaning(name: str) -> bool:
+    return any(w not in _NEUTRAL_WORDS for w in re.split(r"[\W_\d]+", name.lower()))
+
+
+def _hive_label(name: str) -> str | None:
+    for part in name.split("/")[:-1]:
+        key, _, value = part.partition("=")
+        if value and key.lower() in LABEL_KEYS:
+            return value
+    return None
+
+
+def _first_folders(names: Sequence[str], folders: _Folders, source: object) -> list[str | None]:
+    """The rule `folders`: whatever lies deeper, the first folder is the class."""
+    labels: list[str | None] = []
+    seen = set(pictures(names, "images"))
+    for name in names:
+        _, below = folders.parts(posixpath.dirname(name))
+        require(
+            bool(below) or name not in seen,
+            f'labels "folders" needs every image in a class folder, but {source} holds '
+            f'{name} itself: move it, or use labels "none"',
+        )
+        labels.append(below[0] if below else None)
+    return labels

@@ -1,0 +1,252 @@
+"""The manifest of a folder of shards, and the records of shards that it is made from."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfray.check import require
+from selfray.data.columns import NO_LABEL
+from selfray.data.files import Quarantined
+from selfray.data.layout import SPLITS
+from selfray.data.listing import Plan
+from selfray.storage import Location, one_line
+
+MANIFEST = "manifest.json"
+BUILD_FOLDER = "_build"  # readers of Parquet folders pass over names that start with _
+PLAN = "plan.json"
+SHARD_NAME = rf"(({'|'.join(SPLITS)})-)?shard-\d{{5,}}\.parquet"
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Shard":
+        """ValueError, TypeError where it is none. Its name is a file's, inside the folder."""
+        shard = cls(**{**value, "row_groups": tuple(value["row_groups"])})
+        _require_shard(shard.name, shard.rows, shard.bytes, shard.sha256, shard.row_groups)
+        return shard
+
+
+@dataclass(frozen=True)
+class Labels:
+    names: tuple[str, ...] | None
+    """names[label] is the class's name; None where the source has integers only."""
+    counts: dict[str, int]
+    """Images of each class, by name, or by the integer as text where there is no name."""
+    unlabelled: int
+    """Images with label -1: the source has labels, but none for these."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Sizes in pixels over all stored images."""
+
+    min: int
+    median: int
+    max: int
+
+
+@dataclass(frozen=True)
+class QuarantineCount:
+    count: int
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds; stored as manifest.json."""
+
+    source: str
+    options: dict[str, Any]
+    images: int
+    bytes: int
+    labels: Labels | None
+    shards: tuple[Shard, ...]
+    image_width: Spread
+    image_height: Spread
+    formats: dict[str, int]
+    quarantined: QuarantineCount
+    max_side: int | None
+    plan: dict[str, Any]
+    """files, bytes and fingerprint of the source's listing: tells one build from another."""
+
+    FORMAT = "selfray-shards"
+    VERSION = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Manifest":
+        """The inverse of to_json. ValueError where this is no manifest or of another version."""
+        require(
+            isinstance(value, dict) and value.get("format") == cls.FORMAT,
+            f'this is no manifest of selfray shards: it lacks "format": "{cls.FORMAT}"',
+        )
+        require(
+            value.get("version") == cls.VERSION,
+            f"the manifest has version {value.get('version')}, this selfray reads version "
+            f"{cls.VERSION}: use the selfray that built the shards, or build them again",
+        )
+        fields = {f.name: value[f.name] for f in dataclasses.fields(cls)}
+        if (labels := fields["labels"]) is not None:
+            names = None if labels["names"] is None else tuple(labels["names"])
+            fields["labels"] = Labels(names, labels["counts"], labels["unlabelled"])
+        fields["shards"] = tuple(Shard.from_json(shard) for shard in fields["shards"])
+        fields["image_width"] = Spread(**fields["image_width"])
+        fields["image_height"] = Spread(**fields["image_height"])
+        fields["quarantined"] = QuarantineCount(**fields["quarantined"])
+        manifest = cls(**fields)
+        _require_counts(images=manifest.images, bytes=manifest.bytes)
+        _require_counts(quarantined=manifest.quarantined.count)
+        require(
+            isinstance(manifest.source, str)
+            and isinstance(manifest.options, dict)
+            and isinstance(manifest.plan, dict)
+            and isinstance(manifest.plan.get("fingerprint"), str),
+            "its source, options or plan are of another kind",
+        )
+        if manifest.labels is not None:
+            names = manifest.labels.names or ()
+            require(all(isinstance(n, str) for n in names), "its label names are no texts")
+            _require_counts(**manifest.labels.counts)
+            _require_counts(unlabelled=manifest.labels.unlabelled)
+        return manifest
+
+    @classmethod
+    def load(cls, folder: str | Path | Location) -> "Manifest":
+        """Read the manifest of a folder of shards. FileNotFoundError, ValueError name the file."""
+        location = Location.of(folder) / MANIFEST
+        if not location.exists():
+            raise FileNotFoundError(
+                f"{location} does not exist: give a folder that `selfray shards build` has finished"
+            )
+        try:
+            return cls.from_json(location.read_strict_json())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{location} cannot be read: {one_line(error)}; restore it from a copy, or delete "
+                f"{folder} and build the shards again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a finished shard adds to the manifest; stored beside it until the build is complete."""
+
+    number: int
+    name: str
+    rows: int
+    """0 where nothing sound was left: there is no file then."""
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    labels: dict[str, int]
+    widths: dict[str, int]
+    heights: dict[str, int]
+    formats: dict[str, int]
+    quarantined: tuple[Quarantined, ...]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "ShardRecord":
+        """ValueError, TypeError, KeyError where it is none."""
+        value["row_groups"] = tuple(value["row_groups"])
+        value["quarantined"] = tuple(Quarantined(*entry) for entry in value["quarantined"])
+        record = cls(**value)
+        _require_shard(record.name, record.rows, record.bytes, record.sha256, record.row_groups)
+        require(shard_number(record.name) == record.number, f"it has the number {record.number}")
+        for counts in (record.labels, record.widths, record.heights, record.formats):
+            _require_counts(**counts)
+        require(
+            all(isinstance(text, str) for entry in record.quarantined for text in entry),
+            "what it has quarantined has no names",
+        )
+        return record
+
+
+def _require_shard(name: str, rows: int, size: int, sha256: str, row_groups: Sequence[int]) -> None:
+    require(
+        isinstance(name, str) and re.fullmatch(SHARD_NAME, name) is not None,
+        f"it names a shard {name!r}",
+    )
+    _require_counts(rows=rows, bytes=size, **{f"group {i}": n for i, n in enumerate(row_groups)})
+    require(isinstance(sha256, str) and sum(row_groups) == rows, f"{name} has wrong row groups")
+
+
+def _require_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}, no count")
+
+
+def shard_name(number: int, split: str = "") -> str:
+    """Such as shard-00007.parquet, or validation-shard-00007.parquet where there are splits: the
+    names by which `datasets` and selfray find a split."""
+    return f"{split}-shard-{number:05d}.parquet" if split else f"shard-{number:05d}.parquet"
+
+
+def shard_number(name: str) -> int:
+    return int(name.rpartition("shard-")[2].removesuffix(".parquet"))
+
+
+def manifest_of(
+    plan: Plan, records: Sequence[ShardRecord], quarantined: Sequence[Quarantined]
+) -> Manifest:
+    def merged(name: str) -> dict[str, int]:
+        total: collections.Counter[str] = collections.Counter()
+        for record in records:
+            total.update(getattr(record, name))
+        return dict(sorted(total.items()))
+
+    labels = None
+    if plan.layout.has_labels:
+        names, counts = plan.layout.label_names, merged("labels")
+        unlabelled = counts.pop(str(NO_LABEL), 0)
+        if names is None:
+            by_name = dict(sorted(counts.items(), key=lambda item: int(item[0])))
+        else:
+            by_name = {name: counts.pop(str(index), 0) for index, name in enumerate(names)} | counts
+        labels = Labels(names, by_name, unlabelled)
+    identity = plan.identity()
+    return Manifest(
+        source=identity.pop("source"),
+        options=identity.pop("options"),
+        images=sum(record.rows for record in records),
+        bytes=sum(record.bytes for record in records),
+        labels=labels,
+        shards=tuple(
+            Shard(r.name, r.rows, r.bytes, r.sha256, r.row_groups) for r in records if r.rows
+        ),
+        image_width=_spread(merged("widths")),
+        image_height=_spread(merged("heights")),
+        formats=merged("formats"),
+        quarantined=QuarantineCount(
+            len(quarantined),
+            dict(sorted(collections.Counter(q.reason for q in quarantined).items())),
+        ),
+        max_side=plan.options.max_side,
+        plan=identity,
+    )
+
+
+def _spread(counts: dict[str, int]) -> Spread:
+    sizes = {int(size): count for size, count in sorted(counts.items(), key=lambda c: int(c[0]))}
+    total, seen = sum(sizes.values()), 0
+    median = 0
+    for size, count in sizes.items():
+        seen += count
+        if seen * 2 >= total:
+            median = size
+            break
+    return Spread(min(sizes), median, max(sizes))

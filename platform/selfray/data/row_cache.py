@@ -1,0 +1,481 @@
+"""What one process knows of the row groups that it read, and how it opens their files again."""
+
+import errno
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfray.data.beside import read_beside
+from selfray.data.checksums import checksum, checksums_in
+from selfray.data.columns import labels_of
+from selfray.data.parquet_pages import value_places
+from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet
+from selfray.storage import Location, is_about_the_file, one_line, patiently
+
+_Result = TypeVar("_Result")
+
+
+class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
+    """A shard, or a row group of one, that is lost or damaged: `name` says which, `reason` why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class Taken(NamedTuple):
+    """Some rows of a row group."""
+
+    images: list[bytes]
+    """Empty where a row has none."""
+    labels: np.ndarray
+    """int64 [n]; -1 where there is none."""
+    faults: dict[int, str]
+    """Why the image of a row is damaged or out of reach, by its place among the rows."""
+
+
+class _Table(NamedTuple):
+    """A row group that is held whole."""
+
+    table: pa.Table
+    faults: dict[int, str]
+    """Why a row's image is damaged, by the row."""
+
+
+_Key = tuple[str, int, tuple[str, str | None], object]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """A row group whose images are read one by one."""
+
+    places: np.ndarray
+    """int64 [rows, 2]: offset and length of each."""
+    labels: np.ndarray
+    """int64 [rows]."""
+    stamp: "_Stamp"
+    """Of the file that they are places in."""
+    checksums: np.ndarray | None = None
+    """uint32 [rows] of the images, where the file has them."""
+
+
+_Stamp = tuple[int, ...]
+"""Tells a file from another one that took its place."""
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    stream: pa.NativeFile
+    footer: pq.FileMetaData
+    stamp: _Stamp
+    asked: float
+    """When the storage last said that it is the one of its name, by time.monotonic."""
+    checksums: np.ndarray | None = None
+    """uint32 [rows] of the file's images, where it has them."""
+
+    def of_group(self, group: int) -> np.ndarray | None:
+        """The checksums of a row group's images."""
+        if self.checksums is None:
+            return None
+        first = sum(self.footer.row_group(i).num_rows for i in range(group))
+        return self.checksums[first : first + self.footer.row_group(group).num_rows]
+
+
+class RowGroupCache:
+    """What this process knows of the row groups that it read: whole ones, up to a number of bytes,
+    and beyond that where their images lie.
+
+    A small data set is soon in memory. Of a larger one, row groups read whole would push each other
+    out before their other rows' turn comes, so its images are read one by one (parquet_pages.py)
+    where the files are plain, as `selfray shards build` writes them. What cannot be read is
+    remembered too, for a while. Threads may share a cache.
+    """
+
+    FORGET_SECONDS = 300.0
+    """How long a lost shard is not asked for again: each asking may wait for the storage."""
+    OPEN_FILES = 256
+    ASK_SECONDS = 60.0
+    """How long an object is taken for the one that was opened: each asking is a request."""
+    KNOWN_IMAGES = 2_000_000
+    """Images whose places are kept: 24 bytes each."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._tables: OrderedDict[_Key, _Table] = OrderedDict()
+        self._bytes = 0
+        self._places: OrderedDict[_Key, _Places] = OrderedDict()
+        self._placed = 0
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._is_plain: dict[tuple[str, str], bool] = {}
+        """Whether a file's images have places, by its name and column; checked once."""
+        self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
+        self._lock = threading.Lock()
+        self._check = threading.Lock()
+
+    def take(self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray) -> Taken:
+        """Some rows of a row group.
+
+        UnreadableShard where the file is lost or damaged; OSError where its storage fails for
+        longer than it is waited for.
+        """
+        label = shards.label_column if file.classes is not None else None
+        key = (file.uri, group, (shards.image_column, label), file.classes)
+        taken = self._take(key, shards, file, group, rows)
+        if file.label != NO_LABEL:
+            taken.labels.fill(file.label)
+        return taken
+
+    def _take(
+        self, key: "_Key", shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
+    ) -> Taken:
+        known = self._known(key)
+        if isinstance(known, _Table):
+            return _rows_of(known, shards, file, rows)
+        self._raise_if_known_unreadable(file, group)
+        try:
+            for places in (known, None):
+                if places is None:
+                    places = self._learn(key, shards, file, group)
+                if isinstance(places, _Table):
+                    return _rows_of(places, shards, file, rows)
+                images = self._images_at(places, file, group, rows)
+                if images is not None:
+                    faults = _damaged(images, rows, places.checksums)
+                    for index in faults:
+                        images[index] = b""
+                    return Taken(images, places.labels[rows], faults)
+            raise UnreadableShard(file.uri, "it is being written while it is read")
+        except UnreadableShard as error:
+            until = time.monotonic() + self.FORGET_SECONDS
+            self._unreadable[file.uri, None if error.name == file.uri else group] = (until, error)
+            raise
+
+    def _raise_if_known_unreadable(self, file: ShardFile, group: int) -> None:
+        for known in ((file.uri, None), (file.uri, group)):
+            until, error = self._unreadable.get(known, (0.0, None))
+            if error is not None and time.monotonic() < until:
+                raise error
+
+    def _known(self, key: "_Key") -> "_Table | _Places | None":
+        with self._lock:
+            for kept in (self._tables, self._places):
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key]
+        return None
+
+    def _learn(
+        self, key: "_Key", shards: ShardSet, file: ShardFile, group: int
+    ) -> "_Table | _Places":
+        with self._lock:
+            count = len(self._tables)
+            is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
+        if is_full and self._is_plain.get((file.uri, shards.image_column), True):
+            places = self._find(shards, file, group)
+            if places is not None:
+                self._keep_places(key, places)
+                return places
+        table = self._read(file, group, *key[2])
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = table
+                self._bytes += table.table.nbytes
+            while self._bytes > self.limit_bytes and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].table.nbytes
+        return table
+
+    def _keep_places(self, key: "_Key", places: _Places) -> None:
+        with self._lock:
+            known = self._places.pop(key, None)
+            self._placed += len(places.labels) - (0 if known is None else len(known.labels))
+            self._places[key] = places
+            while self._placed > self.KNOWN_IMAGES and len(self._places) > 1:
+                self._placed -= len(self._places.popitem(last=False)[1].labels)
+
+    def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
+        """Where a row group's images lie; None where they must be read with it."""
+        is_local = Location.of(file.uri).is_local
+        places = self._with_file(
+            file, group, lambda opened: _places_in(opened, shards, file, group, is_local)
+        )
+        name = (file.uri, shards.image_column)
+        with self._check:
+            if places is None:
+                self._is_plain[name] = False
+            elif name not in self._is_plain:
+                # Read once by what knows every kind of file: a mistake about where things lie is
+                # found before an image of it is used.
+                read = self._read(file, group, shards.image_column, None)
+                ends = np.array([0, len(read.table) - 1])
+                images = _images_of(read.table.column(shards.image_column), file, ends, {})
+                self._is_plain[name] = self._images_at(places, file, group, ends) == images
+        return places if self._is_plain[name] else None
+
+    def _images_at(
+        self, places: _Places, file: ShardFile, group: int, rows: np.ndarray
+    ) -> list[bytes] | None:
+        """Images by their places; None where these are of an earlier file of that name."""
+        wanted = places.places[rows].tolist()
+
+        def read(opened: _OpenFile) -> list[bytes] | None:
+            if opened.stamp != places.stamp:
+                return None
+            images = [opened.stream.read_at(length, at) for at, length in wanted]
+            if any(len(data) < length for data, (_, length) in zip(images, wanted, strict=True)):
+                raise pa.ArrowInvalid("the file was cut short")
+            return images
+
+        return self._with_file(file, group, read)
+
+    def _with_file(
+        self, file: ShardFile, group: int, action: Callable[[_OpenFile], _Result]
+    ) -> _Result:
+        """action(the open file), tried again while its storage fails; faults as `take` has them."""
+        location = Location.of(file.uri)
+        name = file.uri
+
+        def attempt() -> _Result:
+            nonlocal name
+            name = file.uri
+            opened = self._open(file, location)
+            name = f"{file.uri} row group {group}"
+            try:
+                return action(opened)
+            except (OSError, pa.ArrowException):
+                self._forget(file.uri)
+                raise
+
+        with _faults_named(location, lambda: name):
+            return patiently(attempt, location)
+
+    def _forget(self, uri: str) -> None:
+        with self._lock:
+            self._files.pop(uri, None)
+
+    def _open(self, file: ShardFile, location: Location) -> _OpenFile:
+        with self._lock:
+            opened = self._files.get(file.uri)
+        if opened is not None:
+            opened = _still(opened, location, self.ASK_SECONDS)
+        opened = opened or self._open_anew(file, location)
+        with self._lock:
+            self._files[file.uri] = opened
+            self._files.move_to_end(file.uri)
+            while len(self._files) > self.OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
+
+    def _open_anew(self, file: ShardFile, location: Location) -> _OpenFile:
+        try:
+            opened = _opened(location)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._files.clear()
+            opened = _opened(location)
+        rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
+        if rows != list(file.group_rows):
+            raise pa.ArrowInvalid("its row groups are not those of the start")
+        return opened
+
+    @staticmethod
+    def _read(file: ShardFile, group: int, image: str, label: str | None) -> _Table:
+        location = Location.of(file.uri)
+        name = file.uri
+
+        def read() -> _Table:
+            nonlocal name
+            with location.filesystem.open_input_file(location.path) as stream:
+                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+                found = parquet.metadata.num_row_groups
+                if found != len(file.group_rows):
+                    raise pa.ArrowInvalid(
+                        f"{found} row groups where there were {len(file.group_rows)} at the start"
+                    )
+                name = f"{file.uri} row group {group}"
+                rows = parquet.metadata.row_group(group).num_rows
+                if rows != file.group_rows[group]:
+                    raise pa.ArrowInvalid(
+                        f"{rows} rows where there were {file.group_rows[group]} at the start"
+                    )
+                return _read_group(stream, parquet, group, image, label)
+
+        with _faults_named(location, lambda: name):
+            return patiently(read, location)
+
+
+def _read_group(
+    stream: pa.NativeFile, parquet: pq.ParquetFile, group: int, image: str, label: str | None
+) -> _Table:
+    """A row group, its pages verified. Where one is damaged and the images have checksums of their
+    own, the sound images of the group are kept."""
+    wanted = [image] if label is None else [image, label]
+    rows = parquet.metadata.row_group(group).num_rows
+    faults: dict[int, str] = {}
+    try:
+        table = parquet.read_row_group(group, columns=wanted)
+    except (OSError, pa.ArrowException):
+        checksums = checksums_in(parquet.metadata)
+        if checksums is None:
+            raise
+        unverified = pq.ParquetFile(stream, metadata=parquet.metadata)
+        table = unverified.read_row_group(group, columns=[image])
+        if table.num_rows != rows:
+            raise
+        opened = _OpenFile(stream, parquet.metadata, (), 0.0, checksums)
+        column = table.column(image)
+        bytes_of = column.flatten()[0] if pa.types.is_struct(column.type) else column
+        images = [value.as_py() or b"" for value in bytes_of]
+        faults = _damaged(images, np.arange(rows), opened.of_group(group))
+        if label is not None:
+            table = table.append_column(label, parquet.read_row_group(group, [label]).column(0))
+    if table.num_rows != rows:
+        raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
+    return _Table(table, faults)
+
+
+def _damaged(images: list[bytes], rows: np.ndarray, checksums: np.ndarray | None) -> dict[int, str]:
+    """Which of some images are not those that were written, and how to mend it."""
+    if checksums is None:
+        return {}
+    wanted = checksums[rows].tolist()
+    return {
+        index: DAMAGED
+        for index, (data, right) in enumerate(zip(images, wanted, strict=True))
+        if checksum(data) != right
+    }
+
+
+DAMAGED = (
+    "damaged: its bytes are not those that were written (checksum); `selfray shards check` finds "
+    "the shard, and building again mends it"
+)
+
+
+def _opened(location: Location) -> _OpenFile:
+    # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
+    stamp = _stamp_of(location)
+    stream = location.filesystem.open_input_file(location.path)
+    footer = pq.ParquetFile(stream).metadata
+    return _OpenFile(stream, footer, stamp, time.monotonic(), checksums_in(footer))
+
+
+def _stamp_of(location: Location) -> _Stamp:
+    if location.is_local:
+        found = os.stat(location.path)
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    info = location.filesystem.get_file_info(location.path)
+    return info.size or 0, info.mtime_ns or 0
+
+
+def _still(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
+    """An open file if it is the one of its name, None if it is not. An object store is asked if it
+    was not for so many seconds. A local file that was deleted can be read on."""
+    now = time.monotonic()
+    if not location.is_local and now - opened.asked < seconds:
+        return opened
+    try:
+        same = _stamp_of(location) == opened.stamp
+    except OSError:
+        if not location.is_local:
+            raise  # the store is away: it is waited for
+        same = True
+    return replace(opened, asked=now) if same else None
+
+
+def _places_in(
+    opened: _OpenFile, shards: ShardSet, file: ShardFile, group: int, is_local: bool
+) -> _Places | None:
+    kind = opened.footer.schema.to_arrow_schema().field(shards.image_column).type
+    column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
+    checksums = opened.of_group(group)
+    places = value_places(
+        lambda at, n: opened.stream.read_at(n, at),
+        opened.footer,
+        group,
+        column,
+        at_once=not is_local,
+        checked=checksums is not None,
+    )
+    if places is None:
+        return None
+    labels = np.full(len(places), NO_LABEL, dtype=np.int64)
+    if shards.label_column and file.classes is not None:
+        parquet = pq.ParquetFile(
+            opened.stream, metadata=opened.footer, page_checksum_verification=True
+        )
+        table = parquet.read_row_group(group, columns=[shards.label_column])
+        if table.num_rows != len(places):
+            raise pa.ArrowInvalid(f"{table.num_rows} labels of {len(places)} images")
+        labels = labels_of(table.column(0), file.classes)
+    return _Places(places, labels, opened.stamp, checksums)
+
+
+@contextmanager
+def _faults_named(location: Location, name: Callable[[], str]) -> Iterator[None]:
+    """UnreadableShard in place of what pyarrow raises over a lost or damaged file."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise UnreadableShard(name(), one_line(error)) from error
+    except OSError as error:
+        if not location.is_local and not is_about_the_file(error):
+            raise  # the store is away, for longer than it was waited for: no fault of the file
+        raise UnreadableShard(name(), _reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    return "the file is gone" if isinstance(error, FileNotFoundError) else one_line(error)
+
+
+def _rows_of(read: _Table, shards: ShardSet, file: ShardFile, rows: np.ndarray) -> Taken:
+    faults = {
+        index: read.faults[row] for index, row in enumerate(rows.tolist()) if row in read.faults
+    }
+    images = _images_of(read.table.column(shards.image_column), file, rows, faults)
+    if shards.label_column is None or file.classes is None:
+        return Taken(images, np.full(len(rows), NO_LABEL, dtype=np.int64), faults)
+    chosen = read.table.select([shards.label_column]).take(rows)
+    return Taken(images, labels_of(chosen.column(0), file.classes), faults)
+
+
+def _images_of(
+    column: pa.ChunkedArray, file: ShardFile, rows: np.ndarray, faults: dict[int, str]
+) -> list[bytes]:
+    """The bytes of chosen rows; faults, by their place, are left out and added to."""
+    paths = None
+    if pa.types.is_struct(column.type):
+        # flatten, not field: a struct that is null has bytes that mean nothing.
+        names = [column.type.field(i).name for i in range(column.type.num_fields)]
+        parts = column.flatten()
+        paths = parts[names.index("path")] if "path" in names else None
+        if "bytes" not in names:
+            column = pa.chunked_array([pa.nulls(len(column))])
+        else:
+            column = parts[names.index("bytes")]
+    images = []
+    # One by one: a window's rows are in many row groups, few in each, and for one row `take` and
+    # `to_pylist` need 12 us where this needs 2.
+    for index, row in enumerate(rows.tolist()):
+        value = b"" if index in faults else column[row].as_py()
+        path = value if isinstance(value, str) else None
+        if value is None and paths is not None:
+            path = paths[row].as_py()
+        if path:
+            try:
+                value = read_beside(file.uri, path)
+            except (FileNotFoundError, PermissionError, ValueError) as error:
+                faults[index] = one_line(error)
+        images.append(value if isinstance(value, bytes) else b"")
+    return images

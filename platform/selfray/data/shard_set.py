@@ -1,0 +1,307 @@
+"""Parquet shards as one data set: its files, its row groups, its columns and its classes.
+
+The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, and a label column
+if there are labels. Files written by `datasets` open as they are.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfray.data import columns
+from selfray.data.beside import require_images_beside
+from selfray.data.columns import NO_LABEL, Classes, LabelColumn, NoClassesError, Value
+from selfray.storage import Location, one_line, patiently
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    uri: str
+    group_rows: tuple[int, ...]
+    """Rows of each row group."""
+    classes: Classes | None = field(default=None, compare=False, repr=False)
+    """How its label column's values become labels; None where it has none that can be used."""
+    label: int = field(default=NO_LABEL, compare=False)
+    """That of all its rows, where a folder named like `label=cat` gives it."""
+    labelled: int = field(default=0, compare=False)
+    """Rows that have a label."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_rows)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Parquet files that make one data set, in a fixed order."""
+
+    uri: str
+    files: tuple[ShardFile, ...]
+    image_column: str
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    """label_names[label] is the class; None where nothing bears a label."""
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What a user has to know about its columns, one line each."""
+
+    def __hash__(self) -> int:
+        # Asked for in each read: not over thousands of files and their row groups.
+        return hash((self.uri, self.image_column, len(self.files)))
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        return tuple(rows for file in self.files for rows in file.group_rows)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_names is not None
+
+    @property
+    def labelled(self) -> "ShardSet":
+        """The files that hold any label."""
+        files = tuple(file for file in self.files if file.labelled)
+        return self if len(files) == len(self.files) else replace(self, files=files)
+
+
+def open_shards(
+    uris: Sequence[str],
+    uri: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    folder_labels: Mapping[str, str] | None = None,
+) -> ShardSet:
+    """Read the footers of some Parquet files, and which labels they hold.
+
+    Args:
+        uris: the files.
+        uri: the data set, for messages.
+        image_column, label_column: None finds them.
+        folder_labels: the class of all rows of a file, by its URI, where folders are classes.
+
+    Raises:
+        ValueError: the file that cannot be used, with the reason and the way out.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        footers = list(pool.map(_footer, uris))
+        first = next((i for i, (f, _) in enumerate(footers) if f.num_rows), None)
+        if first is None:
+            raise ValueError(
+                f"{uri} holds no images: all of its {len(uris)} Parquet files are empty"
+            )
+        schema = footers[first][1]
+        image = columns.image_column(schema, uris[first], image_column)
+        for u, (_, found) in zip(uris, footers, strict=True):
+            if found.names.count(image) != 1:
+                raise ValueError(f"{u} lacks the column {image}, which {uris[first]} has")
+        require_images_beside(uris[first], footers[first][0], schema, image)
+        label = columns.label_column(schema, uris[first], label_column)
+        for u, (_, other) in zip(uris, footers, strict=True):
+            if label.name is None and not other.equals(schema):
+                label = columns.label_column(other, u, None)
+        scans = [_Labels()] * len(uris)
+        if label.name is not None and not folder_labels:
+            scan = _scanner(label.name)
+            scans = list(pool.map(scan, uris, footers))
+    files = [
+        ShardFile(u, tuple(f.row_group(i).num_rows for i in range(f.num_row_groups)))
+        for u, (f, _) in zip(uris, footers, strict=True)
+    ]
+    if folder_labels:
+        names = tuple(sorted(set(folder_labels.values()), key=columns.natural))
+        files = [
+            replace(f, label=names.index(folder_labels[f.uri]), labelled=f.rows)
+            if f.uri in folder_labels
+            else f
+            for f in files
+        ]
+        return ShardSet(uri, tuple(files), image, None, names, _unlabelled(files))
+    return _with_classes(ShardSet(uri, tuple(files), image), label, scans)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What one file's label column holds."""
+
+    names: tuple[str, ...] | None = None
+    counts: Mapping[Value, int] = field(default_factory=dict)
+    refused: str = ""
+
+
+def _with_classes(shards: ShardSet, column: LabelColumn, scans: Sequence[_Labels]) -> ShardSet:
+    """The data set with the classes of all its files."""
+    reasons = [scan.refused for scan in scans if scan.refused]
+    notes = [f"{column.refused}: it is not used"] if column.refused else []
+    notes += [f"{reason}: its images have no labels" for reason in reasons[:1]]
+    used = [scan for scan in scans if scan.counts or scan.names]
+    found = columns.class_names([(scan.names, scan.counts) for scan in used]) if used else ()
+    reason = columns.too_many_classes(len(found))
+    if reason:
+        notes = [f"the column {column.name} of {shards.uri} {reason}: it is not used as labels"]
+    if column.name is not None and not reasons and not any(scan.counts for scan in scans):
+        notes = [f"the column {column.name} of {shards.uri} holds no label: all are missing or -1"]
+    if reason or not any(scan.counts for scan in used):
+        return replace(shards, notes=tuple(notes))
+    files, known = [], {}
+    for file, scan in zip(shards.files, scans, strict=True):
+        if not scan.counts:
+            files.append(file)
+            continue
+        key = (scan.names, tuple(scan.counts) if scan.names is None else None)
+        classes = known.setdefault(key, columns.coded(scan.names, scan.counts, found))
+        usable = set(classes.values)
+        labelled = sum(count for value, count in scan.counts.items() if value in usable)
+        files.append(replace(file, classes=classes, labelled=labelled))
+    unlabelled = () if reasons else _unlabelled(files)
+    return replace(
+        shards,
+        files=tuple(files),
+        label_column=column.name,
+        label_names=found,
+        notes=(*notes, *unlabelled),
+    )
+
+
+def _unlabelled(files: Sequence[ShardFile]) -> tuple[str, ...]:
+    without = [file for file in files if file.rows and not file.labelled]
+    if not without or len(without) == len(files):
+        return ()
+    rows = sum(file.rows for file in without)
+    return (
+        f"{len(without):,} of {len(files):,} files have no labels, such as {without[0].uri}: their "
+        f"{rows:,} images are unlabelled",
+    )
+
+
+def with_common_classes(train: ShardSet, test: ShardSet) -> tuple[ShardSet, ShardSet]:
+    """Two data sets whose labels mean the same classes: those of both, by their names."""
+    if not (train.has_labels and test.has_labels) or train.label_names == test.label_names:
+        return train, test
+    names = tuple(dict.fromkeys([*(train.label_names or ()), *(test.label_names or ())]))
+    return _recoded(train, names), _recoded(test, names)
+
+
+def _recoded(shards: ShardSet, names: tuple[str, ...]) -> ShardSet:
+    before = shards.label_names or ()
+    place = {name: index for index, name in enumerate(names)}
+    known: dict[Classes, Classes] = {}
+    files = []
+    for file in shards.files:
+        classes, label = file.classes, file.label
+        if classes is not None:
+            if classes not in known:
+                own = dict(zip(before, classes.values, strict=True))
+                known[classes] = Classes(tuple(own.get(name) for name in names))
+            classes = known[classes]
+        if label != NO_LABEL:
+            label = place[before[label]]
+        files.append(replace(file, classes=classes, label=label))
+    return replace(shards, files=tuple(files), label_names=names)
+
+
+# Reading footers and label columns ---------------------------------------------------------------
+
+_Footer = tuple[pq.FileMetaData, pa.Schema]
+
+
+def _footer(uri: str) -> _Footer:
+    location = Location.of(uri)
+    try:
+        return patiently(lambda: _metadata(location), location)
+    # Damaged bytes make pyarrow raise whatever comes: out of its own code, or out of Thrift's.
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{uri} is not a readable Parquet file ({reason}); mend or remove it, "
+            "`selfray shards check FOLDER` tests them all"
+        ) from None
+
+
+def _metadata(location: Location) -> _Footer:
+    with location.filesystem.open_input_file(location.path) as file:
+        footer = pq.ParquetFile(file).metadata
+        return footer, footer.schema.to_arrow_schema()
+
+
+def _scanner(column: str) -> Callable[[str, _Footer], _Labels]:
+    def scan(uri: str, footer: _Footer) -> _Labels:
+        metadata, schema = footer
+        if column not in schema.names or not metadata.num_rows:
+            return _Labels()
+        try:
+            names = columns.label_column(schema, uri, column).names
+        except ValueError as error:
+            return _Labels(refused=str(error).partition(" of ")[2].partition(";")[0])
+        if names is not None and _all_labelled(metadata, column, len(names)):
+            # Which classes are there is not asked where each row is known to have one of them.
+            return _Labels(names, {0: metadata.num_rows})
+        location = Location.of(uri)
+        try:
+            counts = patiently(lambda: label_counts(location, column), location)
+        except NoClassesError as error:
+            return _Labels(refused=f"the column {column} of {uri} {error}")
+        except (pa.ArrowException, OSError) as error:
+            return _Labels(
+                refused=f"the column {column} of {uri} cannot be read ({one_line(error)})"
+            )
+        return _Labels(names, counts)
+
+    return scan
+
+
+def label_counts(location: Location, column: str) -> Counter[Value]:
+    """The values of a file's label column, and how many rows have each.
+
+    NoClassesError where they are no classes; OSError and ArrowException where they cannot be read.
+    """
+    counts: Counter[Value] = Counter()
+    with location.filesystem.open_input_file(location.path) as stream:
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        for group in range(parquet.metadata.num_row_groups):
+            table = parquet.read_row_group(group, columns=[column])
+            counts.update(columns.distinct(table.column(column)))
+            if reason := columns.too_many_classes(len(counts)):
+                raise NoClassesError(reason)
+    return counts
+
+
+def _all_labelled(metadata: pq.FileMetaData, column: str, classes: int) -> bool:
+    """Whether the statistics say that each row's label is one of 0 .. classes - 1."""
+    for group in range(metadata.num_row_groups):
+        chunks = metadata.row_group(group)
+        for index in range(chunks.num_columns):
+            chunk = chunks.column(index)
+            if chunk.path_in_schema != column:
+                continue
+            found = chunk.statistics
+            if found is None or not found.has_min_max or found.null_count != 0:
+                return False
+            low, high = found.min, found.max
+            if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < classes):
+                return False
+    return True
+
+
+def rows_of(uris: Sequence[str]) -> int:
+    """How many rows some files have, as far as they can be read."""
+
+    def rows(uri: str) -> int:
+        try:
+            return _footer(uri)[0].num_rows
+        except ValueError:
+            return 0
+
+    with ThreadPoolExecutor(16) as pool:
+        return sum(pool.map(rows, uris))
+
+
+def only(shards: ShardSet, file: ShardFile) -> ShardSet:
+    """The data set cut down to one of its files."""
+    return replace(shards, files=(file,))

@@ -1,0 +1,32 @@
+"""Named Experiments: one value for each method and data set, each a lab note."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from selfray.experiment import Experiment
+
+METHODS = [
+    "simclr",
+    "mocov1",
+    "mocov2",
+    "mocov3",
+    "byol",
+    "dino",
+    "mae",
+    "beit",
+    "dinov2",
+    "tokenizer",
+]
+DATA_SETS = ("digits", "cifar10", "imagenet")
+NAMES = (
+    *(f"{method}-{data}" for method in METHODS for data in DATA_SETS),
+    "dinov2-imagenet-512",
+)
+"""The recipes by name, for whoever must not wait for torch; `every` has what they are."""
+
+
+def every() -> "dict[str, Experiment]":
+    """All recipes by name."""
+    from selfray.recipes import cifar10, digits, imagenet
+
+    return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
