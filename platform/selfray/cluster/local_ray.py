@@ -9,6 +9,7 @@ import atexit
 import logging
 import os
 import secrets
+import select
 import shutil
 import tempfile
 import threading
@@ -38,6 +39,9 @@ SLOW_SECONDS = 10.0
 """Then the console is told that it is slow."""
 
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
+
+LAST_WORDS_SECONDS = 15.0
+"""How long a run whose Ray is gone may take to write down what happened."""
 
 Say = Callable[[str], None]
 
@@ -111,6 +115,44 @@ def stop() -> None:
         shutil.rmtree(_session, ignore_errors=True)
         _session = None
     _restore()
+
+
+@contextmanager
+def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
+    """While this lasts, call `tell` with the cause if Ray's own processes end, then leave with exit
+    code 1: Ray's library would end this process a moment later, without a word."""
+    if _session is None:
+        yield
+        return
+    ended = select.poll()
+    watched = {os.pidfd_open(pid): name for name, pid in ray_internals.own_processes().items()}
+    over, stop_watching = os.pipe()
+    for file in (*watched, over):
+        ended.register(file, select.POLLIN)
+
+    def watch() -> None:
+        gone = [file for file, _ in ended.poll() if file in watched]
+        if not gone:
+            return
+        name = watched[gone[0]]
+        threading.Timer(LAST_WORDS_SECONDS, os._exit, (1,)).start()
+        try:
+            tell(
+                f"Ray's process {name} ended unexpectedly (killed, or out of memory): the same "
+                "command continues from the last checkpoint"
+            )
+        finally:
+            os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True, name="selfray-ray-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(stop_watching)
+        thread.join(1)
+        for file in (*watched, over):
+            os.close(file)
 
 
 def store_bytes() -> int:
@@ -225,9 +267,10 @@ def _one_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _remove_at_exit() -> None:
+def abandon() -> None:
+    """Before this process ends at once: Linux ends Ray's processes with it, and the folder goes."""
     if _session is not None:
         shutil.rmtree(_session, ignore_errors=True)
 
 
-atexit.register(_remove_at_exit)
+atexit.register(abandon)

@@ -15,6 +15,7 @@ from typing import IO, Any
 import yaml
 
 from selfray.check import named_amounts
+from selfray.cluster import signals
 
 # Set before ray is imported anywhere: ray reads some of these at import.
 ENVIRONMENT = {
@@ -133,6 +134,7 @@ class Starting:
             while (line := self._said.get()) is not None:
                 say(line)
             self._said.put(None)  # for the next session of this one
+            signals.catch()
             if self._error is not None:
                 raise self._error
             yield
@@ -141,6 +143,8 @@ class Starting:
 
     def stop(self) -> None:
         """Stop what was started here; may be called when nothing was."""
+        if signals.were_received():  # this process ends now, and Ray's with it
+            return
         self._started.wait()
         if self._is_ours:
             stop()

@@ -15,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
 from selfray import __version__
 from selfray.check import require
+from selfray.cluster import signals
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
 from selfray.commands.early import nearest
@@ -22,7 +23,7 @@ from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
 from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
-from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
+from selfray.commands.script import one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import one_line
@@ -145,7 +146,7 @@ def _quietly(command: Any) -> int:
             return command.run(console)
         except KeyboardInterrupt:
             console.say(f"interrupted: {command.interrupted}")
-            return INTERRUPTED
+            return signals.exit_code()
         except (ValueError, OSError):
             raise
         except Exception as error:
