@@ -11,6 +11,7 @@ import os
 import secrets
 import select
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "selfray-ray-"
 TOKEN = "token"
+RAYS_PART = "r"
+"""Ray's own folder, inside the session's: Ray opens it to everybody."""
 OWNER = "owner"
 """In a session's folder: the process that started it."""
 LONGEST_FOLDER = 32
@@ -99,7 +102,7 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
     )
     with _told_when_slow(say):
         ray_internals.start_on_loopback(
-            _session, START_SECONDS, object_store_memory=store_bytes(), **options
+            _session / RAYS_PART, START_SECONDS, object_store_memory=store_bytes(), **options
         )
 
 
@@ -142,6 +145,7 @@ def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
                 "command continues from the last checkpoint"
             )
         finally:
+            abandon()
             os._exit(1)
 
     thread = threading.Thread(target=watch, daemon=True, name="selfray-ray-watch")
@@ -199,7 +203,19 @@ def sweep_leftovers() -> None:
             except (OSError, ValueError):
                 continue
             if _started_at(int(pid)) != started:
+                _kill_processes_of(folder)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """End at once all processes of a session. They have its token in their environment."""
+    wanted = f"RAY_AUTH_TOKEN_PATH={folder / TOKEN}\0".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if process.name != str(os.getpid()) and wanted in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is another user's
+            continue
 
 
 def _started_at(pid: int) -> str:
@@ -268,8 +284,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def abandon() -> None:
-    """Before this process ends at once: Linux ends Ray's processes with it, and the folder goes."""
+    """Before this process ends at once: end what Ray started, and remove its folder."""
     if _session is not None:
+        _kill_processes_of(_session)
         shutil.rmtree(_session, ignore_errors=True)
 
 
