@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands.script import one_line_errors, with_console
+from selfray.console import Console
 
 if TYPE_CHECKING:
     from selfray.cluster.launch import RunResult
@@ -227,7 +227,7 @@ def _mean(runs: list[dict[str, Any]], when: str, probe: str) -> float:
 
 def write(table: list[dict[str, Any]], pixels: "ProbeResult | None", folder: Path) -> None:
     """table.json, table.md and, where a run has ended well, comparison.png."""
-    from selfray.report.pictures import Compared, comparison
+    from selfray.report.charts import Compared, comparison
 
     baseline = pixels and asdict(pixels)
     text = json.dumps({"raw_pixels": baseline, "methods": table}, indent=1)

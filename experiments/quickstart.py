@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands.script import one_line_errors, with_console
+from selfray.console import Console
 
 if TYPE_CHECKING:
     from selfray.cluster.launch import RunResult

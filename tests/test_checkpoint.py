@@ -34,7 +34,6 @@ from selfray.experiment import Experiment
 from selfray.optim import OptimizerConfig
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import (
-    FOLDER,
     MANIFEST,
     Checkpoint,
     all_of,
@@ -42,6 +41,7 @@ from selfray.runs.checkpoint import (
     load_encoder,
     retain,
 )
+from selfray.runs.folder import CHECKPOINTS
 from selfray.schedules import Progress
 from selfray.storage import Location
 from selfray.train import TrainState
@@ -263,7 +263,7 @@ def test_a_manifest_of_something_else_is_refused(content, message, trained, run)
 def test_folders_of_other_names_are_passed_over(trained, run):
     found = save(trained, run)
     for name in ("step-2", "step-00000009.old", "best"):
-        shutil.copytree(found.location.path, f"{run.path}/{FOLDER}/{name}")
+        shutil.copytree(found.location.path, f"{run.path}/{CHECKPOINTS}/{name}")
     assert [c.step for c in all_of(run)] == [1]
 
 
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_nothing_of_a_checkpoint_and_the_earlier_ones_whole(s
     save(trained, run, 1)
     with disk_of(int(largest_file(run) * share)), pytest.raises(OSError, match="too large"):
         save(trained, run, 2)
-    assert os.listdir(f"{run.path}/{FOLDER}") == ["step-00000001"]
+    assert os.listdir(f"{run.path}/{CHECKPOINTS}") == ["step-00000001"]
     found = latest(run)
     assert found is not None
     assert found.step == 1
@@ -372,7 +372,7 @@ def test_a_full_store_leaves_nothing_that_looks_whole(file, at_the_end, trained,
     assert found.step == 1
     assert [c.step for c in all_of(run)] == [1], "it has a manifest, so it looks whole"
     if at_the_end == "fails":
-        assert os.listdir(f"{run.path}/{FOLDER}") == ["step-00000001"]
+        assert os.listdir(f"{run.path}/{CHECKPOINTS}") == ["step-00000001"]
     save(trained, run, 2)
     assert [c.step for c in all_of(run)] == [1, 2]
 
@@ -395,7 +395,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_the_one_before(fil
         save(trained, store(run, room, "kills"), 2)
 
     assert _in_another_process(killed_by_itself) == -signal.SIGKILL
-    assert len(os.listdir(f"{run.path}/{FOLDER}")) == 2, "it was not killed in the midst"
+    assert len(os.listdir(f"{run.path}/{CHECKPOINTS}")) == 2, "it was not killed in the midst"
     assert [c.step for c in all_of(run)] == [1], "it has a manifest, so it looks whole"
     found = latest(run)
     assert found is not None
@@ -415,7 +415,7 @@ def test_a_process_killed_in_the_midst_of_a_local_file_leaves_the_one_before(tra
             save(trained, run, 2)
 
     assert _in_another_process(killed_by_the_kernel) == -signal.SIGXFSZ
-    torn = os.listdir(f"{run.path}/{FOLDER}/step-00000002")
+    torn = os.listdir(f"{run.path}/{CHECKPOINTS}/step-00000002")
     assert any(name.endswith(".tmp") for name in torn), "it was not killed in the midst"
     found = latest(run)
     assert found is not None
@@ -436,7 +436,9 @@ def test_the_last_few_the_best_and_the_needed_ones_stay(trained, run):
         save(trained, run, step)
     assert retain(run, keep=2, best_step=3, needed={1, 99}) == [2, 4, 5]
     assert steps_of(run) == [1, 3, 6, 7]
-    assert sorted(os.listdir(f"{run.path}/{FOLDER}")) == [f"step-{s:08d}" for s in (1, 3, 6, 7)]
+    assert sorted(os.listdir(f"{run.path}/{CHECKPOINTS}")) == [
+        f"step-{s:08d}" for s in (1, 3, 6, 7)
+    ]
 
 
 def test_without_a_best_one_the_last_few_stay(trained, run):

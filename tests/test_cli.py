@@ -28,6 +28,7 @@ from selfray.cluster.tracking import Tracker
 from selfray.commands import main, script, shards
 from selfray.commands.flags import BadSetting
 from selfray.config import override
+from selfray.data import writer
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
 from selfray.runs import checkpoint
@@ -139,7 +140,7 @@ def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "runs"
     encoded, labels = labelled_pictures(60)
     for part, chosen in (("train", slice(0, 40)), ("test", slice(40, 60))):
-        build.write_arrays(output / "data" / part, encoded[chosen], labels[chosen])
+        writer.write_arrays(output / "data" / part, encoded[chosen], labels[chosen])
     data = DataConfig(path=str(output / "data"))
     for name, method, encoder in (("mae", MAE, VIT), ("simclr", SIMCLR, RESNET)):
         wanted = experiment(method, encoder, data=data, probe=ProbeConfig(train_limit=100))
@@ -397,7 +398,7 @@ def test_a_folder_without_any_image_is_one_line(ray_address, typed, tmp_path):
 
 def test_check_passes_sound_shards_and_names_a_damaged_one(ray_address, typed, tmp_path):
     encoded, labels = labelled_pictures(8)
-    build.write_arrays(tmp_path / "out", encoded, labels, rows_per_shard=4)
+    writer.write_arrays(tmp_path / "out", encoded, labels, rows_per_shard=4)
     said = typed("shards", "check", "out", "--deep")
     assert said.code == 0
     assert re.fullmatch(
@@ -553,7 +554,7 @@ def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
 
 
 def test_unlabelled_data_cannot_be_probed(typed_without_ray, trained, tmp_path):
-    build.write_arrays(tmp_path / "plain", [picture(i) for i in range(4)])
+    writer.write_arrays(tmp_path / "plain", [picture(i) for i in range(4)])
     said = typed_without_ray("probe", trained / "mae", "--data", tmp_path / "plain")
     assert_one_line_error(said, f"{tmp_path}/plain has no labels", "--data", "class folders")
     said = typed_without_ray("probe", trained / "mae", "--test", tmp_path / "plain")
@@ -565,7 +566,7 @@ def test_train_and_test_images_of_other_classes_cannot_be_compared(
 ):
     encoded, labels = labelled_pictures(8)
     for name, classes in (("a", ["cat", "dog"]), ("b", ["lion", "wolf"])):
-        build.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
+        writer.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
     flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
     said = typed_without_ray("probe", trained / "mae", *flags)
     assert_one_line_error(
@@ -634,7 +635,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     ray_address, typed, trained, store, tmp_path
 ):
     encoded, labels = labelled_pictures(30)
-    build.write_arrays(tmp_path / "clinic", encoded, labels)
+    writer.write_arrays(tmp_path / "clinic", encoded, labels)
     said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
     assert said.code == 0, said.text
     assert "24 train and 6 test images" in said.lines[1]

@@ -11,7 +11,7 @@ from PIL import Image
 import compare_methods
 from compare_methods import TOKENIZER, Comparison, Outcome, choose, needs_tokenizer, run_one
 from selfray.cluster.launch import RunResult
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray.methods.mae import MAEConfig
 from selfray.probes.features import ProbeResult
 from selfray.recipes import digits

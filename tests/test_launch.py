@@ -25,8 +25,9 @@ from selfray import config
 from selfray.cluster.endings import RunFailed
 from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.placement import Placement, place
-from selfray.cluster.runtime import Console, Resources
+from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
+from selfray.console import Console
 from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.optim import OptimizerConfig
@@ -431,7 +432,7 @@ SCRIPT = """
 import sys
 from selfray.cluster import runtime
 from selfray.cluster.launch import launch
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray import config
 with runtime.session():
     launch(config.loads(open(sys.argv[1]).read()), Console(sys.stdout, None))

@@ -11,27 +11,20 @@ from PIL import Image, ImageColor
 from selfray.losses import masked_pixel_error
 from selfray.models.decoder import patchify
 from selfray.models.encoder import normalize
-from selfray.report import pictures
-from selfray.report.pictures import (
-    AGREES,
-    DIFFERS,
-    FAINT,
+from selfray.report import canvas, charts, maps
+from selfray.report.charts import Compared, comparison, training_curves
+from selfray.report.maps import embedding_maps
+from selfray.report.projection import project_2d
+from selfray.report.sheets import (
     HEADINGS,
     HIDDEN,
-    MARGIN,
-    UNKNOWN,
-    Compared,
-    comparison,
-    embedding_map,
-    embedding_maps,
     hide,
     neighbours,
-    project_2d,
     rebuild,
     reconstructions,
-    training_curves,
     views_grid,
 )
+from selfray.report.style import AGREES, DIFFERS, FAINT, MARGIN, UNKNOWN, WIDTH
 from selfray.views import RandomMask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -198,7 +191,7 @@ def test_rebuild_changes_hidden_patches_alone_and_clips_them():
 
 
 def test_training_curves_name_every_method_probe_and_baseline():
-    figure = pictures._curves_figure(LOSSES, PROBES, {"raw pixels": 0.4}, "Two methods")
+    figure = charts._curves_figure(LOSSES, PROBES, {"raw pixels": 0.4}, "Two methods")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "SimCLR: loss",
         "MAE: loss",
@@ -212,7 +205,7 @@ def test_training_curves_name_every_method_probe_and_baseline():
 
 def test_probe_names_stand_in_the_order_of_their_last_values_and_apart():
     close = {f"method {i}": {"knn": [(0.0, 0.1), (9.0, 0.9 - i / 1000)]} for i in range(7)}
-    figure = pictures._curves_figure({}, close, {}, "Close")
+    figure = charts._curves_figure({}, close, {}, "Close")
     heights = [
         text.get_position()[1] * figure.bbox.height
         for name in close
@@ -225,11 +218,11 @@ def test_probe_names_stand_in_the_order_of_their_last_values_and_apart():
 
 
 def test_names_that_collide_move_as_little_as_need_be():
-    assert pictures._apart([0, 100], 10) == [0, 100]
-    assert pictures._apart([50, 50], 10) == [45, 55]
-    assert pictures._apart([50, 50, 61], 10) == pytest.approx([131 / 3 + d for d in (0, 10, 20)])
-    assert pictures._apart([98, 99], 10, 0, 100) == [90, 100]
-    assert pictures._apart([1, 2], 10, 0, 100) == [0, 10]
+    assert charts._apart([0, 100], 10) == [0, 100]
+    assert charts._apart([50, 50], 10) == [45, 55]
+    assert charts._apart([50, 50, 61], 10) == pytest.approx([131 / 3 + d for d in (0, 10, 20)])
+    assert charts._apart([98, 99], 10, 0, 100) == [90, 100]
+    assert charts._apart([1, 2], 10, 0, 100) == [0, 10]
 
 
 @pytest.mark.parametrize("methods", [1, 3, 4, 7])
@@ -238,14 +231,14 @@ def test_every_method_has_a_loss_panel_within_the_picture(methods: int, with_pro
     names = [f"method {i}" for i in range(methods)]
     losses = dict.fromkeys(names, LOSSES["SimCLR"])
     probes = dict.fromkeys(names, PROBES["SimCLR"]) if with_probes else {}
-    figure = pictures._curves_figure(losses, probes, {}, "Pretraining")
+    figure = charts._curves_figure(losses, probes, {}, "Pretraining")
     assert len(figure.axes) == methods + with_probes
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for i, inner in enumerate(boxes):
         assert inner is not None
         assert inner.x0 >= 0
         assert inner.y0 >= 0
-        assert inner.x1 <= pictures.WIDTH
+        assert inner.x1 <= WIDTH
         assert inner.y1 <= figure.bbox.height - 60  # Below the title.
         for other in boxes[:i]:
             assert other is not None
@@ -255,17 +248,17 @@ def test_every_method_has_a_loss_panel_within_the_picture(methods: int, with_pro
 def test_a_diverged_or_unsorted_loss_is_drawn_all_the_same():
     curve = [(3.0, math.nan), (2.0, 1.0), (1.0, math.inf), (0.0, 2.0)]
     picture = training_curves({"MAE": curve, "SimCLR": [(0.0, math.nan)]}, {})
-    assert picture.width == pictures.WIDTH
+    assert picture.width == WIDTH
 
 
 def test_a_running_mean_is_the_mean_of_the_window_around_each_value():
     values = np.random.default_rng(0).normal(size=30)
     slow = [values[max(0, i - 2) : i + 3].mean() for i in range(30)]
-    np.testing.assert_allclose(pictures._running_mean(values, 5), slow)
+    np.testing.assert_allclose(charts._running_mean(values, 5), slow)
 
 
 def test_images_seen_are_written_short():
-    assert [pictures._count(n) for n in (0, 800, 25_000, 1.5e6, 2e9)] == [
+    assert [canvas._count(n) for n in (0, 800, 25_000, 1.5e6, 2e9)] == [
         "0", "800", "25k", "1.5M", "2G",
     ]  # fmt: skip
 
@@ -277,7 +270,7 @@ COMPARED = {
 
 
 def test_a_comparison_shows_every_accuracy_and_its_gain_in_its_probes_panel():
-    figure = pictures._comparison_figure(COMPARED, {"knn": 0.8, "linear": 0.9}, "All")
+    figure = charts._comparison_figure(COMPARED, {"knn": 0.8, "linear": 0.9}, "All")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["kNN accuracy on test images", "linear accuracy on test images"]
     texts = {text.get_text() for text in figure.texts}
@@ -292,7 +285,7 @@ def test_a_comparison_shows_every_accuracy_and_its_gain_in_its_probes_panel():
 
 
 def test_a_comparison_has_the_number_in_bold_that_judges_the_method():
-    figure = pictures._comparison_figure(COMPARED, {}, "All")
+    figure = charts._comparison_figure(COMPARED, {}, "All")
     bold = {t.get_text() for t in figure.texts if "Bold" in str(t.get_fontproperties().get_file())}
     assert bold == {"All", "simclr", "mae", "90.0 %", "85.0 %"}
     assert "raw pixels" not in {text.get_text() for text in figure.texts}
@@ -301,22 +294,22 @@ def test_a_comparison_has_the_number_in_bold_that_judges_the_method():
 @pytest.mark.parametrize("methods", [1, 7, 14])
 def test_the_rows_of_a_comparison_stand_apart_and_within_the_picture(methods: int):
     compared = {f"method {i}": COMPARED["simclr"] for i in range(methods)}
-    figure = pictures._comparison_figure(compared, {"knn": 0.8, "linear": 0.9}, "Many")
-    pictures._render(figure)
+    figure = charts._comparison_figure(compared, {"knn": 0.8, "linear": 0.9}, "Many")
+    canvas.render(figure)
     names = [text for text in figure.texts if text.get_text().startswith("method")]
     heights = [text.get_window_extent() for text in names]
     assert all(a.y0 > b.y1 for a, b in itertools.pairwise(heights))
     for drawn in (*figure.texts, *figure.axes):
         box = drawn.get_window_extent()
-        assert 0 <= box.x0 <= box.x1 <= pictures.WIDTH
+        assert 0 <= box.x0 <= box.x1 <= WIDTH
         assert 0 <= box.y0 <= box.y1 <= figure.bbox.height
 
 
 def test_the_legend_of_maps_holds_the_names_that_occur():
     points, labels = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 4 - 1
     names = ["cat", "costs $5 or $6", "dog", "absent"]
-    figure = pictures._maps_figure({"untrained": points, "MAE": -points}, labels, names, "Maps")
-    pictures._render(figure)  # Dollar signs are no formula.
+    figure = maps._maps_figure({"untrained": points, "MAE": -points}, labels, names, "Maps")
+    canvas.render(figure)  # Dollar signs are no formula.
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["untrained", "MAE"]
     texts = [text.get_text() for text in figure.texts]
     assert texts == ["Maps", *names[:3], "no label"]
@@ -325,16 +318,16 @@ def test_the_legend_of_maps_holds_the_names_that_occur():
 def test_only_the_commonest_classes_are_coloured():
     labels = np.concatenate([np.arange(100), np.arange(50, 70)])
     points = np.random.default_rng(0).normal(size=(len(labels), 2))
-    figure = pictures._maps_figure({"": points}, labels, None, "Many")
+    figure = maps._maps_figure({"": points}, labels, None, "Many")
     texts = [text.get_text() for text in figure.texts]
     assert texts == ["Many", *map(str, range(50, 70)), "80 more"]
 
 
 def test_a_map_is_drawn_alone_and_beside_others():
     points, labels = np.random.default_rng(0).normal(size=(50, 2)), np.arange(50) % 5
-    alone = embedding_map(points, labels, list("abcde"), title="Alone")
+    alone = embedding_maps({"": points}, labels, list("abcde"), title="Alone")
     six = embedding_maps({str(i): points for i in range(6)}, labels)
-    assert alone.width == six.width == pictures.WIDTH
+    assert alone.width == six.width == WIDTH
     assert alone.mode == six.mode == "RGB"
 
 
@@ -342,7 +335,7 @@ def test_the_same_arrays_give_the_same_picture():
     points, labels = np.random.default_rng(0).normal(size=(50, 2)), np.arange(50) % 5
     images, views = noise(2, 3, 8, 8), noise(2, 2, 3, 8, 8)
     for draw in (
-        lambda: embedding_map(points, labels),
+        lambda: embedding_maps({"": points}, labels),
         lambda: training_curves(LOSSES, PROBES, {"raw pixels": 0.4}),
         lambda: comparison(COMPARED, {"knn": 0.4}),
         lambda: views_grid(images, views),
@@ -354,7 +347,7 @@ def test_drawing_leaves_matplotlibs_global_state_alone(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = matplotlib.rcParams.copy()
     training_curves(LOSSES, PROBES)
-    embedding_map(np.zeros((3, 2)), np.arange(3))
+    embedding_maps({"": np.zeros((3, 2))}, np.arange(3))
     assert matplotlib.rcParams.copy() == before
     assert "matplotlib.pyplot" not in sys.modules
 
@@ -431,8 +424,8 @@ PATCHES = np.zeros((2, 16, 12), np.float32)
             "not those of the first method, knn",
         ),
         (lambda: embedding_maps({}, LABELS), "no map"),
-        (lambda: embedding_map(np.zeros((2, 3)), LABELS), r"must be \[n, 2\]"),
-        (lambda: embedding_map(np.zeros((3, 2)), LABELS), r"labels must be integers \[3\]"),
+        (lambda: embedding_maps({"": np.zeros((2, 3))}, LABELS), r"must be \[n, 2\]"),
+        (lambda: embedding_maps({"": np.zeros((3, 2))}, LABELS), r"labels must be integers \[3\]"),
         (lambda: project_2d(np.zeros((0, 4))), "not empty"),
         (lambda: project_2d(np.full((20, 4), np.nan)), "NaN"),
         (lambda: rebuild(PATCHES, IMAGES, MASK, 3, True, MEAN, STD), "patch 3 does not divide"),

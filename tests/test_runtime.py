@@ -7,6 +7,7 @@ import pytest
 import ray
 
 from selfray.cluster import runtime
+from selfray.console import quiet_console
 
 
 def test_a_session_inside_another_leaves_the_outer_one_running(ray_session) -> None:
@@ -24,7 +25,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once() -> None:
 
 
 def test_what_is_said_after_the_command_has_ended_is_said_to_nobody(tmp_path: Path) -> None:
-    with runtime.quiet_console(tmp_path / "log") as console:
+    with quiet_console(tmp_path / "log") as console:
         pass
     console.say("a probe that took its time")
 

@@ -16,14 +16,11 @@ from PIL import Image
 from pyarrow import fs
 
 from helpers import wait_for
-from selfray.cluster.tracking import (
-    Tracker,
-    environment_tags,
-    everything_shipped,
-    flatten,
-    tracking_uri,
-)
-from selfray.runs.spool import SpoolWriter
+from selfray.cluster.mlflow_store import tracking_uri
+from selfray.cluster.tracking import Tracker
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import SHIPPED, SPOOL, read_object
+from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
 PLATFORM = Path(__file__).parent.parent / "platform"
@@ -32,7 +29,7 @@ PLATFORM = Path(__file__).parent.parent / "platform"
 DRIVER = """
 import json, sys, time
 from selfray.cluster.tracking import Tracker
-from selfray.spool import SpoolWriter
+from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 uri, folder, points = sys.argv[1], Location.of(sys.argv[2]), int(sys.argv[3])
 tracker = Tracker(uri, "shared", folder.name, folder, {"epochs": 3}, {"who": folder.name})
@@ -54,6 +51,13 @@ def client(uri: str):
 
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
+
+
+def everything_shipped(run: Location) -> bool:
+    """Whether MLflow has all that the run's spool holds, and how the run ended."""
+    shipped = read_object(run / SHIPPED)
+    records, _ = SpoolReader(run / SPOOL).read(shipped.get("offsets", {}))
+    return shipped.get("status") is not None and not records and not shipped.get("artifacts")
 
 
 def start_driver(uri: str, folder: Path, points: int) -> subprocess.Popen:
@@ -419,19 +423,6 @@ def test_a_run_that_its_user_deleted_is_not_made_anew(
     client(uri).restore_run(run_id)
     wait_for("the loss", lambda: history(uri, run_id, "loss") == [(1, 1.0)])
     assert tracker.finish("FINISHED")
-
-
-def test_flatten_gives_dotted_names() -> None:
-    value = {"method": {"temperature": 0.2, "views": [{"size": 96}, {"size": 224}]}, "none": None}
-    assert flatten({**value, "betas": [0.9, 0.95], "flag": True, "empty": {}}) == {
-        "method.temperature": 0.2,
-        "method.views.0.size": 96,
-        "method.views.1.size": 224,
-        "none": "None",
-        "betas": "[0.9, 0.95]",
-        "flag": True,
-        "empty": "{}",
-    }
 
 
 def test_the_tracking_uri_is_the_explicit_one_or_the_environment_s_or_a_local_file(

@@ -4,8 +4,9 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from selfray.check import require
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
 from selfray.views import View, Views
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Batch = dict[str, Tensor]
 """Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
@@ -82,6 +86,13 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: Progress) -> None:
         """Called when the optimizer has moved: teachers follow, queues move."""
+
+    def pictures(
+        self, images: np.ndarray, views: Views, normalization: Normalization
+    ) -> Mapping[str, "Image"]:
+        """What only this method can show, by file name without suffix; called on a CPU, in eval
+        mode. `images` are test images, uint8 [n, 3, H, W]; `views` what the method asks to see."""
+        return {}
 
 
 def fitted(view: View, encoder: EncoderConfig, name: str = "a view's size", **changes: Any) -> View:

@@ -5,6 +5,7 @@ import json
 import os
 import posixpath
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,3 +236,7 @@ class Location:
 
     def write_json(self, value: Any) -> None:
         self.write_bytes(json.dumps(value, indent=1).encode())
+
+
+def without_password(uri: str) -> str:
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)

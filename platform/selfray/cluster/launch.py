@@ -10,23 +10,19 @@ from functools import partial
 from typing import Any
 
 from selfray import config
-from selfray.cluster import local_ray, run_record, runtime, waiting
+from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
+from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.runtime import Console
 from selfray.cluster.stream import keep_statistics_here
 from selfray.cluster.task import WorkerTask
-from selfray.cluster.tracking import (
-    ARTIFACTS,
-    Tracker,
-    environment_tags,
-    tracking_uri,
-)
+from selfray.cluster.tracking import Tracker
 from selfray.cluster.worker import train_worker
+from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import Source, source_of
@@ -35,7 +31,9 @@ from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import run_pictures
 from selfray.report.run_pictures import History
-from selfray.runs import checkpoint
+from selfray.runs import checkpoint, record
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import ARTIFACTS
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -124,14 +122,14 @@ def launch(
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
-    with run_record.in_turn(output, console.say):
+    with record.in_turn(output, console.say):
         data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
     placement = place(experiment, runtime.cluster_resources())
     _say_plan(console, experiment, plan, data, run)
-    with run_record.alone(run):
+    with record.alone(run):
         finished = _finished_result(run, part)
         if finished is not None:
             console.say(
@@ -161,8 +159,8 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
-    failed_before = run_record.read(run).get("status") == "failed"
-    run_record.write(run, experiment, "running")
+    failed_before = record.read(run).get("status") == "failed"
+    record.write(run, experiment, "running")
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
@@ -171,7 +169,7 @@ def _carry_out(
     status: Any = "FAILED"
 
     def failed(cause: str) -> None:
-        run_record.write_failure(run, experiment, cause)
+        record.write_failure(run, experiment, cause)
         with suppress(OSError):
             tracker.set_tags({"failure": cause})
 
@@ -221,7 +219,7 @@ def _carry_out(
         stopped,
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
-    run_record.write(run, experiment, ended, result=asdict(result))
+    record.write(run, experiment, ended, result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
     return result
@@ -362,11 +360,11 @@ def ray_storage(run: Location) -> str:
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:
     """The result of a run that has ended well before, or that its sweep stopped; None where there
     is something left to do."""
-    record = run_record.read(run)
-    stays_stopped = record.get("status") == "stopped" and part.stop_reason() is not None
-    if record.get("status") != "finished" and not stays_stopped:
+    written = record.read(run)
+    stays_stopped = written.get("status") == "stopped" and part.stop_reason() is not None
+    if written.get("status") != "finished" and not stays_stopped:
         return None
-    result = record["result"]
+    result = written["result"]
     probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
     history = History.from_json(result.pop("history"))
     return RunResult(**result, probes=probes, history=history)

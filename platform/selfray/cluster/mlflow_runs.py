@@ -18,17 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfray import config
 from selfray.check import require
-from selfray.cluster.mlflow_store import asking_mlflow
-from selfray.cluster.tracking import (
-    ARTIFACTS,
-    RUN_FILE,
-    RUN_RECORD,
-    SHIPPED,
-    SPOOL,
-    is_training,
-    tracking_uri,
-)
+from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
 from selfray.runs.comparison import PAGE, ComparedRun, Points, Scalar, Status, Tracked
+from selfray.runs.folder import ARTIFACTS, RUN_FILE, RUN_RECORD, SHIPPED, SPOOL, is_training
 from selfray.runs.spool import SpoolReader
 from selfray.storage import Location
 

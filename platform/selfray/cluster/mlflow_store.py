@@ -1,5 +1,7 @@
-"""Asking an MLflow store a question, with an answer or a cause within seconds."""
+"""Which MLflow store, how it is opened quietly, and a question to it that is answered, or refused
+with its cause, within seconds."""
 
+import fcntl
 import logging
 import os
 import re
@@ -9,10 +11,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfray.storage import Location, without_password
+
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mlflow import MlflowClient
 
+QUIET_AND_QUICK = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # The shipper waits and tries again by itself; MLflow's own seven retries block for minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+
 log = logging.getLogger(__name__)
+
+
+def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
+    """Where to track: `explicit`, else MLFLOW_TRACKING_URI, else a SQLite file in `output`.
+
+    SQLite needs a local disk: for an output on an object store the file lies in ./runs instead.
+    """
+    uri = explicit or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        place = Location.of(output)
+        folder = place.path if place.is_local else local_runs()
+        return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+    database = database_file(uri)
+    # Absolute, because other processes with other working directories read the recorded URI.
+    return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
 
 
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
@@ -42,8 +71,6 @@ def count_mlflow_experiments(uri: str) -> tuple[str, int]:
 @contextmanager
 def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client that asks once and does not wait for minutes."""
-    from selfray.cluster.tracking import QUIET_AND_QUICK, database_file, without_password
-
     for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
     where = without_password(uri)
@@ -68,3 +95,32 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
             f"the MLflow store {where} cannot be used ({cause}): start or mend it, or name another "
             "with --tracking or MLFLOW_TRACKING_URI"
         ) from None
+
+
+def quiet_logs() -> None:
+    """MLflow may have been imported before the environment asked it to be quiet."""
+    if os.environ["MLFLOW_LOGGING_LEVEL"] == QUIET_AND_QUICK["MLFLOW_LOGGING_LEVEL"]:
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def locked(database: str | None) -> Iterator[None]:
+    """One process at a time, for a SQLite file; anything else guards itself."""
+    if database is None:
+        yield
+        return
+    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def database_file(uri: str) -> str | None:
+    """The file of a sqlite URI, None for any other."""
+    match = re.fullmatch(r"sqlite:///([^?]+?)(\?.*)?", uri)
+    return None if match is None or match[1] == ":memory:" else match[1]
+
+
+def local_runs() -> str:
+    return os.path.abspath("runs")

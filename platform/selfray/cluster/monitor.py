@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from selfray.cluster.probe_tasks import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
-from selfray.cluster.runtime import Console
-from selfray.cluster.tracking import SPOOL, Status, Tracker
+from selfray.cluster.shipping import Status
+from selfray.cluster.tracking import Tracker
+from selfray.console import Console
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
@@ -22,6 +23,7 @@ from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.folder import SPOOL
 from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from selfray import distributed
-from selfray.cluster.tracking import SPOOL
 from selfray.data.plan import even_steps
 from selfray.experiment import Experiment
 from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.runs import checkpoint
+from selfray.runs.folder import SPOOL
 from selfray.runs.spool import SpoolWriter
 from selfray.schedules import Progress
 from selfray.storage import Location

@@ -5,11 +5,11 @@ import tempfile
 from pathlib import Path
 
 from selfray.cluster.launch import RunResult
-from selfray.cluster.mlflow_store import asking_mlflow
-from selfray.cluster.runtime import Console
-from selfray.cluster.tracking import RUN_RECORD, tracking_uri
+from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
+from selfray.console import Console
 from selfray.experiment import Experiment
 from selfray.runs.checkpoint import MANIFEST, Checkpoint
+from selfray.runs.folder import RUN_RECORD
 from selfray.storage import Location
 from selfray.tokenizer import VERSION
 

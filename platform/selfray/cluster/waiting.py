@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import ray
 
 from selfray.cluster.ray_internals import remove_orphaned_placement_groups
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from selfray.check import require
 from selfray.commands.flags import TrackingFlag, flag
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.storage import Location
 
 

@@ -19,7 +19,7 @@ from selfray.commands.words import one_line
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 GIB = 2**30
@@ -177,8 +177,7 @@ def _ray() -> Finding:
 
 
 def _mlflow(tracking: str | None) -> Finding:
-    from selfray.cluster.mlflow_store import count_mlflow_experiments
-    from selfray.cluster.tracking import tracking_uri
+    from selfray.cluster.mlflow_store import count_mlflow_experiments, tracking_uri
 
     uri = tracking_uri(Location.of("runs"), tracking)
     database = uri.removeprefix("sqlite:///")

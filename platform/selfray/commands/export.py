@@ -15,7 +15,7 @@ from selfray.commands.words import plain, size
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import Experiment
     from selfray.models.encoder import Encoder
     from selfray.runs.checkpoint import Checkpoint

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
-from selfray import __version__
+from selfray import __version__, signals
 from selfray.check import require
-from selfray.cluster import signals
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
 from selfray.commands.early import nearest
@@ -29,7 +28,7 @@ from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import one_line
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 

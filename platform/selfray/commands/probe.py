@@ -16,7 +16,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.probe_tasks import ProbeJob
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.data.data_sets import DataSets
     from selfray.experiment import DataConfig, Experiment
     from selfray.probes.features import ProbeResult
@@ -266,16 +266,10 @@ def _track(
     console: "Console",
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
-    from selfray.cluster.mlflow_store import mlflow_tags
+    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
     from selfray.cluster.probe_tasks import metrics_of, tags_of
-    from selfray.cluster.tracking import (
-        RUN_RECORD,
-        SHIPPED,
-        SPOOL,
-        Tracker,
-        is_training,
-        tracking_uri,
-    )
+    from selfray.cluster.tracking import Tracker
+    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
     from selfray.runs.spool import SpoolWriter
 
     run = run_folder(checkpoint)

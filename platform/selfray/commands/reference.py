@@ -4,10 +4,11 @@ import posixpath
 from typing import TYPE_CHECKING
 
 from selfray.check import require
+from selfray.runs.folder import CHECKPOINTS
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
     from selfray.experiment import Experiment
     from selfray.runs.checkpoint import Checkpoint
 
@@ -40,8 +41,7 @@ def open_checkpoint(reference: str, tracking: str | None, console: "Console") ->
 
 
 def _folder_of_run(run_id: str, tracking: str | None) -> str:
-    from selfray.cluster.mlflow_store import mlflow_tags
-    from selfray.cluster.tracking import tracking_uri
+    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
 
     require(run_id != "", f"{MLRUNS}/RUN_ID needs the id of a run, as MLflow's page shows it")
     uri = tracking_uri(Location.of("runs"), tracking)
@@ -56,11 +56,9 @@ def _folder_of_run(run_id: str, tracking: str | None) -> str:
 
 def run_folder(checkpoint: "Checkpoint") -> Location | None:
     """The run that a checkpoint lies in; None for a copy elsewhere."""
-    from selfray.runs.checkpoint import FOLDER
-
     place = checkpoint.location
     outer = posixpath.dirname(place.path.rstrip("/"))
-    if posixpath.basename(outer) != FOLDER:
+    if posixpath.basename(outer) != CHECKPOINTS:
         return None
     uri = posixpath.dirname(posixpath.dirname(place.uri.rstrip("/")))
     return Location(place.filesystem, posixpath.dirname(outer), uri)

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfray.cluster import runtime, signals
-from selfray.cluster.runtime import Console
+from selfray import signals
+from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
+from selfray.console import Console, quiet_console
 from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
@@ -172,7 +173,7 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         raise OSError(
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
-    with runtime.quiet_console(folder / name) as console:
+    with quiet_console(folder / name) as console:
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )

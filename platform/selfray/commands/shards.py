@@ -16,7 +16,7 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.build import Manifest, Progress
-    from selfray.cluster.runtime import Console
+    from selfray.console import Console
 
 FAILED = 1
 

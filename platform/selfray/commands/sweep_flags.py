@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from selfray import config
 from selfray.check import require
 from selfray.cluster import runtime
-from selfray.cluster.runtime import Console
 from selfray.commands.early import check_path, nearest
 from selfray.commands.script import log_folder, with_console
+from selfray.console import Console
 from selfray.recipes import NAMES
 
 if TYPE_CHECKING:  # torch takes seconds to import

@@ -3,19 +3,24 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from selfray.check import require
 from selfray.losses import masked_pixel_error
-from selfray.method import Batch, Method, MethodConfig, whole
+from selfray.method import Batch, Method, MethodConfig, Normalization, whole
 from selfray.models.decoder import PatchDecoder, patchify
-from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.encoder import Encoder, EncoderConfig, normalize
 from selfray.schedules import Progress
 from selfray.views import RandomMask, View, Views
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,24 @@ class MAE(Method):
         predicted = self.reconstruct(images, mask)  # [B, N, P]
         target = patchify(images, self.patch)  # [B, N, P]
         return masked_pixel_error(predicted, target, mask, self.config.normalize_pixels), {}
+
+    def pictures(
+        self, images: np.ndarray, views: Views, normalization: Normalization
+    ) -> Mapping[str, "Image"]:
+        """Test images as they are, as MAE saw them, and as it rebuilt them."""
+        from selfray.report.sheets import rebuild, reconstructions
+
+        (view,) = views["global"]
+        assert view.mask is not None
+        assert view.grid is not None
+        rng = np.random.default_rng(0)
+        mask = np.stack([view.mask.draw(rng, view.grid) for _ in images])  # [n, N]
+        with torch.no_grad():
+            normalized = normalize(torch.from_numpy(images), *normalization)
+            predicted = self.reconstruct(normalized, torch.from_numpy(mask))  # [n, N, P]
+        settings = (self.patch, self.config.normalize_pixels, *normalization)
+        rebuilt = rebuild(predicted, images, mask, *settings)
+        return {"reconstructions": reconstructions(images, mask, rebuilt)}
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The decoder's pixels [B, N, 3 * patch^2] for all patches, hidden ones in `mask` [B, N].

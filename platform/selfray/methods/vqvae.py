@@ -5,21 +5,26 @@ both sides as in BEiT v2's tokenizer (Peng et al., arXiv:2208.06366), whose targ
 features where these are pixels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.check import require
-from selfray.method import Batch, Method, whole
+from selfray.method import Batch, Method, Normalization, whole
 from selfray.models.decoder import PatchDecoder, patchify
-from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.encoder import Encoder, EncoderConfig, normalize
 from selfray.models.quantizer import Quantizer
 from selfray.schedules import Progress
 from selfray.tokenizer import TokenizerConfig
 from selfray.views import View, Views
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,20 @@ class VQVAE(Method):
     def _decode(self, codes: Tensor) -> Tensor:
         """[B, N, C] -> pixels [B, N, 3 * patch^2]."""
         return self.decoder(self.decoder.embed(codes)).float()
+
+    def pictures(
+        self, images: np.ndarray, views: Views, normalization: Normalization
+    ) -> Mapping[str, "Image"]:
+        """Test images as they are, as tokens, and as rebuilt from the tokens."""
+        from selfray.report import sheets
+
+        with torch.no_grad():
+            tokens, predicted = self.reconstruct(
+                normalize(torch.from_numpy(images), *normalization)
+            )
+        everything = np.ones(tokens.shape, dtype=bool)
+        rebuilt = sheets.rebuild(predicted, images, everything, self.patch, False, *normalization)
+        return {"tokens": sheets.tokens(images, tokens.numpy(), rebuilt, self.config.codes)}
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, H, W] -> (tokens int64 [B, N], pixels [B, N, 3 * patch^2])."""

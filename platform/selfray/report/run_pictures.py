@@ -9,12 +9,13 @@ from PIL import Image
 
 from selfray.data.source import LABEL, VIEWS, Sample, Source
 from selfray.experiment import Experiment
-from selfray.methods.mae import MAE
-from selfray.methods.vqvae import VQVAE
-from selfray.models.encoder import Encoder, normalize
+from selfray.models.encoder import Encoder
 from selfray.probes.features import embed
 from selfray.probes.knn import nearest
-from selfray.report import pictures
+from selfray.report.charts import training_curves
+from selfray.report.maps import embedding_maps
+from selfray.report.projection import project_2d
+from selfray.report.sheets import neighbours, views_grid
 from selfray.runs.checkpoint import Checkpoint
 from selfray.train import TrainState
 
@@ -42,7 +43,7 @@ def curves(
     runs: Mapping[str, History], baselines: Mapping[str, float] | None = None
 ) -> Image.Image:
     """Losses and probes of some runs by name; baselines are accuracies in 0..1 by name."""
-    return pictures.training_curves(
+    return training_curves(
         {name: history.loss for name, history in runs.items()},
         {
             name: {"knn": history.knn, "linear": history.linear}
@@ -76,43 +77,7 @@ def augmented_views(experiment: Experiment, source: Source) -> Image.Image:
     drawn = source.draw(0, count)
     originals = source.originals(0, count, experiment.encoder.image_size)
     mask = drawn.get("global_mask")
-    return pictures.views_grid(originals, drawn["global"], mask, title_of(experiment))
-
-
-def reconstructions(experiment: Experiment, method: MAE, test: LabelledViews) -> Image.Image:
-    """Test images: as they are, as MAE saw them, and as it rebuilt them."""
-    images = test.views[:IMAGES]
-    (view,) = experiment.views["global"]
-    assert view.mask is not None
-    assert view.grid is not None
-    rng = np.random.default_rng(0)
-    mask = np.stack([view.mask.draw(rng, view.grid) for _ in images])  # [n, N]
-    data = experiment.data
-    method.eval()
-    with torch.no_grad():
-        normalized = normalize(torch.from_numpy(images), data.mean, data.std)
-        predicted = method.reconstruct(normalized, torch.from_numpy(mask))  # [n, N, P]
-    settings = (method.patch, method.config.normalize_pixels, data.mean, data.std)
-    rebuilt = pictures.rebuild(predicted, images, mask, *settings)
-    return pictures.reconstructions(images, mask, rebuilt)
-
-
-def token_reconstructions(
-    experiment: Experiment, method: VQVAE, test: LabelledViews
-) -> Image.Image:
-    """Test images: as they are, as tokens, and as the tokenizer rebuilt them from the tokens."""
-    images = test.views[:IMAGES]
-    data = experiment.data
-    method.eval()
-    with torch.no_grad():
-        tokens, predicted = method.reconstruct(
-            normalize(torch.from_numpy(images), data.mean, data.std)
-        )
-    everything = np.ones(tokens.shape, dtype=bool)
-    rebuilt = pictures.rebuild(
-        predicted, images, everything, method.patch, False, data.mean, data.std
-    )
-    return pictures.tokens(images, tokens.numpy(), rebuilt, method.config.codes)
+    return views_grid(originals, drawn["global"], mask, title_of(experiment))
 
 
 def nearest_neighbours(
@@ -128,7 +93,7 @@ def nearest_neighbours(
         features(experiment, encoder, LabelledViews(test.views[:IMAGES], test.labels[:IMAGES])),
     )
     index = nearest(torch.from_numpy(of_train), torch.from_numpy(of_test), NEIGHBOURS).numpy()
-    return pictures.neighbours(
+    return neighbours(
         test.views[:IMAGES],
         train.views[index],
         test.labels[:IMAGES],
@@ -173,10 +138,12 @@ def run_pictures(
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)
     made = {"views.png": augmented_views(experiment, source)}
-    if isinstance(state.method, MAE):
-        made["reconstructions.png"] = reconstructions(experiment, state.method, test_images)
-    if isinstance(state.method, VQVAE):
-        made["tokens.png"] = token_reconstructions(experiment, state.method, test_images)
+    data = experiment.data
+    state.method.eval()
+    of_method = state.method.pictures(
+        test_images.views[:IMAGES], experiment.views, (data.mean, data.std)
+    )
+    made |= {f"{name}.png": picture for name, picture in of_method.items()}
     if (test_images.labels >= 0).any():
         train_images = LabelledViews.of(train, 5_000)
         made["neighbours.png"] = nearest_neighbours(
@@ -186,9 +153,9 @@ def run_pictures(
             "untrained": untrained_encoder(experiment),
             f"after {title_of(experiment)}": encoder,
         }
-        made["embedding.png"] = pictures.embedding_maps(
+        made["embedding.png"] = embedding_maps(
             {
-                name: pictures.project_2d(features(experiment, each, test_images))
+                name: project_2d(features(experiment, each, test_images))
                 for name, each in maps.items()
             },
             test_images.labels,

@@ -26,10 +26,10 @@ from torch import Tensor
 from selfray import config
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder, export_weights, import_weights
+from selfray.runs.folder import CHECKPOINTS
 from selfray.storage import Location
 from selfray.train import TrainState
 
-FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -56,7 +56,7 @@ class Checkpoint:
         if newest is None:
             raise ValueError(
                 f"{location} is no checkpoint: it has no {MANIFEST}, and no whole checkpoint lies "
-                f"under it; give a run's folder or one of its {FOLDER}/step-*"
+                f"under it; give a run's folder or one of its {CHECKPOINTS}/step-*"
             )
         return newest
 
@@ -106,7 +106,7 @@ class Checkpoint:
 
 def save(state: TrainState, experiment: Experiment, run: Location, loss: float) -> Checkpoint:
     """Write a checkpoint into a run's folder; OSError leaves nothing of it behind."""
-    location = run / FOLDER / f"step-{state.progress.step:08d}"
+    location = run / CHECKPOINTS / f"step-{state.progress.step:08d}"
     tensors: dict[str, Tensor] = {}
     skeleton = _split(state.state_dict(), "", tensors)
     files = {
@@ -135,7 +135,7 @@ def copy(found: Checkpoint, run: Location) -> Checkpoint:
     """Give another run a checkpoint, in place of its own of that step. OSError leaves nothing of it
     behind; ValueError where it is damaged."""
     files = {name: found.read(name) for name in found.manifest["files"]}
-    return _write(run / FOLDER / found.location.name, files, found.manifest)
+    return _write(run / CHECKPOINTS / found.location.name, files, found.manifest)
 
 
 def _write(location: Location, files: dict[str, bytes], manifest: dict[str, Any]) -> Checkpoint:
@@ -161,8 +161,8 @@ def _remove_quietly(location: Location) -> None:
 def all_of(run: Location) -> list[Checkpoint]:
     """A run's checkpoints that have a manifest, oldest first."""
     found = []
-    for info in (run / FOLDER).list():
-        location = run / FOLDER / info.base_name
+    for info in (run / CHECKPOINTS).list():
+        location = run / CHECKPOINTS / info.base_name
         name = _NAME.fullmatch(info.base_name)
         if name and (location / MANIFEST).exists():
             try:

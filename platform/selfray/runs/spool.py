@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from selfray.storage import Location
 from selfray.check import require
+from selfray.storage import Location
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from selfray.cluster.sweep.trial import Outcome, failed
 from selfray.cluster.sweep.tune import TaskSource, run_tasks
 from selfray.data.plan import even_steps
 from selfray.runs import checkpoint
+from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.population import Member, first_generation, next_generation
 from selfray.sweeps.question import SIGNS
@@ -52,7 +53,7 @@ def evolve(plan: SweepPlan, total_steps: int, at_once: int, say: Any) -> None:
             }
         )
     for number, outcome in enumerate(found):
-        (folder / "trials" / f"{number:04d}.json").write_json(asdict(outcome))
+        (folder / TRIALS / f"{number:04d}.json").write_json(asdict(outcome))
 
 
 def _run(

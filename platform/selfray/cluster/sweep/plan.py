@@ -11,6 +11,7 @@ from selfray.cluster.runtime import Resources
 from selfray.cluster.sweep.trial import Outcome, Task
 from selfray.cluster.sweep.tune import TRIAL_CPUS, TaskSource
 from selfray.experiment import Experiment
+from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.question import Choice, Question, Trial
 
@@ -89,7 +90,7 @@ class SweepPlan:
         return [self.task(first + i, t) for i, t in enumerate(self.question.trials(choice))]
 
     def outcome(self, number: int) -> Outcome | None:
-        return read_outcome(self.location / "trials" / f"{number:04d}.json")
+        return read_outcome(self.location / TRIALS / f"{number:04d}.json")
 
 
 def read_outcome(file: Location) -> Outcome | None:

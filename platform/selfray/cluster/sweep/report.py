@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selfray.cluster.mlflow_runs import read_runs
-from selfray.cluster.runtime import Console
 from selfray.cluster.sweep.plan import SweepPlan
 from selfray.cluster.sweep.trial import Outcome
 from selfray.cluster.tracking import Tracker
-from selfray.report import pictures
+from selfray.console import Console
+from selfray.report import sweep_charts
 from selfray.runs.comparison import write_page
+from selfray.runs.folder import OUTCOMES
 from selfray.storage import Location
 from selfray.sweeps.question import (
     METRIC_NAMES,
@@ -132,7 +133,7 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
     console.say(text)
     folder = Location.of(result.folder)
     (folder / "table.md").write_bytes(text.encode())
-    (folder / "outcomes.json").write_json({"outcomes": [asdict(o) for o in result.outcomes]})
+    (folder / OUTCOMES).write_json({"outcomes": [asdict(o) for o in result.outcomes]})
     tracker.set_tags({"sweep.answer": result.answer})
     if folder.is_local:
         tracker.log_artifact(Path(folder.path) / "table.md")
@@ -143,7 +144,7 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
         asked_order = dict.fromkeys(outcome.label for outcome in result.outcomes)
         untrained = [o.untrained(metric) for o in result.outcomes]
         known = [value for value in untrained if value is not None]
-        figure = pictures.sweep(
+        figure = sweep_charts.sweep(
             {label: by_label[label] for label in asked_order if label in by_label},
             METRIC_NAMES[metric],
             sum(known) / len(known) if known else None,
@@ -156,7 +157,7 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
     curves = {(o.label, o.seed): _points(o, metric) for o in result.outcomes}
     curves = {name: points for name, points in curves.items() if points}
     if curves:
-        figure = pictures.sweep_curves(curves, METRIC_NAMES[metric], title, is_accuracy(metric))
+        figure = sweep_charts.sweep_curves(curves, METRIC_NAMES[metric], title, is_accuracy(metric))
         tracker.log_picture(figure, "curves.png")
         console.say(f"curves    {result.folder}/artifacts/curves.png")
     if folder.is_local:

@@ -11,18 +11,21 @@ from typing import Any
 from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.build import build
-from selfray.cluster.mlflow_store import asking_mlflow
-from selfray.cluster.runtime import Console
+from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
+from selfray.cluster.shipping import Status
 from selfray.cluster.sweep.generations import evolve
 from selfray.cluster.sweep.plan import Asking, SweepPlan, asked, fitting, placed
 from selfray.cluster.sweep.report import SweepResult, report, result_of
 from selfray.cluster.sweep.trial import Outcome, Task, failed
 from selfray.cluster.sweep.tune import Rungs, TaskSource, run_tasks
-from selfray.cluster.tracking import Status, Tracker, environment_tags, tracking_uri
+from selfray.cluster.tracking import Tracker
+from selfray.console import Console
 from selfray.data.data_sets import as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import source_of
 from selfray.experiment import Experiment
+from selfray.runs.environment import environment_tags
+from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.population import first_generation
 from selfray.sweeps.question import METRIC_NAMES, Choice, Question, Range, is_accuracy
@@ -60,7 +63,7 @@ def sweep(
     data = open_data(base.data, output, console.say, build)
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
-    (folder / "trials").make_folder()
+    (folder / TRIALS).make_folder()
     # Generations and rungs are at steps and images of the data that the sweep started with.
     shards = as_started(data.train, folder, console.say)
     remember(shards, folder)
@@ -82,7 +85,7 @@ def sweep(
     tracker = _parent(base, question, words, folder, uri, console)
     tracker.start()
     status: Status = "FAILED"
-    watch = _Watch(folder / "trials", question.runs, console)
+    watch = _Watch(folder / TRIALS, question.runs, console)
     watch.start()
     try:
         plan = SweepPlan(folder.uri, base, question, uri, tracker.wait_for_run(30))

@@ -14,7 +14,7 @@ from selfray import config
 from selfray.cluster.endings import RunFailed
 from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.probe_tasks import PROBED
-from selfray.cluster.runtime import Console
+from selfray.console import Console
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult, described
 from selfray.storage import Location

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfray import config
-from selfray.cluster.tracking import LOCK, RUN_FILE
 from selfray.experiment import Experiment
+from selfray.runs.folder import LOCK, RUN_FILE
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,49 @@
+"""A run's folder: the names of what lies in it, and whether a command is writing into it."""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from selfray.storage import Location
+
+RUN_FILE = "run.json"
+"""What a run is and how it stands; launch.py writes it."""
+LOCK = "lock"
+"""Held by the command that writes into a run's folder, where that is local."""
+SPOOL = "spool"
+CHECKPOINTS = "checkpoints"
+ARTIFACTS = "artifacts"
+PICTURES = "pictures"
+"""In the folder of artifacts."""
+RUN_RECORD = "mlflow.json"
+"""{"tracking_uri", "experiment_id", "run_id"}: which MLflow run this run folder belongs to."""
+SHIPPED = "shipped.json"
+"""{"key", "run_id", "offsets", "artifacts", "status"}: what of the spool MLflow has by now."""
+TRIALS = "trials"
+"""In a sweep's folder: an outcome for each trial that has ended."""
+OUTCOMES = "outcomes.json"
+"""Stands in the folder of a sweep that has ended."""
+
+
+def is_training(run: Location) -> bool:
+    """Whether a command is writing into the run's folder now; where that is no local one, whether
+    its record says so, which is not taken back by a command that is killed."""
+    if not run.is_local:
+        return read_object(run / RUN_FILE).get("status") == "running"
+    try:
+        with open(Path(run.path) / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def read_object(file: Location) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or it is damaged."""
+    try:
+        value = file.read_json()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
