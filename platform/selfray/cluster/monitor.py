@@ -12,16 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-<<<<<<< HEAD
 from selfray.cluster.probe_tasks import PROBED, ProbeJob, metrics_of, tags_of
-from selfray.cluster.runtime import Console
-from selfray.cluster.tracking import SPOOL, Status, Tracker
-=======
-from selfray.cluster.probe_tasks import PROBED, EncoderRef, ProbeJob, metrics_of, tags_of
 from selfray.cluster.shipping import Status
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
->>>>>>> main
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
 from selfray.probes.encoders import EncoderRef
