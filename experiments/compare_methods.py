@@ -162,7 +162,8 @@ def run_one(
 ) -> Outcome:
     """Run a recipe; a failure is an outcome, an interruption is not."""
     from selfray import config
-    from selfray.cluster.launch import RunFailed, launch
+    from selfray.cluster.endings import RunFailed
+    from selfray.cluster.launch import launch
 
     try:
         if needs_tokenizer(experiment):

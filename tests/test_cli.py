@@ -476,8 +476,9 @@ def test_an_export_for_onnx_gives_the_same_features(typed, trained, tmp_path, na
     batch = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         expected = load_encoder(trained / name)(batch)
-    for ours, theirs in zip(session.run(None, {"images": batch.numpy()}), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-3)
+    found = session.run(None, {"images": batch.numpy()})
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_an_export_is_named_after_its_run_and_step(typed, trained, tmp_path):
@@ -604,9 +605,7 @@ def test_train_and_test_images_of_other_classes_cannot_be_compared(
         writer.write_arrays(tmp_path / name, encoded, labels, label_names=classes)
     flags = ("--data", tmp_path / "a", "--test", tmp_path / "b")
     said = typed_without_ray("probe", trained / "mae", *flags)
-    assert_one_line_error(
-        said, "no class of the test images is among those of the train images (cat, dog)"
-    )
+    assert_one_line_error(said, "no class of the test images", "(cat, dog)")
 
 
 def test_missing_data_is_told_by_the_flag_of_this_command(typed_without_ray, trained):
@@ -627,8 +626,8 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     uri, run_id, _ = store
     done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    read, *lines = done.stdout.splitlines()
-    assert read.startswith("40 train images of 2 classes (0, 1), 20 test images")
+    understood, *lines = done.stdout.splitlines()
+    assert understood == "40 train images of 2 classes (0, 1), 20 test images from test/"
     assert lines[:2] == [
         "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
         f"40 train and 20 test images of {trained}/data",
@@ -674,7 +673,8 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     writer.write_arrays(tmp_path / "clinic", encoded, labels)
     said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
     assert said.code == 0, said.text
-    assert f"24 train and 6 test images of {tmp_path}/clinic" in said.lines
+    assert said.lines[0] == "30 train images of 2 classes (0, 1)"
+    assert "24 train and 6 test images" in said.lines[2]
     assert said.lines[-2].startswith("logged as probe/clinic/knn, probe/clinic/linear, probe/clin")
 
 
@@ -789,10 +789,12 @@ def test_embeddings_are_the_same_bytes_after_an_interruption(
     assert table.column_names == ["path", "label", "embedding"]
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[32]"
     assert sorted(set(table["label"].to_pylist())) == [0, 1]
-    assert_one_line_error(
-        typed(*command, "one", "--normalize"), "one holds embeddings of something"
-    )
-    assert_one_line_error(typed(*command, trained), "is not empty and holds no embeddings")
+    another = typed(*command, "one", "--normalize")
+    assert another.code == 2
+    assert f"{tmp_path}/one holds embeddings of something else (another contents)" in another.text
+    foreign = typed(*command, trained)
+    assert foreign.code == 2
+    assert f"{trained} is not empty and holds no embeddings" in foreign.text
 
 
 def test_patch_tokens_are_written_where_they_are_asked_for(ray_address, typed, trained, tmp_path):

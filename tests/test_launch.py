@@ -22,7 +22,9 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT
 from selfray import config
-from selfray.cluster.launch import PartOf, Placement, RunFailed, launch, place
+from selfray.cluster.endings import RunFailed
+from selfray.cluster.launch import PartOf, launch
+from selfray.cluster.placement import Placement, place
 from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
 from selfray.console import Console

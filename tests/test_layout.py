@@ -79,6 +79,21 @@ def test_the_core_imports_neither_ray_nor_mlflow_nor_the_cluster(path):
     ]
 
 
+PRIVATE_PARTS = ("_private", "_internal")
+
+
+@pytest.mark.parametrize("path", FILES, ids=inner_name)
+def test_only_one_file_knows_rays_private_modules(path):
+    if inner_name(path) == "cluster/ray_internals.py":
+        return
+    private = [
+        name
+        for name in imported(path)
+        if belongs_to(name, ("ray",)) and any(part in name.split(".") for part in PRIVATE_PARTS)
+    ]
+    assert private == []
+
+
 METHODS = [path for path in FILES if inner_name(path).startswith("methods/")]
 
 

@@ -66,7 +66,7 @@ def test_the_loss_falls_on_a_fixed_batch(method: MethodConfig):
         state.optimizer.step()
         state.optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses[::5]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5]), losses[::5]
 
 
 @every_method

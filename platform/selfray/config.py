@@ -14,13 +14,18 @@ _WRITTEN = {today: written for written, today in MOVED.items()}
 _ADDED = "added"
 
 
-def added(default: Any) -> Any:
+_SAME: Any = object()
+
+
+def added(default: Any, before: Any = _SAME) -> Any:
     """A field that came after runs had been written without it.
 
-    It is left out of JSON while it has its default, so that those runs keep their ids and
+    What those runs computed is its value `before`, or else its default: it is left out of JSON
+    while it has that, and read as that where a file lacks it. So those runs keep their ids, and
     checkpoints of before can be read.
     """
-    return dataclasses.field(default=default, metadata={_ADDED: True})
+    before = default if before is _SAME else before
+    return dataclasses.field(default=default, metadata={_ADDED: before})
 
 
 def type_name(kind: type) -> str:
@@ -34,7 +39,7 @@ def to_json(value: Any) -> Any:
         fields = {
             f.name: to_json(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (_ADDED in f.metadata and getattr(value, f.name) == f.default)
+            if not (_ADDED in f.metadata and getattr(value, f.name) == f.metadata[_ADDED])
         }
         return {TYPE_KEY: type_name(type(value)), **fields}
     if isinstance(value, tuple | list):
@@ -76,7 +81,8 @@ def from_json(value: Any) -> Any:
             f"{kind.__name__} lacks {', '.join(sorted(missing))}: "
             "the file was written by another version of selfray"
         )
-    return kind(**fields)
+    before = {f.name: f.metadata[_ADDED] for f in dataclasses.fields(kind) if _ADDED in f.metadata}
+    return kind(**before | fields)
 
 
 def config_type(name: object) -> type:

@@ -23,8 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DataConfig:
     path: str = ""
     """Images: a folder of them, a folder of Parquet shards, Hugging Face Parquet files or a
-    pattern of them; local, s3:// or gs://. Files or folders named test or validation are kept for
-    the probes."""
+    pattern of them; local, s3:// or gs://. Files or folders named test, validation and the like are
+    kept for the probes (docs/layouts.md)."""
     test_path: str | None = None
     """Labelled images for the probes' test, where `path` holds none of its own."""
     image_column: str | None = None

@@ -78,8 +78,14 @@ class Method(nn.Module, ABC):
         """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show.
 
         Where equal projections of all images would win, `projection_std` tells the collapse guard
-        their `health.deviation`.
+        their `health.deviation`; a contrastive loss tells `health.below_chance`, a teacher of
+        prototypes `health.below_uniform`.
         """
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies to a trainable parameter, by its name in this module. By
+        default to all but vectors: biases, norms and tokens (SimCLR, BYOL)."""
+        return max(parameter.shape, default=1) < parameter.numel()
 
     def before_step(self, progress: Progress) -> None:
         """Called when gradients are complete, before the optimizer moves."""

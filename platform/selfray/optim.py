@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and the settings that follow the schedules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
+
+IsDecayed = Callable[[str, Tensor], bool]
+"""(a parameter's name in the method, the parameter) -> whether weight decay applies to it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class OptimizerConfig:
     schedule: WarmupCosine | Steps = field(default_factory=WarmupCosine)
     """Factor on the peak learning rate over the run."""
     weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
-    """Weight decay over the run; never applied to biases, norms and other vectors."""
+    """Weight decay over the run, of the parameters that the method's authors decay: mostly all but
+    biases and norms; with LARS, matrices alone."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's running mean and of its square's."""
     momentum: float = 0.9
@@ -70,8 +74,11 @@ class OptimizerConfig:
         factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[self.scaling]
         return self.base_learning_rate * factor
 
-    def build(self, module: nn.Module) -> Optimizer:
-        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate)
+    def build(self, module: nn.Module, is_decayed: IsDecayed | None = None) -> Optimizer:
+        """The optimizer of a module's trainable parameters; `is_decayed` is a method's own."""
+        if self.name == "lars":
+            is_decayed = None  # in LARS's form of SimCLR and MoCo v3, vectors are left alone
+        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
         if self.name == "adamw":
             return AdamW(groups, lr=0.0, betas=self.betas)
         if self.name == "sgd":
@@ -80,22 +87,62 @@ class OptimizerConfig:
 
 
 def parameter_groups(
-    module: nn.Module, layer_decay: float = 1.0, patch_embed_rate: float = 1.0
+    module: nn.Module,
+    layer_decay: float = 1.0,
+    patch_embed_rate: float = 1.0,
+    is_decayed: IsDecayed | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no weight
-    decay, no LARS adaptation) and by the factor on their learning rate."""
+    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no LARS
+    adaptation), whether weight decay applies (without `is_decayed`: to all but vectors), and the
+    factor on their learning rate."""
     blocks = [int(found[1]) for name, _ in module.named_parameters() if (found := _block_of(name))]
-    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {
+        (False, True, 1.0): [],
+        (True, False, 1.0): [],
+    }
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector = max(parameter.shape, default=1) == parameter.numel()
+        is_vector = is_vector_like(parameter)
+        decays = not is_vector if is_decayed is None else is_decayed(name, parameter)
         rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1))
         if ".patch_embed." in name:
             rate *= patch_embed_rate
-        groups.setdefault((is_vector, rate), []).append(parameter)
+        groups.setdefault((is_vector, decays, rate), []).append(parameter)
     return [
-        {"params": parameters, "is_vector": is_vector, "rate": rate}
+        {"params": parameters, "is_vector": is_vector, "decays": decays, "rate": rate}
+        for (is_vector, decays, rate), parameters in groups.items()
+    ]
+
+
+def is_vector_like(parameter: Tensor) -> bool:
+    """Whether a parameter has one axis alone that is longer than 1."""
+    return max(parameter.shape, default=1) == parameter.numel()
+
+
+def group_as_saved(
+    optimizer: Optimizer, module: nn.Module, saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Group parameters as a checkpoint's optimizer has them, `saved`, so that it can be loaded.
+
+    The first version decayed all but vectors, whatever the method, and had no group for others. A
+    run of then goes on as it began: its vectors stay without decay.
+    """
+    if all("decays" in group for group in saved):
+        return
+    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
+    for parameter in module.parameters():
+        own = settings.get(id(parameter))
+        if own is not None:
+            groups.setdefault((own["is_vector"], own["rate"]), []).append(parameter)
+    options = {
+        name: value
+        for name, value in optimizer.param_groups[0].items()
+        if name not in ("params", "is_vector", "decays", "rate")
+    }
+    optimizer.param_groups[:] = [
+        {"params": parameters, "is_vector": is_vector, "rate": rate, **options}
         for (is_vector, rate), parameters in groups.items()
     ]
 
@@ -120,7 +167,9 @@ def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: f
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
-        group["weight_decay"] = 0.0 if group["is_vector"] else weight_decay
+        # A run of the first version has groups without `decays`: see group_as_saved.
+        decays = group.get("decays", not group["is_vector"])
+        group["weight_decay"] = weight_decay if decays else 0.0
 
 
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
@@ -161,6 +210,7 @@ class LARS(Optimizer):
             "momentum": momentum,
             "trust_coefficient": trust_coefficient,
             "is_vector": False,
+            "decays": True,
             "rate": 1.0,
         }
         super().__init__(params, defaults)

@@ -17,7 +17,7 @@ from selfray.experiment import Experiment
 from selfray.method import Batch, Method
 from selfray.models.encoder import normalize
 from selfray.models.vit import fit_positions
-from selfray.optim import clip_gradients, follow_schedules, learning_rate_at
+from selfray.optim import clip_gradients, follow_schedules, group_as_saved, learning_rate_at
 from selfray.pixels.augment import PARAMETERS_SUFFIX
 from selfray.pixels.device import recolour
 from selfray.schedules import Progress
@@ -48,7 +48,8 @@ class TrainState:
         if experiment.encoder.is_resnet:
             # Convolutions run about twice as fast with the channels innermost, on CPUs and GPUs.
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(method, experiment.optimizer.build(method), Progress(0, total_images, 0))
+        optimizer = experiment.optimizer.build(method, method.is_decayed)
+        return cls(method, optimizer, Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -80,6 +81,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state. ValueError where it is of another method or encoder."""
         self._load_method(state["method"])
+        group_as_saved(self.optimizer, self.method, state["optimizer"]["param_groups"])
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:

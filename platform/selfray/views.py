@@ -92,7 +92,7 @@ class BlockMask:
     share: float = 1.0
     """Share of a batch's views that hide anything."""
     smallest: int = 16
-    """Patches of the smallest rectangle, unless fewer are left to hide."""
+    """Patches of the smallest rectangle; where fewer are left to hide, it overlaps hidden ones."""
 
     def __post_init__(self) -> None:
         low, high = self.ratio
@@ -117,11 +117,13 @@ class BlockMask:
     def _hide(self, rng: np.random.Generator, mask: np.ndarray, wanted: int) -> None:
         grid, misses = len(mask), 0
         while (left := wanted - int(mask.sum())) > 0 and misses < BLOCK_TRIES:
-            area = rng.uniform(min(self.smallest, left), left)
+            # Fewer than `smallest` left: rectangles of up to that size, most of whose patches are
+            # hidden already, so that the hidden ones grow and no small one lands apart.
+            area = rng.uniform(*sorted((self.smallest, left)))
             aspect = math.exp(rng.uniform(-1, 1) * math.log(BLOCK_ASPECT))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             misses += 1
-            if not (0 < height <= grid and 0 < width <= grid):
+            if not (0 < height < grid and 0 < width < grid):
                 continue
             top, start = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
             block = mask[top : top + height, start : start + width]

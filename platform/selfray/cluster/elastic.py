@@ -13,15 +13,15 @@ barrier of all workers, in every step; a lost node costs the steps since the las
 import time
 from typing import Any
 
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import (
+from ray.train.v2.api.config import ScalingConfig
+
+from selfray.cluster.ray_internals import (
     ElasticScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
 )
-from ray.train.v2.api.config import ScalingConfig
-
+from selfray.cluster.trainer import Trainer
 from selfray.runs import checkpoint
 from selfray.storage import Location
 
@@ -82,8 +82,8 @@ class WholeShares(ElasticScalingPolicy):
         return found[-1].step if found else None
 
 
-class ElasticTrainer(TorchTrainer):
-    """A TorchTrainer with the policy above."""
+class ElasticTrainer(Trainer):
+    """A Trainer with the policy above."""
 
     def __init__(self, *arguments: Any, sizes: tuple[int, ...], run: str, **more: Any) -> None:
         super().__init__(*arguments, **more)

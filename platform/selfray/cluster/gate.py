@@ -9,11 +9,12 @@ import threading
 from typing import Any
 
 from ray.data import DataContext
-from ray.data._internal.execution.backpressure_policy import (
+
+from selfray.cluster.ray_internals import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
+    MapOperator,
 )
-from ray.data._internal.execution.operators.map_operator import MapOperator
 
 _GATE = "selfray.gate"
 

@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,22 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfray import config
-from selfray.check import named_amounts
-from selfray.cluster import runtime, waiting
+from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
+from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
+from selfray.cluster.placement import PROBE_CPUS, Placement, place
+from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.runtime import Resources
 from selfray.cluster.stream import keep_statistics_here
+from selfray.cluster.task import WorkerTask
 from selfray.cluster.tracking import Tracker
-from selfray.cluster.worker import (
-    FAILURE,
-    WorkerTask,
-    recorded_failure,
-    root_cause,
-    train_worker,
-)
+from selfray.cluster.worker import train_worker
 from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
@@ -40,40 +35,11 @@ from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.report import run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
-from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.environment import environment_tags
 from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
-
-PROBE_CPUS = 0.2
-"""Probes run beside training and must never wait for a CPU that training holds."""
-SMALLEST_DATA_CPUS = 0.5
-DATA_CPUS_PER_WORKER = 8.0
-"""What a run asks for by itself where an autoscaler adds nodes; --data-cpus asks for more."""
-
-
-class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
-    """A run that ended before its time; the message is the cause in one line."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What each part of a run gets of the cluster."""
-
-    workers: int
-    """Train workers: as many of an elastic run's as the cluster holds."""
-    cpus_per_worker: float
-    gpus_per_worker: float
-    data_cpus: float
-    """For the data tasks of all these workers together."""
-
-    def resources(self, experiment: Experiment) -> dict[str, float]:
-        """What Ray reserves for each train worker."""
-        wanted = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
-        wanted |= named_amounts("worker_resources", experiment.worker_resources)
-        return {name: amount for name, amount in wanted.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -151,7 +117,7 @@ def launch(
         RunFailed: the cause in one line; the last good checkpoint stays.
     """
     started = started or time.time()
-    experiment = _located(experiment)
+    experiment = located(experiment)
     output = Location.of(experiment.output)
     part = part_of or PartOf(None, {})
     run = Location.of(part.folder) if part.folder else output / experiment.run_name
@@ -284,14 +250,16 @@ def _fit(
 ) -> None:
     """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    keep_statistics_here()
+    from selfray.cluster.trainer import Trainer
+
+    if not local_ray.is_running():
+        keep_statistics_here()
     resources = placement.resources(experiment)
     launch_id = f"{time.time_ns()}"
     workers: Any = experiment.max_workers
-    kind: Any = TorchTrainer
+    kind: Any = Trainer
     if experiment.is_elastic:
         from selfray.cluster import elastic
 
@@ -333,7 +301,7 @@ def _fit(
     except TrainingFailedError as error:
         log.exception("training failed")
         # The worker that began it wrote its cause down; another one may have lost its peer first.
-        raise RunFailed(recorded_failure(run / FAILURE, launch_id) or _cause(error)) from error
+        raise RunFailed(recorded_failure(run / FAILURE, launch_id) or cause_of(error)) from error
     failure = recorded_failure(run / FAILURE, launch_id)
     if failure is not None:
         raise RunFailed(failure)
@@ -372,158 +340,6 @@ def _log_pictures(
 def ray_storage(run: Location) -> str:
     """Where Ray Train keeps its own bookkeeping: beside the checkpoints, out of sight."""
     return (run / "ray").uri
-
-
-def _cause(error: Exception) -> str:
-    """The first worker's own error, in one line."""
-    failures = getattr(error, "worker_failures", None)
-    root = root_cause(next(iter(failures.values())) if failures else error)
-    lines = [line for line in str(root).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(root).__name__
-
-
-def place(experiment: Experiment, cluster: Resources) -> Placement:
-    """Share the cluster among train workers and data tasks. ValueError says what is missing.
-
-    Ray would wait forever for a worker that fits nowhere. Where nodes come when they are asked
-    for and nobody says how many, what the flags say is believed.
-    """
-    asked, least = experiment.max_workers, experiment.min_workers
-    gpus = experiment.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if cluster.gpus >= 1 else 0.0
-    if cluster.is_unknown:
-        return _believed(experiment, gpus)
-    flag = f"--workers {experiment.workers}"
-    workers = asked if not experiment.is_elastic else max(least, min(asked, cluster.holds(gpus)))
-    if gpus * workers > cluster.gpus:
-        raise ValueError(
-            f"{flag} x --gpus-per-worker {gpus:g} need {gpus * workers:g} GPUs and "
-            f"the cluster has {cluster.gpus:g}: give fewer workers, or add GPU nodes"
-        )
-    for name, amount in named_amounts("worker_resources", experiment.worker_resources).items():
-        has = cluster.others.get(name, 0.0)
-        # Ray knows a node's kind of GPU when the node is there.
-        is_told_later = cluster.grows and name.startswith("accelerator_type:")
-        if amount * workers > has and not is_told_later:
-            raise ValueError(
-                f"{flag} x --worker-resources {experiment.worker_resources} need "
-                f"{amount * workers:g} of {name} and the cluster has {has:g}: give fewer workers, "
-                "or add nodes that have it"
-            )
-    cpus = experiment.cpus_per_worker
-    if cpus is None:
-        # Data tasks and probes need some too, or the workers would wait for them forever.
-        spare = SMALLEST_DATA_CPUS + PROBE_CPUS
-        # Where there is no GPU, training itself is what takes the CPUs.
-        owned = gpus or experiment.worker_resources or cluster.grows
-        most = min(0.7 * cluster.cpus / workers, cluster.largest_node_cpus)
-        wanted = 1 if owned else max(1, int(most))
-        cpus = min(wanted, int((cluster.cpus - spare) / workers * 100) / 100)
-        if cluster.cpus < workers:
-            raise ValueError(
-                f"{flag} need {workers} CPUs and the cluster has {cluster.cpus:g}: "
-                f"give --workers {max(1, int(cluster.cpus))} or fewer, or add nodes"
-            )
-    left = round(cluster.cpus - cpus * workers - PROBE_CPUS, 2)
-    if left < SMALLEST_DATA_CPUS:
-        raise ValueError(
-            f"{flag} x --cpus-per-worker {cpus:g} leave {max(0.0, left):g} of the "
-            f"cluster's {cluster.cpus:g} CPUs to read the data, which needs "
-            f"{SMALLEST_DATA_CPUS}: give less of either"
-        )
-    # All that is there, but not all that could be bought.
-    bought = min(left, DATA_CPUS_PER_WORKER * workers)
-    data_cpus = experiment.data_cpus or (bought if cluster.grows else left)
-    if data_cpus > left:
-        raise ValueError(
-            f"--data-cpus {data_cpus:g} is more than the {left:g} CPUs that the train workers "
-            f"leave of the cluster's {cluster.cpus:g}"
-        )
-    return Placement(workers, cpus, gpus, data_cpus)
-
-
-def _believed(experiment: Experiment, gpus: float) -> Placement:
-    """What the flags say, for a cluster that tells nothing of itself."""
-    if experiment.gpus_per_worker is None or experiment.data_cpus is None:
-        raise ValueError(
-            "the cluster has no CPUs now and does not tell what it can add: give "
-            "--gpus-per-worker and --data-cpus, or say what it can have with "
-            "SELFRAY_CLUSTER=CPU=64,GPU=8"
-        )
-    cpus = experiment.cpus_per_worker or 1.0
-    return Placement(experiment.max_workers, cpus, gpus, experiment.data_cpus)
-
-
-def _located(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths to what it reads beside its images."""
-    start = experiment.init_from and Location.of(experiment.init_from).uri
-    return replace(experiment, init_from=start, method=experiment.method.located())
-
-
-def check_init_from(experiment: Experiment) -> None:
-    """ValueError or FileNotFoundError where --init-from does not fit the experiment."""
-    if experiment.init_from is None:
-        return
-    theirs = Checkpoint.open(experiment.init_from).experiment()
-    if type(theirs.method) is not type(experiment.method):
-        raise ValueError(
-            f"--init-from {experiment.init_from} is a checkpoint of {theirs.method.name}, and this "
-            f"run is of {experiment.method.name}: give one of {experiment.method.name}, or take a "
-            f"{theirs.method.name} recipe"
-        )
-    # A ViT's positions are interpolated for another image size; a ResNet has none.
-    may_differ = {name: getattr(theirs.encoder, name) for name in NOT_IN_WEIGHTS}
-    different = config.differences(replace(experiment.encoder, **may_differ), theirs.encoder)
-    if different:
-        raise ValueError(
-            f"--init-from {experiment.init_from} has another encoder: encoder.{different[0]}; give "
-            "the same --encoder fields; only the image size and stochastic depth may be others"
-        )
-
-
-NOT_IN_WEIGHTS = ("image_size", "drop_path", "drop_path_uniform")
-"""Fields of an encoder that no weight depends on, but for interpolated positions."""
-
-
-def check_output(run: Location, needed_bytes: int) -> None:
-    """Make the run's folder and try to write in it. OSError of one line says what is wrong."""
-    probe = run / f".write-test-{os.getpid()}"
-    try:
-        run.make_folder()
-        probe.write_bytes(b"\0" * 2**20)
-        probe.filesystem.delete_file(probe.path)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-        raise OSError(
-            f"--output: {run} cannot be written ({reason}): give --output another folder, or make "
-            "room or permission there"
-        ) from None
-    if run.is_local:
-        free = shutil.disk_usage(run.path).free
-        if free < needed_bytes:
-            raise OSError(
-                f"--output: the disk of {run} has {_megabytes(free)} free and this run's "
-                f"checkpoints need {_megabytes(needed_bytes)}: make room, give --output another "
-                "folder or --checkpoint.keep 1"
-            )
-
-
-def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what a run's checkpoints take at their most, in bytes."""
-    import torch
-
-    with torch.device("meta"):
-        method = experiment.method.build(experiment.encoder.build())
-    weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
-    encoder = sum(p.numel() * p.element_size() for p in method.encoder.state_dict().values())
-    moments = 2 if experiment.optimizer.name == "adamw" else 1
-    # The kept ones, the best one, and the next while it is written.
-    return (experiment.checkpoint.keep + 2) * ((1 + moments) * weights + encoder)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
 
 
 @contextmanager

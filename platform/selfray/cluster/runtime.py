@@ -2,9 +2,10 @@
 
 import logging
 import os
+import queue
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,6 @@ from selfray.check import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
 ENVIRONMENT = {
-    # Ray 2.60 turns token auth on for local clusters, but `ray job submit` then sends none unless
-    # told to; a cluster's owner chooses by setting the variable, a laptop needs none.
-    "RAY_AUTH_MODE": "disabled",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "120",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -109,26 +107,31 @@ class Starting:
     def __init__(self, address: str | None = None) -> None:
         self._error: BaseException | None = None
         self._is_ours = False
-        self._started = threading.Event()
+        self._said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
+        self._started = threading.Event()
         thread = threading.Thread(target=self._run, args=(address,), name="ray-start", daemon=True)
         thread.start()
 
     def _run(self, address: str | None) -> None:
         try:
-            self._is_ours = start(address)
+            self._is_ours = start(address, self._said.put)
         except BaseException as error:  # handed to whoever enters the session
             self._error = error
         self._started.set()
+        self._said.put(None)
         # Linux kills Ray's processes when the thread that started them ends (PR_SET_PDEATHSIG), so
         # this one lives as long as they are needed.
         self._stopped.wait()
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Wait for Ray; stop it at the end if it was started here."""
+    def session(self, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+        """Wait for Ray, and tell what is slow about it; stop it at the end if it was started
+        here."""
         try:
-            self._started.wait()
+            while (line := self._said.get()) is not None:
+                say(line)
+            self._said.put(None)  # for the next session of this one
             if self._error is not None:
                 raise self._error
             yield
@@ -144,43 +147,59 @@ class Starting:
         self._stopped.set()
 
 
-def start(address: str | None = None) -> bool:
-    """Join the cluster at `address` or RAY_ADDRESS, or start a local Ray.
+def start(address: str | None = None, say: Callable[[str], None] = lambda _: None) -> bool:
+    """Join the cluster at `address`, RAY_ADDRESS or of this machine, or start a local Ray.
 
     True where a Ray was started that its caller has to stop; False where one was joined, or was
-    running in this process already. ConnectionError says how to go on where nothing answers.
+    running in this process already. ConnectionError says how to go on where nothing answers,
+    `say` what is slow.
     """
     set_environment()
     import ray
 
+    from selfray.cluster import local_ray, ray_internals
+
     if ray.is_initialized():
         return False
-    address = address or os.environ.get("RAY_ADDRESS")
+    named = address or os.environ.get("RAY_ADDRESS")
+    address = named or ray_internals.current_cluster()
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
-    if address:
-        _require_cluster(address)
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError) as error:
-            raise _no_cluster(address, error) from None
-    else:
-        # This machine is not taken away with notice: one process less to start in each run.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(**options)
+    joined = address is not None and _join(address, options, is_named=named is not None)
+    if not joined:
+        local_ray.start(options, say)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return not address
+    return not joined
+
+
+def _join(address: str, options: dict[str, Any], is_named: bool) -> bool:
+    """Join a cluster by its owner's settings. One that nobody named may be gone: False then."""
+    import ray
+
+    from selfray.cluster import ray_internals
+
+    try:
+        _require_cluster(address)
+        ray_internals.use_stored_token()
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        if not is_named:
+            return False
+        if isinstance(error, ConnectionError) and str(error).startswith("no Ray cluster answers"):
+            raise
+        raise _no_cluster(address, error) from None
+    return True
 
 
 def stop() -> None:
     """Stop the local Ray that start() started."""
-    import ray
+    from selfray.cluster import local_ray
 
-    ray.shutdown()
+    local_ray.stop()
 
 
 def cluster_resources() -> Resources:
@@ -191,11 +210,12 @@ def cluster_resources() -> Resources:
     the file that the autoscaler of this machine was started with: jobs run beside it, on the head.
     """
     import ray
-    from ray._private.state import state
+
+    from selfray.cluster.ray_internals import cluster_state
 
     total: dict[str, float] = dict(ray.cluster_resources())
     limits = named_amounts("SELFRAY_CLUSTER", os.environ.get("SELFRAY_CLUSTER", ""))
-    limits = limits or state.get_max_resources_from_cluster_config() or {}
+    limits = limits or cluster_state.get_max_resources_from_cluster_config() or {}
     if not limits and (file := _autoscaling_file(ray.get_runtime_context().gcs_address)):
         limits = largest_cluster(yaml.safe_load(file.read_text()))
     for name, amount in limits.items():

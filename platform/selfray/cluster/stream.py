@@ -19,9 +19,10 @@ import ray
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
-from ray.data._internal.stats import get_or_create_stats_actor
 
+from selfray.cluster import local_ray
 from selfray.cluster.gate import Gate, GateClosed
+from selfray.cluster.ray_internals import get_or_create_stats_actor, stream_alone
 from selfray.data.plan import Share
 from selfray.data.source import LABEL, POSITION, Arrays, Segment, Source
 from selfray.method import Batch
@@ -270,6 +271,8 @@ def configure(context: DataContext) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
+    if local_ray.is_running():
+        stream_alone()
 
 
 def to_tensors(arrays: Arrays, views: Views) -> Batch:

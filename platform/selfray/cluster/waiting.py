@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import ray
 
+from selfray.cluster.ray_internals import remove_orphaned_placement_groups
 from selfray.console import Console
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def _watch(
     short_for, said = 0.0, -1
     while not ended.wait(POLL_SECONDS):
         try:
+            remove_orphaned_placement_groups()
             room = room_for(wanted, (node["Resources"] for node in ray.nodes() if node["Alive"]))
         except Exception:  # Ray is going down, or busy: it is asked again
             log.exception("the nodes are not known now")

@@ -6,40 +6,15 @@ and would spend seconds on them, and a worker first has a process started for it
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
-from selfray.data.shard_set import ShardSet
+from selfray.cluster.endings import FAILURE, recorded_failure, root_cause, would_repeat
+from selfray.cluster.task import WorkerTask
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
-
-FAILURE = "failure.json"
-"""The cause of a failure that another attempt would only repeat."""
-
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """What a worker is told. Plain values, so that any process can unpickle it."""
-
-    experiment: str
-    """The Experiment as JSON."""
-    shards: ShardSet
-    run: str
-    """The run's folder: an absolute path or a URI."""
-    cpus: float
-    """CPUs of each train worker."""
-    data_cpus: float
-    """CPUs for the data tasks of each worker: an elastic run's grow and shrink with it."""
-    launch: str
-    """Which start of the command this is: a failure of an earlier one is no reason to give up."""
-    until_step: int | None = None
-    """Where the run pauses, with a checkpoint; None goes to its end."""
-    stop_file: str | None = None
-    """The run ends, with a checkpoint, soon after this file appears."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -61,7 +36,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     except Exception as error:
         cause = root_cause(error)
         log.exception("training failed")
-        if _would_repeat(cause):
+        if would_repeat(cause):
             name = type(cause).__name__
             message = str(cause).strip() or name
             with suppress(OSError):  # the folder itself may be what is missing
@@ -69,41 +44,6 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         raise
 
 
-REPEATABLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    NotImplementedError,
-)
-
-
-def _would_repeat(error: BaseException) -> bool:
-    from torch import OutOfMemoryError
-
-    return isinstance(error, (*REPEATABLE, OutOfMemoryError))
-
-
 def _load_data_libraries() -> None:
     """What a process does that is started ahead of its first data task."""
     import selfray.data.source  # noqa: F401
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The error that began it all, through Python's chain and Ray's wrappers."""
-    while True:
-        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
-
-
-def recorded_failure(record: Location, launch: str) -> str | None:
-    """Why this start of the command is bound to fail; None where nothing says so."""
-    try:
-        failure = record.read_json()
-    except FileNotFoundError:
-        return None
-    return failure["message"] if failure["launch"] == launch else None

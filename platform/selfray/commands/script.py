@@ -186,7 +186,7 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             console.say("interrupted: the same command continues from the last checkpoint")
             return INTERRUPTED
         except RuntimeError as error:
-            from selfray.cluster.launch import RunFailed
+            from selfray.cluster.endings import RunFailed
 
             if not isinstance(error, RunFailed):
                 raise

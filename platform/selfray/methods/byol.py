@@ -11,9 +11,11 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.config import added
 from selfray.health import deviation
 from selfray.losses import regression_to_target
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.schedules import Cosine, Progress, Schedule
@@ -34,6 +36,9 @@ class BYOLConfig(MethodConfig):
     """Dimension of the projections that are predicted."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    last_bias: bool = added(False, before=True)
+    """The last linear layers of projector and predictor have a bias; not so in the authors' code.
+    """
     first_view: View = FIRST
     """The first of the two views of an image."""
     second_view: View = SECOND
@@ -58,8 +63,11 @@ class BYOL(Method):
         hidden, width = config.projector_hidden, config.projector_width
         self.config = config
         self.encoder = encoder
-        self.projector = projector(encoder.width, hidden, width, 2, last_batchnorm="none")
-        self.predictor = projector(width, hidden, width, 2, last_batchnorm="none")
+        if encoder.config.is_resnet:
+            # The authors': a gain of 0 in bottlenecks alone.
+            initial.fill_residual_branches(encoder.backbone, bottlenecks=False)
+        self.projector = projector(encoder.width, hidden, width, 2, "none", config.last_bias)
+        self.predictor = projector(width, hidden, width, 2, "none", config.last_bias)
         # In train mode, as the paper's: the target normalises by the batch's own statistics.
         self.target_encoder = teacher_of(self.encoder)
         self.target_projector = teacher_of(self.projector)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from selfray import distributed
 from selfray.check import require, require_one_of
+from selfray.config import added
+from selfray.health import below_uniform
 from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
@@ -33,6 +36,8 @@ class DINOv2Config(MethodConfig):
     """Width of the heads' hidden layers."""
     bottleneck: int = 256
     """Dimension in which embeddings and prototypes are compared."""
+    free_norms: bool = added(True, before=False)
+    """Train the prototypes' lengths too, in all heads, as the authors' code does."""
     separate_heads: bool = False
     """Patches have a head of their own, as in the long recipe."""
     patch_prototypes: int = 65_536
@@ -119,6 +124,7 @@ class DINOv2(Method):
         super().__init__()
         self.config = config
         self.student = encoder
+        initial.as_dino(encoder.backbone, class_deviation=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         self.student_head = self._new_head(config.prototypes)
         # A head that images and patches share is one module under one name.
@@ -136,7 +142,9 @@ class DINOv2(Method):
 
     def _new_head(self, prototypes: int) -> PrototypeHead:
         config = self.config
-        return PrototypeHead(self.student.width, config.hidden, config.bottleneck, prototypes)
+        return PrototypeHead(
+            self.student.width, config.hidden, config.bottleneck, prototypes, config.free_norms
+        )
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["global"]  # [b, 2, 3, H, W]
@@ -175,6 +183,7 @@ class DINOv2(Method):
             "patch_loss": patch_loss.detach(),
             "koleo": spread_loss.detach(),
             "teacher_entropy": entropy,
+            "below_uniform": below_uniform(entropy, self.config.prototypes),
             "divergence": image_loss.detach() - entropy,
         }
 
@@ -200,6 +209,11 @@ class DINOv2(Method):
         """KoLeo of one global crop of each image, over all ranks."""
         everyone = distributed.gather(features)
         return koleo(features, everyone, distributed.rank() * len(features))
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All but biases, norms and layer scales, as in the authors' code: tokens, too, and the
+        lengths of the prototypes."""
+        return parameter.ndim > 1 or name == "mask_token" or name.endswith("head.norms")
 
     def before_step(self, progress: Progress) -> None:
         if progress.fraction < self.config.freeze_prototypes:

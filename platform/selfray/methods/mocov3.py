@@ -12,8 +12,11 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import batch_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.models.vit import freeze_patch_embedding
@@ -41,8 +44,10 @@ class MoCoV3Config(MethodConfig):
     """Keep a ViT's patch embedding at its random start: training it makes runs unstable."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    last_bias: bool = added(False, before=True)
+    """A ResNet's predictor ends in a linear layer with a bias; not so in the authors' code."""
     first_view: View = FIRST
-    """The first of the two views of an image."""
+    """The first of the two views of an image; bicubic crops, where the authors' are bilinear."""
     second_view: View = SECOND
     """The second view."""
 
@@ -65,19 +70,24 @@ class MoCoV3(Method):
         super().__init__()
         hidden, width = config.projector_hidden, config.projector_width
         is_vit = encoder.config.is_vit
+        if is_vit:
+            initial.as_mocov3(encoder.backbone)
         if is_vit and config.freeze_patches:
             freeze_patch_embedding(encoder.backbone)
         self.config = config
         self.encoder = encoder
         self.projector = projector(encoder.width, hidden, width, 3 if is_vit else 2, "plain")
-        self.predictor = projector(width, hidden, width, 2, "plain" if is_vit else "none")
+        last = "plain" if is_vit else "none"
+        self.predictor = projector(width, hidden, width, 2, last, config.last_bias)
         self.momentum_encoder = teacher_of(self.encoder)
         self.momentum_projector = teacher_of(self.projector)
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
         loss = self._contrast(first, second) + self._contrast(second, first)
-        return loss, {}
+        # Two cross entropies, each times twice the temperature.
+        each = loss.detach() / (4 * self.config.temperature)
+        return loss, {"below_chance": below_chance(each, len(first) * distributed.world_size())}
 
     def _contrast(self, query_images: Tensor, key_images: Tensor) -> Tensor:
         queries = self.predictor(self.projector(self.encoder(query_images).cls))  # [b, P]
@@ -86,6 +96,10 @@ class MoCoV3(Method):
             keys = distributed.gather(local)  # [B, P]
         first = distributed.rank() * len(queries)
         return batch_contrast(queries, keys, first, self.config.temperature)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All of them, as in the authors' code (by AdamW; LARS leaves vectors alone)."""
+        return True
 
     def after_step(self, progress: Progress) -> None:
         momentum = self.config.momentum(progress)

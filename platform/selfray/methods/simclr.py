@@ -11,6 +11,8 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import nt_xent
 from selfray.method import Batch, Method, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
@@ -36,6 +38,8 @@ class SimCLRConfig(MethodConfig):
     """Dimension of the embeddings that are compared."""
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
+    last_bias: bool = added(False, before=True)
+    """The projector's last batch norm has a bias; not so in the authors' code."""
     view: View = field(
         default_factory=lambda: View(
             crop_scale=(0.08, 1.0), color_jitter=ColorJitter(), grayscale=0.2, blur=0.5
@@ -70,7 +74,11 @@ class SimCLR(Method):
         self.encoder = encoder
         hidden = config.projector_hidden or encoder.width
         self.projector = projector(
-            encoder.width, hidden, config.projector_width, config.projector_layers
+            encoder.width,
+            hidden,
+            config.projector_width,
+            config.projector_layers,
+            "affine" if config.last_bias else "scaled",
         )
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,4 +87,5 @@ class SimCLR(Method):
         local = self.projector(features).unflatten(0, (-1, 2))  # [b, 2, P]
         everyone = distributed.gather(local)  # [B, 2, P]
         first = distributed.rank() * local.shape[0]
-        return nt_xent(local, everyone, first, self.config.temperature), {}
+        loss = nt_xent(local, everyone, first, self.config.temperature)
+        return loss, {"below_chance": below_chance(loss, 2 * len(everyone) - 1)}

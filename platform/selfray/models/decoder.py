@@ -21,6 +21,8 @@ class PatchDecoder(nn.Module):
         self.pixels = nn.Linear(width, 3 * patch**2)
         self.register_buffer("positions", sincos_positions(width, grid), persistent=False)  # [N, W]
         for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # as the encoder's
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:

@@ -51,7 +51,8 @@ class EncoderConfig:
     registers: int = 0
     """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
     swiglu: bool = False
-    """A ViT's feed-forward layers are gated, with two thirds of the hidden width (DINOv2)."""
+    """A ViT's feed-forward layers are gated, with two thirds of the hidden width, rounded up to a
+    multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
     drop_path: float = 0.0
     """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
     drop_path_uniform: bool = False
@@ -174,12 +175,29 @@ class EncoderConfig:
             options["global_pool"] = "token"
         if self.swiglu:
             kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
-            options |= {"mlp_ratio": 8 / 3, **kind}
+            options |= {"mlp_ratio": self._gated_ratio, **kind}
             options |= {} if self.is_beit else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
+    @property
+    def _gated_ratio(self) -> float:
+        """timm's `mlp_ratio` that gives the gated layers their hidden width."""
+        width = self.width or _width_of(self.name)
+        wanted = 4 * width * 2 // 3
+        rounded = -(-wanted // 8) * 8
+        ratio = 8 / 3 if rounded == wanted else rounded / width
+        # timm cuts the product off.
+        return ratio if int(width * ratio) == rounded else (rounded + 0.5) / width
+
     def build(self) -> "Encoder":
         return Encoder(self)
+
+
+@lru_cache
+def _width_of(name: str) -> int:
+    """A timm model's own embedding dimension."""
+    with torch.device("meta"):
+        return cast(int, timm.create_model(name).num_features)
 
 
 def _largest_divisor(size: int, most: int) -> int:
@@ -241,7 +259,12 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly."""
+    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+
+    At the encoder's image size its features are ours. At others, where timm is asked for them
+    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
+    they are resized as local crops have them (vit.resized_positions).
+    """
     tensors = encoder.backbone.state_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
@@ -258,9 +281,13 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
         encoder.backbone.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"these weights are not of encoder {encoder.config.name}: {first}"
-        ) from None
+        whose = f"of encoder {encoder.config.name}"
+        raise ValueError(f"these weights are not {whose}: {first}{_hint(encoder.config)}") from None
+
+
+def _hint(config: EncoderConfig) -> str:
+    """Why weights that an earlier version wrote may not fit."""
+    return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
 
 
 @torch.no_grad()

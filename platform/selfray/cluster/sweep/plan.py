@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from selfray import config
-from selfray.cluster.launch import place
+from selfray.cluster.placement import place
 from selfray.cluster.runtime import Resources
 from selfray.cluster.sweep.trial import Outcome, Task
 from selfray.cluster.sweep.tune import TRIAL_CPUS, TaskSource

@@ -11,7 +11,8 @@ from typing import Any
 from ray import tune
 
 from selfray import config
-from selfray.cluster.launch import PartOf, RunFailed, launch
+from selfray.cluster.endings import RunFailed
+from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.probe_tasks import PROBED
 from selfray.console import Console
 from selfray.experiment import Experiment

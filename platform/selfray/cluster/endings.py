@@ -1,0 +1,56 @@
+"""How a run ends before its time, and the cause in one line."""
+
+from ray.exceptions import RayTaskError
+
+from selfray.storage import Location
+
+FAILURE = "failure.json"
+"""The cause of a failure that another attempt would only repeat."""
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
+    """A run that ended before its time; the message is the cause in one line."""
+
+
+REPEATABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+def would_repeat(error: BaseException) -> bool:
+    """Whether another attempt would end the same way."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, (*REPEATABLE, OutOfMemoryError))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that began it all, through Python's chain and Ray's wrappers."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def recorded_failure(record: Location, launch: str) -> str | None:
+    """Why this start of the command is bound to fail; None where nothing says so."""
+    try:
+        failure = record.read_json()
+    except FileNotFoundError:
+        return None
+    return failure["message"] if failure["launch"] == launch else None
+
+
+def cause_of(error: Exception) -> str:
+    """The first worker's own error, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    root = root_cause(next(iter(failures.values())) if failures else error)
+    lines = [line for line in str(root).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(root).__name__
