@@ -136,6 +136,7 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
         for name in ("views", "reconstructions", "neighbours", "embedding", "thumbnails", "curves")
     } | {"pictures/embedding.json"}
     assert "Result: kNN " in run.data.tags["mlflow.note.content"]
+    assert run.inputs is not None
     assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["two"]
     assert len(screen.lines) < 25
 
