@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_launch import Screen, shards  # noqa: F401 - a fixture
+from test_weights import LEARNED, ROTARY, dino, dinov3, images, published, saved
 
 from helpers import VIT, batches, experiment, start, tiny, train_for, weights
 from selfray.cluster.launch import launch
@@ -24,8 +26,6 @@ from selfray.runs import checkpoint, starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
 from selfray.train import TrainState
-from test_launch import Screen, shards  # noqa: F401 - a fixture
-from test_weights import LEARNED, ROTARY, dino, dinov3, images, published, saved
 
 
 def public(folder: Path, config: Any = LEARNED, layout: Any = dino) -> str:
