@@ -665,7 +665,10 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
 ):
     encoded, labels = labelled_pictures(30)
     writer.write_arrays(tmp_path / "clinic", encoded, labels)
-    said = typed("probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines")
+    said = typed(
+        "probe", trained / "mae", "--data", tmp_path / "clinic", "--no-baselines",
+        "--tracking", store[0],
+    )  # fmt: skip
     assert said.code == 0, said.text
     assert said.lines[0] == "30 train images of 2 classes (0, 1)"
     assert "24 train and 6 test images" in said.lines[2]

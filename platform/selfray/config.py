@@ -14,6 +14,23 @@ MOVED: Mapping[str, str] = {"selfray.sweep": "selfray.sweeps.question"}
 these names, and checkpoints hold them, so a config that moves keeps the name that it had first."""
 _WRITTEN = {today: written for written, today in MOVED.items()}
 _ADDED = "added"
+PLACEMENT = frozenset(
+    {
+        "workers",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "worker_resources",
+        "data_cpus",
+        "output",
+        "max_failures",
+        "log_every",
+        "guard",
+        "compile",
+        "shard",
+    }
+)
+"""The fields of an Experiment that say where and how a run is carried out: no part of what it is.
+Here, because those who compare runs do without torch."""
 
 
 _SAME: Any = object()

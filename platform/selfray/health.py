@@ -24,7 +24,9 @@ def feature_health(encoder: Encoder, images: Tensor) -> dict[str, float]:
     """
     was_training = encoder.training
     encoder.eval()
-    features = encoder(images[:256]).cls.float()  # [b, D]
+    # As it is: a compiled encoder would be compiled again for this number of images.
+    with torch.compiler.set_stance("force_eager"):
+        features = encoder(images[:256]).cls.float()  # [b, D]
     encoder.train(was_training)
     return {
         "feature_std": float(deviation(features)),

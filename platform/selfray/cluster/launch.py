@@ -16,8 +16,8 @@ from selfray import config
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
-from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
+from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -32,10 +32,9 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import run_pictures
+from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, starting
-from selfray.runs.environment import environment_tags
 from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE, STOP
 from selfray.storage import Location
 
@@ -144,7 +143,7 @@ def launch(
             return finished
         remember(data.train, run)
         tags = {**used, **started_from}
-        tracker = _tracker(experiment, run, plan, tags, tracking, part, console)
+        tracker = tracker_of(experiment, run, plan, data, tags, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -189,10 +188,12 @@ def _carry_out(
             _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
+        tracker.describe_run(description(experiment, plan, outcome(monitor)))
         status = "FINISHED"
     except RunFailed as error:
         _write_record(run, experiment, "failed", failure=str(error))
         tracker.set_tags({"failure": str(error)})
+        tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
     except KeyboardInterrupt:
         status = "KILLED"
@@ -217,36 +218,6 @@ def _carry_out(
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
     return result
-
-
-def _tracker(
-    experiment: Experiment,
-    run: Location,
-    plan: ReadPlan,
-    used: Mapping[str, str],
-    tracking: str | None,
-    part: PartOf,
-    console: Console,
-) -> Tracker:
-    params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
-    return Tracker(
-        tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
-        part.title or run.name,
-        run,
-        params | dict(part.params),
-        {
-            **environment_tags(),
-            "method": experiment.method.name,
-            "recipe": experiment.name,
-            "augmentation.backend": _augmentation_backend(),
-            "data.images": str(plan.rows),
-            "run.folder": run.uri,
-            **used,
-        },
-        parent_run_id=part.parent_run_id,
-        say=console.say,
-    )
 
 
 def _fit(
@@ -331,7 +302,7 @@ def _log_pictures(
     console.live("drawing pictures")
     try:
         train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
-        source = Source(data.train, plan, experiment.views)
+        source = Source(data.train, plan, experiment.views, channels=data.channels)
         names = data.train.label_names
         made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
         made["curves.png"] = run_pictures.curves(
@@ -342,8 +313,12 @@ def _log_pictures(
         console.say(f"the pictures could not be made ({error}): the run is not touched by it")
         return
     for name, picture in made.items():
-        tracker.log_picture(picture, f"pictures/{name}")
-    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(made)}")
+        if isinstance(picture, dict):
+            tracker.log_json(picture, f"pictures/{name}")
+        else:
+            tracker.log_picture(picture, f"pictures/{name}")
+    seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
+    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
 
 
 def ray_storage(run: Location) -> str:
@@ -392,6 +367,7 @@ def _write_record(
             "name": run.name,
             # Beside the experiment, whose types bring torch with them, for readers in a hurry.
             "judged_by": experiment.method.judged_by,
+            "given": given_by_user(experiment),
             "experiment": config.to_json(experiment),
             **more,
         }
@@ -442,9 +418,3 @@ def _say_plan(
             "and uniformity"
         )
     console.say(f"folder: {run}")
-
-
-def _augmentation_backend() -> str:
-    from selfray.pixels.augment import BACKEND
-
-    return BACKEND

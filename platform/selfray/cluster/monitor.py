@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from selfray.cluster.probe_tasks import PROBED, ProbeJob, metrics_of, tags_of
+from selfray.cluster.probe_tasks import ProbeJob, metrics_of, tags_of
 from selfray.cluster.shipping import Status
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
+from selfray.metrics import PROBES
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.probes.verdict import gain_over, verdict, without_labels
@@ -302,7 +303,7 @@ class Monitor:
             "probe",
             step=step,
             images_seen=images_seen,
-            **{name: getattr(result, name) for name in PROBED},
+            **{name: getattr(result, name) for name in PROBES},
             train_images=result.train_images,
             test_images=result.test_images,
             **{f"protocol_{name}": text for name, text in result.protocols.items()},

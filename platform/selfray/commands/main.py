@@ -18,7 +18,6 @@ from selfray.check import require
 from selfray.commands.check_method import CheckMethod
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
-from selfray.commands.early import nearest
 from selfray.commands.embed import Embed
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
@@ -28,7 +27,7 @@ from selfray.commands.probe import Probe
 from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
-from selfray.commands.words import one_line
+from selfray.commands.words import nearest, one_line
 
 if TYPE_CHECKING:
     from selfray.console import Console

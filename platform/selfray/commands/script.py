@@ -20,7 +20,8 @@ from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
-from selfray.console import Console, quiet_console
+from selfray.commands.words import nearest
+from selfray.console import Console, LogFormatter, printable, quiet_console
 from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
@@ -104,7 +105,7 @@ def parse(
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in recipes:
-            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
+            raise ValueError(f"{prog}: there is no recipe {name}{nearest(name, recipes)}")
         base = with_encoder_of_start(recipes, [name, *words])[name]
     if file is not None:
         base = read_config(file, base, recipes)
@@ -180,9 +181,9 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
     with quiet_console(folder / name) as console:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogFormatter())
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         # `ray job stop`, a batch system and `kill` send SIGTERM: the run is to end as by Ctrl-C.
         signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -221,5 +222,5 @@ def one_line_errors(main: Callable[[], int]) -> int:
             os._exit(code)
         return code
     except (BadSetting, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfray.metrics import ACCURACIES, PROBES
 from selfray.models.encoder import Encoder, encode_uint8
 from selfray.probes.classifier import Gallery
 from selfray.probes.knn import KNN
@@ -67,11 +68,10 @@ class ProbeResult:
 
 def described(found: Mapping[str, Any]) -> str:
     """A probe's numbers by name, as a person reads them: the accuracies, or what there is."""
-    if found["knn"] is not None and found["linear"] is not None:
-        return f"kNN {found['knn']:.1%}, linear {found['linear']:.1%}"
-    names = {"rankme": "RankMe", "alignment": "alignment", "uniformity": "uniformity"}
-    known = [(shown, found[name]) for name, shown in names.items()]
-    return ", ".join(f"{shown} {value:.3g}" for shown, value in known if value is not None)
+    if all(found[name] is not None for name in ACCURACIES):
+        return ", ".join(f"{PROBES[n].name} {PROBES[n].shown(found[n])}" for n in ACCURACIES)
+    known = [(metric, found[name]) for name, metric in PROBES.items() if not metric.is_accuracy]
+    return ", ".join(f"{m.name} {m.shown(value)}" for m, value in known if value is not None)
 
 
 def embed(

@@ -131,6 +131,13 @@ def save(state: TrainState, experiment: Experiment, run: Location, loss: float) 
     return _write(location, files, manifest)
 
 
+def take_part(state: TrainState) -> None:
+    """A rank's part in `save` on another rank, where each holds a share of the weights: nothing is
+    written."""
+    state.state_dict()
+    export_weights(state.method.encoder)
+
+
 def copy(found: Checkpoint, run: Location) -> Checkpoint:
     """Give another run a checkpoint, in place of its own of that step. OSError leaves nothing of it
     behind; ValueError where it is damaged."""

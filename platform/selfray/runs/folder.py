@@ -47,9 +47,10 @@ def is_training(run: Location) -> bool:
 
 
 def read_object(file: Location) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, or it is damaged."""
+    """The object in a JSON file; empty where there is none, or it is damaged: no JSON, no UTF-8, of
+    another shape, or nested without end."""
     try:
         value = file.read_json()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
