@@ -21,13 +21,13 @@ from PIL import Image
 
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
-from selfray.cluster import launch
 from selfray.cluster.mlflow_runs import log_page, read_runs
 from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
 from selfray.report import live_map
 from selfray.report.page import thinned, write_page
 from selfray.runs import checkpoint, ranking
+from selfray.runs import record as run_record
 from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
 from selfray.runs.ranking import ComparedRun, cautions, differences, ranked
 from selfray.runs.reading import read_run
@@ -54,7 +54,7 @@ def make_run(
     """A run's folder as `launch` leaves it: its record, its spool and its pictures."""
     folder = Location.of(output) / wanted.run_name
     folder.make_folder()
-    launch._write_record(folder, wanted, status, **record)
+    run_record.write(folder, wanted, status, **record)
     writer = SpoolWriter(folder / SPOOL, "train-0")
     for step in range(1, 6):
         values = {"loss": 5 / step, "throughput/images_per_second": 100.0 * step}
@@ -193,7 +193,7 @@ def test_a_run_that_did_not_end_well_says_so(tmp_path: Path, status: str) -> Non
 
 def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
     folder = make_run(tmp_path, experiment(), "running")
-    with launch._alone(Location.of(folder)):
+    with run_record.alone(Location.of(folder)):
         assert is_training(Location.of(folder))
         assert read_runs([folder])[0].status == "running"
     assert (Path(folder) / LOCK).exists()
@@ -485,7 +485,7 @@ def test_a_run_s_date_duration_encoder_and_page_are_in_the_table(tmp_path: Path)
     assert {"encoder", "epochs", "duration", "started", "1:02:05"} <= set(page.texts)
     assert "SECRET" not in text
     (link,) = page.all("a")
-    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc"
+    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc?workflowType=machine_learning"
     for hostile in ("javascript:alert(1)", "data:text/html,x", 'http://x"><script>'):
         (Path(folder) / "mlflow.json").write_text(json.dumps({**record, "tracking_uri": hostile}))
         assert not Page(write_page(read_runs([folder]), "page")).all("a")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
-from selfray import __version__, plugins
+from selfray import __version__, plugins, signals
 from selfray.check import require
 from selfray.commands.check_method import CheckMethod
 from selfray.commands.compare import Compare
@@ -24,7 +24,7 @@ from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
 from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
-from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
+from selfray.commands.script import one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import nearest, one_line
@@ -150,7 +150,7 @@ def _quietly(command: Any) -> int:
             return command.run(console)
         except KeyboardInterrupt:
             console.say(f"interrupted: {command.interrupted}")
-            return INTERRUPTED
+            return signals.exit_code()
         except (ValueError, OSError):
             raise
         except Exception as error:

@@ -5,8 +5,6 @@ Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing wa
 """
 
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfray import plugins
+from selfray import plugins, signals
 from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
@@ -31,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs n
 BAD_INPUT = 2
 
 
-INTERRUPTED = 130
+INTERRUPTED = signals.INTERRUPTED
 
 
 log = logging.getLogger(__name__)
@@ -184,13 +182,12 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
         handler = logging.StreamHandler()
         handler.setFormatter(LogFormatter())
         logging.basicConfig(level=logging.INFO, handlers=[handler])
-        # `ray job stop`, a batch system and `kill` send SIGTERM: the run is to end as by Ctrl-C.
-        signal.signal(signal.SIGTERM, _interrupt)
+        signals.catch()
         try:
             return body(console)
         except KeyboardInterrupt:
             console.say("interrupted: the same command continues from the last checkpoint")
-            return INTERRUPTED
+            return signals.exit_code()
         except RuntimeError as error:
             from selfray.cluster.endings import RunFailed
 
@@ -205,22 +202,30 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             return BAD_INPUT
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _leave() -> None:
+    """End at once by the signal's exit code."""
+    if "ray" in sys.modules:
+        from selfray.cluster import local_ray
+
+        local_ray.abandon()
+    logging.shutdown()
+    signals.leave()
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`; bad input is one line on standard error, and exit code 2."""
+    signals.catch()
     try:
         code = main()
-        if code == INTERRUPTED:
-            # Threads of Ray and MLflow may still be in native code, and Python's own way out would
-            # then abort with exit code -6.
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        if signals.were_received():
+            _leave()
         return code
+    except KeyboardInterrupt:
+        if not signals.were_received():
+            raise
+        print("interrupted: nothing was begun yet", file=sys.stderr)
+        _leave()
+        raise
     except (BadSetting, ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
