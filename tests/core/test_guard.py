@@ -10,7 +10,6 @@ import torch
 
 from helpers import MAE, SIMCLR, VIT, experiment, start, tiny, train_for
 from selfray.cluster.endings import would_repeat
-from selfray.cluster.recorder import Recorder
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
@@ -18,6 +17,7 @@ from selfray.methods.dino import DINOConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.runs import checkpoint
+from selfray.runs.recorder import Recorder
 from selfray.storage import Location
 from selfray.train import TrainState
 

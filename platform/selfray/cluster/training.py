@@ -11,7 +11,6 @@ import torch
 from selfray import config
 from selfray.check import require
 from selfray.cluster import stream
-from selfray.cluster.recorder import EndedEarly, Recorder
 from selfray.cluster.stream import Stream
 from selfray.cluster.task import WorkerTask
 from selfray.data.broken import BrokenTally
@@ -20,6 +19,7 @@ from selfray.data.source import BROKEN, REASON, source_of
 from selfray.experiment import Experiment
 from selfray.method import Batch
 from selfray.runs import checkpoint, starting
+from selfray.runs.recorder import EndedEarly, Recorder
 from selfray.storage import Location
 from selfray.train import TrainState, train
 
