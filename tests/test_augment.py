@@ -14,19 +14,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from selfray.pixels import augment, colour, random, resize
+from selfray.pixels import colour, parameters, random, resize
 from selfray.pixels.augment import (
-    Jitter,
-    Parameters,
     apply,
     augment_batch,
     augment_image,
-    draw,
     evaluation_view,
     generator,
     image_key,
 )
 from selfray.pixels.codecs import BrokenImage, decode, encode_png
+from selfray.pixels.parameters import Jitter, Parameters, draw
 from selfray.views import (
     BLUR_SIGMA,
     ColorJitter,
@@ -417,9 +415,9 @@ EXTREMES = (0, 1, 2**64 - 1)
 
 def test_the_compiled_random_numbers_are_numpys():
     for key, seed, epoch in product(EXTREMES, repeat=3):
-        drawn = np.empty((1, 2 * augment.DRAWS))
+        drawn = np.empty((1, 2 * parameters.DRAWS))
         random.fill_uniforms(np.array([key], np.uint64), np.uint64(seed), np.uint64(epoch), drawn)
-        assert np.array_equal(drawn[0], generator(seed, epoch, key).random(2 * augment.DRAWS))
+        assert np.array_equal(drawn[0], generator(seed, epoch, key).random(2 * parameters.DRAWS))
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():

@@ -16,7 +16,6 @@ import cifar10_gpu
 from cifar10_gpu import Benchmark
 from selfray.pixels.codecs import encode_png
 from selfray.runs.checkpoint import Checkpoint
-from selfray.train import TrainState
 from test_layout import belongs_to, imported
 
 ROOT = Path(__file__).parent.parent
@@ -115,12 +114,18 @@ def test_an_epoch_shows_every_image_once(settings):
     assert sorted(np.concatenate(seen)) == list(range(40))
 
 
-def test_compiling_the_encoders_changes_no_name_of_a_weight(settings):
-    experiment = cifar10_gpu.experiment_of(settings, "mocov2")
-    method = TrainState.start(experiment, 100).method
-    names = list(method.state_dict())
-    cifar10_gpu.compile_encoders(method)
-    assert list(method.state_dict()) == names
+def test_the_epochs_that_fit_into_some_minutes_are_trained_to_their_end(settings, monkeypatch):
+    monkeypatch.setattr(cifar10_gpu, "TRIAL_SECONDS", 0.1)
+    (result,) = cifar10_gpu.run(replace(settings, epochs=3, fit_minutes=5.0))
+    assert (result["epochs"], result["steps"]) == (3, result["total_steps"])
+    (short,) = cifar10_gpu.run(replace(settings, epochs=3, fit_minutes=0.0))
+    assert (short["epochs"], short["steps"]) == (1, short["total_steps"])
+
+
+def test_lightlys_optimizer_is_that_of_their_table(settings):
+    theirs = replace(settings, optimizer="lightly", batch_size=128)
+    optimizer = cifar10_gpu.experiment_of(theirs, "simclr").optimizer
+    assert (optimizer.name, optimizer.peak_learning_rate(128)) == ("sgd", 0.06)
 
 
 @pytest.mark.long

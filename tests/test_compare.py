@@ -5,32 +5,37 @@ import math
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
-from selfray.cluster.mlflow_runs import log_page, read_run, read_runs
+from selfray.cluster.mlflow_runs import log_page, read_runs
 from selfray.cluster.tracking import Tracker
 from selfray.experiment import Experiment
-from selfray.runs import checkpoint, comparison
+from selfray.report import live_map
+from selfray.report.page import thinned, write_page
+from selfray.runs import checkpoint, ranking
 from selfray.runs import record as run_record
-from selfray.runs.comparison import ComparedRun, cautions, differences, ranked, thinned, write_page
 from selfray.runs.folder import LOCK, RUN_FILE, SPOOL, is_training
+from selfray.runs.ranking import ComparedRun, cautions, differences, ranked
+from selfray.runs.reading import read_run
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture
 
-SOURCE_ROOT = Path(comparison.__file__).parent.parent
+SOURCE_ROOT = Path(ranking.__file__).parents[2]
 NOWHERE = f"http://{DEAD}"
 
 
@@ -201,7 +206,8 @@ def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
     (Path(bad) / "artifacts/pictures/views.png").write_bytes(b"no picture")
     runs = {run.folder: run for run in read_runs([str(tmp_path)])}
     assert runs[good].status == "finished"
-    assert runs[bad].status == "unreadable"
+    assert runs[bad].score == 0.6
+    assert runs[bad].note == "its run.json holds no experiment"
     (Path(bad) / RUN_FILE).write_text("{")
     runs = {run.folder: run for run in read_runs([str(tmp_path)])}
     assert runs[bad].score == 0.6
@@ -282,7 +288,7 @@ def test_runs_judged_by_different_probes_are_ranked_apart(tmp_path: Path) -> Non
     ]
     order = ranked(runs)
     assert [run.name for run in order] == ["high", "low", "mae", "unprobed", "broken"]
-    assert comparison.featured(order) == [0, 2, 1, 3, 4]
+    assert ranking.featured(order) == [0, 2, 1, 3, 4]
     told = cautions(order)
     assert "kNN judges simclr; linear judges mae" in told["judges"]
     assert "Best: high, kNN 70.0%; mae, linear 99.0%." in Page(write_page(runs, "page")).texts[2]
@@ -300,10 +306,6 @@ def test_only_chosen_parameters_differ_and_what_a_recipe_sets_stands_apart(tmp_p
     assert found.of_recipes["batch_size"] == [8, 8, 16]
     assert found.of_recipes["method.mask_ratio"] == [None, None, 0.75]
     assert not {"workers", "output", "name"} & {*found.varied, *found.of_recipes}
-
-
-def test_placement_is_what_the_experiment_says() -> None:
-    assert set(comparison.PLACEMENT) == Experiment.PLACEMENT
 
 
 @pytest.mark.parametrize(
@@ -338,13 +340,13 @@ def test_probes_of_other_images_or_by_another_protocol_are_not_compared(tmp_path
 
 def test_the_table_has_a_line_for_each_run_and_marks_the_probe_that_judges(tmp_path: Path) -> None:
     runs = ranked(read_runs(temperatures(tmp_path, 0.1, 0.4)))
-    head, *lines = comparison.table(runs)
+    head, *lines = ranking.table(runs)
     assert head.split() == [
         "run", "status", "kNN", "linear", "RankMe", "images", "images/s", "method.temperature",
     ]  # fmt: skip
     assert lines[0].split()[2:] == ["finished", "70.0%*", "90.0%", "12.5", "40", "300", "0.4"]
-    many = comparison.table([made(f"run-{n}") for n in range(500)])
-    assert len(many) == 1 + comparison.MOST_LINES + 1
+    many = ranking.table([made(f"run-{n}") for n in range(500)])
+    assert len(many) == 1 + ranking.MOST_LINES + 1
     assert many[-1] == "... and 460 more"
 
 
@@ -366,7 +368,8 @@ def test_what_a_run_is_called_is_text_and_never_markup(tmp_path: Path) -> None:
     assert len(page.raw["script"]) == len(expected.raw["script"]) == 2
     assert page.raw["script"][1] == expected.raw["script"][1]
     assert not any("onerror" in attributes for _, attributes in page.elements)
-    assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
+    sources = [image["src"] for image in page.all("img") if "src" in image]
+    assert all((source or "").startswith("data:image/") for source in sources)
     assert HOSTILE in {run["title"] for run in page.data["runs"]}
     assert HOSTILE in page.data["varied"]
     assert HOSTILE in page.texts
@@ -382,7 +385,7 @@ def test_the_page_has_every_run_its_pictures_and_its_curves_in_one_file(tmp_path
     assert page.data["varied"] == {"method.temperature": [0.3, 0.2, 0.1]}
     assert page.data["runs"][0]["curves"]["probe/knn"] == [[0, 40], [0.3, 0.65]]
     assert len(page.all("figure")) == 6
-    assert all(image["alt"] for image in page.all("img"))
+    assert all(image["alt"] for image in page.all("img") if "src" in image)
     policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -402,12 +405,98 @@ def test_pictures_are_of_the_best_runs_and_the_page_says_so(tmp_path: Path) -> N
     assert not Page(write_page(runs, "page", most_pictures=0)).all("figure")
 
 
-def test_a_page_of_hundreds_of_runs_stays_small() -> None:
+def test_a_picture_that_is_none_is_said_in_its_place(tmp_path: Path) -> None:
+    folder = Path(make_run(tmp_path, experiment()))
+    place = folder / "artifacts/pictures"
+    huge = b"P6 60000 60000 255 "  # as many pixels as a header can say
+    png = (place / "views.png").read_bytes()
+    for name, data in {"a": b"", "b": b"no", "c": huge, "d": png[:40], "e": png[:30] * 9}.items():
+        (place / f"{name}.png").write_bytes(data)
+    page = Page(write_page([read_run(Location.of(folder))], "page"))
+    for name in "abcde":
+        assert any(f"{name}.png cannot be read" in text for text in page.texts), name
+    assert len(page.all("img")) == 3  # two pictures, and the one that is shown large
+
+
+def with_map(folder: str, points: np.ndarray, labels: np.ndarray) -> None:
+    """Beside a run's pictures, what the page draws a map from."""
+    place = Path(folder) / "artifacts/pictures"
+    images = np.zeros((len(labels), 3, 8, 8), np.uint8)
+    images[:, 0] = 20 * labels[:, None, None]
+    maps = {"untrained": points[::-1], "after": points}
+    (place / "embedding.json").write_text(json.dumps(live_map.as_json(maps, labels, ["a", "b"])))
+    live_map.thumbnails(images).save(place / "thumbnails.png")
+
+
+def test_maps_of_the_same_images_are_turned_onto_each_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points, labels = rng.normal(size=(30, 2)), np.arange(30) % 3
+    turned = points @ np.array([[0.0, 1.0], [1.0, 0.0]]) * 7 + 3  # mirrored, too
+    folders = temperatures(tmp_path, 0.1, 0.2)
+    for folder, drawn in zip(folders, (points, turned), strict=True):
+        with_map(folder, drawn, labels)
+    page = Page(write_page(read_runs(folders), "page"))
+    one, two = page.data["maps"]["0"], page.data["maps"]["1"]
+    np.testing.assert_allclose(one["maps"]["after"], two["maps"]["after"], atol=5e-3)
+    assert (one["labels"], one["names"]) == (labels.tolist(), ["a", "b"])
+    assert one["sheet"].startswith("data:image/webp;base64,")
+    assert (one["across"], one["side"]) == (6, live_map.SIDE)
+    # The sheet is no picture of its own.
+    assert {option["value"] for option in page.all("option")} == {"views", "embedding"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": ["x"]}, {"labels": 7}, {"names": None}, {"maps": []}, {"maps": {}},
+        {"maps": {"after": [[0, math.inf]] * 30}}, {"maps": {"after": [[0, 1]]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_map_of_another_shape_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (folder,) = temperatures(tmp_path, 0.1)
+    with_map(folder, np.zeros((30, 2)), np.arange(30) % 3)
+    place = Path(folder) / "artifacts/pictures"
+    assert live_map.read(Location.of(place)) is not None
+    found = json.loads((place / "embedding.json").read_text())
+    (place / "embedding.json").write_text(json.dumps({**found, **changes}))
+    assert live_map.read(Location.of(place)) is None
+    assert Page(write_page(read_runs([folder]), "page")).data["maps"] == {}
+
+
+def test_what_was_set_by_flag_differs_even_between_runs_of_different_recipes() -> None:
+    plain = {"epochs": 10, "batch_size": 8, "workers": 1}
+    other = {"epochs": 20, "batch_size": 16, "workers": 2}
+    runs = [made("one", parameters=plain, recipe="a"), made("two", parameters=other, recipe="b")]
+    assert differences(runs).varied == {}
+    given = frozenset({"epochs", "workers"})
+    runs[1] = made("two", parameters=other, recipe="b", given=given)
+    found = differences(runs)
+    assert found.varied == {"epochs": [10, 20]}
+    assert found.of_recipes == {"batch_size": [8, 16]}
+
+
+def test_a_run_s_date_duration_encoder_and_page_are_in_the_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, experiment(), result={"seconds": 3725.0})
+    record = {"tracking_uri": "https://me:SECRET@host/ml", "experiment_id": "7", "run_id": "abc"}
+    (Path(folder) / "mlflow.json").write_text(json.dumps(record))
+    text = write_page(read_runs([folder]), "page")
+    page = Page(text)
+    assert {"encoder", "epochs", "duration", "started", "1:02:05"} <= set(page.texts)
+    assert "SECRET" not in text
+    (link,) = page.all("a")
+    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc"
+    for hostile in ("javascript:alert(1)", "data:text/html,x", 'http://x"><script>'):
+        (Path(folder) / "mlflow.json").write_text(json.dumps({**record, "tracking_uri": hostile}))
+        assert not Page(write_page(read_runs([folder]), "page")).all("a")
+
+
+def test_a_page_of_many_runs_stays_small() -> None:
     curve = [(step, 1 / step) for step in range(1, 5000)]
     names = [f"health/{n}" for n in range(12)]
     runs = [
         made(f"run-{n}", parameters={"seed": n}, curves=dict.fromkeys(names, curve))
-        for n in range(400)
+        for n in range(60)
     ]
     assert len(write_page(runs, "page")) < 6e6
 
@@ -478,7 +567,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         tags = {"run.folder": folder, "method": "simclr", "recipe": "test", **tags}
         tracker = Tracker(uri, "selfray", place.name, place, params, tags, parent, lambda _: None)
         tracker.start()
-        assert tracker.finish("FINISHED")
+        assert tracker.finish("FINISHED", seconds=300)
         found[name], found[f"{name}-folder"] = str(tracker.run_id), folder
 
     sweep = output / "sweeps/sweep-t-1a2b3c4d"
@@ -521,7 +610,7 @@ def test_a_sweep_under_way_shows_the_trials_that_only_mlflow_knows_of(
     tracked: dict[str, str],
 ) -> None:
     sweep = f"{tracked['output']}/sweeps/sweep-t-1a2b3c4d"
-    assert len(read_runs([sweep])) == 2
+    assert len(read_runs([sweep], tracked["uri"])) == 2
     said: list[str] = []
     assert len(read_runs([sweep], NOWHERE, said.append)) == 1
     assert len(said) == 1
@@ -558,30 +647,153 @@ def test_the_page_of_a_sweep_is_an_artifact_of_its_run(
         [f"{tracked['output']}/sweeps/sweep-t-1a2b3c4d"],
         [tracked["trial-0-folder"], tracked["trial-1-folder"]],
     ):
-        told = log_page(" ".join(references), read_runs(references), uri)
+        told = log_page(" ".join(references), read_runs(references, uri), uri)
         assert "comparison.html of the sweep" in told
         assert artifact(uri, tracked["sweep"], tmp_path) == " ".join(references)
     assert "of the run" in log_page("one", read_runs([tracked["alone-folder"]]), uri)
     assert artifact(uri, tracked["alone"], tmp_path) == "one"
 
 
-def test_the_page_of_any_other_choice_has_a_run_that_the_next_page_of_it_shares(
-    tracked: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_page_of_any_other_choice_adds_nothing_to_mlflow(tracked: dict[str, str]) -> None:
     uri, client = tracked["uri"], MlflowClient(tracked["uri"])
     runs = read_runs([tracked["trial-0-folder"], tracked["alone-folder"]])
     experiment_id = client.get_run(tracked["alone"]).info.experiment_id
     before = len(client.search_runs([experiment_id]))
-    for page in ("first", "second"):
-        assert "logged" in log_page(page, runs, uri)
-        found = client.search_runs([experiment_id], "attributes.run_name = 'comparison'")
-        assert artifact(uri, found[0].info.run_id, tmp_path) == page
-        assert found[0].info.status == "FINISHED"
-    assert len(client.search_runs([experiment_id])) == before + 1
-    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
-        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
-    # It is no run to compare.
-    assert len(read_runs(["selfray"], uri)) == 3
+    assert "not of one sweep" in log_page("page", runs, uri)
+    assert len(client.search_runs([experiment_id])) == before
+
+
+# A stranger's folder
+
+
+class Listener(BaseHTTPRequestHandler):
+    requests: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        self.requests.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+        self.send_response(404)
+        self.end_headers()
+
+    do_GET = do_POST = do_PUT = do_PATCH = answer  # noqa: N815 - as http.server calls them
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A run's folder that names a server of its own, and the server's address."""
+    Listener.requests.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    folder = make_run(tmp_path / "strangers", experiment())
+    record = {"tracking_uri": address, "experiment_id": "1", "run_id": "abc"}
+    (Path(folder) / "mlflow.json").write_text(json.dumps(record))
+    yield folder, address
+    server.shutdown()
+
+
+def test_a_store_that_only_a_run_s_folder_names_is_not_contacted(
+    stranger: tuple[str, str],
+    typed: Type,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, address = stranger
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SECRETTOKEN")
+    for own in (NOWHERE, None):
+        if own is None:
+            monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+        said = typed("compare", folder)
+        assert said.code == 0
+        assert f"names the MLflow store {address}" in said.lines[-1]
+        assert "give --tracking" in said.lines[-1]
+    assert Listener.requests == []
+    assert "not logged" in typed("compare", folder, "--tracking", address).lines[-1]
+    assert Listener.requests  # the user named it
+
+
+def test_a_sweep_under_way_asks_no_store_that_only_its_folder_names(
+    stranger: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = stranger
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    sweep = tmp_path / "sweep"
+    trial = {"label": "t 1", "seed": 0, "run": folder, "failure": None}
+    write_trials(sweep, [trial])
+    (sweep / "outcomes.json").unlink()
+    (sweep / "mlflow.json").write_text(json.dumps({"tracking_uri": address, "run_id": "abc"}))
+    said: list[str] = []
+    assert len(read_runs([str(sweep)], None, said.append)) == 1
+    assert address in said[0]
+    assert Listener.requests == []
+
+
+ANYTHING: tuple[Any, ...] = (
+    None, True, 0, -1, 10**400, 0.5, math.inf, math.nan, "", "text", "\x1b[31m", "caf\udce9",
+    [], [[]], {}, {"type": 7}, {"a": {"b": [math.inf]}}, "s3://KEY:SECRET@bucket/x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=ascii)
+def test_json_of_another_shape_ends_no_comparison(
+    typed: Type,  # noqa: F811
+    tmp_path: Path,
+    value: Any,
+) -> None:
+    good = make_run(tmp_path / "runs", experiment())
+    fields = ("status", "name", "judged_by", "failure", "experiment", "result")
+    odd: dict[str, list[Any]] = {
+        "run.json": [{**dict.fromkeys(fields, "x"), field: value} for field in fields],
+        "mlflow.json": [{"tracking_uri": value, "run_id": value}],
+    }
+    odd["run.json"] += [value, {"experiment": {"name": value, "method": value, "seed": value}}]
+    for name, contents in odd.items():
+        for number, content in enumerate(contents):
+            bad = tmp_path / f"runs/{name}-{number}"
+            (bad / "spool").mkdir(parents=True)
+            (bad / "run.json").write_text("{}")
+            (bad / name).write_text(json.dumps(content))
+            records = [
+                {"time": value, "kind": "metrics", "images_seen": 1, "values": {"loss": 1.0}},
+                {"time": 1, "kind": "metrics", "images_seen": value, "values": {"loss": 1.0}},
+                {"time": 1, "kind": "metrics", "images_seen": 1, "values": value},
+                {"time": 1, "kind": "metrics", "images_seen": 1, "values": {"loss": value}},
+                {"time": 1, "kind": "tags", "values": value},
+                {"time": 1, "kind": value},
+                value,
+            ]
+            lines = "\n".join(map(json.dumps, records))
+            (bad / "spool/w.jsonl").write_text(lines + "\n")
+    said = typed("compare", tmp_path / "runs", "--no-track", "--json", "numbers.json")
+    assert said.code == 0, said.text
+    assert "Traceback" not in said.text
+    assert "SECRET" not in said.text
+    numbers = json.loads(Path("numbers.json").read_text())["runs"]
+    assert len(numbers) == 1 + sum(map(len, odd.values()))
+    assert [run["score"] for run in numbers if run["folder"] == good] == [0.8]
+    page = (tmp_path / "runs/comparison.html").read_text()
+    assert "SECRET" not in page
+    assert Page(page).data["runs"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xfe{}", b"{", b"[" * 100_000, b"", b"\0" * 10, b'"text"', b'{"status": "\xe9"}'],
+    ids=["not UTF-8", "cut", "deep", "empty", "zeros", "no object", "Latin-1"],
+)
+def test_a_damaged_record_counts_as_none_and_is_said(tmp_path: Path, data: bytes) -> None:
+    folder = Path(make_run(tmp_path, experiment()))
+    (folder / "run.json").write_bytes(data)
+    with open(folder / "spool/train-0.jsonl", "ab") as file:
+        file.write(data + b"\n")
+    (run,) = read_runs([str(folder)])
+    assert run.score == 0.8
+    assert "its run.json is damaged" in run.note
+    assert ("1 damaged lines of its spool" in run.note) == bool(data)
+    assert run.status == "interrupted"
 
 
 # The command
@@ -637,7 +849,7 @@ def test_comparing_nothing_is_told_in_one_line(typed: Type) -> None:  # noqa: F8
 def test_runs_are_compared_without_ray_or_torch(tmp_path: Path) -> None:
     temperatures(tmp_path / "runs", 0.1, 0.2)
     script = (
-        "import sys\nfrom selfray import cli\n"
+        "import sys\nfrom selfray.commands import main as cli\n"
         "sys.argv = ['selfray', 'compare', 'runs', '--no-track']\nassert cli.main() == 0\n"
         "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
     )

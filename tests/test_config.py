@@ -138,3 +138,17 @@ def test_flat_names_are_dotted_and_carry_short_type_names():
     assert flat["encoder.image_size"] == 16
     assert all(not isinstance(value, dict) for value in flat.values())
     json.dumps(flat)
+
+
+@dataclass(frozen=True)
+class Grown:
+    kept: int = config.added(1)
+    changed: bool = config.added(False, before=True)
+
+
+def test_a_field_that_came_later_is_what_it_was_before_where_a_file_lacks_it(monkeypatch):
+    monkeypatch.setattr(config, "config_type", lambda name: Grown)
+    assert set(config.to_json(Grown(1, True))) == {"type"}
+    assert config.to_json(Grown())["changed"] is False
+    assert config.from_json({"type": "selfray.x:Grown"}) == Grown(1, True)
+    assert config.loads(config.dumps(Grown(2, False))) == Grown(2, False)

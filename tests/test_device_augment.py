@@ -8,9 +8,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from selfray.pixels import augment, device
-from selfray.pixels.augment import DRAWS, JITTER_ORDERS, Jitter, Parameters
+from selfray.pixels import parameters as host_parameters
 from selfray.pixels.codecs import encode_png
 from selfray.pixels.device import BatchParameters, apply, parameters_from, uniforms
+from selfray.pixels.parameters import DRAWS, JITTER_ORDERS, Jitter, Parameters
 from selfray.views import ColorJitter, RandomMask, View, Views
 from test_augment import FACTORS, blurred, kolmogorov_smirnov, picture, tensor
 
@@ -49,6 +50,8 @@ def as_batch(rows: list[Parameters]) -> BatchParameters:
         "blur": [row.blur_sigma is not None for row in rows],
         "blur_sigma": [row.blur_sigma or 1.0 for row in rows],
         "solarize": [row.solarize for row in rows],
+        "vertical_flip": [row.vertical_flip for row in rows],
+        "quarter_turns": [row.quarter_turns for row in rows],
     }
     columns = {**box, **factors, **others}
     return BatchParameters(**{name: torch.tensor(column) for name, column in columns.items()})
@@ -174,7 +177,7 @@ def test_the_same_uniform_numbers_mean_the_same_parameters_as_on_the_host(height
     drawn = uniforms(3, 1, torch.arange(300), 1)[:, 0]
     ours = parameters_from(view, drawn, height, width)
     for row, numbers in enumerate(drawn.tolist()):
-        host = augment.parameters_from(view, numbers, height, width)
+        host = host_parameters.parameters_from(view, numbers, height, width)
         for name in (*BOX_NAMES, "flip", "grayscale", "solarize"):
             assert getattr(ours, name)[row].item() == getattr(host, name)
         assert bool(ours.blur[row]) == (host.blur_sigma is not None)
@@ -273,7 +276,7 @@ def test_the_whole_chain_is_near_the_hosts():
     views = device.draw_view(images, drawn[:, 0], SIMCLR)
     total = []
     for key, view, numbers in zip(keys, views, drawn[:, 0].tolist(), strict=True):
-        parameters = augment.parameters_from(SIMCLR, numbers, SIZE, SIZE)
+        parameters = host_parameters.parameters_from(SIMCLR, numbers, SIZE, SIZE)
         host = augment.apply(PICTURES[int(key)], parameters, SIZE)
         total.append((view.int() - tensor(host).int()).abs().float().mean())
     assert torch.stack(total).mean() < 2

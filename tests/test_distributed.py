@@ -32,7 +32,6 @@ from helpers import (
     start,
     tiny,
     train_for,
-    weights,
 )
 from selfray import distributed
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
@@ -82,6 +81,30 @@ RUNS: dict[str, Experiment] = {
         tiny(VQVAEConfig), VIT, optimizer=SMALL_STEPS, accumulate=2
     ),
     "dino in micro-batches": experiment(tiny(DINOConfig), VIT, optimizer=SMALL_STEPS, accumulate=2),
+    # By cached gradients: the whole batch is compared.
+    "simclr with a vit in micro-batches": experiment(
+        SIMCLR, VIT, optimizer=SMALL_STEPS, accumulate=2
+    ),
+    "byol with a vit in micro-batches": experiment(
+        tiny(BYOLConfig), VIT, optimizer=SMALLER_STEPS, accumulate=2
+    ),
+    "mocov3 with a vit in micro-batches": experiment(
+        tiny(MoCoV3Config), VIT, optimizer=SMALLER_STEPS, accumulate=2
+    ),
+    "dinov2 in micro-batches, blocks recomputed": experiment(
+        tiny(DINOv2Config), replace(VIT, recompute=True), optimizer=SMALL_STEPS, accumulate=2
+    ),
+    "mae sharded, by adamw and clipped": experiment(
+        MAE, optimizer=replace(ADAMW, clip_norm=0.05), workers=2, shard="fsdp"
+    ),
+    "dinov2 by sinkhorn, sharded, in micro-batches, blocks recomputed": experiment(
+        replace(tiny(DINOv2Config), centering="sinkhorn"),
+        replace(VIT, recompute=True),
+        optimizer=SMALL_STEPS,
+        accumulate=2,
+        workers=2,
+        shard="fsdp",
+    ),
 }
 
 AMONG_FOUR = (
@@ -91,6 +114,8 @@ AMONG_FOUR = (
     "dino",  # a centre is averaged
     "dinov2 by sinkhorn with two heads",  # Sinkhorn-Knopp and KoLeo over all ranks
     "vqvae",  # a codebook is averaged
+    "mocov3 with a vit in micro-batches",  # gradients are cached, then averaged
+    "dinov2 by sinkhorn, sharded, in micro-batches, blocks recomputed",  # weights are shared out
 )
 """One run for each kind of communication: what holds between two ranks is shown among four."""
 
@@ -106,7 +131,8 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
     with torch.no_grad():
         # timm begins with a zero at the end of each residual branch: nothing would flow there.
         for parameter in state.method.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.add_(distributed.shared_out(noise, parameter))
     gradients: dict[str, Tensor] = {}
     own_before_step = state.method.before_step
 
@@ -116,7 +142,7 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
                 if not parameter.requires_grad:
                     continue
                 assert parameter.grad is not None
-                gradients[name] = parameter.grad.clone()
+                gradients[name] = distributed.whole(parameter.grad).clone()
         own_before_step(progress)
 
     state.method.before_step = look
@@ -126,8 +152,26 @@ def trained(wanted: Experiment, rank: int, ranks: int) -> dict[str, Any]:
         "losses": torch.stack([step.loss for step in steps]),
         "norms": torch.stack([step.gradient_norm for step in steps]),
         "gradients": gradients,
-        "weights": weights(state),
+        "weights": state.state_dict()["method"],
     }
+
+
+HANDED_OVER = experiment(tiny(DINOv2Config), VIT, optimizer=SMALL_STEPS, workers=2)
+
+
+def handed_over(rank: int, ranks: int) -> dict[str, Any]:
+    """Three steps: the first sharded, the second not, the third sharded; each goes on from the
+    state that the one before has saved."""
+    saved: dict[str, Any] | None = None
+    for step, kind in enumerate(("fsdp", "none", "fsdp")):
+        wanted = replace(HANDED_OVER, shard=kind)  # type: ignore[arg-type]
+        state = start(wanted if saved is None else replace(wanted, seed=9))
+        if saved is not None:
+            state.load_state_dict(saved)
+        train_for(state, wanted, 1, batches(wanted, step, rank, ranks))
+        saved = state.state_dict()
+    assert saved is not None
+    return {"weights": saved["method"], "optimizer": saved["optimizer"]["state"]}
 
 
 SHAPES = {"vectors": (8, 5), "maps": (8, 3, 4, 4), "maps, with timm's activation": (8, 3, 4, 4)}
@@ -183,6 +227,7 @@ def what_a_rank_does(rank: int, world: int, folder: str) -> None:
         "shuffled": dealt(rank),
         "mean": distributed.mean_over_ranks(torch.tensor([1.0 + rank, 10.0])),
     }
+    found["handed over"] = handed_over(rank, world)
     for name in SHAPES:
         norm, values, loss_weights = norm_case(name)
         ours = with_global_batchnorm(nn.Sequential(norm))[0]
@@ -249,7 +294,11 @@ def ranks(worlds) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
     """What one process finds on the global batch, without micro-batches."""
-    return {name: trained(replace(run, accumulate=1), 0, 1) for name, run in RUNS.items()}
+    plain: dict[str, Any] = {"accumulate": 1, "shard": "none", "workers": 1}
+    return {
+        name: trained(replace(run, **plain, encoder=replace(run.encoder, recompute=False)), 0, 1)
+        for name, run in RUNS.items()
+    }
 
 
 every_run = pytest.mark.parametrize(
@@ -353,6 +402,23 @@ def test_the_ranks_end_with_the_weights_of_one_process(name, world, worlds, alon
 def test_the_gradient_norm_that_is_told_is_the_global_one(name, world, worlds, alone):
     for found in worlds[world]:
         torch.testing.assert_close(found[name]["norms"], alone[name]["norms"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_goes_on_with_sharded_weights_and_without(world, worlds):
+    state = start(HANDED_OVER)
+    train_for(state, HANDED_OVER, 3)
+    expected = state.state_dict()
+    for found in worlds[world]:
+        of_weights = found["handed over"]["weights"]
+        for name, values in expected["method"].items():
+            error = (of_weights[name].double() - values.double()).norm()
+            assert error < 1e-3 * values.double().norm() + 1e-5, name
+        for place, of_one in expected["optimizer"]["state"].items():
+            for name, values in of_one.items():
+                moment = found["handed over"]["optimizer"][place][name]
+                assert moment.shape == values.shape
+                torch.testing.assert_close(moment, values, rtol=2e-2, atol=1e-5)
 
 
 # The certificate: the table that the README shows

@@ -36,7 +36,7 @@ def test_the_names_of_the_recipes_are_known_without_them():
         ("mae-imagenet --epochs ten", "--epochs takes a whole number, got ten"),
         ("mae-imagenet --epochs", "--epochs takes one number, got none"),
         ("mae-imagenet --data.max-broken-fraction=x", "takes a number, got x"),
-        ("mae-imagenet --precision fp8", "must be one of float32, bf16, got fp8"),
+        ("mae-imagenet --precision fp8", "must be one of float32, tf32, bf16, got fp8"),
         ("mae-imagenet 3", "3: a flag such as --epochs is missing before it"),
         ("mae-imagenet --data.path nowhere/at-all", "--data.path nowhere/at-all does not exist"),
         ("mae-digits --data.test-path nowhere", "--data.test-path nowhere does not exist"),

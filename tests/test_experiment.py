@@ -19,6 +19,8 @@ PLACEMENT = {
     "max_failures": 9,
     "log_every": 7,
     "guard": GuardConfig(patience=0),
+    "compile": True,
+    "shard": "fsdp",
 }
 COMPUTED = {
     "name": "other",
@@ -32,6 +34,8 @@ COMPUTED = {
     "precision": "bf16",
     "seed": 1,
     "init_from": "elsewhere",
+    "init_share": 0.5,
+    "warm_up_head": 0.1,
     "probe": ProbeConfig(times=1),
     "checkpoint": CheckpointConfig(times=1),
 }
@@ -47,8 +51,13 @@ def test_every_field_is_either_placement_or_computed():
 
 @pytest.mark.parametrize("field", PLACEMENT)
 def test_identity_does_not_change_with_where_and_how_a_run_is_carried_out(field):
-    changed = replace(WANTED, **{field: PLACEMENT[field]})
+    changed = replace(WANTED, **{"workers": 2, field: PLACEMENT[field]})
     assert changed != WANTED
+    assert changed.identity == WANTED.identity
+
+
+def test_identity_does_not_change_with_how_an_encoder_is_computed():
+    changed = replace(WANTED, encoder=replace(WANTED.encoder, recompute=True))
     assert changed.identity == WANTED.identity
 
 
@@ -164,8 +173,32 @@ def test_a_small_stem_needs_a_stem_of_one_convolution():
             ["2 workers x 3 accumulated micro-batches", "give a multiple of 6"],
         ),
         (
+            lambda: replace(WANTED, shard="fsdp"),
+            ["shard fsdp shares the weights out among workers, and workers is 1", "--workers 2"],
+        ),
+        (
+            lambda: experiment(SIMCLR, RESNET, workers=2, shard="fsdp"),
+            ["shard fsdp is for ViTs", "encoder.name resnet18", "leave --shard out"],
+        ),
+        (
+            lambda: experiment(SIMCLR, replace(VIT, norm="ghost")),
+            ["encoder.norm ghost is for ResNets: vit_tiny_patch16_224 has no batch norms"],
+        ),
+        (
+            lambda: experiment(SIMCLR, replace(RESNET, norm="group")),
+            ["encoder.channels (8, 16, 16, 16) must be multiples of 32"],
+        ),
+        (
+            lambda: experiment(SIMCLR, replace(RESNET, recompute=True)),
+            ["encoder.recompute True is for ViTs, not for resnet18"],
+        ),
+        (
             lambda: experiment(SIMCLR, accumulate=2),
-            ["accumulate 2 would change the loss of simclr", "fewer negatives", "more --workers"],
+            [
+                "accumulate 2 would change the loss of simclr",
+                "--encoder.norm ghost",
+                "more --workers",
+            ],
         ),
         (
             lambda: experiment(MAE, RESNET),
@@ -243,6 +276,11 @@ def test_fewer_workers_of_an_elastic_run_take_more_micro_batches_of_the_same_siz
 def test_a_method_that_cannot_accumulate_takes_larger_batches_on_fewer_workers():
     elastic = experiment(SIMCLR, workers="1:4")
     assert elastic.shared_by(1).accumulate == 1
+
+
+def test_ghost_norms_see_the_same_micro_batches_on_any_number_of_workers():
+    ghost = experiment(SIMCLR, replace(RESNET, norm="ghost"), accumulate=2, workers="1:4")
+    assert ghost.shared_by(1).accumulate == 2
 
 
 def test_a_fixed_number_of_workers_is_shared_as_it_says():

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import MAE, VIT, experiment, start, tiny, train_for
+from helpers import MAE, SIMCLR, VIT, experiment, start, tiny, train_for
 from selfray.cluster.endings import would_repeat
-from selfray.cluster.recorder import Recorder
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
+from selfray.methods.dino import DINOConfig
+from selfray.methods.moco import MoCoConfig
+from selfray.methods.mocov3 import MoCoV3Config
 from selfray.runs import checkpoint
+from selfray.runs.recorder import Recorder
 from selfray.storage import Location
 from selfray.train import TrainState
 
@@ -55,20 +58,66 @@ def test_a_figure_that_is_missing_or_nan_is_no_collapse():
     assert not judged([{}, {"health/feature_std": math.nan}], patience=1).suspects
 
 
+STUCK = GOOD | {"below_chance": 0.001}
+UNIFORM = GOOD | {"below_uniform": 1e-5}
+
+
+@pytest.mark.parametrize("point", [STUCK, UNIFORM])
+def test_a_run_that_is_still_at_chance_after_its_beginning_is_ended(point):
+    guard = CollapseGuard(GuardConfig(patience=3))
+    for fraction in (0.0, 0.05, 0.09, 0.1, 0.11):
+        guard.see(point, fraction)
+        assert not guard.collapsed
+    assert not guard.suspects, "what has learned nothing yet loses nothing by a checkpoint"
+    guard.see(point, 0.12)
+    assert guard.collapsed
+    assert guard.verdict.startswith("nothing is learned: below_")
+    guard.see(GOOD | {"below_chance": 0.6, "below_uniform": 0.3}, 0.13)
+    assert not guard.collapsed
+
+
+def test_an_untrained_contrast_is_near_chance_and_a_solved_one_far_below():
+    wanted = experiment(SIMCLR)
+    (step,) = train_for(start(wanted), wanted, 1)
+    chance = math.log(2 * wanted.batch_size - 1)
+    told = float(step.metrics["below_chance"])
+    assert told == pytest.approx(chance - float(step.loss), abs=1e-5)
+    for kind in (MoCoConfig, MoCoV3Config):
+        wanted = experiment(tiny(kind))
+        (step,) = train_for(start(wanted), wanted, 1)
+        candidates = 25 if kind is MoCoConfig else 8
+        scale = 1.0 if kind is MoCoConfig else 4 * 0.2  # two terms, each times 2 T
+        expected = math.log(candidates) - float(step.loss) / scale
+        assert float(step.metrics["below_chance"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_uniform_teacher_is_seen():
+    wanted = experiment(tiny(DINOConfig))
+    state = start(wanted)
+    head = state.method.get_parameter("teacher_head.prototypes.weight")
+    head.data.copy_(head.data[:1].expand_as(head))  # all prototypes are one
+    (step,) = train_for(state, wanted, 1)
+    assert float(step.metrics["below_uniform"]) == pytest.approx(0.0, abs=1e-5)
+    (step,) = train_for(start(wanted), wanted, 1)
+    assert float(step.metrics["below_uniform"]) > 0.1
+
+
 def test_byol_whose_projections_are_all_equal_is_seen_to_collapse():
     wanted = experiment(tiny(BYOLConfig))
     alive = start(wanted)
     (step,) = train_for(alive, wanted, 1)
     assert step.metrics["projection_std"] > 0.3
     dead = start(wanted)
-    # All but the bias of its last layer.
-    dead.method.get_parameter("target_projector.3.weight").data.zero_()
+    # The same row for every image, by the batch norm's bias alone.
+    dead.method.get_parameter("target_projector.1.weight").data.zero_()
+    dead.method.get_parameter("target_projector.1.bias").data.fill_(1.0)
     (step,) = train_for(dead, wanted, 1)
     assert step.metrics["projection_std"] < 1e-3
 
 
 @pytest.mark.parametrize(
-    "settings", [{"feature_floor": 1.0}, {"projection_floor": -0.1}, {"patience": -1}]
+    "settings",
+    [{"feature_floor": 1.0}, {"projection_floor": -0.1}, {"patience": -1}, {"learning_by": 2}],
 )
 def test_a_guards_settings_are_checked(settings):
     with pytest.raises(ValueError, match=rf"guard\.{next(iter(settings))} must"):

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from selfray.pixels import codecs, compose, jpeg
-from selfray.pixels.augment import apply, augment_batch, draw, draw_views
+from selfray.pixels.augment import apply, augment_batch, draw_views
 from selfray.pixels.codecs import BrokenImage, Planes, encode_png, open_image
 from selfray.pixels.codecs import decode as decode_whole
 from selfray.pixels.headers import TRANSPOSED, TURNS
+from selfray.pixels.parameters import draw
 from selfray.views import View, Views
 
 SUBSAMPLING = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:4:0": 0x121111}
@@ -382,7 +383,9 @@ def orientation(value: int) -> bytes:
 def test_turned_pixels_give_the_views_of_upright_ones(value):
     stored = photograph(70, 91)
     upright = decode_whole(saved(stored, exif=orientation(value), quality=100))
-    planes = Planes.of_rgb(decode_whole(saved(stored, quality=100)), stored=(TURNS[value], 70, 91))
+    planes = Planes.of_interleaved(
+        decode_whole(saved(stored, quality=100)), stored=(TURNS[value], 70, 91)
+    )
     rng = np.random.default_rng(value)
     view = View(size=32, crop_scale=(0.1, 1.0), flip=0.5)
     for _ in range(30):

@@ -149,6 +149,7 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         "one": {},
         "two": {"workers": 2},
         "accumulated": {"accumulate": 2},
+        "sharded": {"workers": 2, "shard": "fsdp"},
     }.items():
         changes = {"probe.times": 0, "epochs": 2, **changes}
         result = launch(experiment(shards, tmp_path / name, **changes), Screen())
@@ -161,7 +162,8 @@ def test_two_workers_and_accumulation_train_what_one_worker_trains(shards, tmp_p
         for name in losses
     }
     for key, tensor in ends["one"]["method"].items():
-        torch.testing.assert_close(ends["two"]["method"][key], tensor, rtol=1e-3, atol=1e-4)
+        for other in ("two", "sharded"):
+            torch.testing.assert_close(ends[other]["method"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from selfray import contrast
 from selfray.losses import (
     batch_contrast,
     koleo,
@@ -88,6 +90,50 @@ def test_agreeing_views_have_a_lower_loss_at_a_lower_temperature():
 def test_embeddings_that_collapsed_have_the_loss_of_a_blind_guess():
     z = torch.ones(8, 2, 4)
     assert float(nt_xent(z, z, 0, 0.1)) == pytest.approx(math.log(15), rel=1e-5)
+
+
+def plain_nt_xent(z: torch.Tensor, temperature: float) -> torch.Tensor:
+    flat = F.normalize(z.flatten(0, 1), dim=-1)
+    logits = flat @ flat.T / temperature
+    places = torch.arange(len(flat))
+    logits = logits.masked_fill(F.one_hot(places, len(flat)).bool(), float("-inf"))
+    return F.cross_entropy(logits, places ^ 1)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_nt_xent_in_blocks_has_the_loss_and_gradients_of_all_pairs_at_once(monkeypatch):
+    monkeypatch.setattr(contrast, "BLOCK_BYTES", 5 * 4 * 128)  # 5 of 128 rows at a time
+    z = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 2, 8))).float()
+    blocked, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
+    with Largest() as largest:
+        loss = nt_xent(blocked, blocked, 0, 0.1)
+        (3 * loss).backward()
+    expected = plain_nt_xent(plain, 0.1)
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(blocked.grad, plain.grad, rtol=1e-4, atol=1e-7)
+    assert largest.elements == 64 * 2 * 8  # never 128 x 128
+
+
+def test_blocks_of_rows_differ_from_one_another_in_nothing_but_their_rows(monkeypatch):
+    z = embeddings(9).float()
+    whole = nt_xent(z, z, 0, 0.5)
+    for rows in (1, 2, 7, 18, 100):
+        monkeypatch.setattr(contrast, "BLOCK_BYTES", rows * 4 * 18)
+        torch.testing.assert_close(nt_xent(z, z, 0, 0.5), whole)
 
 
 def test_nt_xent_is_computed_in_float32_from_bfloat16_embeddings():

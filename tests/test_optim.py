@@ -66,12 +66,13 @@ def test_each_step_of_a_run_has_its_own_learning_rate_and_weight_decay():
         fraction = step / 10
         expected = fraction / 0.2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 8))
         assert told[step].learning_rate == pytest.approx(0.01 * expected)
-        matrices, vectors = state.optimizer.param_groups
+        matrices, vectors, tokens = state.optimizer.param_groups
         assert matrices["lr"] == vectors["lr"] == told[step].learning_rate
         assert matrices["weight_decay"] == pytest.approx(
             0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * fraction))
         )
         assert vectors["weight_decay"] == 0.0
+        assert tokens["weight_decay"] == matrices["weight_decay"]
     assert state.progress.finished
 
 

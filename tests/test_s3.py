@@ -232,7 +232,7 @@ def test_images_of_a_set_larger_than_the_cache_come_from_s3_one_by_one(gateway, 
 
 
 def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shards_uri, monkeypatch):
-    from selfray.data import reader as reading
+    from selfray.data import row_cache as reading
     from selfray.data.reader import read_chosen
     from selfray.data.row_cache import RowGroupCache
 

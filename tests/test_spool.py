@@ -244,3 +244,12 @@ def test_a_record_costs_training_microseconds(tmp_path: Path) -> None:
 def test_a_writer_id_that_is_no_file_name_is_refused(tmp_path: Path, writer_id: str) -> None:
     with pytest.raises(ValueError, match="writer_id"):
         SpoolWriter(Location.of(tmp_path), writer_id)
+
+
+@pytest.mark.parametrize("path", ["../../outside.txt", "/etc/hostname", "a/../../b", "..", "a\0b"])
+def test_an_artifact_outside_its_folder_is_no_record(tmp_path: Path, path: str) -> None:
+    record = {"time": 1, "kind": "artifact", "path": path}
+    (tmp_path / "w.jsonl").write_text(json.dumps(record) + "\n")
+    reader = SpoolReader(Location.of(tmp_path))
+    assert reader.read({})[0] == []
+    assert reader.corrupt == 1

@@ -16,8 +16,9 @@ from PIL import Image
 from pyarrow import fs
 
 from helpers import wait_for
-from selfray.cluster.mlflow_store import tracking_uri
+from selfray.cluster.mlflow_store import DataSetInput, tracking_uri
 from selfray.cluster.tracking import Tracker
+from selfray.runs import environment
 from selfray.runs.environment import environment_tags
 from selfray.runs.folder import SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader, SpoolWriter
@@ -443,7 +444,7 @@ def test_passwords_in_a_uri_are_not_shown(make: Callable[..., Tracker], said: li
     wait_for("a line", lambda: said)
     tracker.finish("FINISHED", seconds=0.1)
     assert "secret" not in "".join(said) + tracker.describe()
-    assert "user:***@127.0.0.1:9" in said[0]
+    assert "http://***@127.0.0.1:9" in said[0]
 
 
 def test_environment_tags_name_code_packages_and_machine(
@@ -451,17 +452,23 @@ def test_environment_tags_name_code_packages_and_machine(
 ) -> None:
     def git(*command: str) -> None:
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        subprocess.run(["git", *who, *command], check=True, capture_output=True)
+        subprocess.run(
+            ["git", *who, *command], check=True, capture_output=True, cwd=tmp_path / "checkout"
+        )
 
-    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "checkout/platform/environment.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("1")
+    monkeypatch.setattr(environment, "__file__", str(file))
+    monkeypatch.chdir(tmp_path)  # wherever the command is started
     assert "selfray.git_commit" not in environment_tags()
     git("init")
-    Path("file").write_text("1")
-    git("add", "file")
+    assert "selfray.git_commit" not in environment_tags()  # a package that lies in another's
+    git("add", ".")
     git("commit", "-m", "one")
     commit = environment_tags()["selfray.git_commit"]
     assert len(commit) == 40
-    Path("file").write_text("2")
+    file.write_text("2")
     tags = environment_tags()
     assert tags["selfray.git_commit"] == f"{commit}+dirty"
     assert tags["mlflow.source.git.commit"] == commit
@@ -470,3 +477,22 @@ def test_environment_tags_name_code_packages_and_machine(
     assert json.dumps(tags)
     monkeypatch.setenv("PATH", "")
     assert "machine.cpus" in environment_tags()  # with neither git nor nvidia-smi
+
+
+def test_a_run_is_one_of_model_training_with_its_data_set_and_description(
+    make: Callable[..., Tracker], uri: str, two_drivers
+) -> None:
+    data_set = DataSetInput("scans", "0" * 40, "s3://KEY:SECRET@bucket/scans", {"images": 12})
+    for text in ("what, on what", "what, on what, result"):
+        tracker = make(data_set=data_set)
+        tracker.describe_run(text)
+        assert tracker.finish("FINISHED")
+    run = run_of(tracker, uri)
+    assert run.data.tags["mlflow.note.content"] == "what, on what, result"
+    kind = client(uri).get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
+    assert run.inputs is not None
+    (found,) = run.inputs.dataset_inputs  # once, though the run was opened twice
+    assert (found.dataset.name, found.dataset.digest) == ("scans", "0" * 36)
+    assert "SECRET" not in found.dataset.source
+    assert json.loads(found.dataset.profile or "") == {"images": 12}

@@ -1,5 +1,6 @@
 """Masks: their shapes and ratios."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -33,6 +34,20 @@ def test_blocks_hang_together_where_random_patches_do_not():
     scattered = np.stack([RandomMask(0.4).draw(rng, 14).reshape(14, 14) for _ in range(200)])
     assert hidden_neighbours(drawn(BlockMask(), 14)) > 0.6
     assert hidden_neighbours(scattered) < 0.3
+
+
+def test_beit_s_blocks_grow_together_as_the_authors_do():
+    # 600 masks of the authors' generator have 1.44 connected parts each, of 75 patches at most.
+    masks = drawn(BlockMask((75 / 196, 75 / 196), smallest=16), 14, 600)
+    assert set(masks.sum((1, 2)).tolist()) == {75}
+    parts = [connected_parts(mask) for mask in masks]
+    assert np.mean(parts) == pytest.approx(1.44, abs=0.15)
+
+
+def connected_parts(mask: np.ndarray) -> int:
+    """How many groups of neighbouring True cells a mask [grid, grid] has."""
+    count, _ = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    return count - 1
 
 
 def test_block_masks_favour_no_side_and_spare_no_patch():

@@ -1,16 +1,20 @@
 """Optimizers, parameter groups and the settings that follow the schedules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
+
+IsDecayed = Callable[[str, Tensor], bool]
+"""(a parameter's name in the method, the parameter) -> whether weight decay applies to it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class OptimizerConfig:
     schedule: WarmupCosine | Steps = field(default_factory=WarmupCosine)
     """Factor on the peak learning rate over the run."""
     weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
-    """Weight decay over the run; never applied to biases, norms and other vectors."""
+    """Weight decay over the run, of the parameters that the method's authors decay: mostly all but
+    biases and norms; with LARS, matrices alone."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's running mean and of its square's."""
     momentum: float = 0.9
@@ -70,32 +75,77 @@ class OptimizerConfig:
         factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[self.scaling]
         return self.base_learning_rate * factor
 
-    def build(self, module: nn.Module) -> Optimizer:
-        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate)
+    def build(self, module: nn.Module, is_decayed: IsDecayed | None = None) -> Optimizer:
+        """The optimizer of a module's trainable parameters; `is_decayed` is a method's own."""
+        if self.name == "lars":
+            is_decayed = None  # in LARS's form of SimCLR and MoCo v3, vectors are left alone
+        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
+        # One kernel for all weights. None leaves the choice to torch, which on a CPU takes none.
+        fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
-            return AdamW(groups, lr=0.0, betas=self.betas)
+            return AdamW(groups, lr=0.0, betas=self.betas, fused=fused)
         if self.name == "sgd":
-            return SGD(groups, lr=0.0, momentum=self.momentum)
+            return SGD(groups, lr=0.0, momentum=self.momentum, fused=fused)
         return LARS(groups, momentum=self.momentum, trust_coefficient=self.trust_coefficient)
 
 
 def parameter_groups(
-    module: nn.Module, layer_decay: float = 1.0, patch_embed_rate: float = 1.0
+    module: nn.Module,
+    layer_decay: float = 1.0,
+    patch_embed_rate: float = 1.0,
+    is_decayed: IsDecayed | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no weight
-    decay, no LARS adaptation) and by the factor on their learning rate."""
+    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no LARS
+    adaptation), whether weight decay applies (without `is_decayed`: to all but vectors), and the
+    factor on their learning rate."""
     blocks = [int(found[1]) for name, _ in module.named_parameters() if (found := _block_of(name))]
-    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {
+        (False, True, 1.0): [],
+        (True, False, 1.0): [],
+    }
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector = max(parameter.shape, default=1) == parameter.numel()
+        is_vector = is_vector_like(parameter)
+        decays = not is_vector if is_decayed is None else is_decayed(name, parameter)
         rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1))
         if ".patch_embed." in name:
             rate *= patch_embed_rate
-        groups.setdefault((is_vector, rate), []).append(parameter)
+        groups.setdefault((is_vector, decays, rate), []).append(parameter)
     return [
-        {"params": parameters, "is_vector": is_vector, "rate": rate}
+        {"params": parameters, "is_vector": is_vector, "decays": decays, "rate": rate}
+        for (is_vector, decays, rate), parameters in groups.items()
+    ]
+
+
+def is_vector_like(parameter: Tensor) -> bool:
+    """Whether a parameter has one axis alone that is longer than 1."""
+    return max(parameter.shape, default=1) == parameter.numel()
+
+
+def group_as_saved(
+    optimizer: Optimizer, module: nn.Module, saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Group parameters as a checkpoint's optimizer has them, `saved`, so that it can be loaded.
+
+    The first version decayed all but vectors, whatever the method, and had no group for others. A
+    run of then goes on as it began: its vectors stay without decay.
+    """
+    if all("decays" in group for group in saved):
+        return
+    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
+    for parameter in module.parameters():
+        own = settings.get(id(parameter))
+        if own is not None:
+            groups.setdefault((own["is_vector"], own["rate"]), []).append(parameter)
+    options = {
+        name: value
+        for name, value in optimizer.param_groups[0].items()
+        if name not in ("params", "is_vector", "decays", "rate")
+    }
+    optimizer.param_groups[:] = [
+        {"params": parameters, "is_vector": is_vector, "rate": rate, **options}
         for (is_vector, rate), parameters in groups.items()
     ]
 
@@ -120,13 +170,51 @@ def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: f
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
-        group["weight_decay"] = 0.0 if group["is_vector"] else weight_decay
+        # A run of the first version has groups without `decays`: see group_as_saved.
+        decays = group.get("decays", not group["is_vector"])
+        group["weight_decay"] = weight_decay if decays else 0.0
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a saved state. How a device computes the update, such as in one fused kernel, is no
+    part of it: that stays the optimizer's own. ValueError or KeyError where it does not fit."""
+    own = optimizer.param_groups
+    if len(own) != len(saved["param_groups"]):
+        raise ValueError(f"it has {len(saved['param_groups'])} groups, not {len(own)}")
+    groups = [
+        theirs | {name: ours[name] for name in HOW_COMPUTED if name in ours}
+        for ours, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
+    parameters = [parameter for group in own for parameter in group["params"]]
+    state = {
+        place: {
+            name: distributed.shared_out(values, parameters[place])
+            if isinstance(values, Tensor)
+            else values
+            for name, values in of_one.items()
+        }
+        for place, of_one in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+HOW_COMPUTED = ("foreach", "fused", "capturable")
+"""Settings of torch's optimizers that change no number but its rounding."""
+
+
+def hold_encoder(module: nn.Module) -> None:
+    """Let an encoder stand still in this step, while its heads learn: without a gradient, no
+    optimizer moves a parameter, decays it or remembers anything of it."""
+    for name, parameter in module.named_parameters():
+        if ".backbone." in name:
+            parameter.grad = None
 
 
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
     """Clip as the settings say, and return the norm that all gradients had together."""
     if settings.clip_norm is None or settings.clip_each == "all":
-        return nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        return distributed.whole(norm)
     if settings.clip_each == "module":
         # What a method holds outside of its modules, such as a mask token, counts as one more.
         parts = [list(child.parameters()) for child in module.children()]
@@ -138,7 +226,7 @@ def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
         norms = list(torch._foreach_norm(gradients))
         factors = [(settings.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, factors)
-    return torch.stack(norms).norm()
+    return torch.stack([distributed.whole(norm) for norm in norms]).norm()
 
 
 def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:
@@ -161,6 +249,7 @@ class LARS(Optimizer):
             "momentum": momentum,
             "trust_coefficient": trust_coefficient,
             "is_vector": False,
+            "decays": True,
             "rate": 1.0,
         }
         super().__init__(params, defaults)
@@ -169,21 +258,32 @@ class LARS(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if not group["is_vector"]:
-                    update.mul_(_trust_ratio(parameter, update, group["trust_coefficient"]))
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.add_(velocity, alpha=-group["lr"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [cast(Tensor, p.grad) for p in parameters]
+            updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            if not group["is_vector"]:
+                ratios = _trust_ratios(parameters, updates, group["trust_coefficient"])
+                torch._foreach_mul_(updates, ratios)
+            velocities = [self._velocity(p) for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+
+    def _velocity(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
-def _trust_ratio(parameter: Tensor, update: Tensor, coefficient: float) -> Tensor:
-    """coefficient * |w| / |update|, and 1 where either norm is zero; without a GPU sync."""
-    weight_norm, update_norm = parameter.norm(), update.norm()
-    ratio = coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+def _trust_ratios(
+    parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
+) -> list[Tensor]:
+    """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
+    weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+    return [
+        torch.where((weight > 0) & (step > 0), coefficient * weight / step, 1.0)
+        for weight, step in zip(weights, steps, strict=True)
+    ]

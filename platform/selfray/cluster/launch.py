@@ -13,8 +13,8 @@ from selfray import config
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
-from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
+from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -29,11 +29,10 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import run_pictures
+from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
-from selfray.runs import checkpoint, record
-from selfray.runs.environment import environment_tags
-from selfray.runs.folder import ARTIFACTS
+from selfray.runs import checkpoint, record, starting
+from selfray.runs.folder import ARTIFACTS, STOP
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -118,10 +117,13 @@ def launch(
     output = Location.of(experiment.output)
     part = part_of or PartOf(None, {})
     run = Location.of(part.folder) if part.folder else output / experiment.run_name
+    if experiment.guard.worse_than_start and part.stop_file is None:
+        part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
+    started_from = starting.keep(experiment, run, console.say)
     with record.in_turn(output, console.say):
         data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
@@ -138,7 +140,8 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = _tracker(experiment, run, plan, used, tracking, part, console)
+        tags = {**used, **started_from}
+        tracker = tracker_of(experiment, run, plan, data, tags, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -159,17 +162,20 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
+    given = given_by_user(experiment)
     failed_before = record.read(run).get("status") == "failed"
-    record.write(run, experiment, "running")
+    record.write(run, experiment, "running", given)
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
-    monitor = Monitor(console, run, experiment, plan, tracker, job, started, part.on_probe)
+    monitor = Monitor(
+        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+    )
     monitor.start()
     status: Any = "FAILED"
 
     def failed(cause: str) -> None:
-        record.write_failure(run, experiment, cause)
+        record.write_failure(run, experiment, cause, given)
         with suppress(OSError):
             tracker.set_tags({"failure": cause})
 
@@ -195,9 +201,11 @@ def _carry_out(
             _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
+        tracker.describe_run(description(experiment, plan, outcome(monitor)))
         status = "FINISHED"
     except RunFailed as error:
         failed(str(error))
+        tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
     except OSError as error:
         cause = f"{error}; mend it and start the same command again"
@@ -219,40 +227,14 @@ def _carry_out(
         stopped,
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
-    record.write(run, experiment, ended, result=asdict(result))
+    record.write(run, experiment, ended, given, result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    if stopped is not None:
+        console.say(f"ended before its time: {stopped}")
+    if (verdict := monitor.verdict()) is not None:
+        console.say(verdict)
     return result
-
-
-def _tracker(
-    experiment: Experiment,
-    run: Location,
-    plan: ReadPlan,
-    used: Mapping[str, str],
-    tracking: str | None,
-    part: PartOf,
-    console: Console,
-) -> Tracker:
-    params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
-    return Tracker(
-        tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
-        part.title or run.name,
-        run,
-        params | dict(part.params),
-        {
-            **environment_tags(),
-            "method": experiment.method.name,
-            "recipe": experiment.name,
-            "augmentation.backend": _augmentation_backend(),
-            "data.images": str(plan.rows),
-            "run.folder": run.uri,
-            **used,
-        },
-        parent_run_id=part.parent_run_id,
-        say=console.say,
-    )
 
 
 def _fit(
@@ -337,7 +319,7 @@ def _log_pictures(
     console.live("drawing pictures")
     try:
         train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
-        source = Source(data.train, plan, experiment.views)
+        source = Source(data.train, plan, experiment.views, channels=data.channels)
         names = data.train.label_names
         made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
         made["curves.png"] = run_pictures.curves(
@@ -348,8 +330,12 @@ def _log_pictures(
         console.say(f"the pictures could not be made ({error}): the run is not touched by it")
         return
     for name, picture in made.items():
-        tracker.log_picture(picture, f"pictures/{name}")
-    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(made)}")
+        if isinstance(picture, dict):
+            tracker.log_json(picture, f"pictures/{name}")
+        else:
+            tracker.log_picture(picture, f"pictures/{name}")
+    seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
+    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
 
 
 def ray_storage(run: Location) -> str:
@@ -401,9 +387,3 @@ def _say_plan(
             "and uniformity"
         )
     console.say(f"folder: {run}")
-
-
-def _augmentation_backend() -> str:
-    from selfray.pixels.augment import BACKEND
-
-    return BACKEND

@@ -11,48 +11,15 @@ import torch
 from ray.data import DataContext, ExecutionResources
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from selfray import config
 from selfray.cluster.stream import blocks_of_ids, configure
 from selfray.data.source import LABEL, VIEWS, Arrays, Sample
-from selfray.experiment import Experiment
+from selfray.metrics import PROBE, PROBES
 from selfray.models.encoder import Encoder
+from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
 from selfray.probes.labelfree import LabelFree
-from selfray.runs.checkpoint import Checkpoint
-from selfray.train import TrainState
 
 FEATURES, OF_CROPS = "features", "of_crops"
-
-
-@dataclass(frozen=True)
-class EncoderRef:
-    """An encoder that a task can load by itself: a checkpoint's, or the untrained one."""
-
-    experiment: str
-    """The Experiment as JSON."""
-    checkpoint: str | None
-    """A checkpoint's folder; None means the weights before the first step."""
-
-    @classmethod
-    def untrained(cls, experiment: Experiment) -> "EncoderRef":
-        return cls(config.dumps(experiment), None)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "EncoderRef":
-        return cls(config.dumps(checkpoint.experiment()), checkpoint.location.uri)
-
-    @property
-    def width(self) -> int:
-        """D, the width of the class token."""
-        experiment: Experiment = config.loads(self.experiment)
-        with torch.device("meta"):
-            return experiment.encoder.build().width
-
-    def load(self) -> Encoder:
-        if self.checkpoint is not None:
-            return Checkpoint.open(self.checkpoint).encoder()
-        experiment: Experiment = config.loads(self.experiment)
-        return TrainState.start(experiment, total_images=1).method.encoder.eval()
 
 
 @dataclass(frozen=True)
@@ -143,12 +110,8 @@ class ProbeJob:
 
 
 def metrics_of(result: ProbeResult) -> dict[str, float]:
-    values = {name: getattr(result, name) for name in PROBED}
-    return {f"probe/{name}": value for name, value in values.items() if value is not None}
-
-
-PROBED = ("knn", "linear", "rankme", "uniformity", "alignment")
-"""The numbers of a ProbeResult."""
+    values = {name: getattr(result, name) for name in PROBES}
+    return {f"{PROBE}{name}": value for name, value in values.items() if value is not None}
 
 
 def tags_of(result: ProbeResult) -> dict[str, str]:

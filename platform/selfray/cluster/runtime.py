@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from selfray import signals
+from selfray import plugins, signals
 from selfray.check import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
@@ -172,6 +172,9 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    if plugins.named():
+        # Workers read configs too, and believe only what the driver was told to.
+        options["runtime_env"] = {"env_vars": {plugins.VARIABLE: ",".join(plugins.named())}}
     joined = address is not None and _join(address, options, is_named=named is not None)
     if not joined:
         local_ray.start(options, say)

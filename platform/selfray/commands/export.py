@@ -1,8 +1,9 @@
-"""`selfray export`: a pretrained encoder as a file that other software loads."""
+"""`selfray export`: a pretrained encoder as files that other software opens at the first try."""
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -10,55 +11,77 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from selfray import __version__
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
-from selfray.commands.reference import described, name_of, open_checkpoint
+from selfray.commands.reference import described, name_of, open_checkpoint, run_folder
 from selfray.commands.words import plain, size
-from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.console import Console
     from selfray.experiment import Experiment
-    from selfray.models.encoder import Encoder
     from selfray.runs.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a pretrained encoder as one file that plain timm loads, prove that it does, and print
-    the Python lines that load it.
-    $ selfray export runs/mae-imagenet-1a2b3c4d --to timm --output encoder.safetensors
+    """Write a pretrained encoder for other software, prove that this gives the same features, and
+    print the Python lines that open it.
+    $ selfray export runs/mae-imagenet-1a2b3c4d --to timm --output encoder
+    $ selfray export runs/mae-imagenet-1a2b3c4d --to onnx --output encoder.onnx
     """
 
     interrupted: ClassVar[str] = "nothing was written"
 
     checkpoint: CheckpointArgument
-    to: Annotated[Literal["timm"], flag("What is to load the file.")]
+    to: Annotated[
+        Literal["timm", "huggingface", "onnx"],
+        flag(
+            """What is to open it: timm (a folder of timm's config.json and safetensors, which is
+            plain PyTorch, too), huggingface (the same with a model card, for transformers and the
+            hub), or onnx (one file with any number of images)."""
+        ),
+    ]
     output: Annotated[
         str | None,
-        flag("Local file to write.", "FILE", "RUN-STEP.safetensors in this folder"),
+        flag("Local folder to write; for onnx, the file.", "PATH", "RUN-STEP in this folder"),
     ] = None
-    force: Annotated[bool, flag("Overwrite an existing file.", default="")] = False
+    force: Annotated[bool, flag("Overwrite what is there.", default="")] = False
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
+        require(
+            self.output is None or "://" not in self.output,
+            f"--output must be local, got {self.output}: copy it afterwards",
+        )
         if self.output is not None:
-            _require_local_safetensors(self.output)
+            is_onnx = self.output.endswith(".onnx")
+            require(
+                is_onnx == (self.to == "onnx") and not self.output.endswith(".safetensors"),
+                f"--output must be {'a file .onnx' if self.to == 'onnx' else 'a folder'}, got "
+                f"{self.output}",
+            )
+        if self.to == "onnx":
+            _require_onnx()
         console.live("loading torch and timm")
-        from selfray.models.encoder import timm_recipe
+        from selfray.runs.starting import licence_of
 
         checkpoint = open_checkpoint(self.checkpoint, self.tracking, console)
-        experiment, encoder = checkpoint.experiment(), checkpoint.encoder()
-        name = f"{name_of(checkpoint)}.safetensors"
-        file = Path(os.path.abspath(os.path.expanduser(self.output or name)))
-        if file.exists() and not self.force:
-            raise FileExistsError(f"{file} exists: give --force to overwrite it, or --output FILE")
-        verdict = _write_verified(file, encoder, _metadata(checkpoint, experiment))
-        console.say(
-            f"{file}: {size(file.stat().st_size)}, {described(experiment)}, "
-            f"step {checkpoint.step:,}"
-        )
+        checkpoint = _best_of(checkpoint, self.checkpoint, console)
+        name = name_of(checkpoint) + (".onnx" if self.to == "onnx" else "")
+        target = Path(os.path.abspath(os.path.expanduser(self.output or name)))
+        if target.exists() and not self.force:
+            raise FileExistsError(f"{target} exists: give --force to overwrite it, or --output")
+        experiment = checkpoint.experiment()
+        console.live("writing and checking")
+        if self.to == "onnx":
+            verdict, lines = _write_onnx(target, checkpoint, experiment)
+        else:
+            verdict, lines = _write_folder(target, checkpoint, experiment, self.to)
+        total = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
+        console.say(f"{target}: {size(total)}, {described(experiment)}, step {checkpoint.step:,}")
         console.say(verdict)
-        console.say("\n" + timm_recipe(encoder.config, str(file)) + "\n")
-        side, (mean, std) = encoder.config.image_size, (experiment.data.mean, experiment.data.std)
+        if (licence := licence_of(experiment.init_from, experiment.encoder)) is not None:
+            console.say(f"its weights began as public ones, and stay under: {licence}")
+        console.say("\n" + lines + "\n")
+        side, (mean, std) = experiment.encoder.image_size, _normalization(experiment)
         console.say(
             f"images: RGB, {side} x {side}, scaled to 0..1, minus {plain(mean)}, "
             f"divided by {plain(std)}"
@@ -66,28 +89,48 @@ class Export:
         return 0
 
 
-def _require_local_safetensors(output: str) -> None:
-    require(
-        "://" not in output,
-        f"--output must be a local file, got {output}: timm reads no other; copy it afterwards",
+def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Checkpoint":
+    """Of a run, the checkpoint with the best probe; a checkpoint that was named stays."""
+    from selfray.runs.checkpoint import best
+
+    run = run_folder(newest)
+    if run is None or newest.location.name in reference:
+        return newest
+    found = best(run)
+    if found is None or found.step == newest.step:
+        return newest
+    console.say(
+        f"taking step {found.step:,}, whose probe is the best; for the last one give "
+        f"{newest.location}"
     )
+    return found
+
+
+def _normalization(experiment: "Experiment") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return experiment.data.mean, experiment.data.std
+
+
+def _require_onnx() -> None:
+    import importlib.util
+
+    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
     require(
-        output.endswith(".safetensors"),
-        f"--output must end in .safetensors, got {output}: timm tells the format by the name",
+        not missing,
+        f"--to onnx needs {', '.join(missing)}: pip install 'selfray[onnx]'",
     )
 
 
-def _metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, str]:
-    """What the file's header says of its origin; safetensors holds text only."""
-    from selfray.models.encoder import as_code
+def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, str]:
+    """What the weights' header says of their origin; safetensors holds text only."""
+    from selfray import config
+    from selfray.probes.encoders import ENCODER_CONFIG
 
     return {
         "format": "pt",  # transformers and others ask for it
         "selfray_version": __version__,
         "method": experiment.method.name,
         "encoder": experiment.encoder.name,
-        "options": json.dumps(experiment.encoder.options, default=as_code),
-        "small_stem": json.dumps(experiment.encoder.small_stem),
+        ENCODER_CONFIG: config.dumps(experiment.encoder),
         "image_size": str(experiment.encoder.image_size),
         "mean": json.dumps(experiment.data.mean),
         "std": json.dumps(experiment.data.std),
@@ -97,58 +140,104 @@ def _metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, s
     }
 
 
-def _write_verified(file: Path, encoder: "Encoder", metadata: Mapping[str, str]) -> str:
-    """Write the file under its name only when timm has loaded it. Returns what was verified."""
-    import safetensors.torch
+def _write_folder(
+    target: Path, checkpoint: "Checkpoint", experiment: "Experiment", to: str
+) -> tuple[str, str]:
+    """Write the folder under its name only when timm has opened it. Returns what was verified, and
+    the lines that open it."""
+    from selfray.commands.model_card import model_card
+    from selfray.models.portable import Portable, verify
 
-    from selfray.models.encoder import export_weights
+    encoder = checkpoint.encoder()
 
-    # In the same folder, so that it can be renamed; with this suffix, since timm goes by it.
-    scratch = file.with_name(f".{file.stem}.{os.getpid()}.safetensors")
+    def fill(scratch: Path) -> str:
+        scratch.mkdir(parents=True)
+        portable = Portable.of(encoder)
+        header = metadata(checkpoint, experiment)
+        portable.write(scratch, encoder, _normalization(experiment), header)
+        if to == "huggingface":
+            (scratch / "README.md").write_text(model_card(checkpoint, experiment))
+        return verify(scratch, encoder)
+
+    verdict = _under_its_name(target, fill)
+    from selfray.models.portable import opening_lines
+
+    return verdict, opening_lines(encoder.config, str(target), to)
+
+
+def _write_onnx(
+    target: Path, checkpoint: "Checkpoint", experiment: "Experiment"
+) -> tuple[str, str]:
+    from selfray.models.onnx import OPSET, check_onnx, save_onnx
+
+    encoder = checkpoint.encoder()
+    images, what = _images(experiment)
+
+    def fill(scratch: Path) -> str:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        save_onnx(encoder, scratch)
+        worst = check_onnx(encoder, scratch, images)
+        return (
+            f"verified: onnxruntime gives torch's features of {len(images)} {what} at every batch "
+            f"size that was tried (largest difference {worst:.1e}); opset {OPSET}, dynamic batch"
+        )
+
+    verdict = _under_its_name(target, fill)
+    lines = (
+        "import onnxruntime\n\n"
+        f"session = onnxruntime.InferenceSession({str(target)!r})\n"
+        'cls, patches = session.run(None, {"images": images})  # float32 [B, 3, H, W]'
+    )
+    return verdict, lines
+
+
+def _images(experiment: "Experiment"):
+    """Normalised images for the check, float32 [n, 3, H, W], and what they are: the run's own
+    where they are within reach and need no conversion, else noise."""
+    import torch
+
+    from selfray.data.data_sets import needs_build, open_data
+    from selfray.data.source import VIEWS
+    from selfray.models.encoder import normalize
+    from selfray.storage import Location
+
+    side, data = experiment.encoder.image_size, experiment.data
+
+    def no_build(*_: object, **__: object) -> None:
+        raise ValueError("an export converts nothing")
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        data = safetensors.torch.save(export_weights(encoder), dict(metadata))
-        Location.of(scratch).write_bytes(data)
-        verdict = _verify(scratch, encoder)
-        os.replace(scratch, file)
+        if data.path and not needs_build(data.path):
+            opened = open_data(data, Location.of(experiment.output), lambda _: None, no_build)  # type: ignore[arg-type]
+            train, _ = opened.samples(side, 8, 8)
+            views = torch.from_numpy(train.read(0)[VIEWS][:8])
+            if len(views):
+                return normalize(views, data.mean, data.std), "images of its own data"
+    except (ValueError, OSError):
+        pass  # the data is elsewhere: noise tells the same of an exporter
+    noise = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return noise, "images of noise"
+
+
+def _under_its_name(target: Path, fill: Callable[[Path], str]) -> str:
+    """Fill a file or folder beside the target, then give it the target's name."""
+    scratch = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        verdict = fill(scratch)
+        _remove(target)
+        os.replace(scratch, target)
     except OSError as error:
         raise OSError(
-            f"{file} cannot be written ({error.strerror or error}): give --output another file"
+            f"{target} cannot be written ({error.strerror or error}): give another --output"
         ) from None
     finally:
-        if scratch.exists():
-            scratch.unlink()
+        _remove(scratch)
     return verdict
 
 
-def _verify(file: Path, encoder: "Encoder") -> str:
-    """Run the very lines that are printed, and compare features. RuntimeError where they differ."""
-    import torch
-
-    from selfray.models.encoder import timm_recipe
-
-    scope: dict[str, object] = {}
-    # Nothing of a stranger is run: a checkpoint's encoder name is one of timm's, and its options
-    # and the path enter as literals.
-    exec(timm_recipe(encoder.config, str(file)), scope)
-    model = scope["model"]
-    assert isinstance(model, torch.nn.Module)
-    side = encoder.config.image_size
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-    def same(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-        return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4)
-
-    with torch.no_grad():
-        ours, theirs = encoder(images), model(images)
-        if same(theirs, ours.cls):
-            return "verified: timm loads it with no key missing and gives the same features"
-        tokens = model.forward_features(images)  # type: ignore[operator]
-    # A ResNet's map is [B, D, h, w]; a ViT's tokens are [B, P + N, D].
-    patches = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
-    if not same(patches[:, -ours.patches.shape[1] :], ours.patches):
-        raise RuntimeError(f"timm gives other features for {encoder.config.name}: please report it")
-    return (
-        "verified: timm loads it with no key missing; model.forward_features(images) gives the "
-        "pretrained features, the pooling behind it is not pretrained"
-    )
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """`selfray probe`: a frozen encoder judged on labelled images."""
 
-import posixpath
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,12 +8,20 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
+from selfray.commands.labelled import (
+    devices_of,
+    evaluated,
+    labelled_of,
+    open_labelled,
+    slug,
+)
 from selfray.commands.reference import described, name_of, open_checkpoint, output_of, run_folder
-from selfray.probes.protocol import PIXEL_BASELINE_SIZE
+from selfray.metrics import ACCURACIES, probe_name
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.probe_tasks import ProbeJob
+    from selfray.cluster.embedding_tasks import Devices
+    from selfray.cluster.evaluation import Labelled, Subject
     from selfray.console import Console
     from selfray.data.data_sets import DataSets
     from selfray.experiment import DataConfig, Experiment
@@ -93,7 +99,7 @@ class Probe:
             if any(needs_build(path) for path in (chosen.path, chosen.test_path) if path):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
-            data = _open_labelled(chosen, output_of(checkpoint), console)
+            data = open_labelled(chosen, output_of(checkpoint), console)
             console.live("starting Ray")
             stack.enter_context(runtime.session())
             results = self._judge(checkpoint, experiment, data, console)
@@ -108,7 +114,7 @@ class Probe:
                 experiment.probe.test_limit,
             )
             # Another data set's accuracy must not continue the curve of the run's own.
-            prefix = "probe/" if own else f"probe/{_slug(chosen)}/"
+            prefix = "probe/" if own else f"probe/{slug(chosen.test_path or chosen.path)}/"
             _track(results, prefix, checkpoint, self.tracking, console)
         return 0
 
@@ -140,43 +146,51 @@ class Probe:
         data: "DataSets",
         console: "Console",
     ) -> "list[Judged]":
-        from selfray.cluster import runtime
-        from selfray.cluster.endings import root_cause
-        from selfray.cluster.probe_tasks import EncoderRef, ProbeJob
+        from selfray.cluster.evaluation import Subject
+        from selfray.probes.encoders import EncoderRef
 
-        cluster = runtime.cluster_resources()
-        gpus = (1.0 if cluster.gpus >= 1 else 0.0) if self.device_gpus is None else self.device_gpus
-        # Ray would wait for ever for a GPU that is not there.
-        require(
-            0 <= gpus <= cluster.gpus,
-            f"--device-gpus {gpus:g} is asked for and the cluster has {cluster.gpus:g} GPUs: give "
-            "less, or add GPU nodes",
-        )
-
-        def job(size: int, gpus: float) -> "ProbeJob":
-            train, test = data.samples(size, *self._limits(experiment))
-            return ProbeJob(train, test, experiment.data.mean, experiment.data.std, 1.0, gpus)
-
+        devices = devices_of(self.device_gpus)
+        labelled = labelled_of(data, "the data", *self._limits(experiment))
+        home = run_folder(checkpoint) or output_of(checkpoint)
         side = experiment.encoder.image_size
-        small = min(side, PIXEL_BASELINE_SIZE)
-        todo: list[tuple[str, str, ProbeJob, EncoderRef | None]] = [
-            ("checkpoint", f"step {checkpoint.step:,}", job(side, gpus), EncoderRef.of(checkpoint))
-        ]
+        title = f"step {checkpoint.step:,}"
+        todo = {"checkpoint": Subject(title, EncoderRef.of(checkpoint), home, side)}
         if not self.no_baselines:
             untrained = EncoderRef.untrained(experiment)
-            todo.append(("untrained", "untrained encoder", job(side, gpus), untrained))
-            todo.append(("pixels", f"raw pixels at {small} x {small}", job(small, 0.0), None))
+            todo["untrained"] = Subject("untrained encoder", untrained, home, side)
+            todo["pixels"] = Subject.pixels(home, side)
         results = []
-        for key, title, probe_job, encoder in todo:
-            console.live(f"{title}: features, then probes")
+        for key, subject in todo.items():
             started = time.monotonic()
-            try:
-                result = probe_job.run(encoder)
-            except Exception as error:
-                # Ray's wrappers carry a traceback of the task in their message.
-                raise root_cause(error) from error
-            results.append(Judged(key, title, result, time.monotonic() - started))
+            result = _quick(subject, labelled, console, devices)
+            results.append(Judged(key, subject.title, result, time.monotonic() - started))
         return results
+
+
+def _quick(
+    subject: "Subject", data: "Labelled", console: "Console", devices: "Devices"
+) -> "ProbeResult":
+    """The protocols that run beside training, whose numbers these ones join."""
+    from selfray.cluster import evaluation
+    from selfray.probes.embedding import Contents
+    from selfray.probes.features import ProbeResult
+    from selfray.probes.knn import KNN
+    from selfray.probes.labelfree import LabelFree
+    from selfray.probes.linear import Linear
+
+    protocols = {"knn": KNN(), "linear": Linear()}
+    judged = evaluated(subject, data, protocols, console, devices, Contents(of_crop=True))
+    for note in judged.examined.notes:
+        console.say(note)
+    knn, linear = (judgement.interval.value for judgement in judged.judgements)
+    return ProbeResult(
+        knn,
+        linear,
+        len(judged.examined.train),
+        len(judged.examined.test),
+        {**{key: str(p) for key, p in protocols.items()}, "labelfree": str(LabelFree())},
+        **evaluation.label_free(judged),  # type: ignore[arg-type]
+    )
 
 
 class Judged(NamedTuple):
@@ -186,30 +200,6 @@ class Judged(NamedTuple):
     title: str
     result: "ProbeResult"
     seconds: float
-
-
-def _open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
-    from selfray.cluster.build import build
-    from selfray.data.data_sets import open_data
-
-    try:
-        opened = open_data(data, output, console.say, build)
-    except (ValueError, OSError) as error:
-        # The flags of this command are named otherwise than those of pretrain.py.
-        text = str(error).replace("data.test-path", "test").replace("data.path", "data")
-        raise type(error)(text.replace("data.label-column", "label-column")) from None
-    if not opened.can_probe:
-        path = data.path if not opened.train.has_labels else data.test_path or data.path
-        raise ValueError(
-            f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
-            "class folders, .cls members of tars or a Parquet column named label"
-        )
-    if opened.test is not None and not opened.common_classes:
-        raise ValueError(
-            f"no class of the test images is among those of the train images ({opened.classes()}): "
-            "give images of the same classes"
-        )
-    return opened
 
 
 def _table(
@@ -224,10 +214,12 @@ def _table(
     yield f"{first.train_images:,} train and {first.test_images:,} test images of {where}"
     yield ""
     width = max(len(judged.title) for judged in results)
-    yield f"{'':{width}}     kNN  linear  RankMe  seconds"
+    shown = (*ACCURACIES, "rankme")
+    head = "".join(f"  {probe_name(name):>6}" for name in shown)
+    yield f"{'':{width}}{head}  seconds"
     for _, title, result, seconds in results:
-        accuracies = f"{result.knn:6.1%}  {result.linear:6.1%}"
-        yield f"{title:{width}}  {accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
+        accuracies = "".join(f"  {getattr(result, name):6.1%}" for name in ACCURACIES)
+        yield f"{title:{width}}{accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
     yield ""
     yield from first.protocols.values()
 
@@ -252,12 +244,6 @@ def _as_json(
     }
 
 
-def _slug(data: "DataConfig") -> str:
-    """A name for a data set in the names of metrics."""
-    name = posixpath.basename((data.test_path or data.path).rstrip("/"))
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
-
-
 def _track(
     results: Sequence[Judged],
     prefix: str,
@@ -266,14 +252,11 @@ def _track(
     console: "Console",
 ) -> None:
     """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
-    from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+    from selfray.cluster.after_run import log_to_run
     from selfray.cluster.probe_tasks import metrics_of, tags_of
-    from selfray.cluster.tracking import Tracker
-    from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
-    from selfray.runs.spool import SpoolWriter
 
     run = run_folder(checkpoint)
-    if run is None or not (run / RUN_RECORD).exists():
+    if run is None:
         console.say("not logged: no MLflow run belongs to this checkpoint")
         return
     names = {"checkpoint": prefix, "untrained": f"{prefix}untrained/", "pixels": f"{prefix}pixels/"}
@@ -281,27 +264,5 @@ def _track(
     for judged in results:
         probed = metrics_of(judged.result)
         values |= {names[judged.key] + n.removeprefix("probe/"): v for n, v in probed.items()}
-    writer = SpoolWriter(run / SPOOL, f"probe-{time.time_ns()}")
-    writer.metrics(checkpoint.images_seen, values)
-    writer.tags(tags_of(results[0].result))
-    writer.close()
-    if is_training(run):
-        console.say("the run is still training: it sends these numbers to MLflow with its own")
-        return
-    record = (run / RUN_RECORD).read_json()
-    # A password is not recorded; then the environment must name the server.
-    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
-    uri = tracking_uri(output_of(checkpoint), tracking or known)
-    try:
-        mlflow_tags(uri, record["run_id"])  # a Tracker would begin a second run where it is missing
-    except (ValueError, OSError) as error:
-        console.say(f"not logged, but kept in {run / SPOOL}: {error}")
-        return
-    shipped = (run / SHIPPED).read_json() if (run / SHIPPED).exists() else {}
-    tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
-    console.live("logging to MLflow")
-    tracker.start()
-    # Logging a number does not change how the run itself has ended.
-    if tracker.finish(shipped.get("status") or "KILLED"):
-        console.say(f"logged as {', '.join(values)}")
-        console.say(tracker.describe())
+    tags = tags_of(results[0].result)
+    log_to_run(run, checkpoint.images_seen, values, tags, tracking, console)

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfray import signals
+from selfray import plugins, signals
 from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
-from selfray.console import Console, quiet_console
+from selfray.commands.start_flags import with_encoder_of_start
+from selfray.commands.words import nearest
+from selfray.console import Console, LogFormatter, printable, quiet_console
 from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
@@ -56,10 +58,13 @@ def run_pretrain(
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_help(description, prog))
             return 0
-        early.refuse(arguments, NAMES, prog)
+        # Before Ray starts, whose workers are to know of them too.
+        words = plugins.take(arguments)
+        own = plugins.recipes()
+        early.refuse(words, (*NAMES, *own), prog)
         ray = runtime.Starting()  # Ray's processes come up while torch is imported
         try:
-            experiment = parse(recipes(), arguments, description, prog)
+            experiment = parse({**recipes(), **own}, words, description, prog)
             return with_console(
                 log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then),
@@ -98,8 +103,8 @@ def parse(
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in recipes:
-            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
-        base = recipes[name]
+            raise ValueError(f"{prog}: there is no recipe {name}{nearest(name, recipes)}")
+        base = with_encoder_of_start(recipes, [name, *words])[name]
     if file is not None:
         base = read_config(file, base, recipes)
     assert base is not None, "early.refuse asks for a recipe or a file"
@@ -174,9 +179,9 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
     with quiet_console(folder / name) as console:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogFormatter())
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         signals.catch()
         try:
             return body(console)
@@ -222,5 +227,5 @@ def one_line_errors(main: Callable[[], int]) -> int:
         _leave()
         raise
     except (BadSetting, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

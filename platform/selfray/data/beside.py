@@ -33,12 +33,12 @@ def read_beside(parquet_uri: str, path: str) -> bytes:
     return place.read_bytes()
 
 
-def require_images_beside(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str) -> None:
+def require_images_beside(uri: str, schema: pa.Schema, image: str) -> None:
     """Refuse a file whose first row holds the path of an image that is not there, no bytes.
 
     Told at the start rather than after minutes, when a run finds no readable image.
     """
-    path = _first_path(uri, footer, schema, image)
+    path = _first_path(uri, schema, image)
     if path is None:
         return
     try:
@@ -53,14 +53,12 @@ def require_images_beside(uri: str, footer: pq.FileMetaData, schema: pa.Schema, 
         )
 
 
-def _first_path(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str) -> str | None:
+def _first_path(uri: str, schema: pa.Schema, image: str) -> str | None:
     """The path in the first row, where it has one and no bytes."""
     kind = schema.field(image).type
     if pa.types.is_struct(kind):
         names = [field.name for field in kind.fields]
         if "path" not in names:
-            return None
-        if "bytes" in names and not _begins_with_null(footer, f"{image}.bytes"):
             return None
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return None
@@ -69,23 +67,8 @@ def _first_path(uri: str, footer: pq.FileMetaData, schema: pa.Schema, image: str
         with location.filesystem.open_input_file(location.path) as stream:
             batches = pq.ParquetFile(stream).iter_batches(batch_size=1, columns=[image])
             first = next(batches).column(0)[0].as_py()
-    except (OSError, pa.ArrowException, StopIteration):
+    except (OSError, pa.ArrowException, UnicodeError, StopIteration):
         return None  # what cannot be read is named when it is read
     if isinstance(first, dict):
         return None if first.get("bytes") is not None else first.get("path")
     return first if isinstance(first, str) else None
-
-
-def _begins_with_null(footer: pq.FileMetaData, column: str) -> bool:
-    """Whether the first row group may lack bytes: true unless its statistics say otherwise."""
-    for group in range(footer.num_row_groups):
-        chunks = footer.row_group(group)
-        if not chunks.num_rows:
-            continue
-        for index in range(chunks.num_columns):
-            chunk = chunks.column(index)
-            if chunk.path_in_schema == column:
-                statistics = chunk.statistics
-                return statistics is None or statistics.null_count != 0
-        return True
-    return False

@@ -235,12 +235,18 @@ def _not_negative(array: pa.Array) -> pa.Array:
     return pc.if_else(pc.less(array, 0), pa.scalar(None, pa.int64()), array)
 
 
+def plain_or_none(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """As `plain_values`; nulls where a part is neither, such as one that came since the classes
+    were listed."""
+    try:
+        return plain_values(column)
+    except NoClassesError:
+        return pa.nulls(len(column), pa.int64())
+
+
 def labels_of(column: pa.ChunkedArray | pa.Array, classes: Classes) -> np.ndarray:
     """Labels int64 [n]; -1 where a row has none, or a value that is none of the classes."""
-    try:
-        values = plain_values(column)
-    except NoClassesError:  # a part that was not there when the classes were listed
-        return np.full(len(column), NO_LABEL, dtype=np.int64)
+    values = plain_or_none(column)
     if pa.types.is_int64(values.type) and _counts_from_zero(classes):
         found = values.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
         return np.where(found < len(classes.values), found, NO_LABEL)

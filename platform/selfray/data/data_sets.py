@@ -1,14 +1,13 @@
 """--data.path -> the data sets of a run: whatever the user has, as Parquet shards to read."""
 
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
+from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
 from selfray.data.listing import BuildOptions, says_more
@@ -22,16 +21,11 @@ from selfray.data.shard_set import (
     with_common_classes,
 )
 from selfray.data.source import Sample
-from selfray.data.writer import write_arrays
 from selfray.experiment import DataConfig
 from selfray.storage import Location, one_line
 
-EMBEDDED = "embedded:"
-"""Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
 DATA_FILE = "data.json"
 """In a run's folder: the files and row groups of its data set."""
-DIGITS_TEST = 597
-"""A third of the digits is kept for the probes' test, drawn at random."""
 HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
 
@@ -51,8 +45,16 @@ class DataSets:
     """Where the test images come from, such as `val/`."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What is neither, by its folder or file, and its images."""
-    unlabeled: int = 0
-    """How many of the train images come from a split of unlabelled ones."""
+    unlabeled_files: int = 0
+    """So many files at the end of `train` are those of a split of unlabelled images."""
+    channels: int = 3
+    """As data.channels says."""
+
+    @property
+    def unlabeled(self) -> int:
+        """How many of the train images come from a split of unlabelled ones."""
+        files = self.train.files
+        return sum(file.rows for file in files[len(files) - self.unlabeled_files :])
 
     @property
     def can_probe(self) -> bool:
@@ -67,12 +69,15 @@ class DataSets:
         shards = self.train.labelled if self.can_probe else self.train
         if self.test is not None:
             own = self.test.labelled if self.can_probe else self.test
-            train = Sample(shards, *sample_rows(shards, train_limit), size)
-            return train, Sample(own, *sample_rows(own, test_limit), size)
+            train = self._sample(shards, *sample_rows(shards, train_limit), size)
+            return train, self._sample(own, *sample_rows(own, test_limit), size)
         groups, rows = sample_rows(shards, train_limit + test_limit)
         test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
-        test = Sample(shards, groups[:test_rows], rows[:test_rows], size)
-        return Sample(shards, groups[test_rows:], rows[test_rows:], size), test
+        test = self._sample(shards, groups[:test_rows], rows[:test_rows], size)
+        return self._sample(shards, groups[test_rows:], rows[test_rows:], size), test
+
+    def _sample(self, shards: ShardSet, groups: np.ndarray, rows: np.ndarray, size: int) -> Sample:
+        return Sample(shards, groups, rows, size, channels=self.channels)
 
     def described(self) -> list[str]:
         """What was understood of the data, in one line, and what is odd about it."""
@@ -87,7 +92,9 @@ class DataSets:
             names = list(self.left_out)
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             parts.append(f"{sum(self.left_out.values()):,} left out: {shown}")
-        notes = [*self.train.notes, *(self.test.notes if self.test else ())]
+        notes = list(self.train.notes)
+        if self.test is not None and self.test.has_labels:
+            notes += self.test.notes
         return [", ".join(parts), *dict.fromkeys(notes), *self._odd()]
 
     @property
@@ -105,12 +112,20 @@ class DataSets:
             if test is not None and test.has_labels:
                 yield "the test images have labels and the train images have none: no probes"
             return
+        of_labels = train.files[: len(train.files) - self.unlabeled_files]
+        without = [file for file in of_labels if file.rows and not file.labelled]
+        if without:
+            yield (
+                f"{len(without):,} of {len(of_labels):,} files have no labels, such as "
+                f"{without[0].uri}: their {sum(file.rows for file in without):,} images are "
+                "unlabelled"
+            )
         count = sum(file.labelled for file in train.files)
         seen = _classes_of(train)
         if len(seen) == 1:
             yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
-        elif len(seen) > count:
-            yield f"there are more classes ({len(seen):,}) than labelled images ({count:,})"
+        elif len(seen) >= count:
+            yield f"there are as many classes ({len(seen):,}) as labelled images ({count:,})"
         if test is not None and test.has_labels:
             unseen = [name for name in _classes_of(test) if name not in set(seen)]
             if unseen:
@@ -145,9 +160,11 @@ def _train_words(train: ShardSet) -> str:
     return f"{train.rows:,} train images, {labelled:,} of them of {classes}"
 
 
-def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> DataSets:
-    """Open a run's data, and say what was understood of it. A folder of images or tars is converted
-    to shards once, under `output`, by `build`, which may need Ray.
+def open_data(
+    data: DataConfig, output: Location, say: Say, build: Build, describe: bool = True
+) -> DataSets:
+    """Open a run's data, and say what was understood of it, unless the caller does. A folder of
+    images or tars is converted to shards once, under `output`, by `build`, which may need Ray.
 
     FileNotFoundError or ValueError of one line names the path and the way out.
     """
@@ -156,9 +173,10 @@ def open_data(data: DataConfig, output: Location, say: Say, build: Build) -> Dat
             "--data.path is missing: give a folder of images, a folder of shards or Parquet "
             "files, local, s3:// or gs://"
         )
-    opened = _open_data(data, _Opener(data, output, say, build))
-    for line in opened.described():
-        say(line)
+    opened = replace(_open_data(data, _Opener(data, output, say, build)), channels=data.channels)
+    if describe:
+        for line in opened.described():
+            say(line)
     return opened
 
 
@@ -183,19 +201,18 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
             "on it"
         )
     train = opener.open(found, found.train)
-    unlabeled = sum(file.rows for file in train.files[len(train.files) - found.unlabeled :])
     if not data.test_path:
         if not found.test:
-            return DataSets(train, None, "", found.left_out, unlabeled)
+            return DataSets(train, None, "", found.left_out, found.unlabeled)
         test = _with_labels_first(opener.open(found, found.test), opener.say)
         both = with_common_classes(train, test)
-        return DataSets(*both, found.origin, found.left_out, unlabeled)
+        return DataSets(*both, found.origin, found.left_out, found.unlabeled)
     own = opener.find(data.test_path, "data.test_path")
     test = opener.open(own, own.test or own.train)
     left_out = dict(found.left_out)
     if found.test:
         left_out[found.origin] = rows_of(found.test)
-    return DataSets(*with_common_classes(train, test), data.test_path, left_out, unlabeled)
+    return DataSets(*with_common_classes(train, test), data.test_path, left_out, found.unlabeled)
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
@@ -240,7 +257,7 @@ class _Opener:
         """The Parquet files at a path, after a conversion where one is needed."""
         flag = f"--{field.replace('_', '-')}"
         if path.startswith(EMBEDDED):
-            return self._sorted(list_source(_write_embedded(path[len(EMBEDDED) :], self.output)))
+            return self._sorted(list_source(write_embedded(path[len(EMBEDDED) :], self.output)))
         if "*" in path and not Location.of(path).exists():
             listing = list_matching(path)
             if not listing.files:
@@ -405,37 +422,3 @@ def _inner(uri: str, shards: ShardSet) -> str:
 def _outer(name: str, shards: ShardSet) -> str:
     is_whole = "://" in name or name.startswith("/")
     return name if is_whole else f"{shards.uri.rstrip('/')}/{name}"
-
-
-def _write_embedded(name: str, output: Location) -> Location:
-    """The shards of an embedded data set, written on first use."""
-    if name != "digits":
-        raise ValueError(f"there is no embedded data set {name!r}; there is embedded:digits")
-    folder = output / "data" / name
-    if all((folder / part / MANIFEST).exists() for part in ("train", "test")):
-        return folder
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    images, labels = digits.images, digits.target  # [1797, 8, 8] in 0..16, [1797]
-    order = np.random.default_rng(0).permutation(len(images))
-    for part, chosen in (("test", order[:DIGITS_TEST]), ("train", order[DIGITS_TEST:])):
-        write_arrays(
-            folder / part,
-            [_png(images[i]) for i in chosen],
-            [int(labels[i]) for i in chosen],
-            [f"digit-{i:04d}.png" for i in chosen],
-            [str(digit) for digit in range(10)],
-            rows_per_shard=512,
-            source="sklearn.datasets.load_digits",
-        )
-    return folder
-
-
-def _png(values: np.ndarray) -> bytes:
-    """A digit [8, 8] in 0..16 as a gray PNG of 8 x 8 pixels."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray((values * (255 / 16)).round().astype(np.uint8)).save(file, format="PNG")
-    return file.getvalue()

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from selfray.check import require
 from selfray.data import columns
+from selfray.data.checksums import footer_is_checked
 from selfray.data.files import File, Listing, Quarantined, list_source, select
 from selfray.data.layout import SPLITS, LabelRule, SourceKind, Understood, pictures, understand
 from selfray.data.rows import MIB, Input, Layout, Sample, raise_if_outage
@@ -327,6 +328,7 @@ def _plan_parquet(
         location = listing.root / file.name
         try:
             with location.filesystem.open_input_file(location.path) as stream:
+                footer_is_checked(stream)
                 metadata = pq.ParquetFile(stream).metadata
                 return metadata, metadata.schema.to_arrow_schema()
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:

@@ -8,16 +8,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfray.data.beside import read_beside
-from selfray.data.checksums import checksum, checksums_in
+from selfray.data.checksums import checksums_in, footer_is_checked, of_group
 from selfray.data.columns import labels_of
 from selfray.data.parquet_pages import value_places
+from selfray.data.row_group import HeldGroup, Taken, damaged, images_of, read_group, rows_of
 from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet
 from selfray.storage import Location, is_about_the_file, one_line, patiently
 
@@ -31,25 +31,6 @@ class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
         super().__init__(f"{name}: {reason}")
         self.name = name
         self.reason = reason
-
-
-class Taken(NamedTuple):
-    """Some rows of a row group."""
-
-    images: list[bytes]
-    """Empty where a row has none."""
-    labels: np.ndarray
-    """int64 [n]; -1 where there is none."""
-    faults: dict[int, str]
-    """Why the image of a row is damaged or out of reach, by its place among the rows."""
-
-
-class _Table(NamedTuple):
-    """A row group that is held whole."""
-
-    table: pa.Table
-    faults: dict[int, str]
-    """Why a row's image is damaged, by the row."""
 
 
 _Key = tuple[str, int, tuple[str, str | None], object]
@@ -82,13 +63,14 @@ class _OpenFile:
     """When the storage last said that it is the one of its name, by time.monotonic."""
     checksums: np.ndarray | None = None
     """uint32 [rows] of the file's images, where it has them."""
+    is_checked: bool = False
+    """Whether its footer has a checksum and is whole."""
 
     def of_group(self, group: int) -> np.ndarray | None:
         """The checksums of a row group's images."""
         if self.checksums is None:
             return None
-        first = sum(self.footer.row_group(i).num_rows for i in range(group))
-        return self.checksums[first : first + self.footer.row_group(group).num_rows]
+        return of_group(self.footer, self.checksums, group)
 
 
 class RowGroupCache:
@@ -111,7 +93,7 @@ class RowGroupCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._tables: OrderedDict[_Key, _Table] = OrderedDict()
+        self._tables: OrderedDict[_Key, HeldGroup] = OrderedDict()
         self._bytes = 0
         self._places: OrderedDict[_Key, _Places] = OrderedDict()
         self._placed = 0
@@ -139,18 +121,18 @@ class RowGroupCache:
         self, key: "_Key", shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray
     ) -> Taken:
         known = self._known(key)
-        if isinstance(known, _Table):
-            return _rows_of(known, shards, file, rows)
+        if isinstance(known, HeldGroup):
+            return rows_of(known, shards, file, rows)
         self._raise_if_known_unreadable(file, group)
         try:
             for places in (known, None):
                 if places is None:
                     places = self._learn(key, shards, file, group)
-                if isinstance(places, _Table):
-                    return _rows_of(places, shards, file, rows)
+                if isinstance(places, HeldGroup):
+                    return rows_of(places, shards, file, rows)
                 images = self._images_at(places, file, group, rows)
                 if images is not None:
-                    faults = _damaged(images, rows, places.checksums)
+                    faults = damaged(images, rows, places.checksums)
                     for index in faults:
                         images[index] = b""
                     return Taken(images, places.labels[rows], faults)
@@ -166,7 +148,7 @@ class RowGroupCache:
             if error is not None and time.monotonic() < until:
                 raise error
 
-    def _known(self, key: "_Key") -> "_Table | _Places | None":
+    def _known(self, key: "_Key") -> "HeldGroup | _Places | None":
         with self._lock:
             for kept in (self._tables, self._places):
                 if key in kept:
@@ -176,7 +158,7 @@ class RowGroupCache:
 
     def _learn(
         self, key: "_Key", shards: ShardSet, file: ShardFile, group: int
-    ) -> "_Table | _Places":
+    ) -> "HeldGroup | _Places":
         with self._lock:
             count = len(self._tables)
             is_full = count > 0 and self._bytes * (count + 1) / count > self.limit_bytes
@@ -217,7 +199,7 @@ class RowGroupCache:
                 # found before an image of it is used.
                 read = self._read(file, group, shards.image_column, None)
                 ends = np.array([0, len(read.table) - 1])
-                images = _images_of(read.table.column(shards.image_column), file, ends, {})
+                images = images_of(read.table.column(shards.image_column), file, ends, {})
                 self._is_plain[name] = self._images_at(places, file, group, ends) == images
         return places if self._is_plain[name] else None
 
@@ -290,13 +272,14 @@ class RowGroupCache:
         return opened
 
     @staticmethod
-    def _read(file: ShardFile, group: int, image: str, label: str | None) -> _Table:
+    def _read(file: ShardFile, group: int, image: str, label: str | None) -> HeldGroup:
         location = Location.of(file.uri)
         name = file.uri
 
-        def read() -> _Table:
+        def read() -> HeldGroup:
             nonlocal name
             with location.filesystem.open_input_file(location.path) as stream:
+                is_checked = footer_is_checked(stream)
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 found = parquet.metadata.num_row_groups
                 if found != len(file.group_rows):
@@ -309,66 +292,20 @@ class RowGroupCache:
                     raise pa.ArrowInvalid(
                         f"{rows} rows where there were {file.group_rows[group]} at the start"
                     )
-                return _read_group(stream, parquet, group, image, label)
+                return read_group(stream, parquet, group, image, label, is_checked)
 
         with _faults_named(location, lambda: name):
             return patiently(read, location)
-
-
-def _read_group(
-    stream: pa.NativeFile, parquet: pq.ParquetFile, group: int, image: str, label: str | None
-) -> _Table:
-    """A row group, its pages verified. Where one is damaged and the images have checksums of their
-    own, the sound images of the group are kept."""
-    wanted = [image] if label is None else [image, label]
-    rows = parquet.metadata.row_group(group).num_rows
-    faults: dict[int, str] = {}
-    try:
-        table = parquet.read_row_group(group, columns=wanted)
-    except (OSError, pa.ArrowException):
-        checksums = checksums_in(parquet.metadata)
-        if checksums is None:
-            raise
-        unverified = pq.ParquetFile(stream, metadata=parquet.metadata)
-        table = unverified.read_row_group(group, columns=[image])
-        if table.num_rows != rows:
-            raise
-        opened = _OpenFile(stream, parquet.metadata, (), 0.0, checksums)
-        column = table.column(image)
-        bytes_of = column.flatten()[0] if pa.types.is_struct(column.type) else column
-        images = [value.as_py() or b"" for value in bytes_of]
-        faults = _damaged(images, np.arange(rows), opened.of_group(group))
-        if label is not None:
-            table = table.append_column(label, parquet.read_row_group(group, [label]).column(0))
-    if table.num_rows != rows:
-        raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
-    return _Table(table, faults)
-
-
-def _damaged(images: list[bytes], rows: np.ndarray, checksums: np.ndarray | None) -> dict[int, str]:
-    """Which of some images are not those that were written, and how to mend it."""
-    if checksums is None:
-        return {}
-    wanted = checksums[rows].tolist()
-    return {
-        index: DAMAGED
-        for index, (data, right) in enumerate(zip(images, wanted, strict=True))
-        if checksum(data) != right
-    }
-
-
-DAMAGED = (
-    "damaged: its bytes are not those that were written (checksum); `selfray shards check` finds "
-    "the shard, and building again mends it"
-)
 
 
 def _opened(location: Location) -> _OpenFile:
     # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
     stamp = _stamp_of(location)
     stream = location.filesystem.open_input_file(location.path)
+    is_checked = footer_is_checked(stream)
     footer = pq.ParquetFile(stream).metadata
-    return _OpenFile(stream, footer, stamp, time.monotonic(), checksums_in(footer))
+    checksums = checksums_in(footer) if is_checked else None
+    return _OpenFile(stream, footer, stamp, time.monotonic(), checksums, is_checked)
 
 
 def _stamp_of(location: Location) -> _Stamp:
@@ -400,6 +337,11 @@ def _places_in(
     kind = opened.footer.schema.to_arrow_schema().field(shards.image_column).type
     column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
     checksums = opened.of_group(group)
+    if not opened.is_checked:
+        # Of a footer that may be damaged, pyarrow's own reading raises an error where the look at
+        # a column's place, which follows, would end the process.
+        parquet = pq.ParquetFile(opened.stream, metadata=opened.footer)
+        next(parquet.iter_batches(1, [group], [column]), None)
     places = value_places(
         lambda at, n: opened.stream.read_at(n, at),
         opened.footer,
@@ -437,45 +379,3 @@ def _faults_named(location: Location, name: Callable[[], str]) -> Iterator[None]
 
 def _reason(error: OSError) -> str:
     return "the file is gone" if isinstance(error, FileNotFoundError) else one_line(error)
-
-
-def _rows_of(read: _Table, shards: ShardSet, file: ShardFile, rows: np.ndarray) -> Taken:
-    faults = {
-        index: read.faults[row] for index, row in enumerate(rows.tolist()) if row in read.faults
-    }
-    images = _images_of(read.table.column(shards.image_column), file, rows, faults)
-    if shards.label_column is None or file.classes is None:
-        return Taken(images, np.full(len(rows), NO_LABEL, dtype=np.int64), faults)
-    chosen = read.table.select([shards.label_column]).take(rows)
-    return Taken(images, labels_of(chosen.column(0), file.classes), faults)
-
-
-def _images_of(
-    column: pa.ChunkedArray, file: ShardFile, rows: np.ndarray, faults: dict[int, str]
-) -> list[bytes]:
-    """The bytes of chosen rows; faults, by their place, are left out and added to."""
-    paths = None
-    if pa.types.is_struct(column.type):
-        # flatten, not field: a struct that is null has bytes that mean nothing.
-        names = [column.type.field(i).name for i in range(column.type.num_fields)]
-        parts = column.flatten()
-        paths = parts[names.index("path")] if "path" in names else None
-        if "bytes" not in names:
-            column = pa.chunked_array([pa.nulls(len(column))])
-        else:
-            column = parts[names.index("bytes")]
-    images = []
-    # One by one: a window's rows are in many row groups, few in each, and for one row `take` and
-    # `to_pylist` need 12 us where this needs 2.
-    for index, row in enumerate(rows.tolist()):
-        value = b"" if index in faults else column[row].as_py()
-        path = value if isinstance(value, str) else None
-        if value is None and paths is not None:
-            path = paths[row].as_py()
-        if path:
-            try:
-                value = read_beside(file.uri, path)
-            except (FileNotFoundError, PermissionError, ValueError) as error:
-                faults[index] = one_line(error)
-        images.append(value if isinstance(value, bytes) else b"")
-    return images

@@ -71,7 +71,7 @@ def _read_row_groups(root: Location, layout: Layout, inputs: Iterable[Input]) ->
                     for picture, label in zip(pictures, labels, strict=True):
                         yield _row_of(location, f"{entry.name}#row {row}", picture, label)
                         row += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise_if_outage(error, root)
             message = f"rows from {row} on in row group {entry.row_group}: {one_line(error)}"
             yield Quarantined(entry.name, "unreadable", message)

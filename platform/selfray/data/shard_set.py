@@ -4,16 +4,19 @@ The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, a
 if there are labels. Files written by `datasets` open as they are.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfray.data import columns
 from selfray.data.beside import require_images_beside
+from selfray.data.checksums import footer_is_checked, labels_in
 from selfray.data.columns import NO_LABEL, Classes, LabelColumn, NoClassesError, Value
 from selfray.storage import Location, one_line, patiently
 
@@ -51,6 +54,12 @@ class ShardSet:
     def __hash__(self) -> int:
         # Asked for in each read: not over thousands of files and their row groups.
         return hash((self.uri, self.image_column, len(self.files)))
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits that are others for other files: by the name and the rows of each."""
+        text = "\n".join(f"{file.uri} {file.group_rows}" for file in self.files)
+        return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
     @property
     def rows(self) -> int:
@@ -91,19 +100,19 @@ def open_shards(
     """
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(_footer, uris))
-        first = next((i for i, (f, _) in enumerate(footers) if f.num_rows), None)
+        first = next((i for i, f in enumerate(footers) if f.metadata.num_rows), None)
         if first is None:
             raise ValueError(
                 f"{uri} holds no images: all of its {len(uris)} Parquet files are empty"
             )
-        schema = footers[first][1]
+        schema = footers[first].schema
         image = columns.image_column(schema, uris[first], image_column)
-        for u, (_, found) in zip(uris, footers, strict=True):
+        for u, (_, found, _) in zip(uris, footers, strict=True):
             if found.names.count(image) != 1:
                 raise ValueError(f"{u} lacks the column {image}, which {uris[first]} has")
-        require_images_beside(uris[first], footers[first][0], schema, image)
+        require_images_beside(uris[first], schema, image)
         label = columns.label_column(schema, uris[first], label_column)
-        for u, (_, other) in zip(uris, footers, strict=True):
+        for u, (_, other, _) in zip(uris, footers, strict=True):
             if label.name is None and not other.equals(schema):
                 label = columns.label_column(other, u, None)
         scans = [_Labels()] * len(uris)
@@ -112,7 +121,7 @@ def open_shards(
             scans = list(pool.map(scan, uris, footers))
     files = [
         ShardFile(u, tuple(f.row_group(i).num_rows for i in range(f.num_row_groups)))
-        for u, (f, _) in zip(uris, footers, strict=True)
+        for u, (f, _, _) in zip(uris, footers, strict=True)
     ]
     if folder_labels:
         names = tuple(sorted(set(folder_labels.values()), key=columns.natural))
@@ -122,7 +131,7 @@ def open_shards(
             else f
             for f in files
         ]
-        return ShardSet(uri, tuple(files), image, None, names, _unlabelled(files))
+        return ShardSet(uri, tuple(files), image, None, names)
     return _with_classes(ShardSet(uri, tuple(files), image), label, scans)
 
 
@@ -159,24 +168,12 @@ def _with_classes(shards: ShardSet, column: LabelColumn, scans: Sequence[_Labels
         usable = set(classes.values)
         labelled = sum(count for value, count in scan.counts.items() if value in usable)
         files.append(replace(file, classes=classes, labelled=labelled))
-    unlabelled = () if reasons else _unlabelled(files)
     return replace(
         shards,
         files=tuple(files),
         label_column=column.name,
         label_names=found,
-        notes=(*notes, *unlabelled),
-    )
-
-
-def _unlabelled(files: Sequence[ShardFile]) -> tuple[str, ...]:
-    without = [file for file in files if file.rows and not file.labelled]
-    if not without or len(without) == len(files):
-        return ()
-    rows = sum(file.rows for file in without)
-    return (
-        f"{len(without):,} of {len(files):,} files have no labels, such as {without[0].uri}: their "
-        f"{rows:,} images are unlabelled",
+        notes=tuple(notes),
     )
 
 
@@ -208,7 +205,12 @@ def _recoded(shards: ShardSet, names: tuple[str, ...]) -> ShardSet:
 
 # Reading footers and label columns ---------------------------------------------------------------
 
-_Footer = tuple[pq.FileMetaData, pa.Schema]
+
+class _Footer(NamedTuple):
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    is_checked: bool
+    """Whether it has a checksum, which only selfray writes, and is whole."""
 
 
 def _footer(uri: str) -> _Footer:
@@ -226,22 +228,23 @@ def _footer(uri: str) -> _Footer:
 
 def _metadata(location: Location) -> _Footer:
     with location.filesystem.open_input_file(location.path) as file:
+        is_checked = footer_is_checked(file)
         footer = pq.ParquetFile(file).metadata
-        return footer, footer.schema.to_arrow_schema()
+        return _Footer(footer, footer.schema.to_arrow_schema(), is_checked)
 
 
 def _scanner(column: str) -> Callable[[str, _Footer], _Labels]:
     def scan(uri: str, footer: _Footer) -> _Labels:
-        metadata, schema = footer
+        metadata, schema, is_checked = footer
         if column not in schema.names or not metadata.num_rows:
             return _Labels()
         try:
             names = columns.label_column(schema, uri, column).names
         except ValueError as error:
             return _Labels(refused=str(error).partition(" of ")[2].partition(";")[0])
-        if names is not None and _all_labelled(metadata, column, len(names)):
-            # Which classes are there is not asked where each row is known to have one of them.
-            return _Labels(names, {0: metadata.num_rows})
+        written = labels_in(metadata) if is_checked and column == "label" else None
+        if written is not None:
+            return _Labels(names, {label: n for label, n in written.items() if label >= 0})
         location = Location.of(uri)
         try:
             counts = patiently(lambda: label_counts(location, column), location)
@@ -266,27 +269,13 @@ def label_counts(location: Location, column: str) -> Counter[Value]:
         parquet = pq.ParquetFile(stream, page_checksum_verification=True)
         for group in range(parquet.metadata.num_row_groups):
             table = parquet.read_row_group(group, columns=[column])
-            counts.update(columns.distinct(table.column(column)))
+            try:
+                counts.update(columns.distinct(table.column(column)))
+            except UnicodeError as error:
+                raise NoClassesError("holds text that is not UTF-8") from error
             if reason := columns.too_many_classes(len(counts)):
                 raise NoClassesError(reason)
     return counts
-
-
-def _all_labelled(metadata: pq.FileMetaData, column: str, classes: int) -> bool:
-    """Whether the statistics say that each row's label is one of 0 .. classes - 1."""
-    for group in range(metadata.num_row_groups):
-        chunks = metadata.row_group(group)
-        for index in range(chunks.num_columns):
-            chunk = chunks.column(index)
-            if chunk.path_in_schema != column:
-                continue
-            found = chunk.statistics
-            if found is None or not found.has_min_max or found.null_count != 0:
-                return False
-            low, high = found.min, found.max
-            if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high < classes):
-                return False
-    return True
 
 
 def rows_of(uris: Sequence[str]) -> int:
@@ -294,7 +283,7 @@ def rows_of(uris: Sequence[str]) -> int:
 
     def rows(uri: str) -> int:
         try:
-            return _footer(uri)[0].num_rows
+            return _footer(uri).metadata.num_rows
         except ValueError:
             return 0
 

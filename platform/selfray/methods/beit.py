@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfray.check import require
-from selfray.method import Batch, Method, MethodConfig, Normalization, whole
+from selfray.method import Batch, Method, MethodConfig, Normalization, hidden_places, whole
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
 from selfray.storage import Location
@@ -33,7 +34,10 @@ class BEiTConfig(MethodConfig):
     smallest_block: int = 16
     """Patches of the smallest rectangle that is hidden."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.08, 1.0), color_jitter=JITTER))
-    """The crop that encoder and tokenizer see alike."""
+    """The crop that encoder and tokenizer see alike. The authors jitter the whole image before they
+    crop it; here as everywhere the crop comes first, which leaves jitter that many pixels fewer:
+    only the mean that contrast turns about is another, the crop's. Their tokenizer's view is
+    resized from the image by Lanczos; here, by bicubic interpolation from the crop."""
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie in (0, 1), got {self.mask_ratio}")
@@ -80,18 +84,26 @@ class BEiT(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        initial.as_beit(encoder.backbone)
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         file = TokenizerFile.open(config.tokenizer, encoder.config)
         self.tokenizer = file.load()
         self.tokenizer_digest = file.digest
         self.head = nn.Linear(encoder.width, file.config.codes)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        initial.cut_normal(self.mask_token)
+        initial.cut_normal(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All but biases, norms, layer scales, class token and learned positions, as in the
+        authors' code: the mask token, too."""
+        if name == "mask_token":
+            return True
+        return parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = batch["global"][:, 0], batch["global_mask"][:, 0]  # [B, 3, H, W], [B, N]
-        hidden = mask.flatten().nonzero().squeeze(1)  # [M], hidden patches in the whole batch
+        hidden = hidden_places(batch, "global")  # [M], hidden patches in the whole batch
         tokens = self.tokenizer(images).flatten()[hidden]  # [M]
         features = self.encoder(images, mask=mask, mask_token=self.mask_token)
         logits = self.head(features.patches.flatten(0, 1)[hidden]).float()  # [M, K]

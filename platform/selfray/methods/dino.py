@@ -10,8 +10,10 @@ from torch import Tensor
 
 from selfray import distributed
 from selfray.check import require
+from selfray.health import below_uniform
 from selfray.losses import self_distillation
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
 from selfray.schedules import Cosine, Progress, Ramp, Schedule
@@ -87,6 +89,10 @@ class DINO(Method):
         super().__init__()
         self.config = config
         self.student = encoder
+        if encoder.config.is_vit:
+            initial.as_dino(encoder.backbone, class_deviation=0.02)
+        elif encoder.config.is_resnet:
+            initial.fill_residual_branches(encoder.backbone)  # torchvision's, as the authors'
         self.student_head = PrototypeHead(
             encoder.width, config.hidden, config.bottleneck, config.prototypes, config.free_norms
         )
@@ -107,12 +113,21 @@ class DINO(Method):
         # Cross entropy = the teacher's entropy + the divergence: collapse shows in the first (0 or
         # log K), learning in the second.
         entropy = torch.special.entr(teacher).sum(-1).mean()
-        return loss, {"teacher_entropy": entropy, "divergence": loss.detach() - entropy}
+        return loss, {
+            "teacher_entropy": entropy,
+            "below_uniform": below_uniform(entropy, self.config.prototypes),
+            "divergence": loss.detach() - entropy,
+        }
 
     @staticmethod
     def _logits(encoder: Encoder, head: PrototypeHead, images: Tensor) -> Tensor:
         """[b, V, 3, H, W] -> [b, V, K]."""
         return head(encoder(images.flatten(0, 1)).cls).unflatten(0, images.shape[:2])
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All but biases and norms, as in the authors' code: the class token, too, and the lengths
+        of the prototypes."""
+        return parameter.ndim > 1 or name == "student_head.norms"
 
     def before_step(self, progress: Progress) -> None:
         if progress.fraction < self.config.freeze_prototypes:

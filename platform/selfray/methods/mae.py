@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from selfray.check import require
 from selfray.losses import masked_pixel_error
 from selfray.method import Batch, Method, MethodConfig, Normalization, whole
+from selfray.models import initial
 from selfray.models.decoder import PatchDecoder, patchify
 from selfray.models.encoder import Encoder, EncoderConfig, normalize
 from selfray.schedules import Progress
@@ -75,6 +76,7 @@ class MAE(Method):
         assert encoder.config.grid is not None
         self.config = config
         self.encoder = encoder
+        initial.as_mae(encoder.backbone)
         self.patch = encoder.config.patch
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder = PatchDecoder(
@@ -84,8 +86,13 @@ class MAE(Method):
             config.decoder_heads,
             encoder.config.grid,
             self.patch,
+            encoder.config.in_channels,
         )
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All but biases and norms, as in the authors' code: class and mask token, too."""
+        return parameter.ndim > 1
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = batch["global"][:, 0], batch["global_mask"][:, 0]  # [B, 3, H, W], [B, N]
@@ -114,11 +121,12 @@ class MAE(Method):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The decoder's pixels [B, N, 3 * patch^2] for all patches, hidden ones in `mask` [B, N].
 
-        Every image hides the same number of patches.
+        Every image hides the same number of patches, that of `mask_ratio`.
         """
         # A stable sort of False before True: the visible patches' indices in their order.
         order = mask.int().argsort(dim=1, stable=True)
-        visible = order[:, : int((~mask[0]).sum())]  # [B, Nv]
+        hides = RandomMask(self.config.mask_ratio)
+        visible = order[:, : hides.visible(mask.shape[1])]  # [B, Nv]
         features = self.encoder(images, visible)
         seen = self.decoder.embed(features.patches)  # [B, Nv, W]
         tokens = self.mask_token.to(seen.dtype).repeat(*mask.shape, 1)  # [B, N, W]

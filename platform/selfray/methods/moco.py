@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from selfray import distributed
 from selfray.check import require, require_one_of
+from selfray.config import added
+from selfray.health import below_chance
 from selfray.losses import queue_contrast
 from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.models import initial
+from selfray.models.batchnorm import with_grouped_batchnorm
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Constant, Progress, Schedule
 from selfray.views import ColorJitter, View, Views
@@ -36,6 +40,10 @@ class MoCoConfig(MethodConfig):
     """One linear layer as in v1, or two with ReLU between as in v2."""
     projector_width: int = 128
     """Dimension of queries and keys."""
+    batchnorm_groups: int = added(1)
+    """Into how many parts each worker splits its batch for the encoders' batch norms, keys dealt
+    out anew. On one worker, 8 do what the paper's 8 GPUs do: with one batch norm for all, queries
+    and their keys share its statistics, which the queue's keys do not (section 3.3)."""
     view: View = field(
         default_factory=lambda: View(
             crop_scale=(0.2, 1.0),
@@ -45,12 +53,14 @@ class MoCoConfig(MethodConfig):
         )
     )
     """Query and key are drawn from this: v2's. v1 jitters always (probability 1, hue 0.4) and
-    does not blur."""
+    does not blur. Two choices of the authors' code are not taken, to have one order and one resizer
+    for all methods: v1 drops the colour before it jitters, where here the turn of the hue changes
+    the luma of what turns gray; both crop bilinearly, where here it is bicubic."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         require_one_of("head", self.head, ("linear", "mlp"))
-        for name in ("queue_size", "projector_width"):
+        for name in ("queue_size", "projector_width", "batchnorm_groups"):
             value = getattr(self, name)
             require(value > 0, f"{name} must be positive, got {value}")
 
@@ -60,8 +70,18 @@ class MoCoConfig(MethodConfig):
             f"batch_size {batch_size} does not fit into the queue: give --method.queue-size "
             f"{batch_size} or more",
         )
+        require(
+            batch_size % self.batchnorm_groups == 0,
+            f"batch_size {batch_size} does not divide into --method.batchnorm-groups "
+            f"{self.batchnorm_groups}",
+        )
 
     def views(self, encoder: EncoderConfig) -> Views:
+        require(
+            self.batchnorm_groups == 1 or not encoder.is_vit,
+            f"method.batchnorm_groups {self.batchnorm_groups} is for encoders with batch norm, not "
+            f"for {encoder.name}: leave it out",
+        )
         view = fitted(self.view, encoder)
         return {"global": (view, view)}
 
@@ -74,6 +94,10 @@ class MoCo(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        if encoder.config.is_resnet:
+            initial.fill_residual_branches(encoder.backbone)  # torchvision's, as the authors'
+        if config.batchnorm_groups > 1:
+            with_grouped_batchnorm(encoder, config.batchnorm_groups)
         hidden = [nn.Linear(encoder.width, encoder.width), nn.ReLU(inplace=True)]
         final = nn.Linear(encoder.width, config.projector_width)
         self.head = nn.Sequential(*(hidden if config.head == "mlp" else []), final)
@@ -89,12 +113,21 @@ class MoCo(Method):
         keys = self._keys(second, progress.step)  # [b, P]
         self._new_keys = F.normalize(keys.float(), dim=-1)
         queue = self.get_buffer("queue")
-        return queue_contrast(queries, keys, queue, self.config.temperature), {}
+        loss = queue_contrast(queries, keys, queue, self.config.temperature)
+        return loss, {"below_chance": below_chance(loss, 1 + len(queue))}
 
     @torch.no_grad()
     def _keys(self, images: Tensor, step: int) -> Tensor:
+        if self.config.batchnorm_groups > 1 and not distributed.is_distributed():
+            generator = torch.Generator().manual_seed(step)
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+            return self.key_head(self.key_encoder(images[order]).cls)[order.argsort()]
         mine, order = distributed.shuffled(images, step)
         return distributed.unshuffled(self.key_head(self.key_encoder(mine).cls), order)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """All of them, as in the authors' code."""
+        return True
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

@@ -9,30 +9,51 @@ from torch import Tensor, nn
 
 from selfray import distributed
 
+LastBatchNorm = Literal["affine", "scaled", "plain", "none"]
+
+
+class Scale(nn.Module):
+    """A factor on each of [n, width]'s columns, 1 at the start: what is left of a batch norm's
+    affine part without its bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self.weight
+
 
 def projector(
     width: int,
     hidden: int,
     output: int,
     layers: int,
-    last_batchnorm: Literal["affine", "plain", "none"] = "affine",
+    last_batchnorm: LastBatchNorm = "affine",
+    last_bias: bool = True,
 ) -> nn.Sequential:
     """`layers` linear layers, batch norm after each, ReLU between; no bias where a batch norm
     follows, no ReLU after the last.
 
-    The last batch norm is `affine` in SimCLR (arXiv:2002.05709; v2's deeper head:
-    arXiv:2006.10029), `plain` (no weight and bias) in MoCo v3 (arXiv:2104.02057), and absent in
-    BYOL (arXiv:2006.07733).
+    The last batch norm is `scaled` (a weight, no bias) in SimCLR's code (arXiv:2002.05709; v2's
+    deeper head: arXiv:2006.10029), `plain` (neither) in MoCo v3 (arXiv:2104.02057), and absent in
+    BYOL (arXiv:2006.07733), whose last linear layer has a bias with `last_bias` alone.
+
+    The linear layers are drawn as PyTorch draws them. SimCLR's authors draw a normal of deviation
+    0.01 and BYOL's a truncated one of 1 / sqrt(inputs): before a batch norm, or under a cosine,
+    the scale of a layer changes nothing, and LARS's steps follow it.
     """
     widths = [width, *[hidden] * (layers - 1), output]
     modules: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         is_last = index == layers - 1
         if is_last and last_batchnorm == "none":
-            modules.append(nn.Linear(inputs, outputs))
+            modules.append(nn.Linear(inputs, outputs, bias=last_bias))
             continue
         affine = not is_last or last_batchnorm == "affine"
         modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=affine)]
+        if is_last and last_batchnorm == "scaled":
+            modules.append(Scale(outputs))
         if not is_last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
@@ -56,15 +77,16 @@ class PrototypeHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # Drawn as PyTorch draws a linear layer, as the authors' are: a length of 0.58. Their
+        # directions alone count, but an optimizer's step turns longer ones less.
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
         self.norms = (
             nn.Parameter(self.prototypes.weight.new_ones(prototypes)) if free_norms else None
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def freeze_prototypes(self) -> None:
         """Drop this step's gradients of the prototypes: the optimizer leaves them as they are."""

@@ -1,15 +1,19 @@
 """ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-KNOWN = (VisionTransformer, Beit)
+KNOWN = (VisionTransformer, Beit, Eva)
 """The classes of timm whose tokens can be left out and replaced here."""
 
 
@@ -19,11 +23,13 @@ def encode(
     visible: Tensor | None = None,
     mask: Tensor | None = None,
     mask_token: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the class token [B, D] and patch tokens [B, N or Nv, D].
 
     Patches outside `visible` are left out before the first block: this is where MAE's speed comes
     from. Embeddings of patches in `mask` are replaced by `mask_token` before positions are added.
+    With `recompute`, the backward pass computes each block again.
     """
     embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
     if mask is not None:
@@ -32,28 +38,96 @@ def encode(
         embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
     if isinstance(backbone, Beit):
         assert visible is None, "a relative position bias needs all patches"
-        tokens = _beit_blocks(backbone, embedded)
+        tokens = _beit_blocks(backbone, embedded, recompute)
+    elif isinstance(backbone, Eva):
+        tokens = _rotary_blocks(backbone, embedded, visible, recompute)
     else:
-        tokens = _vit_blocks(backbone, embedded, visible)
+        tokens = _vit_blocks(backbone, embedded, visible, recompute)
     cls = backbone.forward_head(tokens, pre_logits=True)  # pooled as timm's own forward does
     return cls, tokens[:, backbone.num_prefix_tokens :]
 
 
-def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None) -> Tensor:
-    tokens = backbone._pos_embed(embedded)  # [B, P + N, D]
-    prefix = backbone.num_prefix_tokens
-    if visible is not None:
-        index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
-    return backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
+def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompute: bool) -> Tensor:
+    tokens = _with_positions(backbone, embedded)  # [B, P + N, D]
+    tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
+    for block in backbone.blocks:
+        tokens = _through(block, recompute, tokens)
+    return backbone.norm(tokens)
 
 
-def _beit_blocks(backbone: Any, embedded: Tensor) -> Tensor:
+def _seen(tokens: Tensor, visible: Tensor | None, prefix: int) -> Tensor:
+    """The prefix and the visible ones of the patches: [B, P + N, D] -> [B, P + Nv, D]."""
+    if visible is None:
+        return tokens
+    index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
+
+
+def _rotary_blocks(
+    backbone: Any, embedded: Tensor, visible: Tensor | None, recompute: bool
+) -> Tensor:
+    tokens, angles = backbone._pos_embed(embedded)  # [B, P + N, D], [(depth, heads,) N, E]
+    tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
+    if visible is not None and angles is not None:
+        # Each image has angles of its own places: [(depth,) B, 1 or heads, Nv, E].
+        chosen = angles[..., visible, :]  # [(depth, heads,) B, Nv, E]
+        angles = chosen.transpose(1, 2) if backbone.rope_mixed else chosen.unsqueeze(1)
+    for number, block in enumerate(backbone.blocks):
+        mixed = backbone.rope_mixed and angles is not None  # each block has angles of its own
+        rope = angles[number] if mixed and angles is not None else angles
+        tokens = _through(block, recompute, tokens, rope=rope)
+    return backbone.norm(tokens)
+
+
+def _with_positions(backbone: Any, embedded: Tensor) -> Tensor:
+    """Patch embeddings [B, h, w, D] -> tokens [B, P + N, D], as timm's own `_pos_embed` has them
+    at the backbone's image size; at others, with positions resized as DINO's authors do."""
+    grid, native = tuple(embedded.shape[1:3]), tuple(backbone.patch_embed.grid_size)
+    if embedded.ndim != 4 or grid == native or backbone.pos_embed is None:
+        return backbone._pos_embed(embedded)
+    own = backbone.pos_embed  # [1, P + N, D], or [1, N, D]
+    without_prefix = own.shape[1] - native[0] * native[1]
+    patches = own[:, without_prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # [1, D, h, w]
+    resized = resized_positions(patches, grid).flatten(2).transpose(1, 2)
+    prefix = [
+        token.expand(len(embedded), -1, -1)
+        for token in (backbone.cls_token, backbone.reg_token)
+        if token is not None
+    ]
+    tokens = embedded.flatten(1, 2)
+    if without_prefix:
+        resized = torch.cat([own[:, :without_prefix], resized], dim=1)
+        tokens = torch.cat([*prefix, tokens], dim=1) + resized
+    else:
+        tokens = torch.cat([*prefix, tokens + resized], dim=1)
+    return backbone.pos_drop(tokens)
+
+
+def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Positions [1, D, h, w] for another grid: [1, D, *grid], by plain bicubic interpolation, whose
+    scale is (grid + 0.1) / (h, w), as in the code of DINO and DINOv2 for their local crops.
+
+    timm resizes with antialiasing, which leaves of random positions less than half: a deviation of
+    0.007 instead of 0.017, from 14 x 14 to 6 x 6.
+    """
+    scale = [(new + 0.1) / old for new, old in zip(grid, positions.shape[2:], strict=True)]
+    resized = F.interpolate(positions, scale_factor=scale, mode="bicubic")
+    assert tuple(resized.shape[2:]) == tuple(grid)
+    return resized
+
+
+def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(partial(block, **named), tokens, use_reentrant=False)
+    return block(tokens, **named)
+
+
+def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
     cls = backbone.cls_token.expand(len(embedded), -1, -1)
     tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
-    bias = backbone.rel_pos_bias()
+    bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     for block in backbone.blocks:
-        tokens = block(tokens, shared_rel_pos_bias=bias)
+        tokens = _through(block, recompute, tokens, shared_rel_pos_bias=bias)
     return backbone.norm(tokens)
 
 
@@ -126,7 +200,7 @@ def fit_positions(
             fitted[name] = resample_abs_pos_embed(
                 theirs, [new, new], [old, old], num_prefix_tokens=prefix
             )
-        elif name.endswith("rel_pos_bias.relative_position_bias_table"):
+        elif name.endswith(".relative_position_bias_table"):
             # (2 side - 1)^2 offsets between patches, and 3 entries for the class token.
             side = (math.isqrt(ours.shape[0] - 3) + 1) // 2
             fitted[name] = resize_rel_pos_bias_table(theirs, (side, side), tuple(ours.shape))

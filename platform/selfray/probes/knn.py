@@ -1,5 +1,6 @@
-"""k nearest neighbours on frozen features: no training, so nothing to tune."""
+"""k nearest neighbours on frozen features: no training, so hardly anything to tune."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.protocol import Protocol
+from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Gallery
+from selfray.probes.subsets import held_out
 
 
 @dataclass(frozen=True)
-class KNN(Protocol):
+class KNN(Classifier):
     """DINO's protocol (arXiv:2104.14294): cosine similarity s, each of the k nearest train images
     votes for its class with weight exp(s / temperature)."""
 
@@ -33,22 +35,87 @@ class KNN(Protocol):
         predicted = self.predict(train, train_labels, test)
         return float((predicted == test_labels).float().mean())
 
-    @torch.no_grad()
     def predict(self, train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
         """The class of each test feature: int64 [m]."""
-        train = F.normalize(train.float(), dim=1)
-        classes = int(train_labels.max()) + 1
-        k = min(self.k, len(train))
-        votes = []
-        for chunk in F.normalize(test.float(), dim=1).split(1024):
-            similarity, index = (chunk @ train.T).topk(k, dim=1)  # [c, k]
-            weight = (similarity / self.temperature).exp()
+        return votes(train, train_labels, test, (self.k,), self.temperature)[:, 0]
+
+    def classify(self, train: Gallery, test: Tensor) -> Classified:
+        width = train.cls_width
+        predicted = self.predict(train.features[:, :width], train.labels, test[:, :width])
+        return Classified(predicted, {})
+
+
+@dataclass(frozen=True)
+class ChosenKNN(Classifier):
+    """The same vote for several k in one pass; the k that is best on held-out train images counts,
+    the smallest of equal ones."""
+
+    name: ClassVar[str] = "knn"
+    version: ClassVar[int] = 2
+
+    ks: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    held_out: float = 0.1
+    """Share of each class's train images kept out to choose k."""
+    seed: int = 0
+
+    def classify(self, train: Gallery, test: Tensor) -> Classified:
+        cls = train.features[:, : train.cls_width]
+        out = held_out(train.keys, train.labels.numpy(), self.held_out, self.seed)
+        best = 0
+        if out.any():
+            kept, chosen = train.rows(~out), train.rows(out)
+            found = votes(
+                kept.features[:, : train.cls_width],
+                kept.labels,
+                chosen.features[:, : train.cls_width],
+                self.ks,
+                self.temperature,
+            )
+            best = int((found == chosen.labels[:, None]).float().mean(0).argmax())
+        k = self.ks[best]
+        predicted = votes(cls, train.labels, test[:, : train.cls_width], (k,), self.temperature)
+        return Classified(predicted[:, 0], {"k": k})
+
+
+@torch.no_grad()
+def votes(
+    train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], temperature: float
+) -> Tensor:
+    """int64 [m, len(ks)]: the class that the k nearest train features vote for, for each k."""
+    classes = int(labels.max()) + 1
+    most = min(max(ks), len(train))
+    found = []
+    for chunk in test.split(1024):
+        similarity, index = _nearest(train, F.normalize(chunk.float(), dim=1), most)  # [c, most]
+        weight = (similarity / temperature).exp()
+        of_neighbours = labels[index]
+        for_each = []
+        for k in ks:
             scores = torch.zeros(len(chunk), classes, device=chunk.device)
-            votes.append(scores.scatter_add_(1, train_labels[index], weight).argmax(1))
-        return torch.cat(votes)
+            scores.scatter_add_(1, of_neighbours[:, :k], weight[:, :k])
+            for_each.append(scores.argmax(1))
+        found.append(torch.stack(for_each, dim=1))
+    return torch.cat(found) if found else torch.zeros(0, len(ks), dtype=torch.int64)
 
 
 def nearest(train: Tensor, test: Tensor, k: int) -> Tensor:
     """Indices int64 [m, k] of the train features most similar (cosine) to each test feature."""
-    similarity = F.normalize(test.float(), dim=1) @ F.normalize(train.float(), dim=1).T
-    return similarity.topk(min(k, len(train)), dim=1).indices
+    return _nearest(train, F.normalize(test.float(), dim=1), min(k, len(train)))[1]
+
+
+def _nearest(train: Tensor, unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarities and indices [c, k] of the train features nearest to unit vectors [c, D], the
+    nearest first; train is read in chunks."""
+    best: tuple[Tensor, Tensor] | None = None
+    for first in range(0, len(train), CHUNK_ROWS):
+        part = F.normalize(train[first : first + CHUNK_ROWS].float(), dim=1)
+        similarity, index = (unit @ part.T).topk(min(k, len(part)), dim=1)
+        index = index + first
+        if best is not None:
+            both = torch.cat([best[0], similarity], 1), torch.cat([best[1], index], 1)
+            similarity, place = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            index = both[1].gather(1, place)
+        best = similarity, index
+    assert best is not None
+    return best

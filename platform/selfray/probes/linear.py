@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.protocol import Protocol
+from selfray.probes.classifier import Classified, Classifier, Gallery
 
 
 class LinearResult(NamedTuple):
@@ -20,7 +20,7 @@ class LinearResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Linear(Protocol):
+class Linear(Classifier):
     """Softmax regression by SGD (momentum 0.9, cosine to 0, no weight decay) on standardised
     features; the learning rate is chosen on held-out train images, never on test."""
 
@@ -43,21 +43,33 @@ class Linear(Protocol):
     def evaluate(
         self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
     ) -> LinearResult:
+        classes = int(max(train_labels.max(), test_labels.max())) + 1
+        predicted, rate, held_out = self._predict(train, train_labels, test, classes)
+        accuracy = float((predicted == test_labels).float().mean())
+        return LinearResult(accuracy, rate, held_out)
+
+    def classify(self, train: Gallery, test: Tensor) -> Classified:
+        predicted, rate, held_out = self._predict(train.features, train.labels, test, train.classes)
+        chosen = {"learning_rate": rate, "held_out_accuracy": held_out}
+        return Classified(predicted, chosen)
+
+    def _predict(
+        self, train: Tensor, train_labels: Tensor, test: Tensor, classes: int
+    ) -> tuple[Tensor, float, float]:
+        """The classes of test [m], the learning rate, and its held-out accuracy."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train), generator=generator)
         held = max(1, int(len(train) * self.held_out))
         held_out, kept = order[:held], order[held:]
         mean, std = train[kept].float().mean(0), train[kept].float().std(0, correction=0) + 1e-6
         train, test = (train.float() - mean) / std, (test.float() - mean) / std
-        classes = int(max(train_labels.max(), test_labels.max())) + 1
         weights = self._fit(train[kept], train_labels[kept], classes, generator)
         rates = len(self.learning_rates)
-        held_out_accuracy = _accuracies(weights, train[held_out], train_labels[held_out], rates)
-        best = int(held_out_accuracy.argmax())
-        on_test = _accuracies(weights, test, test_labels, rates)  # [R]
-        return LinearResult(
-            float(on_test[best]), self.learning_rates[best], float(held_out_accuracy[best])
-        )
+        on_held_out = _predictions(weights, train[held_out], rates)  # [h, R]
+        accuracy = (on_held_out == train_labels[held_out][:, None]).float().mean(0)
+        best = int(accuracy.argmax())
+        predicted = _predictions(weights, test, rates)[:, best]
+        return predicted, self.learning_rates[best], float(accuracy[best])
 
     def _fit(
         self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator
@@ -88,8 +100,7 @@ class Linear(Protocol):
         return parameters
 
 
-def _accuracies(parameters: list[Tensor], features: Tensor, labels: Tensor, rates: int) -> Tensor:
-    """[R] for the classifiers of R learning rates."""
+def _predictions(parameters: list[Tensor], features: Tensor, rates: int) -> Tensor:
+    """int64 [n, R]: the class of each feature by the classifiers of R learning rates."""
     logits = torch.addmm(parameters[1], features, parameters[0])  # [n, R * C]
-    predicted = logits.unflatten(1, (rates, -1)).argmax(-1)  # [n, R]
-    return (predicted == labels[:, None]).float().mean(0)
+    return logits.unflatten(1, (rates, -1)).argmax(-1)

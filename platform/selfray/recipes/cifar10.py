@@ -103,6 +103,8 @@ BYOL = replace(
     batch_size=256,
 )
 
+# On one worker one batch norm sees queries and keys alike, as in the setting that these numbers are
+# of; --method.batchnorm-groups 8 keeps them apart, as the paper does by its 8 GPUs.
 MOCO_V2 = replace(
     SIMCLR,
     name="mocov2-cifar10",

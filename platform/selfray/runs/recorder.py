@@ -17,6 +17,7 @@ from selfray.runs import checkpoint
 from selfray.runs.folder import SPOOL
 from selfray.runs.spool import SpoolWriter
 from selfray.schedules import Progress
+from selfray.step import shard
 from selfray.storage import Location
 from selfray.train import Step, TrainState
 
@@ -80,7 +81,8 @@ class Recorder:
         self.window.append(replace(step, images=step.images[:0].clone()))
         number = step.progress.step
         ends = self._ends(step)
-        if not self.writes:
+        together = shard.is_sharded(state.method)
+        if not (self.writes or together):
             self.window.clear()
             if ends:
                 raise EndedEarly
@@ -89,11 +91,18 @@ class Recorder:
         age = time.monotonic() - self.saved_at
         saves = number in self.checkpoint_steps or age > 60 * self.experiment.checkpoint.minutes
         saves |= ends
+        if together:
+            # All gather what one writes, so they save at the same steps, not by each one's clock.
+            due = number in self.checkpoint_steps or ends
+            saves = distributed.any_rank(saves, step.loss.device) if logs else due
         if not (logs or saves):
             return
         # A checkpoint's step is a point of the metrics too, so that nothing is saved unexamined.
         loss = self._record(state, step)
-        if self.guard.suspects:
+        suspects = self.guard.suspects
+        if together:
+            suspects = distributed.any_rank(suspects and self.writes, step.loss.device)
+        if suspects:
             # The last good checkpoint must not be followed, and in time removed, by dead ones.
             self.owes_checkpoint |= saves
             self.saved_at = time.monotonic()
@@ -125,6 +134,9 @@ class Recorder:
         health = feature_health(state.method.encoder, step.images)
         values = {
             "loss": loss,
+            "epoch": self.experiment.epochs
+            * step.progress.images_seen
+            / step.progress.total_images,
             "learning_rate": step.learning_rate,
             "gradient_norm": float(step.gradient_norm),
             "throughput/images_per_second": images / seconds,
@@ -133,6 +145,9 @@ class Recorder:
             **{name: float(value) for name, value in step.metrics.items()},
             **{f"health/{name}": value for name, value in health.items()},
         }
+        if not self.writes:
+            self.window.clear()
+            return loss
         self.spool.metrics(step.progress.images_seen, values)
         self.spool.event(
             "progress",
@@ -161,6 +176,7 @@ class Recorder:
     def _check_weights(self, state: TrainState) -> None:
         """FloatingPointError where the last update broke a part that no feature goes through."""
         tensors = [*state.method.parameters(), *state.method.buffers()]
+        tensors = [distributed.own_part(tensor) for tensor in tensors]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise FloatingPointError(self._obituary("the weights are not finite", state.progress))
 
@@ -169,10 +185,10 @@ class Recorder:
         FloatingPointError where this step's update broke the encoder, its loss still finite."""
         if math.isnan(values["health/effective_rank"]):
             raise FloatingPointError(self._obituary("the features are not finite", progress))
-        self.guard.see(values)
+        self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
-            cause = f"the features have collapsed: {self.guard.cause}"
-            raise CollapsedError(f"{self._obituary(cause, progress)} (--guard.patience 0 goes on)")
+            cause = self._obituary(self.guard.verdict, progress)
+            raise CollapsedError(f"{cause} (--guard.patience 0 goes on)")
 
     def _obituary(self, cause: str, progress: Progress) -> str:
         """What ended the run, what is left of it, and what may help, in one line."""
@@ -189,6 +205,10 @@ class Recorder:
 
     def _save(self, state: TrainState, loss: float, is_last: bool) -> None:
         """Write a checkpoint. A full disk or a failing store is told, and training goes on."""
+        if not self.writes:
+            checkpoint.take_part(state)
+            self.saved_at, self.owes_checkpoint = time.monotonic(), False
+            return
         try:
             saved = checkpoint.save(state, self.experiment, self.run, loss)
         except OSError as error:

@@ -1,0 +1,63 @@
+"""Numbers and pictures that come after a run has ended, in the MLflow run that trained it."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+from selfray.cluster.tracking import Tracker
+from selfray.console import Console
+from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
+from selfray.runs.spool import SpoolWriter
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def log_to_run(
+    run: Location,
+    images_seen: int,
+    values: Mapping[str, float],
+    tags: Mapping[str, str],
+    tracking: str | None,
+    console: Console,
+    pictures: "Mapping[str, Image] | None" = None,
+) -> bool:
+    """Log to the MLflow run that a run's folder knows of; how the run itself has ended stays.
+
+    Where the run is still training, its own driver sends the numbers; where MLflow does not
+    answer, they wait in the run's folder. Returns whether they reached MLflow.
+    """
+    pictures = pictures or {}
+    if not (run / RUN_RECORD).exists():
+        console.say("not logged: no MLflow run belongs to this checkpoint")
+        return False
+    writer = SpoolWriter(run / SPOOL, f"probe-{time.time_ns()}")
+    writer.metrics(images_seen, dict(values))
+    writer.tags(dict(tags))
+    writer.close()
+    if is_training(run):
+        console.say("the run is still training: it sends these numbers to MLflow with its own")
+        return False
+    record = (run / RUN_RECORD).read_json()
+    # A password is not recorded; then the environment must name the server.
+    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
+    uri = tracking_uri(run.parent, tracking or known)
+    try:
+        mlflow_tags(uri, record["run_id"])  # a Tracker would begin a second run where it is missing
+    except (ValueError, OSError) as error:
+        console.say(f"not logged, but kept in {run / SPOOL}: {error}")
+        return False
+    shipped = (run / SHIPPED).read_json() if (run / SHIPPED).exists() else {}
+    tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
+    console.live("logging to MLflow")
+    tracker.start()
+    for path, picture in pictures.items():
+        tracker.log_picture(picture, path)
+    # Logging a number does not change how the run itself has ended.
+    if not tracker.finish(shipped.get("status") or "KILLED"):
+        return False
+    console.say(f"logged as {', '.join(values)}")
+    console.say(tracker.describe())
+    return True

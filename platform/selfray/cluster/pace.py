@@ -1,0 +1,43 @@
+"""How far work is and how long it will take, on the console."""
+
+import threading
+import time
+
+from selfray.console import Console
+
+LINE_SECONDS = 30.0
+"""Where nobody watches a terminal, a line this often."""
+
+
+class Pace:
+    """Counts what is done; threads may share it."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+        """`done` was done by an earlier start, and does not count for the speed."""
+        self._console = console
+        self._title = title
+        self._total = total
+        self._before = self._done = done
+        self._started = self._said = time.monotonic()
+        self._lock = threading.Lock()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            speed = (self._done - self._before) / max(now - self._started, 1e-6)
+            left = (self._total - self._done) / max(speed, 1e-6)
+            line = (
+                f"{self._title}: {self._done:,} of {self._total:,} images, {speed:,.0f} images/s, "
+                f"{_clock(left)} left"
+            )
+            self._console.live(line)
+            if not self._console.is_terminal and now - self._said >= LINE_SECONDS:
+                self._console.say(line)
+                self._said = now
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,121 @@
+"""`selfray embed`: every image's embedding as Parquet."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from tyro.conf import Positional
+
+from selfray.check import require
+from selfray.commands.flags import TrackingFlag, flag
+from selfray.commands.labelled import devices_of
+from selfray.commands.subjects import open_subjects
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from selfray.console import Console
+    from selfray.data.shard_set import ShardSet
+
+
+BLOCK, BLOCK_WITH_PATCHES = 1024, 128
+"""Images of one file."""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the embedding of every image to Parquet files with the columns path, label and
+    embedding, which pandas, polars, duckdb and faiss read. The same command goes on after an
+    interruption; the files do not depend on the number of tasks.
+    $ selfray embed runs/dino-imagenet-1a2b3c4d --data images/ --to embeddings/
+    """
+
+    interrupted: ClassVar[str] = "the files that are written stay; the same command goes on"
+
+    encoder: Annotated[
+        Positional[str],
+        flag(
+            """Run folder or checkpoint, local, s3:// or gs://; mlruns:/RUN_ID; a file or folder
+            that `selfray export` wrote; or timm:NAME with its published weights.""",
+            "ENCODER",
+        ),
+    ]
+    data: Annotated[
+        str,
+        flag("Images: a folder of them, shards or Parquet files; local, s3:// or gs://.", "PATH"),
+    ]
+    to: Annotated[str, flag("Folder to write; local, s3:// or gs://.", "FOLDER")]
+    dtype: Annotated[Literal["float32", "float16"], flag("Type of the embedding's numbers.")] = (
+        "float32"
+    )
+    patches: Annotated[
+        bool, flag("Write the patch tokens, too (float16): much larger.", default="")
+    ] = False
+    normalize: Annotated[bool, flag("Give embeddings length 1.", default="")] = False
+    image_size: Annotated[
+        int | None, flag("Side in pixels that images are brought to.", "PIXELS", "the encoder's")
+    ] = None
+    image_column: Annotated[
+        str | None, flag("Parquet column of the images.", "NAME", "found by its type")
+    ] = None
+    device_gpus: Annotated[
+        float | None,
+        flag(
+            "GPUs of each task, such as 0.5 for two on each.", "GPUS", "1 if there is any, else 0"
+        ),
+    ] = None
+    tracking: TrackingFlag = None
+
+    def run(self, console: "Console") -> int:
+        require(
+            self.image_size is None or self.image_size > 0,
+            f"--image-size must be positive, got {self.image_size}",
+        )
+        console.live("loading torch and ray")
+        from selfray.cluster import runtime
+        from selfray.cluster.embedding_tasks import write_embeddings
+        from selfray.cluster.endings import root_cause
+        from selfray.cluster.pace import Pace
+        from selfray.data.data_sets import needs_build
+        from selfray.probes.embedding import Contents, Embedding, Rows
+
+        (named,) = open_subjects([self.encoder], self.image_size, self.tracking, console)
+        subject = named.subject
+        contents = Contents(
+            path=True, patches=self.patches, normalize=self.normalize, dtype=self.dtype
+        )
+        with ExitStack() as stack:
+            if needs_build(self.data):
+                console.live("starting Ray")
+                stack.enter_context(runtime.session())
+            shards = self._shards(named.output, console)
+            stack.enter_context(runtime.session())
+            block = BLOCK_WITH_PATCHES if self.patches else BLOCK
+            job = Embedding(Rows.all_of(shards), subject.encoder, subject.size, contents, block)
+            pace = Pace(console, "embedding", len(job.rows))
+            folder = Location.of(self.to)
+            try:
+                devices = devices_of(self.device_gpus)
+                written = write_embeddings(job, folder, devices, pace.advance)
+            except Exception as error:
+                raise root_cause(error) from error
+        before = job.blocks - written.blocks_now
+        console.say(
+            f"{folder}: {written.images:,} embeddings in {job.blocks:,} files"
+            + (f", {before:,} of them from before" if before else "")
+        )
+        if written.unreadable:
+            console.say(f"{written.unreadable:,} images could not be read and are left out")
+        return 0
+
+    def _shards(self, output: Location, console: "Console") -> "ShardSet":
+        """All images of --data, those of a test split, too."""
+        from selfray.cluster.build import build
+        from selfray.data.data_sets import open_data
+        from selfray.experiment import DataConfig
+
+        config = DataConfig(self.data, image_column=self.image_column)
+        opened = open_data(config, output, console.say, build)
+        train, test = opened.train, opened.test
+        if test is None:
+            return train
+        return replace(train, files=(*train.files, *test.files))

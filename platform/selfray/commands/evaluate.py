@@ -1,0 +1,226 @@
+"""`selfray evaluate`: what encoders are worth on labelled images, by every protocol."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from tyro.conf import Positional, UseAppendAction
+
+from selfray.check import require
+from selfray.commands.evaluation_text import as_json, metrics_of, report, tags_of
+from selfray.commands.flags import TrackingFlag, flag
+from selfray.commands.labelled import (
+    devices_of,
+    evaluated,
+    labelled_of,
+    open_labelled,
+    slug,
+)
+from selfray.commands.subjects import Named, open_subjects
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.console import Console
+    from selfray.experiment import DataConfig
+    from selfray.probes.suite import Suite
+
+By = Literal["knn", "linear", "logistic", "retrieval", "low-shot"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge frozen encoders on labelled images: accuracies with 95 % intervals, and which
+    differences are more than chance. Features are computed once and kept in the run's folder.
+    $ selfray evaluate runs/mae-imagenet-1a2b3c4d untrained --data s3://bucket/labelled
+    $ selfray evaluate runs/dino-1a2b3c4d timm:resnet50.a1_in1k --by knn logistic --labels 10 50 200
+    """
+
+    interrupted: ClassVar[str] = "what was computed is kept; the same command goes on"
+
+    encoders: Annotated[
+        Positional[tuple[str, ...]],
+        flag(
+            """Run folder or checkpoint, local, s3:// or gs://; mlruns:/RUN_ID; a file or folder
+            that `selfray export` wrote; timm:NAME with its published weights; or untrained, the
+            first run's encoder before its first step. Several make one table.""",
+            "ENCODER",
+        ),
+    ]
+    data: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        flag(
+            """Labelled images: a folder of class folders, shards or Parquet files; local, s3:// or
+            gs://. Files or folders named test or validation are the test images. May be given
+            several times.""",
+            "PATH",
+            "what the first run was trained on",
+        ),
+    ] = ()
+    test: Annotated[
+        str | None,
+        flag(
+            "Labelled test images, where the one --data holds none of its own.",
+            "PATH",
+            "a fifth of --data is held out",
+        ),
+    ] = None
+    by: Annotated[tuple[By, ...], flag("Protocols, see `selfray evaluate --help`.", "PROTOCOL")] = (
+        "knn",
+        "linear",
+        "logistic",
+        "retrieval",
+    )
+    labels: Annotated[
+        tuple[int, ...],
+        flag(
+            "Numbers of labels for a label-efficiency curve, by logistic regression.",
+            "N",
+            "no curve",
+        ),
+    ] = ()
+    shares: Annotated[
+        tuple[float, ...], flag("Shares of the labels that `low-shot` uses.", "SHARE")
+    ] = (0.01, 0.1)
+    subsets: Annotated[int, flag("Subsets of the labels of each size.", "N")] = 3
+    image_size: Annotated[
+        int | None,
+        flag("Side in pixels that images are brought to.", "PIXELS", "each encoder's own"),
+    ] = None
+    image_column: Annotated[
+        str | None, flag("Parquet column of the images.", "NAME", "found by its type")
+    ] = None
+    label_column: Annotated[
+        str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
+    ] = None
+    train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
+        None
+    )
+    test_limit: Annotated[int | None, flag("Use at most this many test images.", "N", "all")] = None
+    pixels: Annotated[bool, flag("Judge raw pixels, too.", default="")] = False
+    device_gpus: Annotated[
+        float | None,
+        flag(
+            "GPUs of each task that computes features, such as 0.5 for two tasks on each GPU.",
+            "GPUS",
+            "1 if there is any, else 0",
+        ),
+    ] = None
+    json: Annotated[
+        str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
+    ] = None
+    pictures: Annotated[
+        str | None,
+        flag(
+            "Folder for confusion matrices and curves.", "FOLDER", "evaluation in the output folder"
+        ),
+    ] = None
+    no_track: Annotated[
+        bool, flag("Do not log the numbers to the encoders' MLflow runs.", default="")
+    ] = False
+    tracking: TrackingFlag = None
+
+    def run(self, console: "Console") -> int:
+        self._check()
+        console.live("loading torch and ray")
+        from selfray.cluster import runtime
+        from selfray.data.data_sets import needs_build
+
+        suite = self._suite()
+        with ExitStack() as stack:
+            named = open_subjects(self.encoders, self.image_size, self.tracking, console)
+            chosen = self._data(named)
+            if any(needs_build(p) for d in chosen for p in (d.path, d.test_path) if p):
+                console.live("starting Ray")
+                stack.enter_context(runtime.session())
+            sets = [self._open(data, named, console) for data in chosen]
+            console.live("starting Ray")
+            stack.enter_context(runtime.session())
+            results = self._judge(named, sets, suite, console)
+        for line in report(results, sets):
+            console.say(line)
+        if self.json is not None:
+            Location.of(self.json).write_json(as_json(results, sets, chosen))
+            console.say(f"written to {Location.of(self.json)}")
+        if not self.no_track:
+            self._track(named, results, console)
+        return 0
+
+    def _check(self) -> None:
+        require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
+        require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
+        require(
+            self.test is None or len(self.data) < 2,
+            "--test is for one --data: put test images beside the train images of each, in a "
+            "folder named test",
+        )
+        for name in ("train_limit", "test_limit", "image_size"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0,
+                f"--{name.replace('_', '-')} must be positive, got {value}",
+            )
+
+    def _suite(self) -> "Suite":
+        from selfray.probes.suite import Suite
+
+        return Suite(shares=self.shares, labels=self.labels, subsets=self.subsets)
+
+    def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
+        """The data sets by the flags, else the first run's own."""
+        from selfray.experiment import DataConfig
+
+        own = next((n.checkpoint.experiment().data for n in named if n.checkpoint), None)
+        if not self.data:
+            require(own is not None, "--data is missing: give labelled images")
+            assert own is not None
+            chosen = [own]
+        else:
+            chosen = [DataConfig(path) for path in self.data]
+        if self.test is not None:
+            chosen = [replace(data, test_path=self.test) for data in chosen]
+        if self.image_column is not None:
+            chosen = [replace(data, image_column=self.image_column) for data in chosen]
+        if self.label_column is not None:
+            chosen = [replace(data, label_column=self.label_column) for data in chosen]
+        return chosen
+
+    def _open(self, data: "DataConfig", named: Sequence[Named], console: "Console") -> "Labelled":
+        opened = open_labelled(data, named[0].output, console)
+        name = slug(data.test_path or data.path)
+        return labelled_of(opened, name, self.train_limit, self.test_limit)
+
+    def _judge(
+        self,
+        named: Sequence[Named],
+        sets: "Sequence[Labelled]",
+        suite: "Suite",
+        console: "Console",
+    ) -> "list[list[Judged]]":
+        """By encoder, then by data set."""
+        from selfray.cluster.evaluation import Subject
+        from selfray.probes.embedding import Contents
+
+        devices = devices_of(self.device_gpus)
+        subjects = [n.subject for n in named]
+        if self.pixels:
+            subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
+        protocols = suite.tasks(self.by)
+        return [
+            [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]
+            for subject in subjects
+        ]
+
+    def _track(
+        self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"
+    ) -> None:
+        from selfray.cluster.after_run import log_to_run
+
+        for each, judged in zip(named, results, strict=False):
+            if each.run is None or each.checkpoint is None:
+                continue
+            values = {name: v for found in judged for name, v in metrics_of(found).items()}
+            tags = {name: v for found in judged for name, v in tags_of(found).items()}
+            seen = each.checkpoint.images_seen
+            log_to_run(each.run, seen, values, tags, self.tracking, console)

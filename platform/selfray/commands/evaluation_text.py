@@ -1,0 +1,166 @@
+"""What an evaluation says: its tables and sentences, its JSON and the names of its metrics."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.experiment import DataConfig
+    from selfray.probes.judgement import Judgement
+
+
+def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") -> Iterator[str]:
+    """Lines for the console: a table for each data set, what is more than chance, protocols."""
+    from selfray.probes.judgement import verdicts
+
+    for place, data in enumerate(sets):
+        column = [judged[place] for judged in results]
+        first = column[0].examined
+        yield (
+            f"{data.name}: {len(first.train):,} train and {len(first.test):,} test images, "
+            f"{first.classes} classes"
+        )
+        yield from first.notes
+        if unreadable := column[0].unreadable:
+            yield f"{unreadable:,} images could not be read and are left out"
+        yield ""
+        yield from _table(column)
+        yield ""
+        found = {judged.subject.title: judged.judgements for judged in column}
+        yield from verdicts(found, len(first.test))
+        yield ""
+    if len(sets) > 1:
+        yield from _ranks(results, sets)
+        yield ""
+    for judgement in results[0][0].judgements:
+        yield f"{judgement.key}: {judgement.protocol}"
+
+
+def _table(column: "Sequence[Judged]") -> Iterator[str]:
+    """A row for each encoder, a column for each protocol."""
+    from selfray.probes.judgement import is_uneven
+
+    uneven = is_uneven(column[0].examined.test)
+    heads, rows = [], [[] for _ in column]
+    for place, judgement in enumerate(column[0].judgements):
+        of_all = [judged.judgements[place] for judged in column]
+        heads.append(_head(judgement))
+        for row, each in zip(rows, of_all, strict=True):
+            row.append(_shown(each))
+        if uneven and "balanced" in judgement.more:
+            heads.append("balanced")
+            for row, each in zip(rows, of_all, strict=True):
+                row.append(f"{100 * each.more['balanced']:.1f}")
+    rows = [[*row, f"{judged.seconds:.1f}"] for row, judged in zip(rows, column, strict=True)]
+    heads.append("seconds")
+    titles = [judged.subject.title for judged in column]
+    first = max(map(len, titles))
+    widths = [
+        max(len(head), *(len(row[place]) for row in rows)) for place, head in enumerate(heads)
+    ]
+    yield " " * first + "".join(f"  {h:>{w}}" for h, w in zip(heads, widths, strict=True))
+    for title, row in zip(titles, rows, strict=True):
+        cells = "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
+        yield f"{title:{first}}{cells}"
+    yield "in %, with 95 % intervals over test images"
+
+
+def _head(judgement: "Judgement") -> str:
+    return (
+        judgement.key if judgement.metric == "accuracy" else f"{judgement.key} {judgement.metric}"
+    )
+
+
+def _shown(judgement: "Judgement") -> str:
+    value, low, high = judgement.interval
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _ranks(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") -> Iterator[str]:
+    """Each protocol's mean rank over data sets."""
+    from selfray.probes.judgement import mean_ranks
+
+    yield f"mean rank over {', '.join(data.name for data in sets)} (1 is the best)"
+    by_key: dict[str, dict[str, list[float]]] = {}
+    for judged in results:
+        for found in judged:
+            for judgement in found.judgements:
+                values = by_key.setdefault(judgement.key, {})
+                values.setdefault(found.subject.title, []).append(judgement.interval.value)
+    for key, values in by_key.items():
+        ranks = sorted(mean_ranks(values).items(), key=lambda item: item[1])
+        yield f"{key}: " + ", ".join(f"{title} {rank:.1f}" for title, rank in ranks)
+
+
+def metrics_of(judged: "Judged") -> dict[str, float]:
+    """Numbers by the names that they have in MLflow: eval/<data>/<protocol>, and what belongs to it
+    below that."""
+    found = {}
+    for judgement in judged.judgements:
+        # MLflow takes no % in a name.
+        prefix = f"eval/{judged.data.name}/{judgement.key.replace('%', 'pct')}"
+        for name, value in judgement.numbers().items():
+            found[f"{prefix}/{name}" if name else prefix] = value
+    return found
+
+
+def tags_of(judged: "Judged") -> dict[str, str]:
+    """Each protocol with its version, settings and what held-out images decided."""
+    return {
+        f"eval.{judged.data.name}.{judgement.key.replace('%', 'pct')}.protocol": (
+            judgement.protocol + (f"; chosen: {dict(judgement.chosen)}" if judgement.chosen else "")
+        )
+        for judgement in judged.judgements
+    }
+
+
+def as_json(
+    results: "Sequence[Sequence[Judged]]",
+    sets: "Sequence[Labelled]",
+    chosen: "Sequence[DataConfig]",
+) -> dict[str, Any]:
+    """All numbers, by data set and encoder."""
+    return {
+        "data": [
+            {
+                "name": data.name,
+                "path": config.path,
+                "test": config.test_path,
+                "train_images": len(results[0][place].examined.train),
+                "test_images": len(results[0][place].examined.test),
+                "classes": list(results[0][place].examined.names),
+                "notes": list(results[0][place].examined.notes),
+                "encoders": {
+                    judged[place].subject.title: _encoder_json(judged[place]) for judged in results
+                },
+            }
+            for place, (data, config) in enumerate(zip(sets, chosen, strict=True))
+        ]
+    }
+
+
+def _encoder_json(judged: "Judged") -> dict[str, Any]:
+    from selfray.probes.judgement import accuracy_by_class
+
+    names = judged.examined.names
+    found = {}
+    for judgement in judged.judgements:
+        value, low, high = judgement.interval
+        entry = {
+            "metric": judgement.metric,
+            "value": value,
+            "low": low,
+            "high": high,
+            **judgement.more,
+            "chosen": dict(judgement.chosen),
+            "protocol": judgement.protocol,
+            "seconds": judgement.seconds,
+        }
+        if judgement.predicted is not None:
+            by_class = accuracy_by_class(judgement.predicted, judged.examined.test)
+            entry["by_class"] = {
+                names[c] if c < len(names) else f"unknown to train, {c}": share
+                for c, share in by_class.items()
+            }
+        found[judgement.key] = entry
+    return {"seconds": judged.seconds, "image_size": judged.subject.size, "protocols": found}

@@ -1,0 +1,106 @@
+"""Labelled images by the flags of a command: opened, checked, and judged by Ray tasks."""
+
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from selfray.check import require
+from selfray.storage import Location
+
+if TYPE_CHECKING:
+    from selfray.cluster.embedding_tasks import Devices
+    from selfray.cluster.evaluation import Judged, Labelled, Subject
+    from selfray.console import Console
+    from selfray.data.data_sets import DataSets
+    from selfray.experiment import DataConfig
+    from selfray.probes.embedding import Contents
+    from selfray.probes.protocol import Protocol
+
+
+def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
+    from selfray.cluster.build import build
+    from selfray.data.data_sets import open_data
+
+    try:
+        opened = open_data(data, output, console.say, build)
+    except (ValueError, OSError) as error:
+        # The flags of this command are named otherwise than those of pretrain.py.
+        text = str(error).replace("data.test-path", "test").replace("data.path", "data")
+        raise type(error)(text.replace("data.label-column", "label-column")) from None
+    if not opened.can_probe:
+        path = data.path if not opened.train.has_labels else data.test_path or data.path
+        raise ValueError(
+            f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
+            "class folders, .cls members of tars or a Parquet column named label"
+        )
+    if opened.test is not None and not opened.common_classes:
+        raise ValueError(
+            f"no class of the test images is among those of the train images ({opened.classes()}): "
+            "give images of the same classes"
+        )
+    return opened
+
+
+def slug(path: str) -> str:
+    """A name for a data set in the names of metrics."""
+    name = posixpath.basename(path.rstrip("/"))
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
+
+
+def labelled_of(
+    data: "DataSets", name: str, train_limit: int | None, test_limit: int | None
+) -> "Labelled":
+    """Train and test rows of a data set, disjoint and the same in every call. Where all are
+    wanted, they come in the order of the files, which is read the fastest."""
+    import numpy as np
+
+    from selfray.cluster.evaluation import Labelled
+    from selfray.probes.embedding import Rows
+
+    most = data.train.rows + (data.test.rows if data.test else 0)
+    samples = data.samples(1, train_limit or most, test_limit or most)
+    rows = []
+    for sample, limit in zip(samples, (train_limit, test_limit), strict=True):
+        groups, inner = sample.groups, sample.rows
+        if limit is None:
+            order = np.lexsort((inner, groups))
+            groups, inner = groups[order], inner[order]
+        rows.append(Rows(sample.shards, groups, inner))
+    train, test = rows
+    return Labelled(name, train, test, data.train.label_names)
+
+
+def devices_of(gpus: float | None) -> "Devices":
+    """What each task gets; ValueError where the cluster does not have it."""
+    from selfray.cluster import runtime
+    from selfray.cluster.embedding_tasks import Devices
+
+    cluster = runtime.cluster_resources()
+    wanted = (1.0 if cluster.gpus >= 1 else 0.0) if gpus is None else gpus
+    # Ray would wait for ever for a GPU that is not there.
+    require(
+        0 <= wanted <= cluster.gpus,
+        f"--device-gpus {wanted:g} is asked for and the cluster has {cluster.gpus:g} GPUs: give "
+        "less, or add GPU nodes",
+    )
+    return Devices(gpus=wanted)
+
+
+def evaluated(
+    subject: "Subject",
+    data: "Labelled",
+    protocols: "Mapping[str, Protocol]",
+    console: "Console",
+    devices: "Devices",
+    more: "Contents",
+) -> "Judged":
+    """`cluster.evaluation.evaluate`, where an error in a task is raised as the task's own."""
+    from selfray.cluster import evaluation
+    from selfray.cluster.endings import root_cause
+
+    try:
+        return evaluation.evaluate(subject, data, dict(protocols), console, devices, more)
+    except Exception as error:
+        # Ray's wrappers carry a traceback of the task in their message.
+        raise root_cause(error) from error

@@ -1,0 +1,77 @@
+"""The model card of an exported encoder: what it saw, how, and what it is worth."""
+
+from typing import TYPE_CHECKING
+
+from selfray.commands.reference import run_folder
+
+if TYPE_CHECKING:
+    from selfray.experiment import Experiment
+    from selfray.runs.checkpoint import Checkpoint
+
+
+def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
+    """Markdown with Hugging Face's header; numbers stand beside the protocol that made them."""
+    encoder, data = experiment.encoder, experiment.data
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- self-supervised",
+        f"- {experiment.method.name}",
+        "- timm",
+        "- transformers",
+        "---",
+        "",
+        f"# {experiment.run_name}",
+        "",
+        f"A {encoder.name} at {encoder.image_size} x {encoder.image_size} pixels, pretrained "
+        f"without labels by {experiment.method.name}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| images | {data.path} |",
+        f"| epochs | {experiment.epochs:,} |",
+        f"| images seen | {checkpoint.images_seen:,} |",
+        f"| batch size | {experiment.batch_size:,} |",
+        f"| mean, std | {data.mean}, {data.std} |",
+        f"| seed | {experiment.seed} |",
+        "",
+    ]
+    numbers, protocols = _known(checkpoint)
+    if numbers:
+        lines += ["## What it was measured to be worth", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in sorted(numbers.items())]
+        lines += ["", *(f"- {name}: {text}" for name, text in sorted(protocols.items())), ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _known(checkpoint: "Checkpoint") -> tuple[dict[str, float], dict[str, str]]:
+    """The newest probes and evaluations of the checkpoint's run, and their protocols."""
+    from selfray.runs.folder import SPOOL
+    from selfray.runs.spool import SpoolReader
+
+    run = run_folder(checkpoint)
+    numbers: dict[str, float] = {}
+    protocols: dict[str, str] = {}
+    if run is None:
+        return numbers, protocols
+    records, _ = SpoolReader(run / SPOOL).read({})
+    for record in records:
+        if record["kind"] == "metrics":
+            found = record["values"].items()
+            numbers |= {n: v for n, v in found if n.startswith(("probe/", "eval/"))}
+        elif record["kind"] == "tags":
+            found = record["values"].items()
+            protocols |= {n: v for n, v in found if n.endswith(".protocol")}
+    return numbers, protocols

@@ -1,0 +1,89 @@
+"""Folders of embeddings read back: labels and keys at once, features mapped from a scratch file."""
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from selfray.probes.embedding import EMBEDDING, KEY, LABEL, PATCH_MEAN, part_name
+from selfray.storage import Location
+
+IN_MEMORY = 2**28
+"""Bytes of features that are held in memory; more are mapped from a file."""
+READERS = 8
+
+
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The files of a folder of embeddings, all written."""
+
+    folder: Location
+    blocks: int
+
+    def labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n], -1 where there is no label; uint64 [n]."""
+        tables = self._tables([LABEL, KEY])
+        labels = [t[LABEL].fill_null(-1).to_numpy() for t in tables]
+        keys = [t[KEY].to_numpy() for t in tables]
+        return np.concatenate(labels), np.concatenate(keys)
+
+    def features(
+        self, columns: Sequence[str] = (EMBEDDING, PATCH_MEAN), kept: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """float32 [n, widths of the columns that there are]; rows where `kept`, bool [n], is true.
+
+        What is larger than IN_MEMORY lies in a file without a name, and pages of it come and go.
+        """
+        first = self._schema()
+        wanted = [name for name in columns if name in first.names]
+        width = sum(first.field(name).type.list_size for name in wanted)
+        rows = int(kept.sum()) if kept is not None else self._count()
+        if rows * width * 4 <= IN_MEMORY:
+            found = np.empty((rows, width), np.float32)
+        else:
+            with tempfile.TemporaryFile() as scratch:
+                found = np.memmap(scratch, np.float32, "w+", shape=(rows, width))
+        at = seen = 0
+        for block in range(self.blocks):
+            table = self._table(block, wanted)
+            parts = [_matrix(table[name].combine_chunks()) for name in wanted]
+            values = np.concatenate(parts, axis=1)
+            if kept is not None:
+                values = values[kept[seen : seen + len(values)]]
+            seen += table.num_rows
+            found[at : at + len(values)] = values
+            at += len(values)
+        return torch.from_numpy(found)
+
+    def has(self, column: str) -> bool:
+        return column in self._schema().names
+
+    def _schema(self) -> pa.Schema:
+        return self._table(0, None, schema_only=True).schema
+
+    def _count(self) -> int:
+        return sum(t.num_rows for t in self._tables([LABEL]))
+
+    def _tables(self, columns: list[str]) -> list[pa.Table]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(lambda block: self._table(block, columns), range(self.blocks)))
+
+    def _table(self, block: int, columns: list[str] | None, schema_only: bool = False) -> pa.Table:
+        place = self.folder / part_name(block)
+        with place.filesystem.open_input_file(place.path) as file:
+            parquet = pq.ParquetFile(file)
+            if schema_only:
+                return parquet.schema_arrow.empty_table()
+            return parquet.read(columns=columns)
+
+
+def _matrix(values: pa.FixedSizeListArray | pa.ChunkedArray) -> np.ndarray:
+    """[n, width] of a column of fixed-size lists."""
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)

@@ -1,0 +1,113 @@
+"""Logistic regression by L-BFGS: the tool for few labels, where SGD is the wrong one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Gallery, Moments
+from selfray.probes.subsets import folds, held_out
+
+FEW = 1_000
+"""Up to so many train images all are used to choose the regularisation, by cross-validation."""
+
+
+@dataclass(frozen=True)
+class Logistic(Classifier):
+    """Multinomial logistic regression on standardised features (mean of the cross entropy plus
+    l2 / 2 |W|^2), minimised by L-BFGS; l2 is chosen on held-out train images, or by
+    cross-validation where there are few, and the classifier is then fitted to all."""
+
+    name: ClassVar[str] = "logistic"
+    version: ClassVar[int] = 1
+
+    l2: tuple[float, ...] = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    """From strong to weak: each fit starts from the one before."""
+    without_choice: float = 1e-2
+    """l2 where a class has one image only, so that none can be held out."""
+    iterations: int = 100
+    held_out: float = 0.1
+    folds: int = 5
+    seed: int = 0
+
+    def classify(self, train: Gallery, test: Tensor) -> Classified:
+        moments = Moments.of(train.features)
+        # Left out of the search where nothing may be held out of a class.
+        l2 = self._choose(train) if int(_smallest(train)) > 1 else self.without_choice
+        weights = None
+        for strength in (*(s for s in self.l2 if s > l2), l2):
+            weights = _fit(train, moments, strength, self.iterations, weights)
+        assert weights is not None
+        return Classified(_predict(weights, moments, test), {"l2": l2})
+
+    def _choose(self, train: Gallery) -> float:
+        labels = train.labels.numpy()
+        if len(labels) <= FEW:
+            count = min(self.folds, int(_smallest(train)))
+            part = folds(train.keys, labels, count, self.seed)
+            outs = [part == p for p in range(count)]
+        else:
+            outs = [held_out(train.keys, labels, self.held_out, self.seed)]
+        right = np.zeros(len(self.l2))
+        for out in outs:
+            kept, chosen = train.rows(~out), train.rows(out)
+            moments = Moments.of(kept.features)
+            weights = None
+            for place, strength in enumerate(self.l2):
+                weights = _fit(kept, moments, strength, self.iterations, weights)
+                found = _predict(weights, moments, chosen.features)
+                right[place] += int((found == chosen.labels).sum())
+        # Of equal ones the strongest: argmax takes the first.
+        return self.l2[int(right.argmax())]
+
+
+def _smallest(train: Gallery) -> Tensor:
+    counts = torch.bincount(train.labels, minlength=train.classes)
+    return counts[counts > 0].min()
+
+
+def _fit(
+    train: Gallery, moments: Moments, l2: float, iterations: int, start: Tensor | None
+) -> Tensor:
+    """Weights [D + 1, C], the bias last, from weights of another strength."""
+    n, width = len(train.labels), train.features.shape[1]
+    weights = torch.zeros(width + 1, train.classes) if start is None else start.clone()
+    weights.requires_grad_(True)
+    mean, std = moments.mean, moments.std
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def loss() -> Tensor:
+        # The gradient of softmax cross entropy, written out: no autograd over chunks.
+        gradient = torch.zeros_like(weights)
+        total = torch.zeros(())
+        for first in range(0, n, CHUNK_ROWS):
+            x = (train.features[first : first + CHUNK_ROWS].float() - mean) / std
+            labels = train.labels[first : first + CHUNK_ROWS]
+            logits = torch.addmm(weights[-1], x, weights[:-1])  # [c, C]
+            total += F.cross_entropy(logits, labels, reduction="sum")
+            error = logits.softmax(-1)
+            error[torch.arange(len(labels)), labels] -= 1
+            gradient[:-1] += x.T @ error
+            gradient[-1] += error.sum(0)
+        gradient /= n
+        gradient[:-1] += l2 * weights[:-1]
+        weights.grad = gradient
+        return total / n + l2 / 2 * weights[:-1].square().sum()
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return weights.detach()
+
+
+@torch.no_grad()
+def _predict(weights: Tensor, moments: Moments, features: Tensor) -> Tensor:
+    found = []
+    for chunk in features.split(CHUNK_ROWS):
+        x = (chunk.float() - moments.mean) / moments.std
+        found.append(torch.addmm(weights[-1], x, weights[:-1]).argmax(-1))
+    return torch.cat(found)
