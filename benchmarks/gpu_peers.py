@@ -53,8 +53,8 @@ def _backbone(wanted: Experiment, device: torch.device) -> nn.Module:
 
 
 def simclr(wanted: Experiment, batch_size: int, device: torch.device, precision: str) -> OneStep:
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.loss import NTXentLoss  # type: ignore[import-not-found]
+    from lightly.models.modules import SimCLRProjectionHead  # type: ignore[import-not-found]
 
     backbone = _backbone(wanted, device)
     width = wanted.encoder.build().width
@@ -72,9 +72,9 @@ def simclr(wanted: Experiment, batch_size: int, device: torch.device, precision:
 
 
 def dino(wanted: Experiment, batch_size: int, device: torch.device, precision: str) -> OneStep:
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.loss import DINOLoss  # type: ignore[import-not-found]
+    from lightly.models.modules import DINOProjectionHead  # type: ignore[import-not-found]
+    from lightly.models.utils import deactivate_requires_grad, update_momentum  # type: ignore[import-not-found]
 
     method: Any = wanted.method
 
@@ -105,8 +105,8 @@ def dino(wanted: Experiment, batch_size: int, device: torch.device, precision: s
 
 
 def mae(wanted: Experiment, batch_size: int, device: torch.device, precision: str) -> OneStep:
-    from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from lightly.models import utils  # type: ignore[import-not-found]
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM  # type: ignore[import-not-found]
 
     method: Any = wanted.method
     encoder = wanted.encoder

@@ -200,6 +200,8 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
         "shards",
         "shards build",
         "shards check",
+        "evaluate",
+        "embed",
         "export",
         "probe",
         "compare",
@@ -291,7 +293,10 @@ def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("export somewhere --to elsewhere", "--to must be one of timm, got elsewhere"),
+        (
+            "export somewhere --to elsewhere",
+            "--to must be one of timm, huggingface, onnx, got elsewhere",
+        ),
         ("probe", "CHECKPOINT is missing: see selfray probe --help"),
         ("probe run --datta x", "--datta is no flag of selfray probe; did you mean --data?"),
         ("prob run", "selfray has no prob; did you mean probe?"),
@@ -471,8 +476,9 @@ def test_an_export_for_onnx_gives_the_same_features(typed, trained, tmp_path, na
     batch = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         expected = load_encoder(trained / name)(batch)
-    for ours, theirs in zip(session.run(None, {"images": batch.numpy()}), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-3)
+    found = session.run(None, {"images": batch.numpy()})
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_an_export_is_named_after_its_run_and_step(typed, trained, tmp_path):
@@ -705,6 +711,106 @@ def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(ray_address,
     said = typed("probe", trained / "simclr", "--no-baselines")
     assert said.lines[-1] == "not logged: no MLflow run belongs to this checkpoint"
     assert not (trained / "simclr" / "spool").exists()
+
+
+# evaluate and embed
+
+
+def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
+    ray_address, typed, trained, store, tmp_path
+):
+    uri, run_id, _ = store
+    typed("export", trained / "simclr", "--to", "timm", "--output", "taken-home")
+    command = ("evaluate", trained / "mae", "untrained", "taken-home/model.safetensors")
+    command = (*command, "--labels", 4, "--json", "e.json", "--pictures", "shown")
+    said = typed(*command, "--tracking", uri)
+    assert said.code == 0, said.text
+    assert "data: 40 train and 20 test images, 2 classes" in said.lines
+    heads = next(line.split() for line in said.lines if line.lstrip().startswith("knn"))
+    assert heads == ["knn", "linear", "logistic", "retrieval", "mAP", "labels-4", "seconds"]
+    written = json.loads((tmp_path / "e.json").read_text())["data"][0]
+    assert written["classes"] == ["0", "1"]
+    assert list(written["encoders"]) == ["mae-step-00000002", "untrained", "model.safetensors"]
+    for found in written["encoders"].values():
+        knn = found["protocols"]["knn"]
+        assert knn["low"] <= knn["value"] <= knn["high"]
+        assert knn["protocol"].startswith("knn-v2 (ks (10, 20, 100, 200)")
+    from mlflow import MlflowClient
+
+    run = MlflowClient(tracking_uri=uri).get_run(run_id)
+    value = written["encoders"]["mae-step-00000002"]["protocols"]["logistic"]["value"]
+    assert run.data.metrics["eval/data/logistic"] == pytest.approx(value)
+    assert "eval/data/retrieval/recall_at_5" in run.data.metrics
+    assert run.data.tags["eval.data.knn.protocol"].startswith("knn-v2 (")
+
+    features = sorted((trained / "mae" / "features").glob("*/part-*"))
+    times = [file.stat().st_mtime_ns for file in features]
+    again = typed(*command, "--no-track")
+    assert again.code == 0, again.text
+    assert [file.stat().st_mtime_ns for file in features] == times
+    repeated = json.loads((tmp_path / "e.json").read_text())["data"][0]
+    for title, found in written["encoders"].items():
+        assert repeated["encoders"][title]["protocols"] == found["protocols"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("untrained",), "name a run, too"),
+        (("timm:no_such_model",), "timm has no model no_such_model"),
+        (("nowhere.safetensors",), "there is no file"),
+        (("RUN", "--image-size", 18), "--image-size 18 is no multiple of the 4 pixels"),
+        (("RUN", "--shares", 2), "--shares must lie in (0, 1), got 2.0"),
+        (("RUN", "RUN"), "is named twice"),
+        (("RUN", "--data", "a", "--data", "b", "--test", "c"), "--test is for one --data"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(typed_without_ray, trained, arguments, reason):
+    words = [trained / "mae" if word == "RUN" else word for word in arguments]
+    assert_one_line_error(typed_without_ray("evaluate", *words), reason)
+
+
+def test_embeddings_are_the_same_bytes_after_an_interruption(
+    ray_address, typed, trained, tmp_path, monkeypatch
+):
+    import pyarrow.parquet as pq
+
+    from selfray.commands import embed
+
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    command = ("embed", trained / "mae", "--data", trained / "data", "--to")
+    said = typed(*command, "one")
+    assert said.code == 0, said.text
+    assert said.lines[-1] == f"{tmp_path}/one: 60 embeddings in 4 files"
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "part-000001.parquet").unlink()
+    said = typed(*command, "two")
+    assert said.lines[-1] == f"{tmp_path}/two: 60 embeddings in 4 files, 3 of them from before"
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    table = pq.read_table(tmp_path / "one")
+    assert table.column_names == ["path", "label", "embedding"]
+    assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[32]"
+    assert sorted(set(table["label"].to_pylist())) == [0, 1]
+    another = typed(*command, "one", "--normalize")
+    assert another.code == 2
+    assert f"{tmp_path}/one holds embeddings of something else (another contents)" in another.text
+    foreign = typed(*command, trained)
+    assert foreign.code == 2
+    assert f"{trained} is not empty and holds no embeddings" in foreign.text
+
+
+def test_patch_tokens_are_written_where_they_are_asked_for(ray_address, typed, trained, tmp_path):
+    import pyarrow.parquet as pq
+
+    flags = ("--patches", "--normalize", "--dtype", "float16")
+    said = typed("embed", trained / "mae", "--data", trained / "data", "--to", "out", *flags)
+    assert said.code == 0, said.text
+    table = pq.read_table(tmp_path / "out")
+    assert str(table.schema.field("embedding").type) == "fixed_size_list<element: halffloat>[32]"
+    assert table.schema.field("patches").type.list_size == 16 * 32
+    lengths = np.linalg.norm(np.array(table["embedding"].to_pylist(), np.float32), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=2e-3)
 
 
 # doctor

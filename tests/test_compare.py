@@ -485,7 +485,7 @@ def test_a_run_s_date_duration_encoder_and_page_are_in_the_table(tmp_path: Path)
     assert {"encoder", "epochs", "duration", "started", "1:02:05"} <= set(page.texts)
     assert "SECRET" not in text
     (link,) = page.all("a")
-    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc"
+    assert link["href"] == "https://host/ml/#/experiments/7/runs/abc?workflowType=machine_learning"
     for hostile in ("javascript:alert(1)", "data:text/html,x", 'http://x"><script>'):
         (Path(folder) / "mlflow.json").write_text(json.dumps({**record, "tracking_uri": hostile}))
         assert not Page(write_page(read_runs([folder]), "page")).all("a")

@@ -133,8 +133,11 @@ def test_a_run_leaves_checkpoints_probes_pictures_and_an_mlflow_run(shards, tmp_
     pictures = {info.path for info in client.list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {
         f"pictures/{name}.png"
-        for name in ("views", "reconstructions", "neighbours", "embedding", "curves")
-    }
+        for name in ("views", "reconstructions", "neighbours", "embedding", "thumbnails", "curves")
+    } | {"pictures/embedding.json"}
+    assert "Result: kNN " in run.data.tags["mlflow.note.content"]
+    assert run.inputs is not None
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["two"]
     assert len(screen.lines) < 25
 
     again = Screen()

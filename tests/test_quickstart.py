@@ -43,6 +43,7 @@ def test_the_quickstart_ends_with_encoders_that_are_better_than_untrained_ones(t
         for run in client.search_runs([experiment.experiment_id])
     }
     common = {"views.png", "neighbours.png", "embedding.png", "curves.png"}
+    common |= {"embedding.json", "thumbnails.png"}
     assert pictures == {"simclr": common, "mae": common | {"reconstructions.png"}}
 
 

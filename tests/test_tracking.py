@@ -232,6 +232,7 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_when_it_is_up(
         assert [file.path for file in files] == ["pictures/red.png"]
         assert tracker.run_url == (
             f"{server_uri}/#/experiments/{run.info.experiment_id}/runs/{tracker.run_id}"
+            "?workflowType=machine_learning"
         )
         assert len(said) == 2
     finally:

@@ -1,20 +1,18 @@
-"""Embeddings by Ray Data tasks: each writes files of its own, so an interruption costs one."""
+"""Embeddings by Ray tasks: each writes a file of its own, so an interruption costs one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow.parquet as pq
-import ray.data
-from ray.data import DataContext
+import ray
 
-from selfray.cluster.stream import configure
-from selfray.data.source import Arrays
 from selfray.probes.embedding import PLAN, Embedding, part_name
 from selfray.storage import Location
 
+WAITING = 3
+"""Tasks for each CPU that are submitted at a time."""
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -35,17 +33,6 @@ class Written(NamedTuple):
     """Files that this call wrote."""
 
 
-@dataclass(frozen=True)
-class _WriteBlocks:
-    job: Embedding
-    folder: str
-
-    def run(self, ids: Arrays) -> Arrays:
-        folder = Location.of(self.folder)
-        rows = [self.job.write(int(block), folder) for block in ids["id"]]
-        return {"id": ids["id"], "rows": np.array(rows, dtype=np.int64)}
-
-
 def write_embeddings(
     job: Embedding,
     folder: Location,
@@ -64,23 +51,38 @@ def write_embeddings(
     missing = [block for block in range(job.blocks) if block not in known]
     for block in sorted(known):
         on_block(_rows_asked(job, block))
-    rows = {}
-    if missing:
-        configure(DataContext.get_current())
-        ids = [{"id": block} for block in missing]
-        # Ray's stubs know no dict of arrays.
-        run: Any = _WriteBlocks(job, folder.uri).run
-        dataset = ray.data.from_items(ids, override_num_blocks=len(ids)).map_batches(
-            run, batch_size=None, num_cpus=devices.cpus, num_gpus=devices.gpus or None
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-            for block, count in zip(batch["id"].tolist(), batch["rows"].tolist(), strict=True):
-                rows[block] = count
-                on_block(_rows_asked(job, block))
+    rows: dict[int, int] = {}
+    for block, count in _written(job, folder, missing, devices):
+        rows[block] = count
+        on_block(_rows_asked(job, block))
     for block in known:
         rows[block] = _rows_of(folder / part_name(block))
     images = sum(rows.values())
     return Written(images, len(job.rows) - images, len(missing))
+
+
+def _written(
+    job: Embedding, folder: Location, blocks: Sequence[int], devices: Devices
+) -> Iterator[tuple[int, int]]:
+    """(block, images in its file) of each block, as it is written. So many tasks wait that no CPU
+    or GPU does, and no more: a data set of any size takes the driver the same memory."""
+    if not blocks:
+        return
+    task: Any = ray.remote(num_cpus=devices.cpus, num_gpus=devices.gpus)(_write_block)
+    shared = ray.put(job)  # its rows are sent once, not with each task
+    waiting = list(reversed(blocks))
+    running: dict[Any, int] = {}
+    most = WAITING * max(2, int(ray.cluster_resources().get("CPU", 1)))
+    while waiting or running:
+        while waiting and len(running) < most:
+            block = waiting.pop()
+            running[task.remote(shared, block, folder.uri)] = block
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        yield running.pop(done), ray.get(done)
+
+
+def _write_block(job: Embedding, block: int, folder: str) -> int:
+    return job.write(block, Location.of(folder))
 
 
 def _rows_asked(job: Embedding, block: int) -> int:

@@ -17,8 +17,8 @@ import ray
 import torch
 
 from selfray.cluster.embedding_tasks import Devices, write_embeddings
-from selfray.cluster.pace import Pace
 from selfray.console import Console
+from selfray.pace import Pace
 from selfray.probes.classifier import Gallery
 from selfray.probes.embedding import EMBEDDING, OF_CROP, Contents, Embedding, Rows
 from selfray.probes.encoders import EncoderRef

@@ -162,9 +162,8 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
-    given = given_by_user(experiment)
     failed_before = record.read(run).get("status") == "failed"
-    record.write(run, experiment, "running", given)
+    record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
@@ -175,7 +174,7 @@ def _carry_out(
     status: Any = "FAILED"
 
     def failed(cause: str) -> None:
-        record.write_failure(run, experiment, cause, given)
+        record.write_failure(run, experiment, cause, given=given_by_user(experiment))
         with suppress(OSError):
             tracker.set_tags({"failure": cause})
 
@@ -227,7 +226,7 @@ def _carry_out(
         stopped,
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
-    record.write(run, experiment, ended, given, result=asdict(result))
+    record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
     if stopped is not None:

@@ -19,6 +19,7 @@ from selfray.check import require
 from selfray.cluster.mlflow_store import DataSetInput, database_file, local_runs
 from selfray.cluster.shipping import Shipper, Status
 from selfray.runs.folder import ARTIFACTS, SPOOL
+from selfray.runs.ranking import run_page
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 
@@ -153,8 +154,7 @@ class Tracker:
         """The run's page on a tracking server; None for a database, or before the run exists."""
         if self.run_id is None or not self.uri.startswith(("http://", "https://")):
             return None
-        page = f"#/experiments/{self._shipper.experiment_id}/runs/{self.run_id}"
-        return f"{self._shipper.shown_uri.rstrip('/')}/{page}"
+        return run_page(self._shipper.shown_uri, str(self._shipper.experiment_id), self.run_id)
 
     def describe(self) -> str:
         """One line for the console: what the run is called in MLflow and how to look at it."""

@@ -74,8 +74,8 @@ class Embed:
         from selfray.cluster import runtime
         from selfray.cluster.embedding_tasks import write_embeddings
         from selfray.cluster.endings import root_cause
-        from selfray.cluster.pace import Pace
         from selfray.data.data_sets import needs_build
+        from selfray.pace import Pace
         from selfray.probes.embedding import Contents, Embedding, Rows
 
         (named,) = open_subjects([self.encoder], self.image_size, self.tracking, console)

@@ -1,5 +1,6 @@
 """`selfray evaluate`: what encoders are worth on labelled images, by every protocol."""
 
+import io
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -8,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional, UseAppendAction
 
 from selfray.check import require
-from selfray.commands.evaluation_text import as_json, metrics_of, report, tags_of
+from selfray.commands.evaluation_text import (
+    as_json,
+    label_curves,
+    metrics_of,
+    pictures_of,
+    report,
+    tags_of,
+)
 from selfray.commands.flags import TrackingFlag, flag
 from selfray.commands.labelled import (
     devices_of,
@@ -143,9 +151,33 @@ class Evaluate:
         if self.json is not None:
             Location.of(self.json).write_json(as_json(results, sets, chosen))
             console.say(f"written to {Location.of(self.json)}")
+        self._draw(named, results, console)
         if not self.no_track:
             self._track(named, results, console)
         return 0
+
+    def _draw(
+        self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"
+    ) -> None:
+        """Write the pictures of each data set into a folder."""
+        chosen = self.pictures or (named[0].output / "evaluation").uri
+        folder = Location.of(chosen)
+        folder.make_folder()
+        written = []
+        for column in zip(*results, strict=True):
+            pictures = {f"{column[0].data.name}-{n}": p for n, p in label_curves(column).items()}
+            for judged in column:
+                title = slug(judged.subject.title)
+                for name, picture in pictures_of(judged).items():
+                    if name != "labels.png":
+                        pictures[f"{judged.data.name}-{title}-{name}"] = picture
+            for name, picture in pictures.items():
+                data = io.BytesIO()
+                picture.save(data, format="PNG")
+                (folder / name).write_bytes(data.getvalue())
+                written.append(name)
+        if written:
+            console.say(f"pictures: {folder}: {', '.join(written)}")
 
     def _check(self) -> None:
         require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
@@ -223,4 +255,9 @@ class Evaluate:
             values = {name: v for found in judged for name, v in metrics_of(found).items()}
             tags = {name: v for found in judged for name, v in tags_of(found).items()}
             seen = each.checkpoint.images_seen
-            log_to_run(each.run, seen, values, tags, self.tracking, console)
+            pictures = {
+                f"eval/{found.data.name}/{name}": picture
+                for found in judged
+                for name, picture in pictures_of(found).items()
+            }
+            log_to_run(each.run, seen, values, tags, self.tracking, console, pictures)

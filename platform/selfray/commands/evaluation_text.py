@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from selfray.cluster.evaluation import Judged, Labelled
     from selfray.experiment import DataConfig
     from selfray.probes.judgement import Judgement
@@ -164,3 +166,39 @@ def _encoder_json(judged: "Judged") -> dict[str, Any]:
             }
         found[judgement.key] = entry
     return {"seconds": judged.seconds, "image_size": judged.subject.size, "protocols": found}
+
+
+def pictures_of(judged: "Judged") -> "dict[str, Image]":
+    """The confusion matrix of the best classifier, and the label-efficiency curve, by file name."""
+    from selfray.probes.judgement import confusion
+    from selfray.report.evaluation_charts import confusion_matrix
+
+    found = {}
+    named = [j for j in judged.judgements if j.predicted is not None]
+    if named:
+        best = max(named, key=lambda judgement: judgement.interval.value)
+        assert best.predicted is not None
+        examined = judged.examined
+        counts = confusion(best.predicted, examined.test, examined.classes)
+        title = f"{judged.subject.title} on {judged.data.name}, {best.key}"
+        found["confusion.png"] = confusion_matrix(counts, examined.names, title)
+    return found | label_curves([judged])
+
+
+def label_curves(column: "Sequence[Judged]") -> "dict[str, Image]":
+    """The label-efficiency curves of some encoders on one data set; empty without --labels."""
+    from selfray.report.evaluation_charts import label_efficiency
+
+    curves = {}
+    for judged in column:
+        points = [
+            (judgement.more["labels"], *judgement.interval)
+            for judgement in judged.judgements
+            if "labels" in judgement.more
+        ]
+        if len(points) > 1:
+            curves[judged.subject.title] = points
+    if not curves:
+        return {}
+    title = f"Accuracy by the number of labels, {column[0].data.name}"
+    return {"labels.png": label_efficiency(curves, title)}

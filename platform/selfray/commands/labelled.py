@@ -23,7 +23,7 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say, build)
+        opened = open_data(data, output, console.say, build, describe=False)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
@@ -39,6 +39,8 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
             f"no class of the test images is among those of the train images ({opened.classes()}): "
             "give images of the same classes"
         )
+    for line in opened.described():
+        console.say(line)
     return opened
 
 

@@ -116,7 +116,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     return resized
 
 
-def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor) -> Tensor:
+def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(partial(block, **named), tokens, use_reentrant=False)
     return block(tokens, **named)

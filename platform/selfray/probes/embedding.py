@@ -27,8 +27,8 @@ from selfray.storage import Location
 
 VERSION = 1
 """Changes whenever the same settings would give other files."""
-PLAN = "embeddings.json"
-"""In a folder of embeddings: of what they are, and of which rows each file holds."""
+PLAN = "_embeddings.json"
+"""In a folder of embeddings: of what they are. The _ makes readers of the folder pass it by."""
 BATCH = 128
 """Images that an encoder sees at a time; fixed, since rounding follows it."""
 LAYERS = 4

@@ -24,7 +24,7 @@ TIMM = "timm:"
 UNTRAINED = "untrained"
 ENCODER_CONFIG = "encoder_config"
 """The key of an exported file's header that holds the EncoderConfig as JSON."""
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 
 
 @dataclass(frozen=True)

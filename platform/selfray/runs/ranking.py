@@ -28,6 +28,12 @@ _OF_THE_PROBES = ("data.path", "data.test_path", "probe.train_limit", "probe.tes
 MOST_LINES = 40
 
 
+def run_page(server: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page. Without the kind, MLflow opens it as one of language models."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return f"{server.rstrip('/')}/{page}"
+
+
 @dataclass(frozen=True)
 class Tracked:
     """The MLflow run of a run."""
@@ -45,7 +51,7 @@ class Tracked:
         if not re.fullmatch(r"https?://[^\s\"'<>]+", self.store) or not self.experiment_id:
             return None
         server = self.store.replace(f"{HIDDEN}@", "").rstrip("/")
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return run_page(server, self.experiment_id, self.run_id)
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _curves(folder: Location) -> tuple[dict[str, Points], dict[str, str], int, l
                 protocols |= protocols_in(values)
     curves: dict[str, Points] = {name: sorted(found.items()) for name, found in points.items()}
     # A thousand years: what a date can be made of.
-    times = [record["time"] / 1000 for record in records if record["time"] < 32e12]
+    times = [record["time"] / 1000 for record in records if 0 <= record["time"] < 32e12]
     return curves, protocols, reader.corrupt, times
 
 

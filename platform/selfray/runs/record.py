@@ -32,10 +32,8 @@ def read(run: Location) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def write(
-    run: Location, experiment: Experiment, status: Status, given: Any = None, **more: Any
-) -> None:
-    """Write run.json. OSError where the folder takes nothing. `given`: what the user set."""
+def write(run: Location, experiment: Experiment, status: Status, **more: Any) -> None:
+    """Write run.json. OSError where the folder takes nothing."""
     if status == "running" and run.is_local:
         (run / RESERVE).write_bytes(bytes(RESERVE_BYTES))
     elif run.is_local:
@@ -46,7 +44,6 @@ def write(
             "name": run.name,
             # Beside the experiment, whose types bring torch with them, for readers in a hurry.
             "judged_by": experiment.method.judged_by,
-            "given": given,
             "experiment": config.to_json(experiment),
             **more,
         }
@@ -59,10 +56,10 @@ def give_back_reserve(run: Location) -> None:
         os.unlink(os.path.join(run.path, RESERVE))
 
 
-def write_failure(run: Location, experiment: Experiment, cause: str, given: Any = None) -> None:
+def write_failure(run: Location, experiment: Experiment, cause: str, **more: Any) -> None:
     """Write down why a run failed; where even that cannot be written, the log has it."""
     try:
-        write(run, experiment, "failed", given, failure=cause)
+        write(run, experiment, "failed", failure=cause, **more)
     except OSError:
         log.exception("the failure cannot be written down")
 

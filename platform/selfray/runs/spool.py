@@ -350,22 +350,19 @@ _LARGEST = 2**63 - 1
 def _is_record(value: Any) -> bool:
     """Whether a line's JSON has the shape of a record: a spool may come from anywhere."""
     match value:
-        case {"time": int(at), "kind": "metrics", "images_seen": int(seen), "values": dict(values)}:
-            counts = all(0 <= n <= _LARGEST and not isinstance(n, bool) for n in (at, seen))
+        case {"time": int(at), "kind": str(kind)} if abs(at) <= _LARGEST:
+            pass
+        case _:
+            return False
+    match kind, value:
+        case "metrics", {"images_seen": int(seen), "values": dict(values)}:
+            counts = 0 <= seen <= _LARGEST and not isinstance(seen, bool)
             return counts and all(map(_is_number, values.values()))
-        case {"kind": "metrics"}:
-            return False
-        case {"time": int(at), "kind": "tags", "values": dict()}:
-            return 0 <= at <= _LARGEST
-        case {"kind": "tags"}:
-            return False
-        case {"time": int(at), "kind": "artifact", "path": str(path)}:
-            return 0 <= at <= _LARGEST and is_inside(path)
-        case {"kind": "artifact"}:
-            return False
-        case {"time": int(at), "kind": str()}:
-            return 0 <= at <= _LARGEST
-    return False
+        case "tags", {"values": dict()}:
+            return True
+        case "artifact", {"path": str(path)}:
+            return is_inside(path)
+    return kind not in ("metrics", "tags", "artifact")
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,8 @@ class Pace:
                 f"{_clock(left)} left"
             )
             self._console.live(line)
-            if not self._console.is_terminal and now - self._said >= LINE_SECONDS:
+            is_late = now - self._said >= LINE_SECONDS and self._done < self._total
+            if is_late and not self._console.is_terminal:
                 self._console.say(line)
                 self._said = now
 
