@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from selfray import distributed
 from selfray.experiment import Experiment
 from selfray.method import Batch, ComparingMethod, Method
-from selfray.models.encoder import Encoder, normalize
+from selfray.models.encoder import normalize
 from selfray.models.vit import fit_positions
 from selfray.optim import (
     clip_gradients,
@@ -41,20 +41,11 @@ class TrainState:
 
     @classmethod
     def start(
-        cls,
-        experiment: Experiment,
-        total_images: int,
-        device: torch.device | str = "cpu",
-        fill: Callable[[Encoder], None] | None = None,
+        cls, experiment: Experiment, total_images: int, device: torch.device | str = "cpu"
     ) -> "TrainState":
-        """The state before the first step, the same for the same seed on every rank.
-
-        `fill` gives the encoder other weights, before the method makes its teachers of it.
-        """
+        """The state before the first step, the same for the same seed on every rank."""
         torch.manual_seed(experiment.seed)
         encoder = experiment.encoder.build()
-        if fill is not None:
-            fill(encoder)
         # A ResNet's name says so at the door; other names of timm do not.
         has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
         if experiment.accumulate > 1 and has_norms and experiment.encoder.norm == "batch":

@@ -229,10 +229,9 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
-    if stopped is not None:
-        console.say(f"ended before its time: {stopped}")
-    if (verdict := monitor.verdict()) is not None:
-        console.say(verdict)
+    ending = stopped and f"ended before its time: {stopped}"
+    for line in filter(None, (ending, monitor.verdict())):
+        console.say(line)
     return result
 
 

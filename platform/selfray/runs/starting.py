@@ -72,11 +72,13 @@ def state(
     or as the checkpoint of --init-from has them; else random ones of the seed."""
     if starts_from_public(experiment):
         tensors, _ = _kept(run / START)
-
-        def fill(encoder: Encoder) -> None:
-            encoder.backbone.load_state_dict(encoder.backbone.state_dict() | tensors)
-
-        return TrainState.start(experiment, total_images, device, fill)
+        started = TrainState.start(experiment, total_images, device)
+        # Now, since methods draw first weights of their own for the encoder that they get. Students
+        # and teachers alike: a tokenizer's encoder, all of buffers, is neither.
+        for part in started.method.modules():
+            if isinstance(part, Encoder) and next(part.parameters(), None) is not None:
+                part.backbone.load_state_dict(part.backbone.state_dict() | tensors)
+        return started
     started = TrainState.start(experiment, total_images, device)
     if experiment.init_from is not None:
         started.load_weights(Checkpoint.open(experiment.init_from).state())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_source import data_set, numbers, source
 
 from selfray import storage
 from selfray.data.broken import BrokenTally, too_many
@@ -13,7 +14,6 @@ from selfray.data.row_cache import RowGroupCache, UnreadableShard
 from selfray.data.source import BROKEN, REASON
 from selfray.pixels.codecs import BrokenImage
 from selfray.storage import Location, Retry, patiently
-from test_source import data_set, numbers, source
 
 
 @pytest.fixture(autouse=True)

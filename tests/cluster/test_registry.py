@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from test_launch import Screen, experiment, shards  # noqa: F401 - a fixture
 
 from helpers import BEIT, VIT, tiny
 from selfray.cluster.launch import launch
@@ -12,7 +13,6 @@ from selfray.cluster.registry import register_tokenizer
 from selfray.methods.beit import BEiTConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.tokenizer import TokenizerFile
-from test_launch import Screen, experiment, shards  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

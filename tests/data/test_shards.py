@@ -28,7 +28,7 @@ from selfray.data import destination, rows, samples, writer
 from selfray.data.writer import write_arrays
 from selfray.storage import Location
 
-PLATFORM = str(Path(__file__).resolve().parents[1] / "platform")
+PLATFORM = str(Path(__file__).resolve().parents[2] / "platform")
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

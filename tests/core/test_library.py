@@ -15,7 +15,7 @@ from selfray.pixels.codecs import encode_png
 from selfray.runs import checkpoint
 from selfray.storage import Location
 
-PAGE = Path(__file__).parents[1] / "docs" / "library.md"
+PAGE = Path(__file__).parents[2] / "docs" / "library.md"
 
 
 def test_importing_selfray_imports_nothing_heavy():

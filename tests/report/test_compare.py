@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture
 
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
@@ -33,7 +34,6 @@ from selfray.runs.ranking import ComparedRun, cautions, differences, ranked
 from selfray.runs.reading import read_run
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
-from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a fixture
 
 SOURCE_ROOT = Path(ranking.__file__).parents[2]
 NOWHERE = f"http://{DEAD}"

@@ -31,7 +31,7 @@ from selfray.data.writer import Job, build_item
 from selfray.experiment import DataConfig
 from selfray.storage import Location
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "layouts.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "layouts.md"
 
 
 @lru_cache(maxsize=64)

@@ -130,7 +130,7 @@ assert not {"ray", "mlflow"} & set(sys.modules)
 @pytest.fixture(scope="module")
 def trained_without_the_cluster() -> list[list[str]]:
     """For every method its name, how many steps it trained, and its experiment's identity."""
-    path = [SOURCE_ROOT, Path(__file__).parent]
+    path = [SOURCE_ROOT, Path(__file__).parents[1]]
     out = run_python(CORE_WITHOUT_THE_CLUSTER, path, OMP_NUM_THREADS="1", PYTHONHASHSEED="1")
     return [line.split() for line in out.splitlines()]
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_augment import FACTORS, blurred, kolmogorov_smirnov, picture, tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
@@ -13,7 +14,6 @@ from selfray.pixels.codecs import encode_png
 from selfray.pixels.device import BatchParameters, apply, parameters_from, uniforms
 from selfray.pixels.parameters import DRAWS, JITTER_ORDERS, Jitter, Parameters
 from selfray.views import ColorJitter, RandomMask, View, Views
-from test_augment import FACTORS, blurred, kolmogorov_smirnov, picture, tensor
 
 SIZE = 32
 SIMCLR = View(

@@ -15,7 +15,7 @@ from helpers import start, train_for
 from selfray.recipes import every
 from selfray.runs.checkpoint import Checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 OLD = FIXTURES / "checkpoints-0.1"
 FACTS = json.loads((OLD / "facts.json").read_text())
 

@@ -15,7 +15,7 @@ from selfray import config, contract, plugins
 from selfray.commands.main import parse
 from selfray.runs.checkpoint import Checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
+from test_source import png, source
 
 from helpers import experiment, start, train_for, weights
 from selfray import storage
@@ -25,7 +26,6 @@ from selfray.data.source import BROKEN
 from selfray.data.writer import Job, build_item
 from selfray.runs import checkpoint
 from selfray.storage import Location, Retry
-from test_source import png, source
 
 pytest.importorskip("moto.server", reason="moto[server] of the dev extra is not installed")
 

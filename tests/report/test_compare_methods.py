@@ -17,7 +17,7 @@ from selfray.probes.features import ProbeResult
 from selfray.recipes import digits
 from selfray.report.run_pictures import History
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

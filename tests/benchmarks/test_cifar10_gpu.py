@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_layout import belongs_to, imported
 
 import cifar10_gpu
 from cifar10_gpu import Benchmark
 from selfray.pixels.codecs import encode_png
 from selfray.runs.checkpoint import Checkpoint
-from test_layout import belongs_to, imported
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from test_launch import Screen, experiment, images, shards  # noqa: F401 - shards is a fixture
 
 from helpers import RESNET, SIMCLR, tiny, wait_for
 from selfray.cluster.launch import launch
@@ -22,7 +23,6 @@ from selfray.methods.byol import BYOLConfig
 from selfray.runs.checkpoint import MANIFEST, Checkpoint
 from selfray.schedules import Piecewise
 from selfray.sweeps.question import Axis, Halving, Question, Range
-from test_launch import Screen, experiment, images, shards  # noqa: F401 - shards is a fixture
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -261,7 +261,7 @@ def test_a_sweep_goes_on_by_the_data_that_it_started_with(
 
 @pytest.mark.long
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "experiments" / "sweep_mae.py"
+    script = Path(__file__).parents[2] / "experiments" / "sweep_mae.py"
     command = [sys.executable, str(script), "--epochs", "10", "--ratios", "0.5", "0.9"]
     command += ["--output", str(tmp_path)]
     with started(command, tmp_path / "first.txt") as first:

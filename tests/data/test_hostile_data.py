@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_data_layouts import build_here, images, picture
 
 from selfray.data.data_sets import as_started
 from selfray.data.destination import open_destination, read_records, start
@@ -21,7 +22,6 @@ from selfray.data.shard_set import ShardSet, open_shards
 from selfray.data.tar import MAX_HEADER_BYTES, read_tar
 from selfray.data.writer import write_arrays
 from selfray.storage import Location
-from test_data_layouts import build_here, images, picture
 
 # Flipped bits
 

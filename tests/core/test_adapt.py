@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_launch import Screen, shards  # noqa: F401 - a fixture
+from test_weights import LEARNED, ROTARY, dino, dinov3, images, published, saved
 
-from helpers import VIT, batches, experiment, start, tiny, train_for, weights
+from helpers import VIT, all_methods, batches, experiment, start, tiny, train_for, weights
 from selfray.cluster.launch import launch
 from selfray.commands.start_flags import with_encoder_of_start
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.health import GuardConfig
 from selfray.methods.dino import DINOConfig
-from selfray.methods.dinov2 import DINOv2Config
 from selfray.methods.mae import MAEConfig
 from selfray.models.encoder import Encoder
 from selfray.probes.features import ProbeResult
@@ -24,8 +25,6 @@ from selfray.runs import checkpoint, starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
 from selfray.train import TrainState
-from test_launch import Screen, shards  # noqa: F401 - a fixture
-from test_weights import LEARNED, ROTARY, dino, dinov3, images, published, saved
 
 
 def public(folder: Path, config: Any = LEARNED, layout: Any = dino) -> str:
@@ -42,16 +41,19 @@ def kept(wanted: Experiment, folder: Path) -> Location:
 # Starts
 
 
-@pytest.mark.parametrize("method", [DINOConfig, DINOv2Config])
-def test_teacher_and_student_start_as_the_public_encoder(method, tmp_path):
-    wanted = experiment(tiny(method), ROTARY, init_from=public(tmp_path, ROTARY, dinov3))
+@pytest.mark.parametrize("method", all_methods(), ids=lambda method: method.name)
+def test_teacher_and_student_of_every_method_start_as_the_public_encoder(method, tmp_path):
+    config, layout = (ROTARY, dinov3) if method.name in ("dino", "dinov2") else (LEARNED, dino)
+    wanted = experiment(method, config, init_from=public(tmp_path, config, layout))
     state = starting.state(wanted, kept(wanted, tmp_path), 100)
-    model = published(ROTARY)
+    model = published(config)
+    found = [part for part in state.method.modules() if isinstance(part, Encoder)]
+    trained = [part for part in found if next(part.parameters(), None) is not None]
+    assert len(trained) == 1 + (method.name in ("dino", "dinov2", "byol", "moco", "mocov3"))
     with torch.no_grad():
-        for part in ("student", "encoder"):
-            encoder = state.method.get_submodule(part).eval()
-            assert isinstance(encoder, Encoder)
-            torch.testing.assert_close(encoder(images()).cls, model(images()), rtol=1e-5, atol=1e-5)
+        for encoder in trained:
+            expected = model(images())
+            torch.testing.assert_close(encoder.eval()(images()).cls, expected, rtol=1e-5, atol=1e-5)
     (step,) = train_for(state, wanted, 1)
     assert torch.isfinite(step.loss)
 

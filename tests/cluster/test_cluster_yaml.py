@@ -10,7 +10,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from selfray.cluster.runtime import ENVIRONMENT, largest_cluster
 
-FILE = Path(__file__).parents[1] / "cluster.yaml"
+FILE = Path(__file__).parents[2] / "cluster.yaml"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from selfray.runs.folder import SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
-PLATFORM = Path(__file__).parent.parent / "platform"
+PLATFORM = Path(__file__).parents[2] / "platform"
 
 # A driver in a process of its own: it reports its run id, then trains until it is told to stop.
 DRIVER = """

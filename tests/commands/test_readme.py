@@ -13,7 +13,7 @@ from selfray.commands import main, script, sweeps
 from selfray.commands.flags import read
 from selfray.recipes import every
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = every()
 
 
