@@ -1,0 +1,247 @@
+"""From a command to its first step: wall and processor seconds, and memory, of the whole tree.
+
+    python benchmarks/start.py --rounds 5
+
+Beside selfray's commands, in turn with them: a plain Ray `TorchTrainer` with a DataLoader on the
+same digits, and the same training in a plain process. Processor seconds are what can be compared on
+a machine that does other work too; the table has medians.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tyro
+
+ROOT = Path(__file__).parents[1]
+SAMPLE_SECONDS = 0.05
+LONGEST_SECONDS = 600.0
+
+PLAIN = """
+import sys, time
+import torch, timm
+from sklearn.datasets import load_digits
+def loop():
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None].repeat(1, 3, 2, 2)
+    data = torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=1)
+    model = timm.create_model("resnet18", num_classes=128)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for number, batch in enumerate(data):
+        first, second = (torch.nn.functional.normalize(model(batch + 0.1 * torch.randn_like(batch)))
+                         for _ in range(2))
+        loss = torch.nn.functional.cross_entropy(first @ second.T / 0.1, torch.arange(len(batch)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if number == 0:
+            open(sys.argv[1] if len(sys.argv) > 1 else FIRST, "w").write(str(time.time()))
+        if number == 17:
+            return
+"""
+TRAINER = """
+import sys
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+FIRST = sys.argv[1]
+def worker(config):
+    import sys
+    sys.argv = ["", config["first"]]
+    exec(config["code"] + "\\nloop()", {"FIRST": config["first"]})
+TorchTrainer(
+    worker, train_loop_config={"first": FIRST, "code": CODE},
+    scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=sys.argv[2]),
+).fit()
+"""
+
+
+@dataclass
+class Measured:
+    """What one command took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds to each milestone."""
+    processor_seconds: dict[str, float] = field(default_factory=dict)
+    """Of all processes together, to each milestone."""
+    processes: int = 0
+    """Most at a time."""
+    memory_gib: float = 0.0
+    """Most proportional memory (PSS) at a time."""
+    by_process: dict[str, float] = field(default_factory=dict)
+    """Processor seconds at the first step, by the process's name."""
+
+
+class Tree:
+    """A command and all that it starts."""
+
+    def __init__(self, command: list[str], console: Path) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        kept["PYTHONPATH"] = str(ROOT / "platform")
+        self._file = console.open("w")
+        self._started = time.time()
+        self.process = subprocess.Popen(
+            command, env=kept, stdout=self._file, stderr=self._file, cwd=ROOT
+        )
+        self._used: dict[tuple[int, float], tuple[str, float]] = {}
+
+    def look(self) -> int:
+        """Take down what each process has used by now, and return how many there are."""
+        alive = 0
+        try:
+            root = psutil.Process(self.process.pid)
+            family = [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return 0
+        for each in family:
+            try:
+                times, alive = each.cpu_times(), alive + 1
+                name = " ".join(each.cmdline()[:1]).split("/")[-1] or each.name()
+                key = (each.pid, each.create_time())
+                self._used[key] = (name, times.user + times.system)
+            except psutil.Error:
+                continue
+        return alive
+
+    def memory(self) -> float:
+        """Proportional memory of all processes now, in GiB."""
+        total = 0
+        for pid, _ in self._used:
+            try:
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except OSError:
+                continue
+            total += next(int(line.split()[1]) for line in text.splitlines() if "Pss:" in line)
+        return total / 2**20
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self._started
+
+    @property
+    def processor_seconds(self) -> float:
+        return sum(used for _, used in self._used.values())
+
+    def by_process(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, used in self._used.values():
+            found[name] = round(found.get(name, 0.0) + used, 1)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def measure(
+    command: list[str], milestones: dict[str, Callable[[], bool]], console: Path
+) -> Measured:
+    """Run a command to its end. RuntimeError where it fails or takes too long."""
+    tree, found, looked = Tree(command, console), Measured(), 0
+    left = dict(milestones)
+    while tree.process.poll() is None:
+        found.processes = max(found.processes, tree.look())
+        for name in [name for name, passed in left.items() if passed()]:
+            del left[name]
+            found.seconds[name] = tree.seconds
+            found.processor_seconds[name] = tree.processor_seconds
+            if name == "first step":
+                found.by_process = tree.by_process()
+        looked += 1
+        if looked % 20 == 0:
+            found.memory_gib = max(found.memory_gib, tree.memory())
+        if tree.seconds > LONGEST_SECONDS:
+            tree.process.kill()
+            raise RuntimeError(f"{command} took longer than {LONGEST_SECONDS:g} s")
+        time.sleep(SAMPLE_SECONDS)
+    if tree.process.returncode not in (0, 2):
+        raise RuntimeError(f"{command} failed: {console.read_text()[-2000:]}")
+    found.seconds["end"] = tree.seconds
+    found.processor_seconds["end"] = tree.processor_seconds
+    return found
+
+
+def pretraining(recipe: str, folder: Path) -> Measured:
+    """`pretrain.py` on the digits, two epochs."""
+    output = folder / "runs"
+    words = ["experiments/pretrain.py", recipe, "--epochs", "2", "--output", str(output)]
+
+    def has(kind: str) -> bool:
+        files = output.glob("*/spool/*")
+        return any(f'"{kind}"' in file.read_text(errors="replace") for file in files)
+
+    milestones = {
+        "Ray up": lambda: any(output.glob("*/run.json")),
+        "workers up": lambda: has("started"),
+        "first step": lambda: has("progress"),
+        "first probe": lambda: has("probe"),
+    }
+    return measure([sys.executable, *words], milestones, folder / "console")
+
+
+def peer(code: str, folder: Path) -> Measured:
+    """A script that writes a file at its first step."""
+    first = folder / "first"
+    (folder / "peer.py").write_text(code)
+    command = [sys.executable, str(folder / "peer.py"), str(first), str(folder / "ray")]
+    return measure(command, {"first step": first.exists}, folder / "console")
+
+
+def quick(*words: str) -> Callable[[Path], Measured]:
+    """A sub-command of `selfray` that says something and ends."""
+    code = "import sys; from selfray.commands.main import main; sys.exit(main())"
+    return lambda folder: measure([sys.executable, "-c", code, *words], {}, folder / "console")
+
+
+CASES: dict[str, Callable[[Path], Measured]] = {
+    "simclr-digits": lambda folder: pretraining("simclr-digits", folder),
+    "mae-digits": lambda folder: pretraining("mae-digits", folder),
+    "TorchTrainer with a DataLoader": lambda folder: peer(f"CODE = {PLAIN!r}\n{TRAINER}", folder),
+    "a plain process": lambda folder: peer(
+        f"{PLAIN}\nif __name__ == '__main__':\n    loop()", folder
+    ),
+    "selfray --help": quick("--help"),
+    "a flag error": quick("pretrain", "mae-digits", "--bath-size", "3"),
+}
+
+
+def main(
+    rounds: int = 3, cases: tuple[str, ...] = tuple(CASES), output: Path | None = None
+) -> None:
+    """Measure each case so many times, in turn, and print the medians."""
+    found: dict[str, list[Measured]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name in cases:
+            folder = Path(tempfile.mkdtemp(prefix="selfray-start-"))
+            try:
+                found[name].append(CASES[name](folder))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    print(f"{'':32}{'milestone':14}{'wall s':>8}{'CPU s':>8}{'processes':>11}{'PSS GiB':>9}")
+    for name, rows in found.items():
+        for milestone in rows[0].seconds:
+            wall = median(row.seconds.get(milestone) for row in rows)
+            used = median(row.processor_seconds.get(milestone) for row in rows)
+            line = f"{name:32}{milestone:14}{wall:8.1f}{used:8.1f}"
+            if milestone == "end":
+                line += f"{median(row.processes for row in rows):11.0f}"
+                line += f"{median(row.memory_gib for row in rows):9.2f}"
+            print(line)
+        if rows[-1].by_process:
+            shares = ", ".join(f"{n} {s:g}" for n, s in list(rows[-1].by_process.items())[:8])
+            print(f"{'':32}to the first step, CPU s: {shares}")
+    if output is not None:
+        output.write_text(json.dumps({n: [vars(r) for r in rows] for n, rows in found.items()}))
+
+
+def median(values: Any) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else float("nan")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

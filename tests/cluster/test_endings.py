@@ -1,0 +1,155 @@
+"""However a command ends before its time: one line, the right exit code, and nothing left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+
+import selfray
+from helpers import wait_for
+from selfray.runs import record
+from selfray.storage import Location
+
+COMMAND = "import sys; from selfray.commands.main import main; sys.exit(main())"
+FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.times", "0")
+
+
+@dataclass
+class Run:
+    """`selfray pretrain` on the digits, in a process of its own, and what Ray starts for it."""
+
+    output: Path
+    family: set[psutil.Process] = field(default_factory=set)
+
+    def __enter__(self) -> "Run":
+        kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
+        self.console = self.output / "console"
+        with self.console.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, "pretrain", *FLAGS, "--output", str(self.output)],
+                env=kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def said(self) -> str:
+        return self.console.read_text()
+
+    def waits_for(self, what: str, happened: Callable[[], bool]) -> None:
+        def look() -> bool:
+            assert self.process.poll() is None, self.said
+            with suppress(psutil.Error):
+                self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+            return happened()
+
+        wait_for(what, look)
+
+    def trains(self) -> None:
+        self.waits_for("training", lambda: "images/s" in self.said)
+
+    def ended(self) -> int:
+        """Its exit code, once nothing of it is left."""
+        code = self.process.wait(300)
+        _, alive = psutil.wait_procs(list(self.family), timeout=60)
+        assert alive == []
+        return code
+
+    @property
+    def status(self) -> str:
+        """Of its run in MLflow."""
+        client = MlflowClient(f"sqlite:///{self.output}/mlflow.db")
+        tracked = client.get_experiment_by_name("selfray")
+        assert tracked is not None
+        (run,) = client.search_runs([tracked.experiment_id])
+        return run.info.status
+
+
+@pytest.mark.long
+def test_a_terminated_run_is_killed_in_mlflow_and_goes_on_and_a_lost_raylet_is_told(
+    tmp_path: Path,
+) -> None:
+    with Run(tmp_path) as run:
+        run.trains()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.ended() == 143
+    assert run.said.endswith("interrupted: the same command continues from the last checkpoint\n")
+    assert run.status == "KILLED"
+
+    with Run(tmp_path) as run:
+        run.trains()
+        (raylet,) = (process for process in run.family if process.name() == "raylet")
+        raylet.kill()
+        assert run.ended() == 1
+    assert "continuing from step" in run.said
+    assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
+    assert run.status == "FAILED"
+    (written,) = tmp_path.glob("mae-digits-*/run.json")
+    told = json.loads(written.read_text())
+    assert told["status"] == "failed"
+    assert "raylet" in told["failure"]
+
+
+@pytest.mark.long
+def test_two_interrupts_while_ray_starts_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.waits_for("Ray's start", lambda: bool(run.family))
+        for _ in range(2):
+            os.killpg(run.process.pid, signal.SIGINT)
+            time.sleep(0.2)
+        assert run.ended() == 130
+    assert [line for line in run.said.splitlines() if "interrupted" in line]
+    assert "Traceback" not in run.said
+
+
+def test_a_failure_is_written_into_the_room_that_was_kept_for_it(tmp_path: Path) -> None:
+    from helpers import experiment
+
+    run = Location.of(tmp_path)
+    record.write(run, experiment(), "running")
+    assert (tmp_path / record.RESERVE).stat().st_size == record.RESERVE_BYTES
+    record.write_failure(run, experiment(), "the disk is full")
+    assert not (tmp_path / record.RESERVE).exists()
+    assert record.read(run)["failure"] == "the disk is full"
+
+
+def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -> None:
+    said: list[str] = []
+    code = (
+        "import sys, time; from selfray.runs import record; from selfray.storage import Location\n"
+        "with record.in_turn(Location.of(sys.argv[1]), print):\n"
+        "    print('mine', flush=True); sys.stdin.read()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdin is not None
+    assert first.stdout.readline() == "mine\n"
+
+    def tell(text: str) -> None:
+        said.append(text)
+        first.stdin.close()  # type: ignore[union-attr]
+
+    with record.in_turn(Location.of(tmp_path), tell):
+        assert first.wait(60) == 0
+    assert said == [f"another command is making its data in {tmp_path / 'data'}: waiting for it"]
