@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from selfray import config
@@ -48,11 +47,11 @@ from selfray.data.shard_set import open_shards
 from selfray.data.source import evaluation_views
 from selfray.experiment import Experiment, ProbeConfig
 from selfray.method import Batch, Method
-from selfray.models.encoder import Encoder
 from selfray.pixels.device import BACKEND, DrawView, augment, draw_view
 from selfray.probes.features import embed
 from selfray.probes.knn import KNN
 from selfray.runs import checkpoint
+from selfray.schedules import Constant
 from selfray.storage import Location
 from selfray.train import Step, TrainState, train
 
@@ -92,6 +91,11 @@ class Benchmark:
     """How often the encoder is probed over a run, the last at its end; at most once an epoch."""
     minutes: float | None = None
     """Save and stop after this time, at least one step further; None trains to the end."""
+    fit_minutes: float | None = None
+    """Train fewer epochs than `epochs` where that is needed to end within this time: as many as a
+    few seconds of training promise. For one method."""
+    optimizer: Literal["recipe", "lightly"] = "recipe"
+    """lightly: SGD at 0.06 for a batch of 128, weight decay 5e-4, as their table's runs."""
     checkpoint_minutes: float = 5.0
     throughput: bool = False
     """Do not train: measure images/s of each method under each setting."""
@@ -107,6 +111,8 @@ class Benchmark:
 
 
 def main() -> int:
+    import tyro  # gpu_session.py calls `run` where there is none
+
     settings = tyro.cli(Benchmark, description=__doc__)
     try:
         run(settings)
@@ -119,7 +125,6 @@ def main() -> int:
 def run(settings: Benchmark) -> list[dict[str, Any]]:
     """The whole benchmark; returns what it writes to results.json or throughput.json."""
     device = settings.where
-    torch.backends.cudnn.benchmark = True  # all shapes stay the same
     print(f"{_name_of(device)}, torch {torch.__version__}, {BACKEND}")
     experiments = {method: experiment_of(settings, method) for method in settings.methods}
     size = next(iter(experiments.values())).encoder.image_size
@@ -127,6 +132,9 @@ def run(settings: Benchmark) -> list[dict[str, Any]]:
     print(f"{len(images.train):,} train and {len(images.test):,} test images of {size} pixels")
     if settings.throughput:
         return measure_throughput(settings, experiments, images, device)
+    if settings.fit_minutes is not None:
+        settings = replace(settings, epochs=fitting_epochs(settings, experiments, images, device))
+        experiments = {method: experiment_of(settings, method) for method in settings.methods}
     deadline = math.inf
     if settings.minutes is not None:
         deadline = time.monotonic() + 60 * settings.minutes
@@ -148,13 +156,20 @@ def experiment_of(settings: Benchmark, method: str) -> Experiment:
 
     recipe = cifar10.RECIPES[f"{method}-cifar10"]
     gpu = settings.where.type == "cuda"
+    optimizer = recipe.optimizer
+    if settings.optimizer == "lightly":
+        optimizer = replace(
+            optimizer, name="sgd", base_learning_rate=0.12, weight_decay=Constant(5e-4)
+        )
     return replace(
         recipe,
+        optimizer=optimizer,
         encoder=replace(recipe.encoder, **(SMALL if settings.encoder == "small" else {})),
         data=replace(recipe.data, path=settings.data),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         precision=settings.precision or ("bf16" if gpu else "float32"),
+        compile=settings.compile,
         seed=settings.seed,
         probe=ProbeConfig(times=min(settings.probes, settings.epochs)),
     )
@@ -290,7 +305,6 @@ def train_one(
         print(f"{experiment.name}: continuing from step {found.step:,} of {plan.total_steps:,}")
     view_drawer = draw_view
     if settings.compile:
-        compile_encoders(state.method)
         view_drawer = torch.compile(draw_view, dynamic=False)
     watch = Stopwatch(plan.batch_size, WINDOW_SECONDS, result["rates"])
     warm_step = state.progress.step + WARM_UP_STEPS
@@ -334,14 +348,6 @@ def train_one(
     with contextlib.suppress(OutOfTime):
         train(state, stream, experiment, on_step, device)
     return (folder / "result.json").read_json()
-
-
-def compile_encoders(method: Method) -> None:
-    """In place, so that the names of the weights stay; teachers have encoders of their own. Only
-    these, since the methods' losses read schedules, which change in every step."""
-    for module in method.modules():
-        if isinstance(module, Encoder):
-            module.compile(dynamic=False)
 
 
 def probe(
@@ -394,6 +400,33 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 # Throughput
+
+
+def fitting_epochs(
+    settings: Benchmark,
+    experiments: dict[str, Experiment],
+    images: Images,
+    device: torch.device,
+) -> int:
+    """How many epochs of the one method end within `fit_minutes`, what follows included."""
+    require(len(experiments) == 1, "--fit-minutes is for one of --methods")
+    assert settings.fit_minutes is not None
+    (experiment,) = experiments.values()
+    started = time.monotonic()
+    long = replace(experiment, epochs=100_000)
+    rates = training_rates(long, images, device, settings.compile, True, TRIAL_SECONDS)
+    spent = time.monotonic() - started
+    # What is compiled once is not compiled again; probes and checkpoints take their share.
+    left = 60 * settings.fit_minutes * (1 - SHARE_OF_PROBES) - spent
+    epochs = int(left * statistics.median(rates) / len(images.train))
+    print(
+        f"{spent:.0f} s of trial at {statistics.median(rates):,.0f} images/s: {epochs} epochs fit"
+    )
+    return max(1, min(settings.epochs, epochs))
+
+
+TRIAL_SECONDS = 5.0
+SHARE_OF_PROBES = 0.15
 
 
 def measure_throughput(
@@ -479,11 +512,10 @@ def training_rates(
 ) -> list[float]:
     """Images/s of the platform's loop in each window."""
     plan = plan_of(experiment, images)
+    experiment = replace(experiment, compile=compiled)
     state = TrainState.start(experiment, plan.total_images, device)
     if not channels_last:
         state.method.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if compiled:
-        compile_encoders(state.method)
     drawer = torch.compile(draw_view, dynamic=False) if compiled else draw_view
     watch = Stopwatch(plan.batch_size, seconds / WINDOWS)
 

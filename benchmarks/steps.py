@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from selfray.experiment import DataConfig, Experiment
 from selfray.method import Batch, MethodConfig
@@ -133,6 +132,8 @@ def turn(state: TrainState, wanted: Experiment, batch: Batch, settings: Steps) -
 
 
 def main() -> None:
+    import tyro  # a machine with a GPU that only borrows this file's batches may lack it
+
     settings = tyro.cli(Steps, description=__doc__)
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:

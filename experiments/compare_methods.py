@@ -28,6 +28,7 @@ import tyro
 from selfray.cluster import runtime
 from selfray.commands.script import one_line_errors, with_console
 from selfray.console import Console
+from selfray.metrics import ACCURACIES
 
 if TYPE_CHECKING:
     from selfray.cluster.launch import RunResult
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer-digits"
 """Trained first: its tokens are what BEiT predicts. No encoder comes of it, so no row either."""
-PROBES = ("knn", "linear")
-PROBE_NAMES = {"knn": "kNN", "linear": "linear"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             )
         if line["runs"]:
             for when in ("untrained", "pretrained"):
-                line[when] = {probe: _mean(line["runs"], when, probe) for probe in PROBES}
+                line[when] = {probe: _mean(line["runs"], when, probe) for probe in ACCURACIES}
             line["margin"] = line["pretrained"][judged_by] - line["untrained"][judged_by]
             for name in ("steps_per_second", "seconds"):
                 line[name] = statistics.mean(run[name] for run in line["runs"])
@@ -258,7 +257,7 @@ def markdown(table: list[dict[str, Any]], pixels: "ProbeResult | None") -> str:
             lines.append(f"| {line['method']} | failed: {line['failure']} | | | | | |")
             continue
         cells = [line["method"]]
-        for probe in PROBES:
+        for probe in ACCURACIES:
             bold = "**" if probe == line["judged_by"] else ""
             cells += [
                 f"{line['untrained'][probe]:.1%}",
@@ -288,7 +287,7 @@ def show(
             console.say(f"{line['method']:12}  failed: {line['failure']}")
             continue
         numbers = ""
-        for probe in PROBES:
+        for probe in ACCURACIES:
             mark = "*" if probe == line["judged_by"] else " "
             numbers += f"{line['pretrained'][probe]:8.1%}{mark}{line['untrained'][probe]:11.1%}"
         console.say(

@@ -6,12 +6,31 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from selfray import plugins
+
 TYPE_KEY = "type"
 MOVED: Mapping[str, str] = {"selfray.sweep": "selfray.sweeps.question"}
 """Module of a config as files name it -> the module that it lies in today. Run ids are hashes of
 these names, and checkpoints hold them, so a config that moves keeps the name that it had first."""
 _WRITTEN = {today: written for written, today in MOVED.items()}
 _ADDED = "added"
+PLACEMENT = frozenset(
+    {
+        "workers",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "worker_resources",
+        "data_cpus",
+        "output",
+        "max_failures",
+        "log_every",
+        "guard",
+        "compile",
+        "shard",
+    }
+)
+"""The fields of an Experiment that say where and how a run is carried out: no part of what it is.
+Here, because those who compare runs do without torch."""
 
 
 _SAME: Any = object()
@@ -54,8 +73,8 @@ def to_json(value: Any) -> Any:
 def from_json(value: Any) -> Any:
     """The inverse of to_json; validation in __post_init__ runs again.
 
-    Only frozen dataclasses inside `selfray` are built, so that a file from a stranger can name no
-    other code. ValueError names what is unknown.
+    Only frozen dataclasses inside `selfray` and the plugins that the user named are built, so that
+    a file from a stranger can name no other code. ValueError names what is unknown.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
@@ -86,14 +105,19 @@ def from_json(value: Any) -> Any:
 
 
 def config_type(name: object) -> type:
-    """The frozen dataclass that a "type" names. ValueError where it is none of selfray's."""
+    """The frozen dataclass that a "type" names. ValueError where it is none of selfray's, or of a
+    plugin's that the user named."""
     module, _, qualname = str(name).partition(":")
-    if module.split(".")[0] != "selfray":
-        raise ValueError(f"a config may only name types of selfray, got {name}")
+    if not plugins.allows(module):
+        raise ValueError(
+            f"a config may only name types of selfray, got {name}: where {module} is a plugin of "
+            f"yours, name it, with --plugin {module} or in {plugins.VARIABLE}"
+        )
     try:
         kind = getattr(importlib.import_module(MOVED.get(module, module)), qualname)
     except (ImportError, AttributeError):
-        raise ValueError(f"this version of selfray has no {name}") from None
+        owner = "this version of selfray" if module.split(".")[0] == "selfray" else module
+        raise ValueError(f"{owner} has no {name}") from None
     is_config = isinstance(kind, type) and dataclasses.is_dataclass(kind)
     if not (is_config and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise ValueError(f"{name} is not a config")

@@ -1,11 +1,43 @@
 """Where a person reads: the console, and the log that takes everything else."""
 
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from selfray.masking import masked
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # C0 and C1: escape sequences, bells, carriage returns
+    "\u061c\u200b-\u200f\u202a-\u202e\u2066-\u2069"  # turn a text round, or are not seen
+    "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+    "\ud800-\udfff]"  # half a character: a file's name that is no UTF-8
+)
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """A text that does nothing to a terminal: control characters as \\x1b or \\u202e, but for
+    those to `keep`, and without credentials. Names of files and runs may hold anything."""
+
+    def escaped(match: re.Match[str]) -> str:
+        letter = match[0]
+        return letter if letter in keep else letter.encode("unicode_escape", "replace").decode()
+
+    return _UNPRINTABLE.sub(escaped, masked(text))
+
+
+class LogFormatter(logging.Formatter):
+    """A log's lines, tracebacks included, without credentials and control characters."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 class Console:
@@ -27,14 +59,14 @@ class Console:
         if self._stream.closed:  # a thread that ends after the command has nobody to tell
             return
         self._clear()
-        self._stream.write(text + "\n")
+        self._stream.write(printable(text) + "\n")
         self._stream.flush()
 
     def live(self, text: str) -> None:
         """Show a line that the next one replaces; nothing where nobody watches."""
         if self.is_terminal and not self._stream.closed:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80
-            self._stream.write("\r\x1b[K" + text[: width - 1])
+            self._stream.write("\r\x1b[K" + printable(text, keep="")[: width - 1])
             self._stream.flush()
             self._live = True
 

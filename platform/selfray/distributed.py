@@ -1,10 +1,12 @@
 """What ranks do together. Everything here is a no-op, or the plain computation, in one process."""
 
-from typing import TypeVar, cast
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -72,7 +74,8 @@ def shuffled(local: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         return local, torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count * world_size(), generator=generator)
-    return gather(local)[order[rank() * count : (rank() + 1) * count].to(local.device)], order
+    mine = order[rank() * count : (rank() + 1) * count].to(local.device, non_blocking=True)
+    return gather(local)[mine], order
 
 
 @torch.no_grad()
@@ -81,7 +84,8 @@ def unshuffled(local: Tensor, order: Tensor) -> Tensor:
     if not is_distributed():
         return local
     count = local.shape[0]
-    return gather(local)[order.argsort()[rank() * count : (rank() + 1) * count].to(local.device)]
+    mine = order.argsort()[rank() * count : (rank() + 1) * count]
+    return gather(local)[mine.to(local.device, non_blocking=True)]
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -110,6 +114,59 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def whole(values: Tensor) -> Tensor:
+    """A tensor that is shared out among ranks, or a number that each has a part of, as one: all
+    ranks must ask. Others as they are."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def own_part(values: Tensor) -> Tensor:
+    """This rank's share of a tensor that is shared out; others as they are."""
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
+def gathered(state: Any) -> Any:
+    """A nested state with whole tensors: those that are shared out, in the host's memory. All ranks
+    must ask."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {name: gathered(item) for name, item in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(item) for item in state)
+    return state
+
+
+def shared_out(values: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, as the share of it that `like` is; as it is where that
+    is whole too."""
+    if not isinstance(like, DTensor) or values.shape != like.shape:
+        return values
+    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements)
+
+
+BUCKET_BYTES = 2**26
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Every gradient becomes its mean over ranks, as DDP would make it; all ranks must have the
+    same ones."""
+    if not is_distributed():
+        return
+    bucket: list[Tensor] = []
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for index, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        if index == len(gradients) - 1 or sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            parts = (flat / world_size()).split([g.numel() for g in bucket])
+            means = [part.view_as(g) for part, g in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, means)
+            bucket = []
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from selfray import config
-from selfray.check import named_amounts, require, require_one_of
+from selfray.check import named_amounts, require, require_number, require_one_of
 from selfray.data.plan import Share
 from selfray.health import GuardConfig
 from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.views import Photometric, Views
+from selfray.views import MOST_CHANNELS, Photometric, Views, check_channels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,9 +29,9 @@ class DataConfig:
     """Labelled images for the probes' test, where `path` holds none of its own."""
     image_column: str | None = None
     """The Parquet column of the images; None finds it."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, ...] = IMAGENET_MEAN
     """Channel means of the data, in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, ...] = IMAGENET_STD
     """Channel standard deviations of the data, in 0..1."""
     window_rows: int = 65_536
     """Shuffle window: images of this many rows are mixed with one another in each epoch. Of 10^6
@@ -44,8 +44,22 @@ class DataConfig:
     """The run stops when more than this share of the images cannot be read."""
     label_column: str | None = config.added(None)
     """The column of the labels, in Parquet files or a table beside images; None finds it."""
+    channels: int = config.added(3)
+    """Channels of the images: 1 for gray, 3 for RGB, up to 16 for multispectral ones. With 1,
+    colour images are read as gray."""
 
     def __post_init__(self) -> None:
+        require(
+            1 <= self.channels <= MOST_CHANNELS,
+            f"data.channels must lie in [1, {MOST_CHANNELS}], got {self.channels}",
+        )
+        for name in ("mean", "std"):
+            count = len(getattr(self, name))
+            require(
+                count == self.channels,
+                f"data.{name} has {count} values and data.channels is {self.channels}: give "
+                f"--data.{name} and as many values, in 0..1",
+            )
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
         require_one_of("data.photometric", self.photometric, ("cpu", "device"))
         require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
@@ -109,14 +123,23 @@ class Experiment:
     batch_size: int = 256
     """Images in one optimizer step, over all workers."""
     accumulate: int = 1
-    """Micro-batches that each worker sums up before a step."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast; weights and losses stay float32."""
+    """Micro-batches in which each worker takes its share of a batch: the loss and the gradients are
+    those of the whole, also where images are compared with one another."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """bf16 is autocast; weights and losses stay float32. tf32: products of matrices with 10 bits of
+    mantissa on GPUs that know it; losses stay float32."""
     seed: int = 0
     """Seed of the weights, the views and the order of the images."""
     init_from: str | None = None
-    """A checkpoint of the same method and encoder to start from, such as to go on with another
-    data set or image size: its weights, a new optimizer."""
+    """Weights to start from, with a new optimizer: a checkpoint of the same method and encoder,
+    such as to go on with another data set or image size; or public weights of an encoder, timm:NAME
+    or a .safetensors or .pth file (DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision, timm)."""
+    init_share: float = config.added(0.95)
+    """Of the encoder's weights, at least this share must be in public weights that it starts from;
+    0 takes whatever fits."""
+    warm_up_head: float = config.added(0.0)
+    """Share of the run in which the method's heads learn alone, and the encoder stands still: new
+    heads would at first teach a pretrained encoder nonsense."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run's state is saved, and how much of it is kept."""
@@ -142,20 +165,13 @@ class Experiment:
     """How often a run whose workers die is started again from its last checkpoint."""
     log_every: int = 10
     """Steps between two points of the metrics."""
+    compile: bool = config.added(False)
+    """Compile encoders and heads by torch.compile: faster steps after a minute."""
+    shard: Literal["none", "fsdp"] = config.added("none")
+    """fsdp: each worker holds its share of weights, gradients and the optimizer's state (FSDP2),
+    for ViTs too large for one GPU. Checkpoints are the same."""
 
-    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "workers",
-            "gpus_per_worker",
-            "cpus_per_worker",
-            "worker_resources",
-            "data_cpus",
-            "output",
-            "max_failures",
-            "log_every",
-            "guard",
-        }
-    )
+    PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what is computed: they may change
     when a run is continued."""
 
@@ -174,8 +190,22 @@ class Experiment:
             self.cpus_per_worker is None or self.cpus_per_worker > 0,
             f"cpus_per_worker must be positive, got {self.cpus_per_worker}",
         )
+        require_number("init_share", self.init_share, least=0, most=1)
+        require_number("warm_up_head", self.warm_up_head, least=0, below=1)
         named_amounts("worker_resources", self.worker_resources)
-        require_one_of("precision", self.precision, ("float32", "bf16"))
+        require_one_of("shard", self.shard, ("none", "fsdp"))
+        if self.shard == "fsdp":
+            require(
+                self.encoder.is_vit,
+                f"shard fsdp is for ViTs, whose blocks are gathered one by one, not for "
+                f"encoder.name {self.encoder.name}: leave --shard out",
+            )
+            require(
+                self.min_workers > 1,
+                f"shard fsdp shares the weights out among workers, and workers is {self.workers}: "
+                "give --workers 2 or more, or leave --shard out",
+            )
+        require_one_of("precision", self.precision, ("float32", "tf32", "bf16"))
         require(0 <= self.seed < 2**31, f"seed must lie in [0, 2**31), got {self.seed}")
         reason = self.why_not_accumulate
         if self.accumulate > 1 and reason:
@@ -191,6 +221,12 @@ class Experiment:
         self.method.check_batch_size(self.batch_size)
         self._check_workers()
         # A method that cannot use this encoder says so here.
+        require(
+            self.encoder.in_channels == self.data.channels,
+            f"encoder.in_channels {self.encoder.in_channels} is not data.channels "
+            f"{self.data.channels}: give --encoder.in-channels {self.data.channels}",
+        )
+        check_channels(self.views, self.data.channels)
         for name, group in self.views.items():
             sizes = sorted({view.size or 0 for view in group})
             require(
@@ -219,9 +255,18 @@ class Experiment:
     @property
     def why_not_accumulate(self) -> str | None:
         """Why micro-batches would change the loss; None where they do not."""
-        if self.method.why_not_accumulate is None and self.encoder.is_resnet:
-            return f"the batch norms of {self.encoder.name} would see micro-batches"
+        encoder = self.encoder
+        if self.method.why_not_accumulate is None and encoder.is_resnet and encoder.norm == "batch":
+            return (
+                f"the batch norms of {encoder.name} would see micro-batches, which --encoder.norm "
+                "ghost allows and --encoder.norm group does without"
+            )
         return self.method.why_not_accumulate
+
+    @property
+    def caches_gradients(self) -> bool:
+        """Whether a step's micro-batches go through the loss together (selfray.step)."""
+        return self.accumulate > 1 and self.method.compares
 
     @property
     def is_elastic(self) -> bool:
@@ -250,7 +295,9 @@ class Experiment:
         full cluster's GPUs fits them always.
         """
         accumulate = self.accumulate
-        if self.is_elastic and self.why_not_accumulate is None:
+        # Ghost norms' statistics would change with the number of workers.
+        exact = self.why_not_accumulate is None and self.encoder.norm != "ghost"
+        if self.is_elastic and exact:
             accumulate = math.ceil(self.max_workers * self.accumulate / workers)
             while self.batch_size % (workers * accumulate):
                 accumulate += 1
@@ -269,6 +316,8 @@ class Experiment:
             for f in fields(self)
             if f.name not in self.PLACEMENT and f.name in written
         }
+        # How the encoder is computed, not what.
+        computed["encoder"] = {k: v for k, v in computed["encoder"].items() if k != "recompute"}
         text = json.dumps(computed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -24,7 +24,9 @@ def feature_health(encoder: Encoder, images: Tensor) -> dict[str, float]:
     """
     was_training = encoder.training
     encoder.eval()
-    features = encoder(images[:256]).cls.float()  # [b, D]
+    # As it is: a compiled encoder would be compiled again for this number of images.
+    with torch.compiler.set_stance("force_eager"):
+        features = encoder(images[:256]).cls.float()  # [b, D]
     encoder.train(was_training)
     return {
         "feature_std": float(deviation(features)),
@@ -89,6 +91,9 @@ class GuardConfig:
     patience: int = 10
     """So many successive points of the metrics lie below a floor before the run ends; 0 for never,
     which switches the guard off."""
+    worse_than_start: int = added(0)
+    """So many successive probes are surely worse than that of the weights that the run started from
+    (95 % bootstrap interval) before it ends, its best checkpoint kept; 0 for never."""
 
     def __post_init__(self) -> None:
         for name in ("feature_floor", "projection_floor", "chance_floor", "uniform_floor"):
@@ -99,6 +104,10 @@ class GuardConfig:
             f"guard.learning_by must lie in [0, 1], got {self.learning_by}",
         )
         require(self.patience >= 0, f"guard.patience must be at least 0, got {self.patience}")
+        require(
+            self.worse_than_start >= 0,
+            f"guard.worse_than_start must be at least 0, got {self.worse_than_start}",
+        )
 
     @property
     def floors(self) -> dict[str, float]:

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray import distributed
+from selfray.contrast import contrast, float32_products
 
 Arguments = ParamSpec("Arguments")
 
 
 def in_float32(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Switch autocast off inside: it would turn every matrix product into bf16 again, in which
-    near neighbours tie and a loss of 11 has steps of 0.06."""
+    """Switch autocast and TF32 off inside: they would turn every matrix product into bf16 or TF32
+    again. In bf16 near neighbours tie and a loss of 11 has steps of 0.06."""
 
     @functools.wraps(loss)
     def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
         first = arguments[0]
         assert isinstance(first, Tensor)
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False), float32_products():
             return loss(*arguments, **named)
 
     return computed
@@ -45,14 +46,10 @@ def nt_xent(local: Tensor, everyone: Tensor, first: int, temperature: float) -> 
     """
     local = F.normalize(local.float(), dim=-1)
     everyone = F.normalize(everyone.float(), dim=-1)
-    images, total = local.shape[0], everyone.shape[0]
     anchors = local.flatten(0, 1)  # [2b, D], image-major: view v of image i stands at 2i + v
-    candidates = everyone.flatten(0, 1)  # [2B, D]
-    logits = anchors @ candidates.T / temperature  # [2b, 2B]
-    itself = torch.arange(2 * images, device=local.device) + 2 * first  # [2b]
-    is_itself = F.one_hot(itself, 2 * total).bool()
+    itself = torch.arange(len(anchors), device=local.device) + 2 * first  # [2b]
     positive = itself ^ 1  # views stand in pairs: 2i and 2i + 1
-    return F.cross_entropy(logits.masked_fill(is_itself, float("-inf")), positive)
+    return contrast(anchors, everyone.flatten(0, 1), positive, temperature, itself=True)
 
 
 @in_float32
@@ -77,7 +74,8 @@ def masked_pixel_error(
         variance = target.var(-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
     error = (predicted.float() - target).square().mean(-1)  # [B, N]
-    return error[mask].mean()
+    # Not error[mask], whose size a GPU would have to tell the host.
+    return (error * mask).sum() / mask.sum()
 
 
 @in_float32
@@ -130,9 +128,9 @@ def batch_contrast(queries: Tensor, keys: Tensor, first: int, temperature: float
         temperatures: a scalar (arXiv:2104.02057, algorithm 1).
     """
     queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
-    logits = queries @ keys.detach().T / temperature  # [b, B]
     positive = torch.arange(len(queries), device=queries.device) + first
-    return 2 * temperature * F.cross_entropy(logits, positive)
+    loss = contrast(queries, keys.detach(), positive, temperature, itself=False)
+    return 2 * temperature * loss
 
 
 @in_float32
@@ -225,8 +223,8 @@ def koleo(features: Tensor, everyone: Tensor, first: int) -> Tensor:
         return 0 * features.sum()
     with torch.no_grad():
         similar = features @ everyone.T  # [b, B]
-        rows = torch.arange(len(features), device=features.device)
-        similar[rows, rows + first] = -2.0  # itself
+        itself = torch.arange(len(features), device=features.device) + first
+        similar.scatter_(1, itself[:, None], -2.0)
         nearest = similar.argmax(1)  # [b]
     distance = F.pairwise_distance(features, everyone[nearest], eps=1e-8)
     return -(distance + 1e-8).log().mean()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from selfray.check import require
 from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.pixels.augment import MASK_SUFFIX
 from selfray.schedules import Progress
 from selfray.views import View, Views
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 """Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
 `<group>_mask`, `label` int64 [B] where there are labels (never for a method's eyes)."""
+
+HIDDEN_SUFFIX = "_hidden"
+"""`<group>_hidden`, int64 [M]: the places of the hidden patches in the flattened mask, where the
+host has counted them."""
 
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,6 +39,10 @@ class MethodConfig(ABC):
 
     why_not_accumulate: ClassVar[str | None] = None
     """Why summing the gradients of micro-batches would change this loss; None where it does not."""
+
+    compares: ClassVar[bool] = False
+    """Whether its method is a ComparingMethod: micro-batches are embedded one by one and compared
+    together."""
 
     judged_by: ClassVar[Literal["knn", "linear"]] = "knn"
     """The probe that tells how good this method's encoder is."""
@@ -99,6 +108,47 @@ class Method(nn.Module, ABC):
         """What only this method can show, by file name without suffix; called on a CPU, in eval
         mode. `images` are test images, uint8 [n, 3, H, W]; `views` what the method asks to see."""
         return {}
+
+
+Embedded = dict[str, Tensor]
+"""What networks say of a micro-batch; the rows of all micro-batches are put one after another."""
+
+
+class ComparingMethod(Method):
+    """A method whose loss compares the images of the whole batch. Its forward has two parts:
+    networks that see each image by itself, and what compares what they say of all.
+
+    Between the two the gradient is cached, so that a step may take a batch in micro-batches and
+    have the loss and the gradients of the whole (selfray.step.gradient_cache).
+    """
+
+    @abstractmethod
+    def embed(self, batch: Batch, progress: Progress) -> Embedded:
+        """The trained encoder's features of a micro-batch: its rows depend on no other image, but
+        for an encoder's batch norms."""
+
+    def targets(self, batch: Batch, progress: Progress) -> Embedded:
+        """What needs no gradient, such as a teacher's features; called under no_grad."""
+        return {}
+
+    @abstractmethod
+    def compare(
+        self, embedded: Embedded, targets: Embedded, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of the rank's whole batch, through heads, which may have batch norms."""
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            targets = self.targets(batch, progress)
+        return self.compare(self.embed(batch, progress), targets, progress)
+
+
+def hidden_places(batch: Batch, group: str) -> Tensor:
+    """The places int64 [M] of the patches that a group's masks hide, among all [B * V * N]."""
+    places = batch.get(group + HIDDEN_SUFFIX)
+    if places is None:  # on a GPU, counting them would wait for it
+        places = batch[group + MASK_SUFFIX].flatten().nonzero().squeeze(1)
+    return places
 
 
 def fitted(view: View, encoder: EncoderConfig, name: str = "a view's size", **changes: Any) -> View:

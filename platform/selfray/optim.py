@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.schedules import Constant, Progress, Schedule, Steps, WarmupCosine
 
@@ -79,10 +80,12 @@ class OptimizerConfig:
         if self.name == "lars":
             is_decayed = None  # in LARS's form of SimCLR and MoCo v3, vectors are left alone
         groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
+        # One kernel for all weights. None leaves the choice to torch, which on a CPU takes none.
+        fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
-            return AdamW(groups, lr=0.0, betas=self.betas)
+            return AdamW(groups, lr=0.0, betas=self.betas, fused=fused)
         if self.name == "sgd":
-            return SGD(groups, lr=0.0, momentum=self.momentum)
+            return SGD(groups, lr=0.0, momentum=self.momentum, fused=fused)
         return LARS(groups, momentum=self.momentum, trust_coefficient=self.trust_coefficient)
 
 
@@ -172,10 +175,46 @@ def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: f
         group["weight_decay"] = weight_decay if decays else 0.0
 
 
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a saved state. How a device computes the update, such as in one fused kernel, is no
+    part of it: that stays the optimizer's own. ValueError or KeyError where it does not fit."""
+    own = optimizer.param_groups
+    if len(own) != len(saved["param_groups"]):
+        raise ValueError(f"it has {len(saved['param_groups'])} groups, not {len(own)}")
+    groups = [
+        theirs | {name: ours[name] for name in HOW_COMPUTED if name in ours}
+        for ours, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
+    parameters = [parameter for group in own for parameter in group["params"]]
+    state = {
+        place: {
+            name: distributed.shared_out(values, parameters[place])
+            if isinstance(values, Tensor)
+            else values
+            for name, values in of_one.items()
+        }
+        for place, of_one in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+HOW_COMPUTED = ("foreach", "fused", "capturable")
+"""Settings of torch's optimizers that change no number but its rounding."""
+
+
+def hold_encoder(module: nn.Module) -> None:
+    """Let an encoder stand still in this step, while its heads learn: without a gradient, no
+    optimizer moves a parameter, decays it or remembers anything of it."""
+    for name, parameter in module.named_parameters():
+        if ".backbone." in name:
+            parameter.grad = None
+
+
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
     """Clip as the settings say, and return the norm that all gradients had together."""
     if settings.clip_norm is None or settings.clip_each == "all":
-        return nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
+        return distributed.whole(norm)
     if settings.clip_each == "module":
         # What a method holds outside of its modules, such as a mask token, counts as one more.
         parts = [list(child.parameters()) for child in module.children()]
@@ -187,7 +226,7 @@ def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
         norms = list(torch._foreach_norm(gradients))
         factors = [(settings.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, factors)
-    return torch.stack(norms).norm()
+    return torch.stack([distributed.whole(norm) for norm in norms]).norm()
 
 
 def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progress) -> float:
@@ -219,21 +258,32 @@ class LARS(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if not group["is_vector"]:
-                    update.mul_(_trust_ratio(parameter, update, group["trust_coefficient"]))
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.add_(velocity, alpha=-group["lr"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [cast(Tensor, p.grad) for p in parameters]
+            updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            if not group["is_vector"]:
+                ratios = _trust_ratios(parameters, updates, group["trust_coefficient"])
+                torch._foreach_mul_(updates, ratios)
+            velocities = [self._velocity(p) for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+
+    def _velocity(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
-def _trust_ratio(parameter: Tensor, update: Tensor, coefficient: float) -> Tensor:
-    """coefficient * |w| / |update|, and 1 where either norm is zero; without a GPU sync."""
-    weight_norm, update_norm = parameter.norm(), update.norm()
-    ratio = coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+def _trust_ratios(
+    parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
+) -> list[Tensor]:
+    """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
+    weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+    return [
+        torch.where((weight > 0) & (step > 0), coefficient * weight / step, 1.0)
+        for weight, step in zip(weights, steps, strict=True)
+    ]

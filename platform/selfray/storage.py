@@ -5,7 +5,6 @@ import json
 import os
 import posixpath
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from pyarrow import fs
+
+from selfray.masking import end_of_credentials, masked, masked_json
 
 _Result = TypeVar("_Result")
 
@@ -89,7 +90,7 @@ def patiently(
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return masked(" ".join(str(error).split())) or type(error).__name__
 
 
 @lru_cache(maxsize=16)
@@ -104,6 +105,11 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, _, rest = uri.partition("://")
     if scheme not in ("s3", "gs", "gcs"):
         return fs.FileSystem.from_uri(uri)
+    if end_of_credentials(scheme, rest):
+        raise ValueError(
+            "credentials in a path would be written down with every run (set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment)"
+        )
     if "?" in rest:
         raise ValueError(
             "settings behind a ? would not reach the files inside (set AWS_ENDPOINT_URL, "
@@ -114,8 +120,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         sorted(i for i in os.environ.items() if i[0].startswith(("AWS_", "GOOGLE_")))
     )
     filesystem = _object_store(scheme, authority, environment)
-    bucket = authority.rpartition("@")[2]
-    return filesystem, f"{bucket}/{unquote(inner)}".rstrip("/")
+    return filesystem, f"{authority}/{unquote(inner)}".rstrip("/")
 
 
 def _refuse_constant(name: str) -> float:
@@ -144,8 +149,8 @@ class Location:
             filesystem, inner = _open(text)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"cannot open {text}: {error}; use a local path, s3://bucket/folder or "
-                "gs://bucket/folder"
+                f"cannot open {masked(text)}: {masked(str(error))}; use a local path, "
+                "s3://bucket/folder or gs://bucket/folder"
             ) from None
         return cls(filesystem, inner, text)
 
@@ -167,7 +172,7 @@ class Location:
         return Location(self.filesystem, posixpath.dirname(self.path), posixpath.dirname(self.uri))
 
     def __str__(self) -> str:
-        return self.uri
+        return masked(self.uri)
 
     def info(self) -> fs.FileInfo:
         return patiently(lambda: self.filesystem.get_file_info(self.path), self)
@@ -235,8 +240,4 @@ class Location:
             raise
 
     def write_json(self, value: Any) -> None:
-        self.write_bytes(json.dumps(value, indent=1).encode())
-
-
-def without_password(uri: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+        self.write_bytes(json.dumps(masked_json(value), indent=1).encode())

@@ -14,13 +14,21 @@ from torch.optim import Optimizer
 
 from selfray import distributed
 from selfray.experiment import Experiment
-from selfray.method import Batch, Method
+from selfray.method import Batch, ComparingMethod, Method
 from selfray.models.encoder import normalize
 from selfray.models.vit import fit_positions
-from selfray.optim import clip_gradients, follow_schedules, group_as_saved, learning_rate_at
+from selfray.optim import (
+    clip_gradients,
+    follow_schedules,
+    group_as_saved,
+    hold_encoder,
+    learning_rate_at,
+    load_optimizer,
+)
 from selfray.pixels.augment import PARAMETERS_SUFFIX
 from selfray.pixels.device import recolour
 from selfray.schedules import Progress
+from selfray.step import compiled, devices, gradient_cache, memory, shard
 
 
 @dataclass
@@ -39,22 +47,27 @@ class TrainState:
         torch.manual_seed(experiment.seed)
         encoder = experiment.encoder.build()
         # A ResNet's name says so at the door; other names of timm do not.
-        if experiment.accumulate > 1 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
+        has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
+        if experiment.accumulate > 1 and has_norms and experiment.encoder.norm == "batch":
             raise ValueError(
                 f"accumulate {experiment.accumulate}: the batch norms of {experiment.encoder.name} "
-                "would see micro-batches; give --accumulate 1 and more --workers"
+                "would see micro-batches; give --accumulate 1 and more --workers, or "
+                "--encoder.norm ghost"
             )
         method = experiment.method.build(encoder).to(device)
         if experiment.encoder.is_resnet:
             # Convolutions run about twice as fast with the channels innermost, on CPUs and GPUs.
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if experiment.shard == "fsdp":
+            shard.in_place(method, experiment.precision)
         optimizer = experiment.optimizer.build(method, method.is_decayed)
         return cls(method, optimizer, Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, also where ranks hold shares of them: then all ranks must ask."""
         return {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "method": distributed.gathered(self.method.state_dict()),
+            "optimizer": distributed.gathered(self.optimizer.state_dict()),
             "progress": vars(self.progress),
         }
 
@@ -70,6 +83,11 @@ class TrainState:
         self._load_method(weights)
 
     def _load_method(self, weights: dict[str, Tensor]) -> None:
+        own = self.method.state_dict()
+        weights = {
+            name: distributed.shared_out(values, own[name]) if name in own else values
+            for name, values in weights.items()
+        }
         try:
             self.method.load_state_dict(weights)
         except RuntimeError as error:
@@ -83,7 +101,7 @@ class TrainState:
         self._load_method(state["method"])
         group_as_saved(self.optimizer, self.method, state["optimizer"]["param_groups"])
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"the checkpoint's optimizer does not fit: {error}") from None
         self.progress = Progress(**state["progress"])
@@ -120,51 +138,110 @@ def train(
         on_step: called after each optimizer step on every rank.
     """
     device = torch.device(device)
+    devices.settle(device, experiment.precision)
     method, optimizer, settings = state.method, state.optimizer, experiment.optimizer
-    model = _for_all_ranks(method)
+    if experiment.compile:
+        compiled.in_place(method, device)
+    backward = _cached if experiment.caches_gradients else _summed
+    model = method if experiment.caches_gradients else _for_all_ranks(method)
     method.train()
-    while not state.progress.finished:
-        progress, started, waited = state.progress, time.perf_counter(), 0.0
-        learning_rate = learning_rate_at(settings, experiment.batch_size, progress)
-        follow_schedules(optimizer, learning_rate, settings.weight_decay(progress))
-        # What is random inside a step follows from the step alone, so a resumed run needs no
-        # generator state and repeats it bit for bit.
-        torch.manual_seed(_step_seed(experiment.seed, progress.step, distributed.rank()))
+    arriving = devices.on_device(batches, device)
+    with contextlib.closing(arriving), memory.explained(experiment, device):
+        while not state.progress.finished:
+            progress, started = state.progress, time.perf_counter()
+            learning_rate = learning_rate_at(settings, experiment.batch_size, progress)
+            follow_schedules(optimizer, learning_rate, settings.weight_decay(progress))
 
-        losses: list[Tensor] = []
-        for micro_batch in range(experiment.accumulate):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            batch = _prepare(batch, experiment, device)
-            is_last = micro_batch == experiment.accumulate - 1
-            with _without_sync(model, not is_last), _autocast(experiment.precision, device):
-                loss, metrics = model(batch, progress)
-            (loss / experiment.accumulate).backward()
-            losses.append(loss.detach())
+            done = backward(model, arriving, experiment, progress, device)
 
-        gradient_norm = clip_gradients(method, settings)
-        method.before_step(progress)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state.progress = progress.advance(experiment.batch_size)
-        method.after_step(progress)
-        on_step(
-            Step(
-                state.progress,
-                torch.stack(losses).mean(),
-                metrics,
-                gradient_norm,
-                learning_rate,
-                _first_view(batch),
-                time.perf_counter() - started,
-                waited,
+            if progress.fraction < experiment.warm_up_head:
+                hold_encoder(method)
+            gradient_norm = clip_gradients(method, settings)
+            method.before_step(progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.progress = progress.advance(experiment.batch_size)
+            method.after_step(progress)
+            on_step(
+                Step(
+                    state.progress,
+                    done.loss,
+                    done.metrics,
+                    gradient_norm,
+                    learning_rate,
+                    done.images,
+                    time.perf_counter() - started,
+                    done.waited_seconds,
+                )
             )
-        )
+
+
+@dataclass(frozen=True)
+class Done:
+    """What forward and backward of one step leave behind, beside the gradients."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    images: Tensor
+    waited_seconds: float
+
+
+def _summed(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    experiment: Experiment,
+    progress: Progress,
+    device: torch.device,
+) -> Done:
+    """Forward and backward of one micro-batch after the other."""
+    # What is random inside a step follows from the step alone, so a resumed run needs no
+    # generator state and repeats it bit for bit.
+    torch.manual_seed(_step_seed(experiment.seed, progress.step, distributed.rank()))
+    losses, metrics, waited, batch = [], {}, 0.0, {}
+    for micro_batch in range(experiment.accumulate):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        batch = _prepare(batch, experiment)
+        is_last = micro_batch == experiment.accumulate - 1
+        with _without_sync(model, not is_last), devices.autocast(experiment.precision, device):
+            loss, metrics = model(batch, progress)
+        (loss / experiment.accumulate).backward()
+        losses.append(loss.detach())
+    return Done(torch.stack(losses).mean(), metrics, _first_view(batch), waited)
+
+
+def _cached(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    experiment: Experiment,
+    progress: Progress,
+    device: torch.device,
+) -> Done:
+    """Forward and backward of all micro-batches as of one."""
+    asked = time.perf_counter()
+    step_batches = [next(batches) for _ in range(experiment.accumulate)]
+    waited = time.perf_counter() - asked
+    first = _step_seed(experiment.seed, progress.step, distributed.rank())
+    loss, metrics = gradient_cache.backward(
+        cast(ComparingMethod, model),
+        step_batches,
+        progress,
+        seed=lambda number: torch.manual_seed((first + number * SEED_STRIDE) % 2**64),
+        prepare=lambda batch: _prepare(batch, experiment),
+        autocast=lambda: devices.autocast(experiment.precision, device),
+    )
+    if not shard.is_sharded(model):
+        distributed.average_gradients(model.parameters())
+    return Done(loss, metrics, _first_view(_prepare(step_batches[-1], experiment)), waited)
+
+
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of a step's micro-batches: odd, so that no two of them are the same."""
 
 
 def _for_all_ranks(method: Method) -> nn.Module:
-    if not distributed.is_distributed():
+    if not distributed.is_distributed() or shard.is_sharded(method):
         return method
     device = next(method.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
@@ -174,19 +251,16 @@ def _for_all_ranks(method: Method) -> nn.Module:
 
 
 def _without_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextManager[Any]:
+    if shard.is_sharded(model):
+        shard.sync(model, not skip)
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
 
 
-def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _prepare(batch: Batch, experiment: Experiment, device: torch.device) -> Batch:
-    """Move a batch to the device, finish its views there where the data tasks have not, and
-    normalise them: uint8 -> float32."""
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+def _prepare(batch: Batch, experiment: Experiment) -> Batch:
+    """Finish a batch's views on the device where the data tasks have not, and normalise them:
+    uint8 -> float32."""
     prepared: Batch = {}
     for name, values in batch.items():
         if name.endswith(PARAMETERS_SUFFIX):

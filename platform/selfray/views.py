@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from selfray.check import require
+from selfray.config import added
 
 
 def _require_probability(name: str, value: float) -> None:
@@ -175,6 +176,11 @@ class View:
     mask: Mask | None = None
     grid: int | None = None
     """Patches along a side, for the mask; None means the encoder's."""
+    vertical_flip: float = added(0.0)
+    """Probability of a vertical flip, for images without an up: satellite, microscopy."""
+    rotate90: float = added(0.0)
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; 0.75 makes all four
+    orientations equal."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -182,7 +188,7 @@ class View:
             0 < low <= high <= 1,
             f"crop_scale must be two fractions with 0 < low <= high <= 1, got {self.crop_scale}",
         )
-        for name in ("flip", "grayscale", "blur", "solarize"):
+        for name in ("flip", "vertical_flip", "rotate90", "grayscale", "blur", "solarize"):
             _require_probability(name, getattr(self, name))
         require(self.size is None or self.size > 0, f"view size must be positive, got {self.size}")
 
@@ -202,6 +208,38 @@ Photometric = Literal["cpu", "device"]
 
 Views = dict[str, tuple[View, ...]]
 """Groups of views of one size each, such as {"global": 2 views, "local": 8 views}."""
+
+MOST_CHANNELS = 16
+"""Channels that an image may have."""
+RGB = 3
+"""Channels of a colour image; one channel is gray, and any other number multispectral."""
+
+
+def check_channels(views: Views, channels: int) -> None:
+    """Raise ValueError for a colour operation that these views ask for and the images have no
+    colour for.
+
+    On gray images hue, saturation and dropping the colour change nothing, so any recipe will do.
+    On multispectral ones brightness is a gain of each channel's own and contrast is about each
+    channel's own mean, while hue, saturation and grayscale are not defined.
+    """
+    if channels in (1, RGB):
+        return
+    for name, group in views.items():
+        for view in group:
+            jitter = view.color_jitter
+            undefined = {
+                "color_jitter.saturation": jitter.saturation if jitter else 0,
+                "color_jitter.hue": jitter.hue if jitter else 0,
+                "grayscale": view.grayscale,
+            }
+            for field, value in undefined.items():
+                require(
+                    value == 0,
+                    f"{field} {value} of the {name} views means nothing on data.channels "
+                    f"{channels}: set it to 0, or give --data.channels 3 or 1",
+                )
+
 
 CROP_ASPECT = (3 / 4, 4 / 3)
 BLUR_SIGMA = (0.1, 2.0)

@@ -1,23 +1,20 @@
 """Experiment -> TorchTrainer -> result: the life of a run as its driver sees it."""
 
-import fcntl
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from selfray import config
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
-from selfray.cluster.mlflow_store import tracking_uri
 from selfray.cluster.monitor import Monitor
+from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -32,11 +29,10 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import run_pictures
+from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
-from selfray.runs import checkpoint
-from selfray.runs.environment import environment_tags
-from selfray.runs.folder import ARTIFACTS, LOCK, RUN_FILE
+from selfray.runs import checkpoint, record, starting
+from selfray.runs.folder import ARTIFACTS, STOP
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -121,17 +117,21 @@ def launch(
     output = Location.of(experiment.output)
     part = part_of or PartOf(None, {})
     run = Location.of(part.folder) if part.folder else output / experiment.run_name
+    if experiment.guard.worse_than_start and part.stop_file is None:
+        part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
     data_config = experiment.data
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
-    data = open_data(experiment.data, output, console.say, build)
+    started_from = starting.keep(experiment, run, console.say)
+    with record.in_turn(output, console.say):
+        data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
     placement = place(experiment, runtime.cluster_resources())
     _say_plan(console, experiment, plan, data, run)
-    with _alone(run):
+    with record.alone(run):
         finished = _finished_result(run, part)
         if finished is not None:
             console.say(
@@ -140,7 +140,8 @@ def launch(
             )
             return finished
         remember(data.train, run)
-        tracker = _tracker(experiment, run, plan, used, tracking, part, console)
+        tags = {**used, **started_from}
+        tracker = tracker_of(experiment, run, plan, data, tags, tracking, part, console)
         return _carry_out(experiment, console, run, data, plan, placement, tracker, started, part)
 
 
@@ -161,19 +162,35 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
-    failed_before = _record(run).get("status") == "failed"
-    _write_record(run, experiment, "running")
+    failed_before = record.read(run).get("status") == "failed"
+    record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
     job = _probe_job(experiment, data) if experiment.probe.times else None
-    monitor = Monitor(console, run, experiment, plan, tracker, job, started, part.on_probe)
+    monitor = Monitor(
+        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+    )
     monitor.start()
     status: Any = "FAILED"
+
+    def failed(cause: str) -> None:
+        record.write_failure(run, experiment, cause, given=given_by_user(experiment))
+        with suppress(OSError):
+            tracker.set_tags({"failure": cause})
+
+    def lost(cause: str) -> None:
+        """Ray is gone and will end this process in a moment: what is known is written down."""
+        failed(cause)
+        console.say(f"error: {cause}")
+        monitor.stop("FAILED")
+
     goal = part.until_step or plan.total_steps
+    watching = local_ray.told_when_lost(lost)
     try:
-        if found is None or (found.step < goal and part.stop_reason() is None):
-            _fit(experiment, run, data, placement, part, console)
-        monitor.training_ended()
+        with watching:
+            if found is None or (found.step < goal and part.stop_reason() is None):
+                _fit(experiment, run, data, placement, part, console)
+            monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
             raise RunFailed("the run ended before its first checkpoint")
@@ -183,11 +200,16 @@ def _carry_out(
             _log_pictures(experiment, run, data, plan, monitor, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
+        tracker.describe_run(description(experiment, plan, outcome(monitor)))
         status = "FINISHED"
     except RunFailed as error:
-        _write_record(run, experiment, "failed", failure=str(error))
-        tracker.set_tags({"failure": str(error)})
+        failed(str(error))
+        tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
+    except OSError as error:
+        cause = f"{error}; mend it and start the same command again"
+        failed(cause)
+        raise RunFailed(cause) from error
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -204,40 +226,13 @@ def _carry_out(
         stopped,
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
-    _write_record(run, experiment, ended, result=asdict(result))
+    record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    ending = stopped and f"ended before its time: {stopped}"
+    for line in filter(None, (ending, monitor.verdict())):
+        console.say(line)
     return result
-
-
-def _tracker(
-    experiment: Experiment,
-    run: Location,
-    plan: ReadPlan,
-    used: Mapping[str, str],
-    tracking: str | None,
-    part: PartOf,
-    console: Console,
-) -> Tracker:
-    params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
-    return Tracker(
-        tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
-        part.title or run.name,
-        run,
-        params | dict(part.params),
-        {
-            **environment_tags(),
-            "method": experiment.method.name,
-            "recipe": experiment.name,
-            "augmentation.backend": _augmentation_backend(),
-            "data.images": str(plan.rows),
-            "run.folder": run.uri,
-            **used,
-        },
-        parent_run_id=part.parent_run_id,
-        say=console.say,
-    )
 
 
 def _fit(
@@ -322,7 +317,7 @@ def _log_pictures(
     console.live("drawing pictures")
     try:
         train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
-        source = Source(data.train, plan, experiment.views)
+        source = Source(data.train, plan, experiment.views, channels=data.channels)
         names = data.train.label_names
         made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
         made["curves.png"] = run_pictures.curves(
@@ -333,8 +328,12 @@ def _log_pictures(
         console.say(f"the pictures could not be made ({error}): the run is not touched by it")
         return
     for name, picture in made.items():
-        tracker.log_picture(picture, f"pictures/{name}")
-    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(made)}")
+        if isinstance(picture, dict):
+            tracker.log_json(picture, f"pictures/{name}")
+        else:
+            tracker.log_picture(picture, f"pictures/{name}")
+    seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
+    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
 
 
 def ray_storage(run: Location) -> str:
@@ -342,61 +341,14 @@ def ray_storage(run: Location) -> str:
     return (run / "ray").uri
 
 
-@contextmanager
-def _alone(run: Location) -> Iterator[None]:
-    """Two commands must not write into one run's folder. Only a local folder can be guarded."""
-    if not run.is_local:
-        yield
-        return
-    with open(Path(run.path) / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ValueError(
-                f"{run} is being written by another command (process {file.read().strip()}): wait "
-                "for it, or change a setting, such as --seed, for a run of its own"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _record(run: Location) -> dict[str, Any]:
-    """What an earlier start of this run wrote of itself; empty where there was none."""
-    try:
-        return (run / RUN_FILE).read_json()
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _write_record(
-    run: Location,
-    experiment: Experiment,
-    status: Literal["running", "failed", "finished", "stopped", "paused"],
-    **more: Any,
-) -> None:
-    (run / RUN_FILE).write_json(
-        {
-            "status": status,
-            "name": run.name,
-            # Beside the experiment, whose types bring torch with them, for readers in a hurry.
-            "judged_by": experiment.method.judged_by,
-            "experiment": config.to_json(experiment),
-            **more,
-        }
-    )
-
-
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:
     """The result of a run that has ended well before, or that its sweep stopped; None where there
     is something left to do."""
-    record = _record(run)
-    stays_stopped = record.get("status") == "stopped" and part.stop_reason() is not None
-    if record.get("status") != "finished" and not stays_stopped:
+    written = record.read(run)
+    stays_stopped = written.get("status") == "stopped" and part.stop_reason() is not None
+    if written.get("status") != "finished" and not stays_stopped:
         return None
-    result = record["result"]
+    result = written["result"]
     probes = {int(step): ProbeResult(**values) for step, values in result.pop("probes").items()}
     history = History.from_json(result.pop("history"))
     return RunResult(**result, probes=probes, history=history)
@@ -433,9 +385,3 @@ def _say_plan(
             "and uniformity"
         )
     console.say(f"folder: {run}")
-
-
-def _augmentation_backend() -> str:
-    from selfray.pixels.augment import BACKEND
-
-    return BACKEND

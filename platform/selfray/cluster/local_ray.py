@@ -9,7 +9,9 @@ import atexit
 import logging
 import os
 import secrets
+import select
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "selfray-ray-"
 TOKEN = "token"
+RAYS_PART = "r"
+"""Ray's own folder, inside the session's: Ray opens it to everybody."""
 OWNER = "owner"
 """In a session's folder: the process that started it."""
 LONGEST_FOLDER = 32
@@ -38,6 +42,9 @@ SLOW_SECONDS = 10.0
 """Then the console is told that it is slow."""
 
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
+
+LAST_WORDS_SECONDS = 15.0
+"""How long a run whose Ray is gone may take to write down what happened."""
 
 Say = Callable[[str], None]
 
@@ -95,7 +102,7 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
     )
     with _told_when_slow(say):
         ray_internals.start_on_loopback(
-            _session, START_SECONDS, object_store_memory=store_bytes(), **options
+            _session / RAYS_PART, START_SECONDS, object_store_memory=store_bytes(), **options
         )
 
 
@@ -111,6 +118,45 @@ def stop() -> None:
         shutil.rmtree(_session, ignore_errors=True)
         _session = None
     _restore()
+
+
+@contextmanager
+def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
+    """While this lasts, call `tell` with the cause if Ray's own processes end, then leave with exit
+    code 1: Ray's library would end this process a moment later, without a word."""
+    if _session is None:
+        yield
+        return
+    ended = select.poll()
+    watched = {os.pidfd_open(pid): name for name, pid in ray_internals.own_processes().items()}
+    over, stop_watching = os.pipe()
+    for file in (*watched, over):
+        ended.register(file, select.POLLIN)
+
+    def watch() -> None:
+        gone = [file for file, _ in ended.poll() if file in watched]
+        if not gone:
+            return
+        name = watched[gone[0]]
+        threading.Timer(LAST_WORDS_SECONDS, os._exit, (1,)).start()
+        try:
+            tell(
+                f"Ray's process {name} ended unexpectedly (killed, or out of memory): the same "
+                "command continues from the last checkpoint"
+            )
+        finally:
+            abandon()
+            os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True, name="selfray-ray-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(stop_watching)
+        thread.join(1)
+        for file in (*watched, over):
+            os.close(file)
 
 
 def store_bytes() -> int:
@@ -157,7 +203,19 @@ def sweep_leftovers() -> None:
             except (OSError, ValueError):
                 continue
             if _started_at(int(pid)) != started:
+                _kill_processes_of(folder)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """End at once all processes of a session. They have its token in their environment."""
+    wanted = f"RAY_AUTH_TOKEN_PATH={folder / TOKEN}\0".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if process.name != str(os.getpid()) and wanted in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is another user's
+            continue
 
 
 def _started_at(pid: int) -> str:
@@ -225,9 +283,11 @@ def _one_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _remove_at_exit() -> None:
+def abandon() -> None:
+    """Before this process ends at once: end what Ray started, and remove its folder."""
     if _session is not None:
+        _kill_processes_of(_session)
         shutil.rmtree(_session, ignore_errors=True)
 
 
-atexit.register(_remove_at_exit)
+atexit.register(abandon)

@@ -1,28 +1,24 @@
-"""From what a person names to runs side by side: folders, sweeps, MLflow runs and experiments.
+"""From what a person names to runs side by side: folders, sweeps, MLflow runs and experiments; and
+a page of them back to MLflow."""
 
-Reads files and asks MLflow; needs no Ray, and torch only for a folder that tells not which probe
-judges its method.
-"""
-
-import hashlib
 import logging
-import math
 import os
 import posixpath
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from selfray import config
 from selfray.check import require
-from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
-from selfray.runs.comparison import PAGE, ComparedRun, Points, Scalar, Status, Tracked
-from selfray.runs.folder import ARTIFACTS, RUN_FILE, RUN_RECORD, SHIPPED, SPOOL, is_training
-from selfray.runs.spool import SpoolReader
-from selfray.storage import Location
+from selfray.cluster.mlflow_store import asking_mlflow, named_store, tracking_uri
+from selfray.metrics import RATE, SUMMARY
+from selfray.report.page import PAGE
+from selfray.runs import reading
+from selfray.runs.folder import RUN_RECORD, read_object
+from selfray.runs.ranking import ComparedRun, Points, Scalar, Status, Tracked
+from selfray.runs.reading import READERS, Named, judge_of, protocols_in, read_run, trials
+from selfray.storage import Location, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,45 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
 MLRUNS = "mlruns:"
-CHECKPOINTS = "checkpoints"
-TRIALS = "trials"
-OUTCOMES = "outcomes.json"
-"""Stands in the folder of a sweep that has ended."""
-PICTURES = "pictures"
-READERS = 16
-"""Folders read at a time: an object store answers late, but many at once."""
 _MLFLOW_PAGE = 1000
-_FROM_MLFLOW = (
-    "loss", "probe/knn", "probe/linear", "probe/rankme", "throughput/images_per_second",
-)  # fmt: skip
-"""The curves of a run whose folder is out of reach: each is a request."""
 _PARENT = "mlflow.parentRunId"
-_COMPARED = "selfray.compared"
-"""Tag of an MLflow run that only holds a page: which runs are on it."""
-
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A run that is to be read."""
-
-    folder: str
-    """Empty for a trial that never began."""
-    label: str = ""
-    seed: int | None = None
-    failure: str = ""
-    """The cause that its sweep knows."""
-    parent: str = ""
-    """The sweep's MLflow run."""
-    known: "Run | None" = None
-    """MLflow's own record of it."""
-
-    def joined(self, other: "_Named") -> "_Named":
-        """The same run, named twice: what either knows."""
-        mine = {name: value for name, value in vars(self).items() if value not in ("", None)}
-        return _Named(**{**vars(other), **mine})
 
 
 def read_runs(
@@ -86,7 +48,7 @@ def read_runs(
     Raises ValueError or OSError, in one line, for a reference that names no run. A run that cannot
     be read is among the result and says so.
     """
-    named: dict[str, _Named] = {}
+    named: dict[str, Named] = {}
     for reference in references:
         for one in _resolve(reference, tracking, say):
             key = one.folder.rstrip("/") or f"{one.label} {one.seed}"
@@ -95,10 +57,7 @@ def read_runs(
         return list(pool.map(lambda one: _read(one, tracking), named.values()))
 
 
-# What a reference names --------------------------------------------------------------------------
-
-
-def _resolve(reference: str, tracking: str | None, say: Say) -> list[_Named]:
+def _resolve(reference: str, tracking: str | None, say: Say) -> list[Named]:
     require(reference.strip() != "", "a run cannot be named by an empty word")
     if reference.startswith(MLRUNS):
         return _of_mlflow_run(reference.removeprefix(MLRUNS).strip("/"), tracking)
@@ -120,44 +79,23 @@ def _resolve(reference: str, tracking: str | None, say: Say) -> list[_Named]:
     raise FileNotFoundError(f"{folder} does not exist")
 
 
-def _of_folder(folder: Location, tracking: str | None, say: Say) -> list[_Named]:
-    """The runs in a folder: it is one, or a sweep's, or one of runs, or one of sweeps."""
-    listed_here = folder.list()
-    inside = {info.base_name for info in listed_here}
-    if TRIALS in inside:
-        return _of_sweep(folder, OUTCOMES in inside, tracking, say)
-    if _is_run(inside):
-        return [_Named(folder.uri)]
-    children = [folder / info.base_name for info in listed_here if not info.is_file]
-    with ThreadPoolExecutor(READERS) as pool:
-        listed = pool.map(lambda child: {info.base_name for info in child.list()}, children)
-        inner = dict(zip((child.uri for child in children), listed, strict=True))
-    runs = [_Named(child.uri) for child in children if _is_run(inner[child.uri])]
-    if runs:
-        return runs
-    sweeps = [child for child in children if TRIALS in inner[child.uri]]
-    return [
-        one
-        for sweep in sweeps
-        for one in _of_sweep(sweep, OUTCOMES in inner[sweep.uri], tracking, say)
-    ]
+def _of_folder(folder: Location, tracking: str | None, say: Say) -> list[Named]:
+    found = reading.find(folder)
+    runs = [Named(run.uri) for run in found.runs]
+    return runs + [one for sweep in found.sweeps for one in _of_sweep(sweep, tracking, say)]
 
 
-def _is_run(inside: set[str]) -> bool:
-    return RUN_FILE in inside or (CHECKPOINTS in inside and TRIALS not in inside)
-
-
-def _of_sweep(sweep: Location, ended: bool, tracking: str | None, say: Say) -> list[_Named]:
-    record = _read_json(sweep / RUN_RECORD)
+def _of_sweep(sweep: Location, tracking: str | None, say: Say) -> list[Named]:
+    record = read_object(sweep / RUN_RECORD)
     parent = str(record.get("run_id") or "")
-    found = _trials(sweep, parent)
-    if not ended and parent:
+    found = trials(sweep, parent)
+    if parent and not reading.has_ended(sweep):
         # A trial under way has no file yet; its MLflow run is known from its start.
         try:
-            uri = _store(record, tracking)
+            uri = named_store(record, tracking)
             with asking_mlflow(uri) as (client, _):
                 under_way = _children(client, client.get_run(parent))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             say(f"the sweep has not ended, and what is under way is not shown: {error}")
         else:
             found += under_way
@@ -166,34 +104,7 @@ def _of_sweep(sweep: Location, ended: bool, tracking: str | None, say: Say) -> l
     return found
 
 
-def _trials(sweep: Location, parent: str) -> list[_Named]:
-    """The trials that have an outcome in a sweep's folder; none where that is out of sight."""
-    found = []
-    for info in (sweep / TRIALS).list():
-        outcome = _read_json(sweep / TRIALS / info.base_name)
-        if "label" in outcome:
-            found.append(
-                _Named(
-                    _where_now(outcome.get("run") or "", sweep),
-                    str(outcome["label"]),
-                    outcome.get("seed"),
-                    str(outcome.get("failure") or ""),
-                    parent,
-                )
-            )
-    return found
-
-
-def _where_now(run: str, sweep: Location) -> str:
-    """A trial's folder; where that is gone, beside the sweep's, as if all had been moved."""
-    if not run or Location.of(run).exists():
-        return run
-    output = posixpath.dirname(posixpath.dirname(sweep.uri.rstrip("/")))
-    moved = posixpath.join(output, posixpath.basename(run.rstrip("/")))
-    return moved if Location.of(moved).exists() else run
-
-
-def _of_mlflow_run(run_id: str, tracking: str | None) -> list[_Named]:
+def _of_mlflow_run(run_id: str, tracking: str | None) -> list[Named]:
     require(run_id != "", f"{MLRUNS}/RUN_ID needs the id of a run, as MLflow's page shows it")
     uri = tracking_uri(Location.of("runs"), tracking)
     with asking_mlflow(uri) as (client, where):
@@ -212,7 +123,7 @@ def _of_mlflow_run(run_id: str, tracking: str | None) -> list[_Named]:
     folder = run.data.tags.get("run.folder")
     if children:
         # The sweep's folder, where it is seen from here, knows of trials that never began, too.
-        return [*(_trials(Location.of(folder), run_id) if folder else []), *children]
+        return [*(trials(Location.of(folder), run_id) if folder else []), *children]
     if folder is None:
         raise ValueError(
             f"MLflow run {run_id} has no tag run.folder and no children, so it is no run of "
@@ -221,19 +132,19 @@ def _of_mlflow_run(run_id: str, tracking: str | None) -> list[_Named]:
     return [_of_known(run)]
 
 
-def _children(client: "MlflowClient", parent: "Run") -> list[_Named]:
+def _children(client: "MlflowClient", parent: "Run") -> list[Named]:
     query = f"tags.`{_PARENT}` = '{parent.info.run_id}'"
     return [_of_known(run) for run in _search(client, parent.info.experiment_id, query)]
 
 
-def _of_known(run: "Run") -> _Named:
+def _of_known(run: "Run") -> Named:
     tags = run.data.tags
     words = {
         name.removeprefix("sweep."): value
         for name, value in run.data.params.items()
         if name.startswith("sweep.")
     }
-    return _Named(
+    return Named(
         tags.get("run.folder", ""),
         ", ".join(f"{axis} {value}" for axis, value in words.items()),
         parent=tags.get(_PARENT, ""),
@@ -241,7 +152,7 @@ def _of_known(run: "Run") -> _Named:
     )
 
 
-def _of_experiment(name: str, tracking: str | None, folder_is_there: bool) -> list[_Named]:
+def _of_experiment(name: str, tracking: str | None, folder_is_there: bool) -> list[Named]:
     """The runs of an MLflow experiment; none where a folder of that name is there and MLflow is
     not."""
     uri = tracking_uri(Location.of("runs"), tracking)
@@ -284,10 +195,7 @@ def _search(client: "MlflowClient", experiment_id: str, query: str) -> "Iterator
             return
 
 
-# Reading a run -----------------------------------------------------------------------------------
-
-
-def _read(named: _Named, tracking: str | None) -> ComparedRun:
+def _read(named: Named, tracking: str | None) -> ComparedRun:
     if not named.folder:
         name = named.label or "a run without a folder"
         if named.seed is not None:
@@ -298,11 +206,11 @@ def _read(named: _Named, tracking: str | None) -> ComparedRun:
         if not folder.exists():
             return _without_folder(named, tracking)
         run = read_run(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         # One damaged run must not hide the others. A file from elsewhere may hold anything.
         log.exception("%s cannot be read", folder)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        run = ComparedRun(folder.name, folder.uri, "unreadable", note=f"not readable: {reason}")
+        note = f"not readable: {one_line(error)}"
+        run = ComparedRun(folder.name, folder.uri, "unreadable", note=note)
     if named.failure and not run.note:
         run = replace(run, note=named.failure)
         if run.status != "finished":
@@ -315,131 +223,7 @@ def _read(named: _Named, tracking: str | None) -> ComparedRun:
     return run
 
 
-def read_run(folder: Location) -> ComparedRun:
-    """What a run's folder tells. OSError or ValueError where it cannot be read."""
-    record = _read_json(folder / RUN_FILE)
-    experiment = record.get("experiment") or _experiment_of_checkpoint(folder)
-    curves, protocols = _curves(folder)
-    rates = [
-        value for _, value in curves.get("throughput/images_per_second", ()) if math.isfinite(value)
-    ]
-    tracked = _read_json(folder / RUN_RECORD)
-    kind = str(experiment.get("method", {}).get(config.TYPE_KEY, ""))
-    return ComparedRun(
-        name=record.get("name") or folder.name,
-        folder=folder.uri,
-        status=_status(folder, record),
-        method=_method(kind),
-        judged_by=record.get("judged_by") or _judge(kind),
-        recipe=str(experiment.get("name", "")),
-        note=str(record.get("failure") or ""),
-        parameters={
-            name: _scalar(value)
-            for name, value in config.flatten(experiment).items()
-            if value is not None
-        },
-        curves=curves,
-        protocols=protocols,
-        pictures=_pictures(folder),
-        images_per_second=statistics.median(rates) if rates else None,
-        tracked=Tracked(tracked["run_id"], tracked.get("tracking_uri", ""))
-        if tracked.get("run_id")
-        else None,
-    )
-
-
-def _status(folder: Location, record: dict[str, Any]) -> Status:
-    if is_training(folder):
-        killed = _read_json(folder / SHIPPED).get("status") == "KILLED"
-        return "interrupted" if killed and not folder.is_local else "running"
-    match record.get("status"):
-        case "finished":
-            return "finished"
-        case "failed":
-            return "failed"
-        case _:
-            return "interrupted"
-
-
-def _experiment_of_checkpoint(folder: Location) -> dict[str, Any]:
-    """The experiment of a folder that has no record; empty where it has no checkpoint either."""
-    for info in reversed((folder / CHECKPOINTS).list()):
-        found = _read_json(folder / CHECKPOINTS / info.base_name / "experiment.json")
-        if found:
-            return found
-    return {}
-
-
-def _curves(folder: Location) -> tuple[dict[str, Points], dict[str, str]]:
-    """(metrics by name, probes' protocols by probe). A step that was repeated after a restart is
-    one point: the last."""
-    records, _ = SpoolReader(folder / SPOOL).read({})
-    points: dict[str, dict[int, float]] = {}
-    protocols: dict[str, str] = {}
-    for record in records:
-        match record:
-            case {"kind": "metrics", "images_seen": int(seen), "values": dict(values)}:
-                for name, value in values.items():
-                    if isinstance(value, int | float):
-                        points.setdefault(name, {})[seen] = float(value)
-            case {"kind": "tags", "values": dict(values)}:
-                protocols |= _protocols(values)
-    return {name: sorted(found.items()) for name, found in points.items()}, protocols
-
-
-def _protocols(tags: dict[str, str]) -> dict[str, str]:
-    """{"probe.knn.protocol": "knn-v1 ..."} -> {"knn": "knn-v1 ..."}"""
-    before, after = "probe.", ".protocol"
-    return {
-        name.removeprefix(before).removesuffix(after): str(text)
-        for name, text in tags.items()
-        if name.startswith(before) and name.endswith(after)
-    }
-
-
-def _pictures(folder: Location) -> dict[str, Location]:
-    place = folder / ARTIFACTS / PICTURES
-    return {
-        posixpath.splitext(info.base_name)[0]: place / info.base_name
-        for info in place.list()
-        if info.is_file and info.base_name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
-    }
-
-
-def _method(kind: str) -> str:
-    """ "selfray.methods.mae:MAEConfig" -> "mae", as MethodConfig.name."""
-    return kind.partition(":")[0].rpartition(".")[2]
-
-
-@cache
-def _judge(kind: str) -> str:
-    """The probe that judges a method, from its class: this imports torch. kNN where there is no
-    such method here."""
-    if not kind:
-        return "knn"
-    try:
-        return getattr(config.config_type(kind), "judged_by", "knn")
-    except ValueError:
-        return "knn"
-
-
-def _scalar(value: Any) -> Scalar:
-    return value if isinstance(value, str | int | float | bool) else str(value)
-
-
-def _read_json(file: Location) -> dict[str, Any]:
-    """The object in a file; empty where there is none, or it is damaged."""
-    try:
-        value = file.read_json()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-# A run that only MLflow knows --------------------------------------------------------------------
-
-
-def _without_folder(named: _Named, tracking: str | None) -> ComparedRun:
+def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
     """What MLflow knows of a run whose folder is not seen from here."""
     name = posixpath.basename(named.folder.rstrip("/"))
     if named.known is None:
@@ -451,18 +235,18 @@ def _without_folder(named: _Named, tracking: str | None) -> ComparedRun:
     method = tags.get("method", "")
     curves: dict[str, Points] = {}
     with asking_mlflow(tracking_uri(Location.of("runs"), tracking)) as (client, _):
-        for metric in _FROM_MLFLOW:
+        for metric in SUMMARY:
             if metric in run.data.metrics:
                 history = client.get_metric_history(run.info.run_id, metric)
                 curves[metric] = sorted({point.step: point.value for point in history}.items())
-    rates = [value for _, value in curves.get("throughput/images_per_second", ())]
+    rates = [value for _, value in curves.get(RATE, ())]
     notes = [tags.get("failure", ""), "its folder is not seen from here: MLflow's figures alone"]
     return ComparedRun(
         name=name,
         folder=named.folder,
         status=statuses.get(run.info.status, "interrupted"),
         method=method,
-        judged_by=_judge(f"selfray.methods.{method}:{parameters.get('method.type', '')}"),
+        judged_by=judge_of(f"selfray.methods.{method}:{parameters.get('method.type', '')}"),
         recipe=tags.get("recipe", ""),
         label=named.label,
         note="; ".join(note for note in notes if note),
@@ -472,7 +256,7 @@ def _without_folder(named: _Named, tracking: str | None) -> ComparedRun:
             if not name.startswith("sweep.")
         },
         curves=curves,
-        protocols=_protocols(tags),
+        protocols=protocols_in(tags),
         images_per_second=statistics.median(rates) if rates else None,
         tracked=Tracked(run.info.run_id, parent=named.parent),
     )
@@ -492,61 +276,40 @@ def _parsed(text: str) -> Scalar:
     return text
 
 
-# The page in MLflow ------------------------------------------------------------------------------
-
-
 def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> str:
     """Log a page as an artifact, and say in one line what became of that.
 
     The trials of one sweep have it at the sweep's run, a single run at its own. Any other choice of
-    runs gets an MLflow run of its own, named comparison, in their experiment; comparing the same
-    runs again replaces the page there.
+    runs has no run in MLflow that it belongs to: its page is a file alone.
     """
     known = [run.tracked for run in runs if run.tracked is not None]
     if not known:
         return "not logged: no MLflow run belongs to these runs"
-    # A password is not recorded; then the environment must name the store.
-    recorded = {"tracking_uri": known[0].store}
     try:
-        with asking_mlflow(_store(recorded, tracking)) as (client, where):
-            target, what = _target(client, known)
-            client.log_text(target, page, PAGE)
+        (uri,) = {named_store({"tracking_uri": one.store}, tracking) for one in known}
+        with asking_mlflow(uri) as (client, where):
+            target = _target(client, known)
+            if target is None:
+                return "not logged: these runs are not of one sweep, so the page is a file alone"
+            client.log_text(target.info.run_id, page, PAGE)
     except Exception as error:  # each artifact store's client raises its own
         log.exception("the page was not logged")
-        return f"not logged: {' '.join(str(error).split()) or type(error).__name__}"
-    return f"logged to MLflow ({where}) as {PAGE} of {what}"
+        return f"not logged: {one_line(error)}"
+    kind = "run" if len(known) == 1 else "sweep"
+    return f"logged to MLflow ({where}) as {PAGE} of the {kind} {target.info.run_name}"
 
 
-def _store(record: dict[str, Any], tracking: str | None) -> str:
-    """The store that a run's folder names, unless a person names one."""
-    recorded = str(record.get("tracking_uri") or "")
-    known = None if "***" in recorded else recorded or None
-    return tracking_uri(Location.of("runs"), tracking or known)
-
-
-def _target(client: "MlflowClient", known: Sequence[Tracked]) -> tuple[str, str]:
-    """(id, description) of the MLflow run that is to have the page."""
+def _target(client: "MlflowClient", known: Sequence[Tracked]) -> "Run | None":
+    """The MLflow run that is to have the page; None where there is none."""
     if len(known) == 1:
-        run = client.get_run(known[0].run_id)
-        return run.info.run_id, f"the run {run.info.run_name}"
+        return client.get_run(known[0].run_id)
     parents = set()
     for tracked in known:
         tags = {} if tracked.parent else client.get_run(tracked.run_id).data.tags
         parents.add(tracked.parent or tags.get(_PARENT, ""))
         if len(parents) > 1 or "" in parents:
-            break
-    if len(parents) == 1 and "" not in parents:
-        run = client.get_run(parents.pop())
-        return run.info.run_id, f"the sweep {run.info.run_name}"
-    ids = sorted({tracked.run_id for tracked in known})
-    key = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:16]
-    experiment = client.get_run(known[0].run_id).info.experiment_id
-    found = client.search_runs([experiment], f"tags.`{_COMPARED}` = '{key}'", max_results=1)
-    if found:
-        return found[0].info.run_id, f"the run {found[0].info.run_name}"
-    made = client.create_run(experiment, tags={_COMPARED: key}, run_name="comparison")
-    client.set_terminated(made.info.run_id)
-    return made.info.run_id, f"a run of its own, comparison of {len(ids):,} runs"
+            return None
+    return client.get_run(parents.pop())
 
 
 def default_page(references: Sequence[str]) -> Location:

@@ -2,19 +2,23 @@
 with its cause, within seconds."""
 
 import fcntl
+import json
 import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from selfray.storage import Location, without_password
+from selfray.masking import masked, masked_json
+from selfray.storage import Location
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 QUIET_AND_QUICK = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -42,6 +46,26 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
     database = database_file(uri)
     # Absolute, because other processes with other working directories read the recorded URI.
     return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
+
+
+def named_store(record: Mapping[str, Any], tracking: str | None) -> str:
+    """The MLflow store of a run whose folder names one in its record, where the user names it too.
+
+    A folder is data, and may be a stranger's: a store that only it names is neither contacted, with
+    credentials that are for another, nor written to. ValueError says how the user names it.
+
+    Args:
+        record: the folder's mlflow.json.
+        tracking: the user's flag; with it the record does not matter.
+    """
+    uri = tracking_uri(Location.of("runs"), tracking)
+    recorded = masked(str(record.get("tracking_uri") or ""))
+    if tracking is None and recorded not in ("", masked(uri)):
+        raise ValueError(
+            f"the run's folder names the MLflow store {recorded}, and a store is used only where "
+            "you name it: give --tracking, or MLFLOW_TRACKING_URI, if you know it"
+        )
+    return uri
 
 
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
@@ -73,7 +97,7 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client that asks once and does not wait for minutes."""
     for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
-    where = without_password(uri)
+    where = masked(uri)
     database = database_file(uri)
     if database is not None and not Path(database).exists():  # MLflow would make an empty one
         raise ConnectionError(
@@ -88,7 +112,7 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
         yield MlflowClient(tracking_uri=uri), where
     except (MlflowException, SQLAlchemyError) as error:
         log.exception("MLflow")
-        text = str(error).replace(uri, where)
+        text = masked(str(error))
         refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
         cause = refused[1] if refused else textwrap.shorten(text, 160, placeholder=" ...")
         raise ConnectionError(
@@ -124,3 +148,30 @@ def database_file(uri: str) -> str | None:
 
 def local_runs() -> str:
     return os.path.abspath("runs")
+
+
+@dataclass(frozen=True)
+class DataSetInput:
+    """The data set of a run, as MLflow shows it."""
+
+    name: str
+    digest: str
+    """At most 36 characters; another one for other images."""
+    source: str
+    """A path or URI."""
+    profile: Mapping[str, Any]
+    """Such as {"images": 1200}."""
+
+
+def as_input(found: DataSetInput) -> "DatasetInput":
+    """A data set as MLflow's own kind."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data_set = Dataset(
+        name=found.name,
+        digest=found.digest[:36],
+        source_type="s3" if found.source.startswith("s3://") else "local",
+        source=json.dumps({"uri": masked(found.source)}),
+        profile=json.dumps(masked_json(found.profile)),
+    )
+    return DatasetInput(data_set, [InputTag("mlflow.data.context", "training")])

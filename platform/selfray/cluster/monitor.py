@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from selfray.cluster.probe_tasks import PROBED, ProbeJob, metrics_of, tags_of
+from selfray.cluster.probe_tasks import ProbeJob, metrics_of, tags_of
 from selfray.cluster.shipping import Status
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
+from selfray.metrics import PROBES
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
+from selfray.probes.verdict import gain_over, verdict, without_labels
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
@@ -48,9 +50,10 @@ class Monitor:
         probe_job: ProbeJob | None,
         started: float,
         on_probe: Callable[[int, ProbeResult], None] | None = None,
+        stop_file: str | None = None,
     ) -> None:
         """`on_probe(images_seen, result)` is told of every probe, in the probes' thread; those of
-        an earlier start come again."""
+        an earlier start come again. The run ends soon after `stop_file` is written."""
         self.console = console
         self.run = run
         self.experiment = experiment
@@ -61,6 +64,7 @@ class Monitor:
         self.first_step_seconds = 0.0
         self._probe_job = probe_job
         self._on_probe = on_probe
+        self._stop_file = stop_file
         self._probe_steps = even_steps(plan.total_steps, experiment.probe.times)
         self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
         self._reader = SpoolReader(run / SPOOL)
@@ -80,6 +84,10 @@ class Monitor:
             threading.Thread(target=self._watch, daemon=True, name="selfray-monitor"),
             threading.Thread(target=self._probe_all, daemon=True, name="selfray-probes"),
         ]
+
+    @property
+    def _start(self) -> str:
+        return "untrained" if self.experiment.init_from is None else "what it starts from"
 
     @property
     def seconds(self) -> float:
@@ -160,8 +168,13 @@ class Monitor:
                 for name in list(result)
                 if name.startswith("protocol_")
             }
+            hits = {
+                name.removeprefix("hits_"): result.pop(name)
+                for name in list(result)
+                if name.startswith("hits_")
+            }
             images = result.pop("images_seen")
-            known = ProbeResult(**result, protocols=protocols)
+            known = ProbeResult(**result, protocols=protocols, hits=hits)
             if record["step"] not in self.probes:
                 self._keep_probe(record["step"], images, known)
 
@@ -203,7 +216,7 @@ class Monitor:
             # MLflow and the first probe take seconds of CPU: not before training runs.
             self._start_tracking()
             if self._probe_job is not None and 0 not in self.probes:
-                self._ask_probe(EncoderRef.untrained(self.experiment), 0, 0)
+                self._ask_probe(EncoderRef.start(self.experiment, self.run), 0, 0)
         seen, total = record["images_seen"], self.plan.total_images
         epoch = min(self.experiment.epochs, seen // self.plan.images_per_epoch + 1)
         rate = statistics.median(self._rates[-10:]) if self._rates else record["images_per_second"]
@@ -236,11 +249,20 @@ class Monitor:
             self._tracking = True
             self.tracker.start()
 
+    def verdict(self) -> str | None:
+        """Whether the run made its first weights better, in one line; None for a run from random
+        ones, and where there is nothing to tell it by."""
+        if self.experiment.init_from is None:
+            return None
+        found = verdict(self.probes, self.experiment.method.judged_by)
+        return without_labels(self.probes) if found is None else found.described
+
     def _retain(self) -> None:
         try:
-            checkpoint.retain(
-                self.run, self.experiment.checkpoint.keep, self._best_step(), set(self._pending)
-            )
+            best = self._best_step()
+            if best in self.probes:
+                checkpoint.mark_best(self.run, best)
+            checkpoint.retain(self.run, self.experiment.checkpoint.keep, best, set(self._pending))
         except OSError:
             log.exception("old checkpoints could not be removed")
 
@@ -250,7 +272,7 @@ class Monitor:
         judged = {s: getattr(result, by) for s, result in self.probes.items() if s > 0}
         known = {step: value for step, value in judged.items() if value is not None}
         if known:
-            return max(known, key=lambda step: known[step])
+            return max(known, key=lambda step: (known[step], step))
         return min(self._losses, key=lambda step: self._losses[step], default=None)
 
     # --- the probing thread
@@ -281,17 +303,34 @@ class Monitor:
             "probe",
             step=step,
             images_seen=images_seen,
-            **{name: getattr(result, name) for name in PROBED},
+            **{name: getattr(result, name) for name in PROBES},
             train_images=result.train_images,
             test_images=result.test_images,
             **{f"protocol_{name}": text for name, text in result.protocols.items()},
+            **{f"hits_{name}": text for name, text in result.hits.items()},
         )
         epoch = images_seen / self.plan.images_per_epoch
         self.console.say(
-            f"epoch {epoch:g}: {result.described}" + (" (untrained)" if step == 0 else "")
+            f"epoch {epoch:g}: {result.described}" + (f" ({self._start})" if step == 0 else "")
         )
         self._tell(images_seen, result)
         self._retain()
+        self._end_where_worse()
+
+    def _end_where_worse(self) -> None:
+        """Ask the workers to end where the last probes are surely worse than that of the start."""
+        patience = self.experiment.guard.worse_than_start
+        later = sorted(step for step in self.probes if step > 0)[-patience:]
+        if not patience or self._stop_file is None or 0 not in self.probes or len(later) < patience:
+            return
+        by = self.experiment.method.judged_by
+        gains = [gain_over(self.probes[0], self.probes[step], by) for step in later]
+        if all(gain is not None and gain.high < 0 for gain in gains):
+            reason = (
+                f"{patience} probes in a row are worse than that of the weights it started from: "
+                "give a lower --optimizer.base-learning-rate or a longer --warm-up-head"
+            )
+            Location.of(self._stop_file).write_json({"reason": reason})
 
     def _tell(self, images_seen: int, result: ProbeResult) -> None:
         if self._on_probe is not None:

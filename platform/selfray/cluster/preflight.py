@@ -9,19 +9,22 @@ from dataclasses import replace
 
 from selfray import config
 from selfray.experiment import Experiment
+from selfray.models import weights
+from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
 
 
 def located(experiment: Experiment) -> Experiment:
     """The experiment with absolute paths to what it reads beside its images."""
-    start = experiment.init_from and Location.of(experiment.init_from).uri
+    start = experiment.init_from and weights.located(experiment.init_from)
     return replace(experiment, init_from=start, method=experiment.method.located())
 
 
 def check_init_from(experiment: Experiment) -> None:
-    """ValueError or FileNotFoundError where --init-from does not fit the experiment."""
-    if experiment.init_from is None:
+    """ValueError or FileNotFoundError where a checkpoint does not fit the experiment; public
+    weights are judged by `starting.keep`, which reads them once."""
+    if experiment.init_from is None or starting.starts_from_public(experiment):
         return
     theirs = Checkpoint.open(experiment.init_from).experiment()
     if type(theirs.method) is not type(experiment.method):
@@ -73,11 +76,11 @@ def checkpoint_bytes(experiment: Experiment) -> int:
 
     with torch.device("meta"):
         method = experiment.method.build(experiment.encoder.build())
-    weights = sum(p.numel() * p.element_size() for p in method.state_dict().values())
+    state = sum(p.numel() * p.element_size() for p in method.state_dict().values())
     encoder = sum(p.numel() * p.element_size() for p in method.encoder.state_dict().values())
     moments = 2 if experiment.optimizer.name == "adamw" else 1
     # The kept ones, the best one, and the next while it is written.
-    return (experiment.checkpoint.keep + 2) * ((1 + moments) * weights + encoder)
+    return (experiment.checkpoint.keep + 2) * ((1 + moments) * state + encoder)
 
 
 def _megabytes(size: int) -> str:

@@ -174,6 +174,17 @@ def stop_loopback() -> None:
         _reserved.pop().close()
 
 
+def own_processes() -> dict[str, int]:
+    """The processes without which a Ray that was started here cannot go on, with their numbers."""
+    from ray._private import worker
+
+    started: Any = worker._global_node
+    return {
+        kind: processes[0].process.pid
+        for kind, processes in (started.all_processes if started else {}).items()
+    }
+
+
 def read_token_again() -> None:
     """Ray reads RAY_AUTH_MODE and the token once in a process: a second session has another one."""
     if "ray" not in sys.modules:

@@ -38,9 +38,7 @@ def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str
     from mlflow.exceptions import MlflowException
 
     record = (run / RUN_RECORD).read_json()
-    # A password is not recorded; then the environment must name the server.
-    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
-    uri = tracking_uri(Location.of(experiment.output), known)
+    uri = tracking_uri(Location.of(experiment.output))  # as the run that has just ended did
     with asking_mlflow(uri) as (client, _):
         versions = client.search_model_versions(f"name = '{experiment.name}'")
         same = [v for v in versions if v.tags.get("sha256") == found.digest]

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from selfray import plugins, signals
 from selfray.check import named_amounts
 
 # Set before ray is imported anywhere: ray reads some of these at import.
@@ -132,6 +133,7 @@ class Starting:
             while (line := self._said.get()) is not None:
                 say(line)
             self._said.put(None)  # for the next session of this one
+            signals.catch()
             if self._error is not None:
                 raise self._error
             yield
@@ -140,6 +142,8 @@ class Starting:
 
     def stop(self) -> None:
         """Stop what was started here; may be called when nothing was."""
+        if signals.were_received():  # this process ends now, and Ray's with it
+            return
         self._started.wait()
         if self._is_ours:
             stop()
@@ -168,6 +172,9 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    if plugins.named():
+        # Workers read configs too, and believe only what the driver was told to.
+        options["runtime_env"] = {"env_vars": {plugins.VARIABLE: ",".join(plugins.named())}}
     joined = address is not None and _join(address, options, is_named=named is not None)
     if not joined:
         local_ray.start(options, say)

@@ -18,10 +18,18 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfray.cluster.mlflow_store import QUIET_AND_QUICK, database_file, locked, quiet_logs
+from selfray.cluster.mlflow_store import (
+    QUIET_AND_QUICK,
+    DataSetInput,
+    as_input,
+    database_file,
+    locked,
+    quiet_logs,
+)
+from selfray.masking import masked
 from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL, read_object
 from selfray.runs.spool import SpoolReader
-from selfray.storage import Location, without_password
+from selfray.storage import Location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,19 +61,21 @@ class Shipper:
         parent_run_id: str | None,
         say: Callable[[str], None],
         retry_seconds: tuple[float, float],
+        data_set: DataSetInput | None = None,
     ) -> None:
         """As a Tracker's. `say` is called from the thread."""
         self.uri = uri
-        self.shown_uri = without_password(uri)
+        self.shown_uri = masked(uri)
         self.experiment_name = experiment_name
         self.run_name = run_name
         self.run_folder = run_folder
         self.parent_run_id = parent_run_id
+        self.data_set = data_set
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.run_is_open = threading.Event()
-        self._params = {accepted(key): str(value) for key, value in params.items()}
-        self._tags = {accepted(key): str(value) for key, value in tags.items()}
+        self._params = {accepted(key): masked(str(value)) for key, value in params.items()}
+        self._tags = {accepted(key): masked(str(value)) for key, value in tags.items()}
         self._say = say
         self._retry_seconds = retry_seconds
         self._thread = threading.Thread(
@@ -207,6 +217,8 @@ class Shipper:
             "tags",
             [RunTag(key, _cut(value, MAX_TAG_VAL_LENGTH)) for key, value in tags.items()],
         )
+        if self.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
+            client.log_inputs(info.run_id, [as_input(self.data_set)])
         return client
 
     def _recorded_run(self, client: "MlflowClient") -> "Run | None":
@@ -243,7 +255,10 @@ class Shipper:
             return experiment.experiment_id
         try:
             return client.create_experiment(
-                self.experiment_name, artifact_location=self._artifact_root()
+                self.experiment_name,
+                artifact_location=self._artifact_root(),
+                # Or MLflow's page opens it as one of language models, with the runs out of sight.
+                tags={"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -289,7 +304,7 @@ class Shipper:
                     ]
                 case {"kind": "tags", "values": dict(values)}:
                     tags |= {
-                        accepted(key): _cut(str(value), MAX_TAG_VAL_LENGTH)
+                        accepted(key): _cut(masked(str(value)), MAX_TAG_VAL_LENGTH)
                         for key, value in values.items()
                     }
                 case {"kind": "artifact", "path": str(path)} if path not in artifacts:
@@ -404,7 +419,7 @@ class Shipper:
             text = caused_by[1].rpartition("): ")[2]
         if "timed out" in text:
             text = f"no answer within {os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT']} s"
-        return _cut(text.replace(self.uri, self.shown_uri), 300)
+        return _cut(masked(text), 300)
 
 
 class _DeletedRunError(Exception):

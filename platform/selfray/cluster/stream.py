@@ -78,7 +78,7 @@ class Stream:
     @property
     def most_steps_per_chunk(self) -> int:
         sizes = [view.size or 0 for group in self.source.views.values() for view in group]
-        image_bytes = sum(3 * size**2 for size in sizes)
+        image_bytes = sum(self.source.channels * size**2 for size in sizes)
         step_bytes = image_bytes * self.micro_batch * self.share.accumulate
         most = min(CHUNK_BYTES, self.room) // step_bytes
         return int(np.clip(most, 1, MOST_STEPS_PER_CHUNK))

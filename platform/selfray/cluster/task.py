@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfray.data.reader import ShardSet
+from selfray.data.shard_set import ShardSet
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ sends it in a background thread of the driver.
 """
 
 import io
+import json
 import os
 import posixpath
 import shutil
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfray.check import require
-from selfray.cluster.mlflow_store import database_file, local_runs
+from selfray.cluster.mlflow_store import DataSetInput, database_file, local_runs
 from selfray.cluster.shipping import Shipper, Status
 from selfray.runs.folder import ARTIFACTS, SPOOL
+from selfray.runs.ranking import run_page
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 
@@ -50,6 +52,7 @@ class Tracker:
         parent_run_id: str | None = None,
         say: Callable[[str], None] = print,
         retry_seconds: tuple[float, float] = (1.0, 30.0),
+        data_set: DataSetInput | None = None,
     ) -> None:
         """`retry_seconds`: the first and the longest pause between attempts at a dead server."""
         require(experiment_name != "", "experiment_name must not be empty")
@@ -72,6 +75,7 @@ class Tracker:
             parent_run_id,
             say,
             retry_seconds,
+            data_set,
         )
         self._is_started = False
         # One writer for each start of the driver: a predecessor that is not quite dead yet must
@@ -87,6 +91,10 @@ class Tracker:
         require(not self._is_started, "this Tracker was started before")
         self._is_started = True
         self._shipper.start()
+
+    def describe_run(self, text: str) -> None:
+        """What the run is, shown at the top of its page in MLflow; the last text counts."""
+        self.set_tags({"mlflow.note.content": text})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the MLflow run, as soon as the server is there."""
@@ -117,10 +125,17 @@ class Tracker:
         data = io.BytesIO()
         image.save(data, format="JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG")
         data.seek(0)
+        self._log(data, path)
+
+    def log_json(self, value: Any, path: str) -> None:
+        """Keep a JSON value as `path` and send it, as a picture."""
+        self._log(io.BytesIO(json.dumps(value).encode()), path)
+
+    def _log(self, data: io.BytesIO, path: str) -> None:
         try:
             self._keep(path, data)
         except OSError as error:
-            self._say(f"the picture {path} could not be kept ({error}): training goes on")
+            self._say(f"{path} could not be kept ({error}): training goes on")
             return
         self._writer.event("artifact", path=path)
 
@@ -139,8 +154,7 @@ class Tracker:
         """The run's page on a tracking server; None for a database, or before the run exists."""
         if self.run_id is None or not self.uri.startswith(("http://", "https://")):
             return None
-        page = f"#/experiments/{self._shipper.experiment_id}/runs/{self.run_id}"
-        return f"{self._shipper.shown_uri.rstrip('/')}/{page}"
+        return run_page(self._shipper.shown_uri, str(self._shipper.experiment_id), self.run_id)
 
     def describe(self) -> str:
         """One line for the console: what the run is called in MLflow and how to look at it."""

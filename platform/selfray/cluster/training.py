@@ -11,7 +11,6 @@ import torch
 from selfray import config
 from selfray.check import require
 from selfray.cluster import stream
-from selfray.cluster.recorder import EndedEarly, Recorder
 from selfray.cluster.stream import Stream
 from selfray.cluster.task import WorkerTask
 from selfray.data.broken import BrokenTally
@@ -19,8 +18,8 @@ from selfray.data.plan import Share
 from selfray.data.source import BROKEN, REASON, source_of
 from selfray.experiment import Experiment
 from selfray.method import Batch
-from selfray.runs import checkpoint
-from selfray.runs.checkpoint import Checkpoint
+from selfray.runs import checkpoint, starting
+from selfray.runs.recorder import EndedEarly, Recorder
 from selfray.storage import Location
 from selfray.train import TrainState, train
 
@@ -44,7 +43,6 @@ def run(task: WorkerTask) -> None:
         "nodes see (s3://, gs:// or a shared folder)",
     )
     source = source_of(experiment, task.shards)
-    state = TrainState.start(experiment, source.plan.total_images, device)
     recorder = Recorder(
         experiment,
         run_folder,
@@ -54,10 +52,11 @@ def run(task: WorkerTask) -> None:
         None if task.stop_file is None else Location.of(task.stop_file),
     )
     found = checkpoint.latest(run_folder)
-    if found is not None:
+    if found is None:
+        state = starting.state(experiment, run_folder, source.plan.total_images, device)
+    else:
+        state = TrainState.start(experiment, source.plan.total_images, device)
         state.load_state_dict(found.state())
-    elif experiment.init_from is not None:
-        state.load_weights(Checkpoint.open(experiment.init_from).state())
     recorder.started(state, device)
 
     batches = Stream(

@@ -68,14 +68,15 @@ class Compare:
         require(self.pictures >= 0, f"--pictures must be at least 0, got {self.pictures}")
         console.live("reading the runs")
         from selfray.cluster import mlflow_runs
-        from selfray.runs import comparison
+        from selfray.report.page import write_page
+        from selfray.runs import ranking
         from selfray.storage import Location
 
         file = mlflow_runs.default_page(self.runs) if self.page is None else Location.of(self.page)
         _require_ours(file)
-        runs = comparison.ranked(mlflow_runs.read_runs(self.runs, self.tracking, console.say))
+        runs = ranking.ranked(mlflow_runs.read_runs(self.runs, self.tracking, console.say))
         console.live("writing the page")
-        page = comparison.write_page(runs, self.title or _title(self.runs), self.pictures)
+        page = write_page(runs, self.title or _title(self.runs), self.pictures)
         try:
             file.write_bytes(page.encode())
         except OSError as error:
@@ -83,14 +84,14 @@ class Compare:
                 f"{file} cannot be written ({error.strerror or error}): give --page another file"
             ) from None
         if self.json is not None:
-            Location.of(self.json).write_json(comparison.as_json(runs))
+            Location.of(self.json).write_json(ranking.as_json(runs))
         # What is written is written before anything is shown: a reader such as `head` may leave.
-        for line in comparison.table(runs):
+        for line in ranking.table(runs):
             console.say(line)
         console.say()
-        for text in comparison.cautions(runs).values():
+        for text in ranking.cautions(runs).values():
             console.say(text)
-        for run in runs[: comparison.MOST_LINES]:
+        for run in runs[: ranking.MOST_LINES]:
             if run.note:
                 console.say(f"{run.title}: {run.status}: {run.note}")
         console.say(f"page: {file}")
@@ -104,7 +105,7 @@ class Compare:
 
 def _require_ours(file: "Location") -> None:
     """A page may be written over, another's file may not."""
-    from selfray.runs.comparison import MARK
+    from selfray.report.page import MARK
 
     require(not file.is_folder(), f"--page {file} is a folder: give a file")
     if file.exists() and MARK.encode() not in file.read_bytes()[:1000]:

@@ -16,7 +16,7 @@ import yaml
 
 from selfray import config
 from selfray.check import require
-from selfray.commands.early import nearest
+from selfray.commands.words import nearest
 from selfray.storage import Location
 
 if TYPE_CHECKING:  # torch takes seconds to import

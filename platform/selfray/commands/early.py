@@ -4,7 +4,6 @@ torch takes seconds to import and Ray takes more to start, and a typo needs neit
 says which flags each recipe has; `make flags` writes it from the recipes, a test compares.
 """
 
-import difflib
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from selfray.check import require
+from selfray.commands.words import nearest
 
 TABLE = "flags.json"
 OF_ALL = "*"
@@ -59,12 +59,6 @@ def flags_of(recipe: str) -> Mapping[str, str] | None:
     table = json.loads(resources.files("selfray.commands").joinpath(TABLE).read_text("utf-8"))
     own = table["recipes"].get(recipe)
     return None if own is None else table["flags"][OF_ALL] | table["flags"][own]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the end of a message: `; did you mean --batch-size?`, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _given(words: Sequence[str]) -> list[tuple[str, list[str]]]:

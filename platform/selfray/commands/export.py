@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from selfray import __version__
 from selfray.check import require
 from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
-from selfray.commands.reference import described, name_of, open_checkpoint
+from selfray.commands.reference import described, name_of, open_checkpoint, run_folder
 from selfray.commands.words import plain, size
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class Export:
         if self.to == "onnx":
             _require_onnx()
         console.live("loading torch and timm")
+        from selfray.runs.starting import licence_of
+
         checkpoint = open_checkpoint(self.checkpoint, self.tracking, console)
+        checkpoint = _best_of(checkpoint, self.checkpoint, console)
         name = name_of(checkpoint) + (".onnx" if self.to == "onnx" else "")
         target = Path(os.path.abspath(os.path.expanduser(self.output or name)))
         if target.exists() and not self.force:
@@ -75,6 +78,8 @@ class Export:
         total = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
         console.say(f"{target}: {size(total)}, {described(experiment)}, step {checkpoint.step:,}")
         console.say(verdict)
+        if (licence := licence_of(experiment.init_from, experiment.encoder)) is not None:
+            console.say(f"its weights began as public ones, and stay under: {licence}")
         console.say("\n" + lines + "\n")
         side, (mean, std) = experiment.encoder.image_size, _normalization(experiment)
         console.say(
@@ -82,6 +87,23 @@ class Export:
             f"divided by {plain(std)}"
         )
         return 0
+
+
+def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Checkpoint":
+    """Of a run, the checkpoint with the best probe; a checkpoint that was named stays."""
+    from selfray.runs.checkpoint import best
+
+    run = run_folder(newest)
+    if run is None or newest.location.name in reference:
+        return newest
+    found = best(run)
+    if found is None or found.step == newest.step:
+        return newest
+    console.say(
+        f"taking step {found.step:,}, whose probe is the best; for the last one give "
+        f"{newest.location}"
+    )
+    return found
 
 
 def _normalization(experiment: "Experiment") -> tuple[tuple[float, ...], tuple[float, ...]]:

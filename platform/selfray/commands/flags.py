@@ -16,7 +16,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from selfray.commands.early import nearest
+from selfray.commands.words import nearest
 
 
 def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:

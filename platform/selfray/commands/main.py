@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
-from selfray import __version__
+from selfray import __version__, plugins, signals
 from selfray.check import require
+from selfray.commands.check_method import CheckMethod
 from selfray.commands.compare import Compare
 from selfray.commands.doctor import Doctor
-from selfray.commands.early import nearest
 from selfray.commands.embed import Embed
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
 from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
-from selfray.commands.script import INTERRUPTED, one_line_errors, with_console
+from selfray.commands.script import one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
-from selfray.commands.words import one_line
+from selfray.commands.words import nearest, one_line
 
 if TYPE_CHECKING:
     from selfray.console import Console
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "probe": Probe,
     "compare": Compare,
+    "check-method": CheckMethod,
     "doctor": Doctor,
 }
 PRETRAIN_IN_SHORT = """Pretrain an encoder by a recipe, a file or both.
@@ -116,7 +117,7 @@ def main() -> int:
         return train_tokenizer(words[1:], prog="selfray tokenizer")
     if words[0] == "sweep" and len(words) > 1 and not words[1].startswith("-"):
         return one_line_errors(lambda: _sweep(words[1], words[2:]))
-    return one_line_errors(lambda: _quietly(parse(words)))
+    return one_line_errors(lambda: _quietly(parse(plugins.take(words))))
 
 
 def _sweep(name: str, words: Sequence[str]) -> int:
@@ -149,7 +150,7 @@ def _quietly(command: Any) -> int:
             return command.run(console)
         except KeyboardInterrupt:
             console.say(f"interrupted: {command.interrupted}")
-            return INTERRUPTED
+            return signals.exit_code()
         except (ValueError, OSError):
             raise
         except Exception as error:

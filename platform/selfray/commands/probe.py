@@ -16,6 +16,7 @@ from selfray.commands.labelled import (
     slug,
 )
 from selfray.commands.reference import described, name_of, open_checkpoint, output_of, run_folder
+from selfray.metrics import ACCURACIES, probe_name
 from selfray.storage import Location
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _quick(
         len(judged.examined.train),
         len(judged.examined.test),
         {**{key: str(p) for key, p in protocols.items()}, "labelfree": str(LabelFree())},
-        **evaluation.label_free(judged),
+        **evaluation.label_free(judged),  # type: ignore[arg-type]
     )
 
 
@@ -213,10 +214,12 @@ def _table(
     yield f"{first.train_images:,} train and {first.test_images:,} test images of {where}"
     yield ""
     width = max(len(judged.title) for judged in results)
-    yield f"{'':{width}}     kNN  linear  RankMe  seconds"
+    shown = (*ACCURACIES, "rankme")
+    head = "".join(f"  {probe_name(name):>6}" for name in shown)
+    yield f"{'':{width}}{head}  seconds"
     for _, title, result, seconds in results:
-        accuracies = f"{result.knn:6.1%}  {result.linear:6.1%}"
-        yield f"{title:{width}}  {accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
+        accuracies = "".join(f"  {getattr(result, name):6.1%}" for name in ACCURACIES)
+        yield f"{title:{width}}{accuracies}  {result.rankme or 0.0:6.1f}  {seconds:7.1f}"
     yield ""
     yield from first.protocols.values()
 

@@ -5,8 +5,6 @@ Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing wa
 """
 
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfray import plugins, signals
 from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.config_file import as_yaml, read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
-from selfray.console import Console, quiet_console
+from selfray.commands.start_flags import with_encoder_of_start
+from selfray.commands.words import nearest
+from selfray.console import Console, LogFormatter, printable, quiet_console
 from selfray.recipes import NAMES, every
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs n
 BAD_INPUT = 2
 
 
-INTERRUPTED = 130
+INTERRUPTED = signals.INTERRUPTED
 
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,13 @@ def run_pretrain(
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_help(description, prog))
             return 0
-        early.refuse(arguments, NAMES, prog)
+        # Before Ray starts, whose workers are to know of them too.
+        words = plugins.take(arguments)
+        own = plugins.recipes()
+        early.refuse(words, (*NAMES, *own), prog)
         ray = runtime.Starting()  # Ray's processes come up while torch is imported
         try:
-            experiment = parse(recipes(), arguments, description, prog)
+            experiment = parse({**recipes(), **own}, words, description, prog)
             return with_console(
                 log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then),
@@ -99,8 +103,8 @@ def parse(
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in recipes:
-            raise ValueError(f"{prog}: there is no recipe {name}{early.nearest(name, recipes)}")
-        base = recipes[name]
+            raise ValueError(f"{prog}: there is no recipe {name}{nearest(name, recipes)}")
+        base = with_encoder_of_start(recipes, [name, *words])[name]
     if file is not None:
         base = read_config(file, base, recipes)
     assert base is not None, "early.refuse asks for a recipe or a file"
@@ -175,16 +179,15 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
     with quiet_console(folder / name) as console:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
-        # `ray job stop`, a batch system and `kill` send SIGTERM: the run is to end as by Ctrl-C.
-        signal.signal(signal.SIGTERM, _interrupt)
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogFormatter())
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        signals.catch()
         try:
             return body(console)
         except KeyboardInterrupt:
             console.say("interrupted: the same command continues from the last checkpoint")
-            return INTERRUPTED
+            return signals.exit_code()
         except RuntimeError as error:
             from selfray.cluster.endings import RunFailed
 
@@ -199,22 +202,30 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             return BAD_INPUT
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _leave() -> None:
+    """End at once by the signal's exit code."""
+    if "ray" in sys.modules:
+        from selfray.cluster import local_ray
+
+        local_ray.abandon()
+    logging.shutdown()
+    signals.leave()
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
     """Run `main`; bad input is one line on standard error, and exit code 2."""
+    signals.catch()
     try:
         code = main()
-        if code == INTERRUPTED:
-            # Threads of Ray and MLflow may still be in native code, and Python's own way out would
-            # then abort with exit code -6.
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        if signals.were_received():
+            _leave()
         return code
+    except KeyboardInterrupt:
+        if not signals.were_received():
+            raise
+        print("interrupted: nothing was begun yet", file=sys.stderr)
+        _leave()
+        raise
     except (BadSetting, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from selfray import config
 from selfray.check import require
 from selfray.cluster import runtime
-from selfray.commands.early import check_path, nearest
+from selfray.commands.early import check_path
 from selfray.commands.script import log_folder, with_console
+from selfray.commands.words import nearest
 from selfray.console import Console
+from selfray.metrics import ProbeName
 from selfray.recipes import NAMES
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -46,12 +48,12 @@ class SweepFlags:
     the worse take over from the better and vary (population-based training, for schedules)."""
     samples: int = 8
     """Values that a search draws, or members of a population."""
-    rank_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
+    rank_by: ProbeName | None = None
     """What ranks the runs; None takes the probe that judges the method, and RankMe where the
     images have no labels (not for MAE and BEiT, which it misleads about)."""
     stop_worse: bool = False
     """Stop runs that are not among the best at a rung (ASHA), judged at their checkpoints."""
-    stop_by: Literal["knn", "linear", "rankme", "uniformity", "alignment"] | None = None
+    stop_by: ProbeName | None = None
     """What runs are stopped by; None takes what ranks."""
     first_rung: float = 0.25
     """Share of the images that every run sees before it may be stopped."""

@@ -1,6 +1,7 @@
 """Figures as a person reads them."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def size(count: int) -> str:
@@ -24,3 +25,9 @@ def plain(values: Sequence[float]) -> str:
 def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the end of a message: `; did you mean --batch-size?`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
@@ -45,6 +47,8 @@ class DataSets:
     """What is neither, by its folder or file, and its images."""
     unlabeled_files: int = 0
     """So many files at the end of `train` are those of a split of unlabelled images."""
+    channels: int = 3
+    """As data.channels says."""
 
     @property
     def unlabeled(self) -> int:
@@ -65,12 +69,15 @@ class DataSets:
         shards = self.train.labelled if self.can_probe else self.train
         if self.test is not None:
             own = self.test.labelled if self.can_probe else self.test
-            train = Sample(shards, *sample_rows(shards, train_limit), size)
-            return train, Sample(own, *sample_rows(own, test_limit), size)
+            train = self._sample(shards, *sample_rows(shards, train_limit), size)
+            return train, self._sample(own, *sample_rows(own, test_limit), size)
         groups, rows = sample_rows(shards, train_limit + test_limit)
         test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
-        test = Sample(shards, groups[:test_rows], rows[:test_rows], size)
-        return Sample(shards, groups[test_rows:], rows[test_rows:], size), test
+        test = self._sample(shards, groups[:test_rows], rows[:test_rows], size)
+        return self._sample(shards, groups[test_rows:], rows[test_rows:], size), test
+
+    def _sample(self, shards: ShardSet, groups: np.ndarray, rows: np.ndarray, size: int) -> Sample:
+        return Sample(shards, groups, rows, size, channels=self.channels)
 
     def described(self) -> list[str]:
         """What was understood of the data, in one line, and what is odd about it."""
@@ -166,7 +173,7 @@ def open_data(
             "--data.path is missing: give a folder of images, a folder of shards or Parquet "
             "files, local, s3:// or gs://"
         )
-    opened = _open_data(data, _Opener(data, output, say, build))
+    opened = replace(_open_data(data, _Opener(data, output, say, build)), channels=data.channels)
     if describe:
         for line in opened.described():
             say(line)

@@ -4,6 +4,7 @@ The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, a
 if there are labels. Files written by `datasets` open as they are.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,12 @@ class ShardSet:
     def __hash__(self) -> int:
         # Asked for in each read: not over thousands of files and their row groups.
         return hash((self.uri, self.image_column, len(self.files)))
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits that are others for other files: by the name and the rows of each."""
+        text = "\n".join(f"{file.uri} {file.group_rows}" for file in self.files)
+        return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
     @property
     def rows(self) -> int:

@@ -35,16 +35,17 @@ class Source:
     plan: ReadPlan
     views: Views
     photometric: Photometric = "cpu"
+    channels: int = 3
 
     def allocate(self, count: int) -> Arrays:
         """Room for the views of so many images, with their masks: what `draw` fills."""
-        return allocate(self.views, count, self.photometric)
+        return allocate(self.views, count, self.photometric, self.channels)
 
     def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
         """The augmented images at positions [start, start + count): one micro-batch; its views
         lie in `out`, which `allocate` made, if that is given.
 
-        Each group of views as uint8 [count, V, 3, H, W], its masks as bool [count, V, N]; with
+        Each group of views as uint8 [count, V, C, H, W], its masks as bool [count, V, N]; with
         `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
         A broken image's place is taken by a neighbour, so that counts stay what the plan says;
         `reason` says what is broken and why: "FILE row 7: truncated: ...", or the same
@@ -84,7 +85,9 @@ class Source:
         out: Arrays | None = None,
     ) -> Augmented:
         seed = self.plan.seed
-        return augment_batch(images, self.views, seed, epoch, quantiles, self.photometric, out)
+        return augment_batch(
+            images, self.views, seed, epoch, quantiles, self.photometric, out, self.channels
+        )
 
     def _substitute(self, start: int, count: int, reason: str) -> bytes:
         """A readable image from elsewhere in the epoch. BrokenImage where none is found."""
@@ -95,7 +98,7 @@ class Source:
             rows = self.plan.read(epoch * self.plan.images_per_epoch + other, count)
             for data in read_rows(self.shards, rows.groups, rows.rows)[0]:
                 try:
-                    decode(data)
+                    decode(data, channels=self.channels)
                 except BrokenImage:
                     continue
                 return data
@@ -105,10 +108,10 @@ class Source:
         )
 
     def originals(self, start: int, count: int, size: int) -> np.ndarray:
-        """The same images unaugmented: central views uint8 [count, 3, size, size]."""
+        """The same images unaugmented: central views uint8 [count, C, size, size]."""
         chosen = self.plan.read(start, count)
         images, _ = read_rows(self.shards, chosen.groups, chosen.rows)
-        return evaluation_views(images, size)[0]
+        return evaluation_views(images, size, self.channels)[0]
 
     def name_of(self, position: int) -> str:
         """The file and row at a position, for messages."""
@@ -178,27 +181,31 @@ class Sample:
     rows: np.ndarray
     size: int
     block_rows: int = 512
+    channels: int = 3
 
     @property
     def blocks(self) -> int:
         return -(-len(self.rows) // self.block_rows)
 
     def read(self, block: int) -> Arrays:
-        """`views` uint8 [n, 3, size, size] and `label` int64 [n]; unreadable images left out."""
+        """`views` uint8 [n, C, size, size] and `label` int64 [n]; unreadable images left out."""
         cv2.setNumThreads(1)
         chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
         images, labels = read_rows(self.shards, self.groups[chosen], self.rows[chosen])
-        views, readable = evaluation_views(images, self.size)
+        views, readable = evaluation_views(images, self.size, self.channels)
         return {VIEWS: views[readable], LABEL: labels[readable]}
 
 
-def evaluation_views(images: Sequence[bytes], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images' central views, uint8 [n, 3, size, size], and bool [n]: which could be read."""
-    views = np.zeros((len(images), 3, size, size), dtype=np.uint8)
+def evaluation_views(
+    images: Sequence[bytes], size: int, channels: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images' central views, uint8 [n, C, size, size], and bool [n]: which could be read."""
+    views = np.zeros((len(images), channels, size, size), dtype=np.uint8)
     readable = np.ones(len(images), dtype=bool)
     for index, data in enumerate(images):
         try:
-            views[index] = evaluation_view(decode(data), size).transpose(2, 0, 1)
+            image = decode(data, channels=channels)
+            views[index] = evaluation_view(image, size).transpose(2, 0, 1)
         except BrokenImage:
             readable[index] = False
     return views, readable
@@ -212,4 +219,5 @@ def source_of(experiment: "Experiment", shards: ShardSet) -> Source:
         experiment.seed,
         experiment.data.window_rows,
     )
-    return Source(shards, plan, experiment.views, experiment.data.photometric)
+    data = experiment.data
+    return Source(shards, plan, experiment.views, data.photometric, data.channels)

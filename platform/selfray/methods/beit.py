@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfray.check import require
-from selfray.method import Batch, Method, MethodConfig, Normalization, whole
+from selfray.method import Batch, Method, MethodConfig, Normalization, hidden_places, whole
 from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.schedules import Progress
@@ -103,7 +103,7 @@ class BEiT(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = batch["global"][:, 0], batch["global_mask"][:, 0]  # [B, 3, H, W], [B, N]
-        hidden = mask.flatten().nonzero().squeeze(1)  # [M], hidden patches in the whole batch
+        hidden = hidden_places(batch, "global")  # [M], hidden patches in the whole batch
         tokens = self.tokenizer(images).flatten()[hidden]  # [M]
         features = self.encoder(images, mask=mask, mask_token=self.mask_token)
         logits = self.head(features.patches.flatten(0, 1)[hidden]).float()  # [M, K]

@@ -14,7 +14,15 @@ from selfray.check import require
 from selfray.config import added
 from selfray.health import deviation
 from selfray.losses import regression_to_target
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.method import (
+    Batch,
+    ComparingMethod,
+    Embedded,
+    MethodConfig,
+    fitted,
+    follow,
+    teacher_of,
+)
 from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
@@ -26,7 +34,7 @@ FIRST, SECOND = asymmetric_views((0.08, 1.0))
 
 @dataclass(frozen=True)
 class BYOLConfig(MethodConfig):
-    why_not_accumulate: ClassVar[str | None] = "the heads' batch norms would see micro-batches"
+    compares: ClassVar[bool] = True
 
     momentum: Schedule = field(default_factory=lambda: Cosine(0.996, 1.0))
     """How much of the target network stays in each step."""
@@ -57,7 +65,7 @@ class BYOLConfig(MethodConfig):
         return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
 
 
-class BYOL(Method):
+class BYOL(ComparingMethod):
     def __init__(self, config: BYOLConfig, encoder: Encoder) -> None:
         super().__init__()
         hidden, width = config.projector_hidden, config.projector_width
@@ -72,21 +80,33 @@ class BYOL(Method):
         self.target_encoder = teacher_of(self.encoder)
         self.target_projector = teacher_of(self.projector)
 
-    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    # One view after the other: batch norm must not mix the two views' statistics.
+
+    def embed(self, batch: Batch, progress: Progress) -> Embedded:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
-        # One view after the other: batch norm must not mix the two views' statistics.
-        aim = self._aim(second)  # [b, P]
-        loss = regression_to_target(self._predict(first), aim)
-        loss = loss + regression_to_target(self._predict(second), self._aim(first))
+        return {"first": self.encoder(first).cls, "second": self.encoder(second).cls}  # [b, D]
+
+    def targets(self, batch: Batch, progress: Progress) -> Embedded:
+        first, second = batch["global"].unbind(1)
+        encoder = self.target_encoder
+        return {"second": encoder(second).cls, "first": encoder(first).cls}  # [b, D]
+
+    def compare(
+        self, embedded: Embedded, targets: Embedded, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        aim = self._aim(targets["second"])  # [b, P]
+        loss = regression_to_target(self._predict(embedded["first"]), aim)
+        other = self._aim(targets["first"])
+        loss = loss + regression_to_target(self._predict(embedded["second"]), other)
         # Collapse shows here: the encoder's batch norms keep its features apart all the same.
         return loss, {"projection_std": deviation(aim)}
 
-    def _predict(self, images: Tensor) -> Tensor:
-        return self.predictor(self.projector(self.encoder(images).cls))  # [b, P]
+    def _predict(self, features: Tensor) -> Tensor:
+        return self.predictor(self.projector(features))  # [b, D] -> [b, P]
 
     @torch.no_grad()
-    def _aim(self, images: Tensor) -> Tensor:
-        return self.target_projector(self.target_encoder(images).cls)  # [b, P]
+    def _aim(self, features: Tensor) -> Tensor:
+        return self.target_projector(features)  # [b, D] -> [b, P]
 
     def after_step(self, progress: Progress) -> None:
         momentum = self.config.momentum(progress)

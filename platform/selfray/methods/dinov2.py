@@ -14,7 +14,16 @@ from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.health import below_uniform
 from selfray.losses import koleo, masked_distillation, self_distillation, sinkhorn
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.method import (
+    Batch,
+    ComparingMethod,
+    Embedded,
+    MethodConfig,
+    fitted,
+    follow,
+    hidden_places,
+    teacher_of,
+)
 from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import Centering, PrototypeHead
@@ -26,9 +35,7 @@ FIRST, SECOND = asymmetric_views((0.32, 1.0))
 
 @dataclass(frozen=True)
 class DINOv2Config(MethodConfig):
-    why_not_accumulate: ClassVar[str | None] = (
-        "KoLeo and Sinkhorn-Knopp compare the images of the whole batch"
-    )
+    compares: ClassVar[bool] = True
 
     prototypes: int = 65_536
     """K, the dimension of the image head's output."""
@@ -119,7 +126,7 @@ class DINOv2Config(MethodConfig):
         return DINOv2(self, encoder)
 
 
-class DINOv2(Method):
+class DINOv2(ComparingMethod):
     def __init__(self, config: DINOv2Config, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
@@ -146,31 +153,46 @@ class DINOv2(Method):
             self.student.width, config.hidden, config.bottleneck, prototypes, config.free_norms
         )
 
-    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch["global"]  # [b, 2, 3, H, W]
-        mask = batch["global_mask"].flatten(0, 1)  # [2b, N]
-        hidden = mask.flatten().nonzero().squeeze(1)  # [M], hidden patches among all
-        teacher, teacher_patches = self._teach(images, hidden, progress)  # [b, 2, K], [M, K']
-
+    def embed(self, batch: Batch, progress: Progress) -> Embedded:
+        images, mask = batch["global"], batch["global_mask"].flatten(0, 1)  # [b, 2, ...], [2b, N]
         seen = self.student(images.flatten(0, 1), mask=mask, mask_token=self.mask_token)
-        logits = [self.student_head(seen.cls).unflatten(0, images.shape[:2])]  # [b, 2, K]
+        embedded = {
+            "global": seen.cls.unflatten(0, images.shape[:2]),  # [b, 2, D]
+            "patches": seen.patches.flatten(0, 1)[hidden_places(batch, "global")],  # [M, D]
+        }
         if "local" in batch:
             crops = batch["local"]  # [b, L, 3, h, w]
-            local = self.student_head(self.student(crops.flatten(0, 1)).cls)
-            logits.append(local.unflatten(0, crops.shape[:2]))  # [b, L, K]
+            local = self.student(crops.flatten(0, 1)).cls
+            embedded["local"] = local.unflatten(0, crops.shape[:2])  # [b, L, D]
+        return embedded
+
+    def targets(self, batch: Batch, progress: Progress) -> Embedded:
+        images, mask = batch["global"], batch["global_mask"].flatten(0, 1)
+        hidden = hidden_places(batch, "global")  # [M], hidden patches among all
+        seen = self.encoder(images.flatten(0, 1))
+        weights = 1 / mask.sum(1).clamp_min(1)  # [2b]
+        return {
+            "global": seen.cls.unflatten(0, images.shape[:2]),  # [b, 2, D]
+            "patches": seen.patches.flatten(0, 1)[hidden],  # [M, D]
+            "weights": weights.repeat_interleave(mask.shape[1])[hidden],  # [M]
+        }
+
+    def compare(
+        self, embedded: Embedded, targets: Embedded, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, teacher_patches = self._teach(targets, progress)  # [b, 2, K], [M, K']
+        crops = [embedded[name] for name in ("global", "local") if name in embedded]
+        logits = torch.cat([_each(self.student_head, cls) for cls in crops], dim=1)  # [b, S, K]
         temperature = self.config.student_temperature
-        image_loss = self_distillation(torch.cat(logits, dim=1), teacher, temperature)
+        image_loss = self_distillation(logits, teacher, temperature)
 
         head = self.student_patch_head or self.student_head
-        patch_logits = head(seen.patches.flatten(0, 1)[hidden])  # [M, K']
-        weights = 1 / mask.sum(1).clamp_min(1)  # [2b]
-        weights = weights.repeat_interleave(mask.shape[1])[hidden]  # [M]
+        patch_logits = head(embedded["patches"])  # [M, K']
+        views = embedded["global"].flatten(0, 1).shape[0]
         patch_loss = masked_distillation(
-            patch_logits, teacher_patches, weights, len(mask), temperature
+            patch_logits, teacher_patches, targets["weights"], views, temperature
         )
-        spread_loss = torch.stack(
-            [self._spread(cls) for cls in seen.cls.unflatten(0, images.shape[:2]).unbind(1)]
-        ).sum()
+        spread_loss = torch.stack([self._spread(cls) for cls in embedded["global"].unbind(1)]).sum()
 
         loss = (
             image_loss
@@ -188,13 +210,12 @@ class DINOv2(Method):
         }
 
     @torch.no_grad()
-    def _teach(self, images: Tensor, hidden: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    def _teach(self, targets: Embedded, progress: Progress) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities for the crops [b, 2, K] and for the patches that are hidden
         from the student [M, K']."""
-        features = self.encoder(images.flatten(0, 1))
-        logits = self.teacher_head(features.cls).unflatten(0, images.shape[:2])
+        logits = _each(self.teacher_head, targets["global"])  # [b, 2, K]
         head = self.teacher_patch_head or self.teacher_head
-        patch_logits = head(features.patches.flatten(0, 1)[hidden])
+        patch_logits = head(targets["patches"])
         temperature = self.config.teacher_temperature(progress)
         if self.config.centering == "softmax":
             return (
@@ -231,3 +252,8 @@ class DINOv2(Method):
         if self.config.centering == "softmax":
             self.centering.follow()
             self.patch_centering.follow()
+
+
+def _each(head: PrototypeHead, features: Tensor) -> Tensor:
+    """[b, V, D] -> [b, V, K]."""
+    return head(features.flatten(0, 1)).unflatten(0, features.shape[:2])

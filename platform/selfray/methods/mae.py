@@ -86,6 +86,7 @@ class MAE(Method):
             config.decoder_heads,
             encoder.config.grid,
             self.patch,
+            encoder.config.in_channels,
         )
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -120,11 +121,12 @@ class MAE(Method):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The decoder's pixels [B, N, 3 * patch^2] for all patches, hidden ones in `mask` [B, N].
 
-        Every image hides the same number of patches.
+        Every image hides the same number of patches, that of `mask_ratio`.
         """
         # A stable sort of False before True: the visible patches' indices in their order.
         order = mask.int().argsort(dim=1, stable=True)
-        visible = order[:, : int((~mask[0]).sum())]  # [B, Nv]
+        hides = RandomMask(self.config.mask_ratio)
+        visible = order[:, : hides.visible(mask.shape[1])]  # [B, Nv]
         features = self.encoder(images, visible)
         seen = self.decoder.embed(features.patches)  # [B, Nv, W]
         tokens = self.mask_token.to(seen.dtype).repeat(*mask.shape, 1)  # [B, N, W]

@@ -15,7 +15,15 @@ from selfray.check import require
 from selfray.config import added
 from selfray.health import below_chance
 from selfray.losses import batch_contrast
-from selfray.method import Batch, Method, MethodConfig, fitted, follow, teacher_of
+from selfray.method import (
+    Batch,
+    ComparingMethod,
+    Embedded,
+    MethodConfig,
+    fitted,
+    follow,
+    teacher_of,
+)
 from selfray.models import initial
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
@@ -28,9 +36,7 @@ FIRST, SECOND = asymmetric_views((0.08, 1.0))
 
 @dataclass(frozen=True)
 class MoCoV3Config(MethodConfig):
-    why_not_accumulate: ClassVar[str | None] = (
-        "a query's negatives are the other images of its batch, so micro-batches would have fewer"
-    )
+    compares: ClassVar[bool] = True
 
     temperature: float = 0.2
     """Softmax temperature of the loss: 0.2 for ViTs, 1.0 for ResNets."""
@@ -65,7 +71,7 @@ class MoCoV3Config(MethodConfig):
         return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
 
 
-class MoCoV3(Method):
+class MoCoV3(ComparingMethod):
     def __init__(self, config: MoCoV3Config, encoder: Encoder) -> None:
         super().__init__()
         hidden, width = config.projector_hidden, config.projector_width
@@ -82,18 +88,29 @@ class MoCoV3(Method):
         self.momentum_encoder = teacher_of(self.encoder)
         self.momentum_projector = teacher_of(self.projector)
 
-    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed(self, batch: Batch, progress: Progress) -> Embedded:
         first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
-        loss = self._contrast(first, second) + self._contrast(second, first)
-        # Two cross entropies, each times twice the temperature.
-        each = loss.detach() / (4 * self.config.temperature)
-        return loss, {"below_chance": below_chance(each, len(first) * distributed.world_size())}
+        return {"first": self.encoder(first).cls, "second": self.encoder(second).cls}  # [b, D]
 
-    def _contrast(self, query_images: Tensor, key_images: Tensor) -> Tensor:
-        queries = self.predictor(self.projector(self.encoder(query_images).cls))  # [b, P]
+    def targets(self, batch: Batch, progress: Progress) -> Embedded:
+        first, second = batch["global"].unbind(1)
+        encoder = self.momentum_encoder
+        return {"second": encoder(second).cls, "first": encoder(first).cls}  # [b, D]
+
+    def compare(
+        self, embedded: Embedded, targets: Embedded, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self._contrast(embedded["first"], targets["second"])
+        loss = loss + self._contrast(embedded["second"], targets["first"])
+        # Two cross entropies, each times twice the temperature.
+        one = loss.detach() / (4 * self.config.temperature)
+        candidates = len(embedded["first"]) * distributed.world_size()
+        return loss, {"below_chance": below_chance(one, candidates)}
+
+    def _contrast(self, query_features: Tensor, key_features: Tensor) -> Tensor:
+        queries = self.predictor(self.projector(query_features))  # [b, P]
         with torch.no_grad():
-            local = self.momentum_projector(self.momentum_encoder(key_images).cls)
-            keys = distributed.gather(local)  # [B, P]
+            keys = distributed.gather(self.momentum_projector(key_features))  # [B, P]
         first = distributed.rank() * len(queries)
         return batch_contrast(queries, keys, first, self.config.temperature)
 

@@ -14,7 +14,7 @@ from selfray.check import require
 from selfray.config import added
 from selfray.health import below_chance
 from selfray.losses import nt_xent
-from selfray.method import Batch, Method, MethodConfig, fitted
+from selfray.method import Batch, ComparingMethod, Embedded, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.heads import projector
 from selfray.schedules import Progress
@@ -23,10 +23,7 @@ from selfray.views import ColorJitter, View, Views
 
 @dataclass(frozen=True)
 class SimCLRConfig(MethodConfig):
-    why_not_accumulate: ClassVar[str | None] = (
-        "every image's negatives are the other images of its batch, so micro-batches would have "
-        "fewer negatives"
-    )
+    compares: ClassVar[bool] = True
 
     temperature: float = 0.1
     """Softmax temperature of the loss."""
@@ -67,7 +64,7 @@ class SimCLRConfig(MethodConfig):
         return distributed.with_global_batchnorm(method) if self.global_batchnorm else method
 
 
-class SimCLR(Method):
+class SimCLR(ComparingMethod):
     def __init__(self, config: SimCLRConfig, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
@@ -81,10 +78,15 @@ class SimCLR(Method):
             "affine" if config.last_bias else "scaled",
         )
 
-    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed(self, batch: Batch, progress: Progress) -> Embedded:
         views = batch["global"]  # [b, 2, 3, H, W]
-        features = self.encoder(views.flatten(0, 1)).cls  # [2b, D]
-        local = self.projector(features).unflatten(0, (-1, 2))  # [b, 2, P]
+        return {"cls": self.encoder(views.flatten(0, 1)).cls.unflatten(0, (-1, 2))}  # [b, 2, D]
+
+    def compare(
+        self, embedded: Embedded, targets: Embedded, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        features = embedded["cls"]  # [b, 2, D]
+        local = self.projector(features.flatten(0, 1)).unflatten(0, (-1, 2))  # [b, 2, P]
         everyone = distributed.gather(local)  # [B, 2, P]
         first = distributed.rank() * local.shape[0]
         loss = nt_xent(local, everyone, first, self.config.temperature)

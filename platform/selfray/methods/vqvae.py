@@ -84,6 +84,7 @@ class VQVAE(Method):
             config.decoder_heads,
             encoder.config.grid,
             self.patch,
+            encoder.config.in_channels,
         )
         self._embedded: list[Tensor] = []
 

@@ -11,14 +11,21 @@ class PatchDecoder(nn.Module):
     """Transformer blocks over all patches, and a linear layer to each patch's pixels."""
 
     def __init__(
-        self, inputs: int, width: int, depth: int, heads: int, grid: int, patch: int
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: int,
+        patch: int,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(inputs, width)
         blocks = [Block(width, heads, qkv_bias=True) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
-        self.pixels = nn.Linear(width, 3 * patch**2)
+        self.pixels = nn.Linear(width, channels * patch**2)
         self.register_buffer("positions", sincos_positions(width, grid), persistent=False)  # [N, W]
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -29,7 +36,7 @@ class PatchDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, cls: Tensor | None = None) -> Tensor:
-        """Pixels [B, N, 3 * patch^2] from embedded tokens [B, N, W] of all patches in their order,
+        """Pixels [B, N, C * patch^2] from embedded tokens [B, N, W] of all patches in their order,
         and an embedded class token [B, W] where there is one."""
         tokens = tokens + self.get_buffer("positions")
         if cls is not None:
@@ -39,7 +46,7 @@ class PatchDecoder(nn.Module):
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, patch * patch * 3]: patches in row-major order."""
+    """[B, C, H, W] -> [B, N, patch * patch * C]: patches in row-major order."""
     b, c, height, width = images.shape
     rows, columns = height // patch, width // patch
     cells = images.reshape(b, c, rows, patch, columns, patch)
@@ -50,5 +57,5 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
     """The inverse of patchify, for square images."""
     b, n, _ = patches.shape
     side = int(n**0.5)
-    cells = patches.reshape(b, side, side, patch, patch, 3)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
+    cells = patches.reshape(b, side, side, patch, patch, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, side * patch, side * patch)

@@ -4,15 +4,18 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
+from selfray import distributed
 from selfray.check import require, require_one_of
+from selfray.config import added
 from selfray.models import resnet, vit
+from selfray.views import MOST_CHANNELS
 
 
 class Features(NamedTuple):
@@ -22,6 +25,9 @@ class Features(NamedTuple):
     """[B, D]: the image's feature: the class token, or the pooled map."""
     patches: Tensor
     """[B, N, D]: a feature for each patch (under a mask: for each visible one)."""
+
+
+Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class EncoderConfig:
     """A ViT's number of blocks."""
     heads: int | None = None
     """A ViT's number of attention heads."""
-    position: Literal["learned", "sincos", "relative"] = "learned"
+    position: Position = "learned"
     """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3), `relative` is a bias on the
-    attention that all blocks share (BEiT; for the names beit_*)."""
+    attention that all blocks share (BEiT; for the names beit_*), `relative_each` one of each block
+    (fine-tuned BEiT), `rotary` turns queries and keys by their place (DINOv3, EVA-02)."""
     layer_scale: float | None = None
     """Start of a ViT's factors on the channels of each residual branch (BEiT, DINOv2)."""
     registers: int = 0
@@ -63,6 +70,14 @@ class EncoderConfig:
     """A ResNet's number of blocks in each stage."""
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
+    norm: Literal["batch", "ghost", "group"] = added("batch")
+    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
+    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
+    recompute: bool = added(False)
+    """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
+    more time, a fraction of the memory, the same numbers."""
+    in_channels: int = added(3)
+    """Channels of the images: those of data.channels."""
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
@@ -73,7 +88,11 @@ class EncoderConfig:
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
         )
-        require_one_of("encoder.position", self.position, ("learned", "sincos", "relative"))
+        require_one_of("encoder.position", self.position, get_args(Position))
+        require(
+            1 <= self.in_channels <= MOST_CHANNELS,
+            f"encoder.in_channels must lie in [1, {MOST_CHANNELS}], got {self.in_channels}",
+        )
         require(self.registers >= 0, f"encoder.registers must be at least 0, got {self.registers}")
         require(
             self.layer_scale is None or self.layer_scale > 0,
@@ -86,10 +105,11 @@ class EncoderConfig:
                 f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
                 "out",
             )
+        fitting = positions_of(self.name)
         require(
-            (self.position == "relative") == self.is_beit,
-            f"encoder.position {self.position} does not go with {self.name}: BEiT's encoders, such "
-            "as beit_base_patch16_224, have relative positions, others learned or sincos ones",
+            self.position in fitting,
+            f"encoder.position {self.position} does not go with {self.name}: give "
+            f"--encoder.position {' or '.join(fitting)}",
         )
         require(
             not (self.is_beit and self.registers), "encoder.registers are not for BEiT's encoders"
@@ -112,6 +132,17 @@ class EncoderConfig:
                     self.width % 4 == 0,
                     f"encoder.width must be a multiple of 4 for sincos, got {self.width}",
                 )
+        require_one_of("encoder.norm", self.norm, ("batch", "ghost", "group"))
+        require(
+            self.norm == "batch" or not self.is_vit,
+            f"encoder.norm {self.norm} is for ResNets: {self.name} has no batch norms",
+        )
+        if self.norm == "group":
+            require(self.is_resnet, f"encoder.norm group is for ResNets, not for {self.name}")
+            require(
+                all(count % 32 == 0 for count in self.channels or ()),
+                f"encoder.channels {self.channels} must be multiples of 32 for encoder.norm group",
+            )
         require(
             not self.small_stem or self.is_resnet,
             f"encoder.small_stem is for ResNets, not for {self.name}",
@@ -119,7 +150,13 @@ class EncoderConfig:
 
     @property
     def is_vit(self) -> bool:
-        return self.name.startswith(("vit_", "deit_", "deit3_")) or self.is_beit
+        named = self.name.startswith(("vit_", "deit_", "deit3_"))
+        return named or self.is_beit or self.is_rotary
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether timm builds it as an `Eva` whose attention has rotary positions."""
+        return _is_rotary(self.name)
 
     @property
     def is_beit(self) -> bool:
@@ -150,6 +187,7 @@ class EncoderConfig:
             "registers": self.registers > 0,
             "swiglu": self.swiglu,
             "drop_path_uniform": self.drop_path_uniform,
+            "recompute": self.recompute,
         }
 
     @property
@@ -167,16 +205,21 @@ class EncoderConfig:
             "channels": self.channels,
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
-            "reg_tokens": self.registers or None,
+            "num_reg_tokens" if self.is_rotary else "reg_tokens": self.registers or None,
+            "norm_layer": GroupNorm if self.norm == "group" else None,
+            "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
             # timm's names are of fine-tuned models: a bias for each block, averaged patches.
-            options |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+            shared = self.position == "relative"
+            options |= {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+        if self.is_beit or self.is_rotary:
             options["global_pool"] = "token"
         if self.swiglu:
-            kind = {"swiglu_mlp": True} if self.is_beit else {"mlp_layer": SwiGLU}
+            flag = self.is_beit or self.is_rotary
+            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": SwiGLU}
             options |= {"mlp_ratio": self._gated_ratio, **kind}
-            options |= {} if self.is_beit else {"act_layer": "silu"}
+            options |= {} if flag else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
     @property
@@ -191,6 +234,20 @@ class EncoderConfig:
 
     def build(self) -> "Encoder":
         return Encoder(self)
+
+
+@lru_cache
+def _is_rotary(name: str) -> bool:
+    # The names eva_* are of the first EVA, whose positions are learned alone.
+    built_by = timm.model_entrypoint(name).__module__
+    return built_by == "timm.models.eva" and not name.startswith("eva_")
+
+
+def positions_of(name: str) -> tuple[Position, ...]:
+    """The kinds of position embedding that timm's model of a name can have here."""
+    if name.startswith(("beit_", "beitv2_")):
+        return ("relative", "relative_each")
+    return ("rotary",) if _is_rotary(name) else ("learned", "sincos")
 
 
 @lru_cache
@@ -219,10 +276,13 @@ class Encoder(nn.Module):
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
+        except AssertionError as error:  # timm's own mistakes are ValueErrors and TypeErrors
+            raise ValueError(f"encoder.name {config.name} cannot be had here: {error}") from None
         if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
             raise ValueError(
                 f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
-                "that is not known here: take a vit_*, deit_* or beit_* model of learned positions"
+                "that is not known here: take a vit_*, deit_* or beit_* model of learned or rotary "
+                "positions"
             )
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
@@ -243,7 +303,7 @@ class Encoder(nn.Module):
         """Features of images.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
                 reach nothing (MAE). Only for ViTs. None shows all.
             mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
@@ -253,7 +313,9 @@ class Encoder(nn.Module):
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
         """
         if self.config.is_vit:
-            return Features(*vit.encode(self.backbone, images, visible, mask, mask_token))
+            recompute = self.config.recompute and self.training
+            tokens = vit.encode(self.backbone, images, visible, mask, mask_token, recompute)
+            return Features(*tokens)
         assert visible is mask is None, f"{self.config.name} has no patch tokens to leave out"
         return Features(*resnet.encode(self.backbone, images))
 
@@ -263,9 +325,10 @@ def export_weights(encoder: Encoder) -> dict[str, Tensor]:
 
     At the encoder's image size its features are ours. At others, where timm is asked for them
     (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
-    they are resized as local crops have them (vit.resized_positions).
+    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
+    the weights, all must ask.
     """
-    tensors = encoder.backbone.state_dict()
+    tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if encoder.config.small_stem:
         weights["conv1.weight"] = resnet.widen_stem(weights["conv1.weight"])
@@ -294,17 +357,17 @@ def _hint(config: EncoderConfig) -> str:
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Features:
-    """Features of uint8 images [B, 3, H, W], normalised here."""
+    """Features of uint8 images [B, C, H, W], normalised here."""
     return encoder(normalize(images, mean, std))
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [..., 3, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
+    """uint8 [..., C, H, W] in 0..255 -> float32, (x / 255 - mean) / std for each channel."""
     shift, scale = _channels(mean, images.device), _channels(std, images.device)
     return (images.float() - shift) / scale
 
 
 @lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
-    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(3, 1, 1)
+    """[C, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(-1, 1, 1)

@@ -33,7 +33,7 @@ class Portable:
         arguments = {k: v for k, v in config.options.items() if k != "num_classes"}
         if config.is_vit and not config.is_beit:
             arguments["dynamic_img_size"] = True
-        if config.swiglu and not config.is_beit:
+        if config.swiglu and not (config.is_beit or config.is_rotary):
             return cls(PACKED, _packed_arguments(encoder, arguments), _packed(weights))
         return cls(config.name.partition(".")[0], arguments, weights)
 

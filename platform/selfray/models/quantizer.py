@@ -53,7 +53,8 @@ class Quantizer(nn.Module):
         activity = self.get_buffer("activity")
         count = len(embedded) * distributed.world_size()
         tokens = self.tokens(embedded)  # [n]
-        assigned = torch.bincount(tokens, minlength=len(codes)).to(usage.dtype)
+        # Not bincount, which on a GPU asks for the largest token and waits.
+        assigned = torch.zeros_like(usage).index_add_(0, tokens, usage.new_ones(len(tokens)))
         assigned = distributed.sum_over_ranks(assigned)  # [K]
         sums = distributed.sum_over_ranks(torch.zeros_like(codes).index_add_(0, tokens, embedded))
         moved = F.normalize(torch.lerp(F.normalize(sums, dim=-1), codes, momentum), dim=-1)
@@ -68,7 +69,7 @@ class Quantizer(nn.Module):
         """A feature of the global batch for each code, drawn at random: [K, C] on every rank."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(count, (len(self.get_buffer("codes")),), generator=generator)
-        place = chosen.to(embedded.device) - distributed.rank() * len(embedded)
+        place = chosen.to(embedded.device, non_blocking=True) - distributed.rank() * len(embedded)
         is_mine = (place >= 0) & (place < len(embedded))
         rows = embedded[place.clamp(0, len(embedded) - 1)] * is_mine[:, None]
         return distributed.sum_over_ranks(rows)

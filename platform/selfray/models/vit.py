@@ -1,16 +1,19 @@
 """ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-KNOWN = (VisionTransformer, Beit)
+KNOWN = (VisionTransformer, Beit, Eva)
 """The classes of timm whose tokens can be left out and replaced here."""
 
 
@@ -20,11 +23,13 @@ def encode(
     visible: Tensor | None = None,
     mask: Tensor | None = None,
     mask_token: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the class token [B, D] and patch tokens [B, N or Nv, D].
 
     Patches outside `visible` are left out before the first block: this is where MAE's speed comes
     from. Embeddings of patches in `mask` are replaced by `mask_token` before positions are added.
+    With `recompute`, the backward pass computes each block again.
     """
     embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
     if mask is not None:
@@ -33,20 +38,45 @@ def encode(
         embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
     if isinstance(backbone, Beit):
         assert visible is None, "a relative position bias needs all patches"
-        tokens = _beit_blocks(backbone, embedded)
+        tokens = _beit_blocks(backbone, embedded, recompute)
+    elif isinstance(backbone, Eva):
+        tokens = _rotary_blocks(backbone, embedded, visible, recompute)
     else:
-        tokens = _vit_blocks(backbone, embedded, visible)
+        tokens = _vit_blocks(backbone, embedded, visible, recompute)
     cls = backbone.forward_head(tokens, pre_logits=True)  # pooled as timm's own forward does
     return cls, tokens[:, backbone.num_prefix_tokens :]
 
 
-def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None) -> Tensor:
+def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompute: bool) -> Tensor:
     tokens = _with_positions(backbone, embedded)  # [B, P + N, D]
-    prefix = backbone.num_prefix_tokens
-    if visible is not None:
-        index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
-    return backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
+    tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
+    for block in backbone.blocks:
+        tokens = _through(block, recompute, tokens)
+    return backbone.norm(tokens)
+
+
+def _seen(tokens: Tensor, visible: Tensor | None, prefix: int) -> Tensor:
+    """The prefix and the visible ones of the patches: [B, P + N, D] -> [B, P + Nv, D]."""
+    if visible is None:
+        return tokens
+    index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
+
+
+def _rotary_blocks(
+    backbone: Any, embedded: Tensor, visible: Tensor | None, recompute: bool
+) -> Tensor:
+    tokens, angles = backbone._pos_embed(embedded)  # [B, P + N, D], [(depth, heads,) N, E]
+    tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
+    if visible is not None and angles is not None:
+        # Each image has angles of its own places: [(depth,) B, 1 or heads, Nv, E].
+        chosen = angles[..., visible, :]  # [(depth, heads,) B, Nv, E]
+        angles = chosen.transpose(1, 2) if backbone.rope_mixed else chosen.unsqueeze(1)
+    for number, block in enumerate(backbone.blocks):
+        mixed = backbone.rope_mixed and angles is not None  # each block has angles of its own
+        rope = angles[number] if mixed and angles is not None else angles
+        tokens = _through(block, recompute, tokens, rope=rope)
+    return backbone.norm(tokens)
 
 
 def _with_positions(backbone: Any, embedded: Tensor) -> Tensor:
@@ -86,12 +116,18 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     return resized
 
 
-def _beit_blocks(backbone: Any, embedded: Tensor) -> Tensor:
+def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(partial(block, **named), tokens, use_reentrant=False)
+    return block(tokens, **named)
+
+
+def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
     cls = backbone.cls_token.expand(len(embedded), -1, -1)
     tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
-    bias = backbone.rel_pos_bias()
+    bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     for block in backbone.blocks:
-        tokens = block(tokens, shared_rel_pos_bias=bias)
+        tokens = _through(block, recompute, tokens, shared_rel_pos_bias=bias)
     return backbone.norm(tokens)
 
 
@@ -164,7 +200,7 @@ def fit_positions(
             fitted[name] = resample_abs_pos_embed(
                 theirs, [new, new], [old, old], num_prefix_tokens=prefix
             )
-        elif name.endswith("rel_pos_bias.relative_position_bias_table"):
+        elif name.endswith(".relative_position_bias_table"):
             # (2 side - 1)^2 offsets between patches, and 3 entries for the class token.
             side = (math.isqrt(ours.shape[0] - 3) + 1) // 2
             fitted[name] = resize_rel_pos_bias_table(theirs, (side, side), tuple(ours.shape))

@@ -11,9 +11,7 @@ import math
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import permutations
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -22,17 +20,26 @@ from selfray.check import require
 from selfray.pixels import compose, random
 from selfray.pixels.codecs import BrokenImage, Planes, encode_jpeg, encode_png, open_image
 from selfray.pixels.colour import blurred_length
-from selfray.pixels.draw import PARAMETERS, draw_parameters, extend_cover
+from selfray.pixels.draw import PARAMETERS, extend_cover
+from selfray.pixels.parameters import (
+    DRAWS,
+    ORDERS,
+    Parameters,
+    draw_rows,
+    draws_of,
+    gains_of,
+    specs_of,
+)
 from selfray.pixels.resize import padded_length
 from selfray.pixels.workspace import Workspace
 from selfray.views import (
-    BLUR_SIGMA,
-    CROP_ASPECT,
+    RGB,
     ColorJitter,
     Photometric,
     View,
     Views,
     blur_kernel_size,
+    check_channels,
 )
 
 BACKEND = f"selfray-5/opencv-{cv2.__version__}"
@@ -41,65 +48,7 @@ BACKEND = f"selfray-5/opencv-{cv2.__version__}"
 BROKEN = "broken"
 MASK_SUFFIX = "_mask"
 PARAMETERS_SUFFIX = "_parameters"
-CROP_ATTEMPTS = 10
 EVALUATION_CROP = 0.875
-
-JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
-LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
-# Every view takes the same number of random numbers, used or not: crop attempts, the crop's corner,
-# flip, jitter (whether, order, four strengths), grayscale, blur (whether, sigma), solarize.
-CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
-DRAWS = CROP_DRAWS + 11
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-_ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
-_ASPECTS, _SIGMAS = np.array(CROP_ASPECT), np.array(BLUR_SIGMA)
-
-
-@dataclass(frozen=True, slots=True)
-class Jitter:
-    """Colour jitter: the order of the four operations, their factors, and the shift of the hue."""
-
-    order: tuple[str, ...]
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    """In full turns, within [-0.5, 0.5]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What was drawn for one view; the crop box is in pixels of the source image."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
-    jitter: Jitter | None = None
-    grayscale: bool = False
-    blur_sigma: float | None = None
-    solarize: bool = False
-
-    @property
-    def row(self) -> np.ndarray:
-        """The same as float64 [13], in the columns that draw.py names."""
-        jitter = self.jitter
-        colour = (-1, 1.0, 1.0, 1.0, 0.0)
-        if jitter is not None:
-            order = JITTER_ORDERS.index(jitter.order)
-            colour = (order, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        box = (self.top, self.left, self.height, self.width)
-        others = (self.grayscale, self.blur_sigma or 0.0, self.solarize)
-        return np.array([*box, self.flip, *colour, *others], np.float64)
-
-    @classmethod
-    def of(cls, row: np.ndarray) -> "Parameters":
-        """The inverse of `row`."""
-        top, left, height, width, flip, order, *colour, gray, sigma, solarizes = row.tolist()
-        jitter = Jitter(JITTER_ORDERS[int(order)], *colour) if order >= 0 else None
-        box = (int(top), int(left), int(height), int(width))
-        return cls(*box, bool(flip), jitter, bool(gray), sigma or None, bool(solarizes))
 
 
 @dataclass(frozen=True)
@@ -107,8 +56,9 @@ class Augmented:
     """A batch of views, and for each row whose image could not be read, the reason."""
 
     arrays: dict[str, np.ndarray]
-    """`g` uint8 [B, V, 3, size, size] and `g_mask` bool [B, V, N] by group; `broken` bool [B].
-    With photometric "device" also `g_parameters` float64 [B, V, 13], in draw.py's columns."""
+    """`g` uint8 [B, V, C, size, size] and `g_mask` bool [B, V, N] by group; `broken` bool [B].
+    With photometric "device" also `g_parameters` float64 [B, V, 15], in draw.py's columns (and C
+    more for multispectral images)."""
     reasons: dict[int, str]
 
 
@@ -136,83 +86,40 @@ def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
 
 
-def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Parameters:
-    """One view's parameters for an image of this height and width. Takes DRAWS numbers from rng."""
-    return parameters_from(view, rng.random(DRAWS), height, width)
-
-
-def parameters_from(
-    view: View, uniform: Sequence[float] | np.ndarray, height: int, width: int
-) -> Parameters:
-    """The parameters that DRAWS uniform numbers in [0, 1) give a view: their whole distribution."""
-    drawn = np.asarray(uniform, np.float64)[None]
-    return Parameters.of(_draw_rows(_specs_of((view,)), drawn, height, width)[0])
-
-
-@lru_cache
-def _specs_of(views: tuple[View, ...]) -> np.ndarray:
-    """How views are drawn, float64 [V, 11] in the columns that draw.py names."""
-    rows = []
-    for view in views:
-        jitter = view.color_jitter
-        colour = (-1.0, 0.0, 0.0, 0.0, 0.0)
-        if jitter is not None:
-            strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-            colour = (jitter.probability, *strengths)
-        others = (view.grayscale, view.blur, view.solarize)
-        rows.append([*view.crop_scale, view.flip, *colour, *others])
-    return np.array(rows, np.float64)
-
-
-def _draw_rows(specs: np.ndarray, uniform: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Parameters float64 [V, 13] from uniform [V, DRAWS]."""
-    rows = np.empty((len(specs), PARAMETERS))
-    draw_parameters(
-        specs,
-        uniform,
-        CROP_ATTEMPTS,
-        _ASPECTS,
-        _SIGMAS,
-        len(JITTER_ORDERS),
-        height,
-        width,
-        rows,
-    )
-    return rows
-
-
 # How it is applied
 
 
 _workspace = Workspace()
 
 
-def _room(size: int, length: int) -> tuple[np.ndarray, ...]:
+def _room(size: int, length: int, channels: int) -> tuple[np.ndarray, ...]:
     """The arrays that compose.draw_views works in: lines, columns, turned, padded, blurred.
 
     `size` is the side of a view in pixels, and `length` the bytes of one row of all planes.
     """
     get = _workspace.get
     reach = blur_kernel_size(size) // 2
-    line = blurred_length(size, reach)
+    line = blurred_length(size, reach, channels)
     return (
         get("lines", padded_length(length) * size, np.int16),
         get("columns", length * size, np.int16),
-        get("turned", 3 * size * size, np.uint8),
+        get("turned", channels * size * size, np.uint8),
         get("padded", line + 2 * reach, np.int16),
         get("blurred", size * line, np.int16),
     )
 
 
 def apply(image: np.ndarray, parameters: Parameters, size: int) -> np.ndarray:
-    """The view of an image uint8 [H, W, 3] RGB, which is not changed: uint8 [size, size, 3]."""
-    views = np.empty((1, 3, size, size), np.uint8)
-    draw_views(Planes.of_rgb(image), parameters.row[None], views)
+    """The view of an image uint8 [H, W, C], which is not changed: uint8 [size, size, C]."""
+    channels = image.shape[2]
+    views = np.empty((1, channels, size, size), np.uint8)
+    row = np.concatenate([parameters.row, np.ones(gains_of(channels))])
+    draw_views(Planes.of_interleaved(image), row[None], views)
     return np.ascontiguousarray(views[0].transpose(1, 2, 0))
 
 
 def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: bool = True) -> None:
-    """Fill views uint8 [V, 3, size, size] of one image from its parameters float64 [V, 13].
+    """Fill views uint8 [V, C, size, size] of one image from its parameters float64 [V, 15].
 
     Crop boxes are in pixels of the upright image. Without `recolours`, only crop and flip are done.
     """
@@ -223,16 +130,16 @@ def draw_views(planes: Planes, rows: np.ndarray, views: np.ndarray, recolours: b
         planes.turns,
         planes.stored,
         rows,
-        _ORDERS,
+        ORDERS,
         blur_kernel_size(size) // 2,
-        _room(size, int(planes.layout[:, compose.STRIDE].sum())),
+        _room(size, int(planes.layout[:, compose.STRIDE].sum()), views.shape[1]),
         views,
         recolours,
     )
 
 
 def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
-    """The view of an image uint8 [H, W, 3] for evaluation: uint8 [size, size, 3], nothing random.
+    """The view of an image uint8 [H, W, C] for evaluation: uint8 [size, size, C], nothing random.
 
     The usual protocol: resize the shorter side to size / 0.875, then cut out the central square of
     `size` (256 and 224). If the shorter side is at most `size`, nothing of it is cut off. Both
@@ -247,7 +154,7 @@ def evaluation_view(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to [size, size, 3], as version 1 of the probes' protocols does.
+    """Resize uint8 [H, W, C] to [size, size, C], as version 1 of the probes' protocols does.
 
     At each factor it takes the interpolation of OpenCV's that comes nearest to antialiased bicubic.
     Mean difference from torchvision on photographs: 1.0 of 255 when enlarging (cubic), 1.7 at a
@@ -263,15 +170,19 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
         interpolation = cv2.INTER_LINEAR
     else:
         interpolation = cv2.INTER_AREA
-    return cv2.resize(pixels, (size, size), interpolation=interpolation)
+    resized = cv2.resize(pixels, (size, size), interpolation=interpolation)
+    return resized.reshape(size, size, pixels.shape[2])  # OpenCV drops a single channel
 
 
 # Images and batches
 
 
-def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dict[str, np.ndarray]:
+def allocate(
+    views: Views, images: int, photometric: Photometric = "cpu", channels: int = RGB
+) -> dict[str, np.ndarray]:
     """The arrays of a batch as Augmented describes them, not yet filled."""
     require(len(views) > 0, "views are empty: name a group of them")
+    check_channels(views, channels)
     arrays = {}
     for name, group in views.items():
         require(len(group) > 0, f"views.{name} is empty")
@@ -286,7 +197,7 @@ def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dic
             all((view.size, view.grid) == (size, grid) for view in group),
             f"the views of views.{name} must be of one size and grid; use another group",
         )
-        arrays[name] = _recycled((images, len(group), 3, size, size))  # [B, V, 3, H, W]
+        arrays[name] = _recycled((images, len(group), channels, size, size))  # [B, V, C, H, W]
         masked = sum(view.mask is not None for view in group)
         require(masked in (0, len(group)), f"either all views of views.{name} have a mask or none")
         if masked:
@@ -294,7 +205,7 @@ def allocate(views: Views, images: int, photometric: Photometric = "cpu") -> dic
             assert grid is not None
             arrays[name + MASK_SUFFIX] = np.empty((images, len(group), grid**2), bool)  # [B, V, N]
         if photometric == "device":
-            shape = (images, len(group), PARAMETERS)
+            shape = (images, len(group), PARAMETERS + gains_of(channels))
             arrays[name + PARAMETERS_SUFFIX] = np.empty(shape)
     return arrays
 
@@ -337,14 +248,17 @@ def augment_image(
     views: Views,
     rng: np.random.Generator,
     quantiles: Mapping[str, np.ndarray] | None = None,
+    channels: int = RGB,
 ) -> dict[str, np.ndarray]:
-    """All views of one image: `g` uint8 [V, 3, size, size] and `g_mask` bool [V, N], by group g.
+    """All views of one image: `g` uint8 [V, C, size, size] and `g_mask` bool [V, N], by group g.
 
     `quantiles` are the masks', float [V] by group; see Mask.draw. Raises BrokenImage.
     """
-    arrays = {name: array[0] for name, array in allocate(views, 1).items()}
+    arrays = {name: a[0] for name, a in allocate(views, 1, channels=channels).items()}
     uniform = rng.random((sum(map(len, views.values())), DRAWS))
-    _draw_image(data, views, uniform, arrays)
+    _, count = draws_of(views, channels)
+    more = rng.random((len(uniform), count)) if count else None
+    _draw_image(data, views, uniform, more, arrays)
     _draw_masks(views, rng, arrays, quantiles)
     return arrays
 
@@ -357,6 +271,7 @@ def augment_batch(
     quantiles: Mapping[str, np.ndarray] | None = None,
     photometric: Photometric = "cpu",
     out: Mapping[str, np.ndarray] | None = None,
+    channels: int = RGB,
 ) -> Augmented:
     """The views of a batch of images, each a pure function of (seed, epoch, the image's bytes).
 
@@ -370,6 +285,7 @@ def augment_batch(
         quantiles: the masks' places among those of the batch, float [B, V] by group.
         photometric: "device" leaves out what follows crop and flip, and returns its parameters.
         out: arrays of `allocate` to fill; None to make them.
+        channels: those of the views: 1 for gray, 3 for RGB, others for multispectral images.
 
     A broken image's row is a copy of the nearest earlier readable row, or of the next later one,
     and is marked in `broken`. Raises BrokenImage if no image can be read.
@@ -381,10 +297,11 @@ def augment_batch(
     require(0 <= seed < 2**64, f"seed must lie in [0, 2**64), got {seed}")
     require(0 <= epoch < 2**64, f"epoch must lie in [0, 2**64), got {epoch}")
     cv2.setNumThreads(0)
-    arrays = allocate(views, len(images), photometric) if out is None else dict(out)
+    arrays = dict(out or allocate(views, len(images), photometric, channels))
     count = sum(map(len, views.values()))
+    first, further = (count * draws for draws in draws_of(views, channels))
     keys = [image_key(data) for data in images]
-    uniform = np.empty((len(images), count * DRAWS))
+    uniform = np.empty((len(images), first + further))
     random.fill_uniforms(np.array(keys, np.uint64), np.uint64(seed), np.uint64(epoch), uniform)
     has_masks = any(view.mask is not None for group in views.values() for view in group)
     broken = np.zeros(len(images), bool)
@@ -392,14 +309,16 @@ def augment_batch(
     for row, data in enumerate(images):
         try:
             rows = {name: array[row] for name, array in arrays.items()}
-            _draw_image(data, views, uniform[row].reshape(count, DRAWS), rows, photometric)
+            drawn, more = uniform[row, :first].reshape(count, DRAWS), uniform[row, first:]
+            more = more.reshape(count, -1) if further else None
+            _draw_image(data, views, drawn, more, rows, photometric)
         except BrokenImage as error:
             broken[row] = True
             reasons[row] = str(error)
             continue
         if has_masks:
             rng = generator(seed, epoch, keys[row])
-            rng.random((count, DRAWS))  # as in augment_image: masks are drawn after all views
+            rng.random(first + further)  # as in augment_image: masks are drawn after all views
             places = quantiles and {name: values[row] for name, values in quantiles.items()}
             _draw_masks(views, rng, rows, places)
     if broken.all():
@@ -419,19 +338,26 @@ def _draw_image(
     data: bytes,
     views: Views,
     uniform: np.ndarray,
+    more: np.ndarray | None,
     out: dict[str, np.ndarray],
     photometric: Photometric = "cpu",
 ) -> None:
     """Fill out's arrays with one image's views, from uniform float64 [all views, DRAWS].
 
+    And from more float64 [all views, 2 + gains], if the views need it.
+
     Raises BrokenImage.
     """
-    image = open_image(data)
+    channels = next(out[name].shape[1] for name in views)
+    image = open_image(data, channels=channels)
+    gains = gains_of(channels)
     rows, first, cover = {}, 0, np.array((math.inf, math.inf, 0, 0, math.inf))
     for name, group in views.items():
-        part = uniform[first : first + len(group)]
+        part = slice(first, first + len(group))
         first += len(group)
-        drawn = rows[name] = _draw_rows(_specs_of(group), part, image.height, image.width)
+        further = None if more is None else more[part]
+        size = (image.height, image.width)
+        drawn = rows[name] = draw_rows(specs_of(group), uniform[part], *size, further, gains)
         extend_cover(drawn, out[name].shape[2], cover)
     *box, least = cover.tolist()
     top, left, bottom, right = map(int, box)
@@ -468,5 +394,6 @@ def compile_kernels() -> None:
         blur=1.0,
         solarize=1.0,
     )
+    views = {"global": (view, replace(view, vertical_flip=0.5, rotate90=0.75))}
     for data in (encode_png(noise), encode_jpeg(noise)):
-        augment_batch([data] * 4, {"global": (view, view)}, seed=0, epoch=0)
+        augment_batch([data] * 4, views, seed=0, epoch=0)

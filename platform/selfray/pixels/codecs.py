@@ -5,57 +5,37 @@ three times as fast as Pillow for small images; Pillow decodes all other formats
 declared size is checked before any pixel is allocated.
 """
 
-import io
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
 
 from selfray.check import require
-from selfray.pixels import compose, headers, jpeg
+from selfray.pixels import compose, jpeg
 from selfray.pixels.headers import (
     JPEG_START,
     MIRRORED,
     PNG_SIGNATURE,
+    STACK_KEY,
     TRANSPOSED,
-    TURNS,
     UPSIDE_DOWN,
     Header,
     plain_header,
     turn_of,
-    webp_size,
 )
 from selfray.pixels.libjpeg_log import codec_messages
-
-MAX_PIXELS = 100_000_000
-"""Images that declare more pixels than this are refused. Decoded, so many take 300 MB."""
-MAX_MEMORY = 1_200_000_000
-"""Bytes that decoding one image may take at its peak. An image that would take more is refused."""
-MEMORY_PER_PIXEL = {
-    "JPEG": 12,
-    "PNG": 8,
-    "WEBP": 17,
-    "GIF": 8,
-    "TIFF": 12,
-    "BMP": 8,
-    "PPM": 8,
-    "JPEG2000": 25,
-    "AVIF": 20,
-}
-"""Bytes that each pixel takes at most while an image is decoded, by Pillow's name of the format: in
-the decoder, in Pillow's image and in the array that is returned."""
-_CMYK_JPEG_MEMORY = 16
-"""The same for a JPEG of four components."""
-
-# Only these, because Pillow would try others: its EPS reader starts Ghostscript on untrusted bytes.
-FORMATS = tuple(MEMORY_PER_PIXEL)
-_STRIP_PIXELS = 1 << 18
-"""Pixels that are converted to RGB at a time."""
+from selfray.pixels.limits import (
+    MAX_PIXELS,
+    BrokenImage,
+    require_channels,
+    require_size,
+    to_8_bits,
+)
+from selfray.pixels.other_formats import decode_with_pillow, open_with_pillow
+from selfray.views import MOST_CHANNELS, RGB
 
 _MCU_ROWS = 16
 _REDUCED = {
@@ -64,24 +44,13 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+_REDUCED_GRAY = {
+    1: cv2.IMREAD_GRAYSCALE,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 _JPEG_END = b"\xff\xd9"
-
-
-class BrokenImage(ValueError):  # noqa: N818 - it names the image, not the fault
-    """Bytes that are no usable image; `reason` is a short category to count by.
-
-    Reasons: "empty", "not an image", "truncated", "corrupt", "too large", "zero-sized" and
-    "unsupported"; "no readable image" for a whole batch in which none is usable.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):
-        # Ray sends exceptions between processes, and by default they pickle the joined message.
-        return BrokenImage, (self.reason, self.detail)
 
 
 class Planes(NamedTuple):
@@ -92,19 +61,19 @@ class Planes(NamedTuple):
     layout: np.ndarray
     """Where the planes lie in it, int64 [P, 9] in the columns that compose.py names."""
     turns: int
-    """3: one plane, of interleaved RGB. 1: Y alone, or Y, Cb and Cr."""
+    """The number of channels if they are interleaved in one plane. 1: Y alone, or Y, Cb and Cr."""
     stored: tuple[int, int, int] = (0, 0, 0)
     """The turn that makes the whole image upright (headers.TURNS), and its height and width as
     stored, which are used only if there is a turn."""
 
     @classmethod
-    def of_rgb(
+    def of_interleaved(
         cls, pixels: np.ndarray, reduction: int = 1, stored: tuple[int, int, int] = (0, 0, 0)
     ) -> "Planes":
-        """From uint8 [H, W, 3], an image whose sides were divided by `reduction`."""
-        height, width = pixels.shape[:2]
-        layout = [[0, height, 3 * width, 0, 0, height, width, reduction, reduction]]
-        return cls(np.ascontiguousarray(pixels).reshape(-1), np.array(layout), 3, stored)
+        """From uint8 [H, W, C], an image whose sides were divided by `reduction`."""
+        height, width, channels = pixels.shape
+        layout = [[0, height, channels * width, 0, 0, height, width, reduction, reduction]]
+        return cls(np.ascontiguousarray(pixels).reshape(-1), np.array(layout), channels, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +86,8 @@ class OpenImage:
     header: Header | None
     """None if the whole image is decoded already."""
     pixels: np.ndarray | None
+    channels: int = RGB
+    """Of the pixels: 1 for gray, 3 for RGB, others for multispectral images."""
 
     @property
     def height(self) -> int:
@@ -151,10 +122,10 @@ class OpenImage:
             found = jpeg.decode(self.data, box, least_factor, self.header.segments)
             if found is not None:
                 return Planes(*found, turns=1, stored=self.stored)
-        return Planes.of_rgb(*self.decode(box[2], least_factor), self.stored)
+        return Planes.of_interleaved(*self.decode(box[2], least_factor), self.stored)
 
     def decode(self, bottom: int, least_factor: float) -> tuple[np.ndarray, int]:
-        """The stored pixels, uint8 [h, W, 3], and the whole number that divides their sides.
+        """The stored pixels, uint8 [h, W, C], and the whole number that divides their sides.
 
         Rows from `bottom` on may be missing; the others equal those of the whole image.
         `least_factor` is the least factor by which any crop will be shrunk. From 2 on, libjpeg
@@ -174,10 +145,15 @@ class OpenImage:
                 data = bytearray(data)
                 struct.pack_into(">H", data, self.header.frame + 5, height)
         # The header's orientation counts, not one that only OpenCV finds.
-        flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        flags = (_REDUCED if self.channels == RGB else _REDUCED_GRAY)[
+            reduction
+        ] | cv2.IMREAD_IGNORE_ORIENTATION
         pixels, _ = codec_messages.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is None:  # Pillow can read it, or says what is wrong.
-            pixels, reduction = _turned_back(decode(self.data), turn), 1
+            whole = decode(self.data, channels=self.channels)
+            pixels, reduction = _turned_back(whole, turn), 1
+        elif self.channels == 1:
+            pixels = pixels[:, :, None]
         elif reduction > 1:  # OpenCV cannot turn the channels as it reduces.
             cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)
         # The crops lie within the declared size, and the kernels check no bounds.
@@ -201,29 +177,32 @@ class ImageInfo:
     """Pillow's name of the format, such as "JPEG"."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels of an encoded image: uint8 [H, W, 3] RGB, C-contiguous.
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -> np.ndarray:
+    """The pixels of an encoded image: uint8 [H, W, channels], C-contiguous.
+
+    With 3 channels they are RGB, and gray images are tripled. With 1 they are gray, and of colour
+    images the brightness. With others, the image must have as many (see encode_channels).
 
     The image is turned upright by its EXIF orientation; of an animation it is the first frame.
     Transparency is composited on white, and 16-bit values are scaled to 8. Raises BrokenImage, for
     a declared size above max_pixels before any pixel is allocated. (Pillow refuses more than about
     179 million pixels in the formats that it reads, whatever max_pixels says.)
     """
-    return _decode(data, max_pixels)[0]
+    return _decode(data, max_pixels, channels)[0]
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -> OpenImage:
     """Read an image's header. Formats that OpenCV does not decode are decoded whole at once.
 
     Raises BrokenImage where `decode` does, now or when pixels are asked for.
     """
     header = _header(data)
     turn = turn_of(header.exif) if header is not None else None
-    if header is None or turn is None:
-        pixels = decode(data, max_pixels)
-        return OpenImage(data, (0, pixels.shape[0], pixels.shape[1]), None, pixels)
-    _require_size(header.width, header.height, max_pixels, header.format, data)
-    return OpenImage(data, (turn, header.height, header.width), header, None)
+    if header is None or turn is None or header.stack or channels not in (1, RGB):
+        pixels = decode(data, max_pixels, channels)
+        return OpenImage(data, (0, pixels.shape[0], pixels.shape[1]), None, pixels, channels)
+    require_size(header.width, header.height, max_pixels, header.format, data)
+    return OpenImage(data, (turn, header.height, header.width), header, None, channels)
 
 
 def _header(data: bytes) -> Header | None:
@@ -243,13 +222,6 @@ def _turned_back(pixels: np.ndarray, turn: int) -> np.ndarray:
     return pixels.transpose(1, 0, 2) if turn & TRANSPOSED else pixels
 
 
-def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """A stored image uint8 [H, W, 3] upright: the inverse of _turned_back."""
-    pixels = pixels.transpose(1, 0, 2) if turn & TRANSPOSED else pixels
-    pixels = pixels[:, ::-1] if turn & MIRRORED else pixels
-    return pixels[::-1] if turn & UPSIDE_DOWN else pixels
-
-
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Decode the whole image strictly. Raises BrokenImage, which says what is wrong with it.
 
@@ -257,9 +229,11 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     middle, an end marker pasted onto half a file), and PNGs with a wrong checksum. libjpeg's
     warnings are seen on glibc only, and reach the right caller if one thread checks at a time.
     """
-    pixels, image_format, warning = _decode(data, max_pixels)
+    header = plain_header(data)
+    channels = header.stack if header is not None and header.stack else RGB
+    pixels, image_format, warning = _decode(data, max_pixels, channels)
     info = ImageInfo(pixels.shape[1], pixels.shape[0], image_format)
-    if data.startswith(JPEG_START) and not warning and plain_header(data) is None:
+    if data.startswith(JPEG_START) and not warning and header is None:
         # Pillow read it, for instance as CMYK, and keeps libjpeg's warnings to itself.
         del pixels
         _, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8))
@@ -298,6 +272,34 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> bytes:
     return encode_jpeg(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), quality)
 
 
+def encode_channels(values: np.ndarray) -> bytes:
+    """A PNG of uint8 or uint16 [H, W, C], for any number of channels up to 16.
+
+    One channel is a gray PNG and three are an RGB one. Others lie one below the other in a gray
+    PNG, with a text chunk that says how many they are: other programs can open it, and `decode`
+    gives the channels back.
+    """
+    require(
+        values.dtype in (np.uint8, np.uint16) and values.ndim == 3,
+        f"values must be uint8 or uint16 [H, W, C], got {values.dtype} {list(values.shape)}",
+    )
+    height, width, channels = values.shape
+    require(
+        1 <= channels <= MOST_CHANNELS,
+        f"an image has 1 to {MOST_CHANNELS} channels, got {channels}",
+    )
+    if channels in (1, RGB):
+        done, encoded = cv2.imencode(".png", values[:, :, ::-1])
+        assert done
+        return encoded.tobytes()
+    stack = np.ascontiguousarray(values.transpose(2, 0, 1)).reshape(channels * height, width)
+    done, encoded = cv2.imencode(".png", stack)
+    assert done
+    data, text = encoded.tobytes(), b"tEXt" + STACK_KEY + b"\0" + str(channels).encode()
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    return data[:33] + chunk + data[33:]  # behind the header chunk
+
+
 def _encode(pixels: np.ndarray, extension: str, options: list[int]) -> bytes:
     require(
         pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3,
@@ -308,129 +310,39 @@ def _encode(pixels: np.ndarray, extension: str, options: list[int]) -> bytes:
     return encoded.tobytes()
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, str, str]:
-    """Pixels uint8 [H, W, 3], the format's name, and what OpenCV's libraries complained about."""
+def _decode(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, str, str]:
+    """Pixels uint8 [H, W, C], the format's name, and what OpenCV's libraries complained about."""
     if not data:
         raise BrokenImage("empty", "0 bytes")
     header = _header(data)
-    if header is None:
-        return *_decode_with_pillow(data, max_pixels), ""
-    _require_size(header.width, header.height, max_pixels, header.format, data)
-    pixels, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8))
+    if header is not None and header.stack:
+        return _decode_stack(data, header, max_pixels, channels), "PNG", ""
+    if header is None or channels not in (1, RGB):
+        return *decode_with_pillow(data, max_pixels, channels), ""
+    require_size(header.width, header.height, max_pixels, header.format, data)
+    flags = cv2.IMREAD_COLOR_RGB if channels == RGB else cv2.IMREAD_GRAYSCALE
+    pixels, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:  # Pillow can read it, or says what is wrong.
-        return *_decode_with_pillow(data, max_pixels), warning
-    return pixels, header.format, warning
+        return *decode_with_pillow(data, max_pixels, channels), warning
+    return pixels.reshape(*pixels.shape[:2], channels), header.format, warning
 
 
-def _require_size(
-    width: int,
-    height: int,
-    max_pixels: int,
-    image_format: str,
-    data: bytes,
-    memory_per_pixel: int | None = None,
-) -> None:
-    """Raise BrokenImage for a size that must not be decoded, or that these bytes cannot hold."""
-    if width == 0 or height == 0:
-        raise BrokenImage("zero-sized", f"{width} x {height} pixels")
-    if width * height > max_pixels:
-        raise BrokenImage("too large", f"{width} x {height} pixels; the limit is {max_pixels}")
-    # No image of fewer than 64 pixels for each byte is refused, so the size is seldom computed.
-    if width * height > 64 * len(data) and len(data) < headers.least_bytes(data, width, height):
-        raise BrokenImage("truncated", f"{len(data)} bytes cannot hold {width} x {height} pixels")
-    memory = (memory_per_pixel or MEMORY_PER_PIXEL[image_format]) * width * height
-    if memory > MAX_MEMORY:
-        raise BrokenImage(
-            "too large",
-            f"{width} x {height} pixels take {memory / 1e9:.1f} GB to decode from {image_format}; "
-            f"the limit is {MAX_MEMORY / 1e9:.1f} GB",
-        )
+def _decode_stack(data: bytes, header: Header, max_pixels: int, channels: int) -> np.ndarray:
+    """The pixels uint8 [H, W, C] of what encode_channels wrote."""
+    require_channels(header.stack, channels)
+    require_size(header.width, header.height, max_pixels, "PNG", data)
+    pixels, _ = codec_messages.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim != 2 or len(pixels) % channels:
+        raise BrokenImage("corrupt", f"these are no {channels} channels in a PNG")
+    stack = pixels.reshape(channels, -1, pixels.shape[1])
+    return np.ascontiguousarray(to_8_bits(stack).transpose(1, 2, 0))
 
 
 def _declared_size(data: bytes) -> tuple[int, int]:
     header = _header(data)
     if header is not None:
         return header.width, header.height
-    return _open_with_pillow(data, MAX_PIXELS).size
-
-
-# Pillow: every other format and mode.
-
-
-def _broken(error: Exception) -> BrokenImage:
-    if isinstance(error, BrokenImage):
-        return error
-    detail = str(error) or type(error).__name__
-    if isinstance(error, Image.DecompressionBombError):
-        return BrokenImage("too large", detail)
-    if "truncated" in detail.lower():
-        return BrokenImage("truncated", detail)
-    return BrokenImage("corrupt", detail)
-
-
-def _open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
-    # Not catch_warnings, which would change the filters of other threads.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    if not data:
-        raise BrokenImage("empty", "0 bytes")
-    canvas = webp_size(data)
-    if canvas is not None:
-        _require_size(*canvas, max_pixels, "WEBP", data)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        detail = f"{len(data)} bytes that start with {data[:8]!r}"
-        raise BrokenImage("not an image", detail) from None
-    except Exception as error:  # Pillow's readers raise many types on hostile bytes.
-        raise _broken(error) from error
-    image_format = image.format or ""
-    more = _CMYK_JPEG_MEMORY if (image_format, image.mode) == ("JPEG", "CMYK") else None
-    _require_size(*image.size, max_pixels, image_format, data, more)
-    return image
-
-
-def _decode_with_pillow(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
-    image = _open_with_pillow(data, max_pixels)
-    image_format = image.format or ""
-    try:
-        image.load()
-        turn, pixels = TURNS[_orientation_of(image)], _to_rgb(image, image_format)
-        image.close()  # before a turned image is in memory as well
-        return np.ascontiguousarray(_turned(pixels, turn)), image_format
-    except Exception as error:  # as above
-        raise _broken(error) from error
-
-
-def _orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image that is loaded: 1 to 8."""
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in range(1, 9) else 1
-
-
-def _to_rgb(image: Image.Image, image_format: str) -> np.ndarray:
-    """A Pillow image as uint8 [H, W, 3], converted in strips so that no second one is in memory."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        strip = image.crop((0, top, image.width, bottom))
-        pixels[top:bottom] = _strip_to_rgb(strip, image_format)
-    return pixels
-
-
-def _strip_to_rgb(image: Image.Image, image_format: str) -> np.ndarray:
-    # Pillow clips 16-bit values at 255 when it converts them, so scale them here. Mode "I" has 32
-    # bits, of which PNG and PPM use 16.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image_format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)  # [H, W], 0 .. 65535
-        gray = ((values + 128) // 257).astype(np.uint8)
-        return gray[:, :, None]  # broadcast to three channels
-    if image.mode in ("I", "F"):
-        raise BrokenImage("unsupported", "32-bit pixels have no defined white; convert to 8 or 16")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    return open_with_pillow(data, MAX_PIXELS).size
 
 
 def _verify_png(data: bytes) -> None:

@@ -1,8 +1,9 @@
 """Colour operations and blur, on views.
 
-`planes` are uint8 [3, n] or [3, H, W], red, green and blue, and are changed in place. Each
-operation computes what torchvision.transforms.v2.functional computes on uint8, and like it cuts
-values to integers afterwards. Fast-math is off, so that all processors compute the same pixels.
+`planes` are uint8 [C, n] or [C, H, W] and are changed in place: gray (C = 1), red, green and blue
+(3), or the channels of a multispectral image. On red, green and blue each operation computes what
+torchvision.transforms.v2.functional computes on uint8, and like it cuts values to integers
+afterwards. Fast-math is off, so that all processors compute the same pixels.
 """
 
 import math
@@ -83,6 +84,29 @@ def adjust_contrast(planes, factor):
     values = planes.reshape(planes.size)
     for i in range(len(values)):
         values[i] = cut(f32(values[i]) * factor + other)
+
+
+@compiled
+def adjust_gains(planes, factors):
+    """Multiply each channel of planes by its own factor, float64 [C]."""
+    for channel in range(len(planes)):
+        factor = f32(factors[channel])
+        for i in range(planes.shape[1]):
+            planes[channel, i] = cut(f32(planes[channel, i]) * factor)
+
+
+@compiled
+def adjust_contrasts(planes, factor):
+    """Scale the distance from each channel's own mean by the factor."""
+    rest = f32(1 - factor)
+    factor = f32(factor)
+    for channel in range(len(planes)):
+        total = i64(0)
+        for i in range(planes.shape[1]):
+            total += i64(planes[channel, i])
+        other = rest * f32(total / planes.shape[1])
+        for i in range(planes.shape[1]):
+            planes[channel, i] = cut(f32(planes[channel, i]) * factor + other)
 
 
 @compiled
@@ -169,14 +193,14 @@ def _mirrored(place, length):
 
 
 @compiled
-def blurred_length(width, reach):
-    """Length in int16 of a line of all three channels and the margins between them."""
-    return padded_length(3 * width + 4 * reach)
+def blurred_length(width, reach, channels=3):
+    """Length in int16 of a line of all channels and the margins between them."""
+    return padded_length(channels * width + 2 * (channels - 1) * reach)
 
 
 @compiled
 def gaussian_blur(planes, reach, sigma, padded, blurred):
-    """Blur planes uint8 [3, H, W] in place; edges are mirrored.
+    """Blur planes uint8 [C, H, W] in place; edges are mirrored.
 
     `sigma` is in pixels, and the kernel has `reach` pixels on each side. Works in `padded`, int16
     [blurred_length + 2 * reach], and `blurred`, int16 [H * blurred_length].
@@ -196,11 +220,12 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
     weights[0, reach] = i16(min(32767, rest))
     height, width = planes.shape[1], planes.shape[2]
     pixels = planes.reshape(planes.size)
-    # One line has a row of all three channels, each with its margins. The blurred margins between
+    # One line has a row of all channels, each with its margins. The blurred margins between
     # channels are computed as well, and ignored.
-    step, length = width + 2 * reach, blurred_length(width, reach)
+    channels = len(planes)
+    step, length = width + 2 * reach, blurred_length(width, reach, channels)
     for row in range(height):
-        for channel in range(3):
+        for channel in range(channels):
             start, to = u64((channel * height + row) * width), u64(channel * step + reach)
             for i in range(u64(width)):  # 7 fractional bits
                 padded[to + i] = i16(pixels[start + i]) << 7
@@ -215,7 +240,7 @@ def gaussian_blur(planes, reach, sigma, padded, blurred):
         for k in range(number):
             places[k] = _mirrored(row + k - reach, height) * length
         weigh(blurred, places, weights, ZERO, number, padded, ZERO, length)
-        for channel in range(3):
+        for channel in range(channels):
             start, to = u64((channel * height + row) * width), u64(channel * step)
             for i in range(u64(width)):
                 pixels[start + i] = cut_fifth(i16(padded[to + i] + i16(16)))

@@ -1,6 +1,6 @@
 """Views composed from an image's decoded planes: crop, resize, flip, colour; compiled.
 
-Pixels stay in planes, uint8 [3, H, W], as a batch has them, so that nothing is rearranged at the
+Pixels stay in planes, uint8 [C, H, W], as a batch has them, so that nothing is rearranged at the
 end. One image is computed at a time, in arrays that exist already, without Python objects.
 """
 
@@ -9,6 +9,8 @@ import math
 from selfray.pixels.colour import (
     adjust_brightness,
     adjust_contrast,
+    adjust_contrasts,
+    adjust_gains,
     adjust_hue,
     adjust_saturation,
     gaussian_blur,
@@ -27,9 +29,12 @@ from selfray.pixels.draw import (
     HUE,
     LEFT,
     ORDER,
+    PARAMETERS,
+    QUARTER_TURNS,
     SATURATION,
     SOLARIZE,
     TOP,
+    VERTICAL_FLIP,
     WIDTH,
 )
 from selfray.pixels.headers import MIRRORED, TRANSPOSED, UPSIDE_DOWN
@@ -51,13 +56,22 @@ whole plane's height and width; and by what the image's height and width are div
 
 @compiled
 def recolour(planes, row, orders, reach, padded, blurred):
-    """Apply what follows crop and flip to planes uint8 [3, H, W], in the order of SimCLR and BYOL.
+    """Apply what follows crop and flip to planes uint8 [C, H, W], in the order of SimCLR and BYOL.
 
-    row float64 [13] is the view's parameters, and orders int64 [orders, 4] the operations of each
+    row float64 [15] is the view's parameters, and orders int64 [orders, 4] the operations of each
     jitter order; `reach`, `padded` and `blurred` are those of gaussian_blur.
     """
-    flat = planes.reshape(3, planes.shape[1] * planes.shape[2])
-    if row[ORDER] >= 0:
+    channels = len(planes)
+    flat = planes.reshape(channels, planes.shape[1] * planes.shape[2])
+    if row[ORDER] >= 0 and channels != 3:
+        for operation in orders[int(row[ORDER])]:
+            if operation == 0 and channels == 1:
+                adjust_brightness(flat, row[BRIGHTNESS])
+            elif operation == 0:
+                adjust_gains(flat, row[PARAMETERS:])
+            elif operation == 1:
+                adjust_contrasts(flat, row[CONTRAST])
+    elif row[ORDER] >= 0:
         order = orders[int(row[ORDER])]
         for operation in order:
             if operation == 0:
@@ -68,7 +82,7 @@ def recolour(planes, row, orders, reach, padded, blurred):
                 adjust_saturation(flat, row[SATURATION])
             else:
                 adjust_hue(flat, row[HUE])
-    if row[GRAYSCALE] > 0:
+    if row[GRAYSCALE] > 0 and channels == 3:
         to_grayscale(flat)
     if row[BLUR_SIGMA] > 0:
         gaussian_blur(planes, reach, row[BLUR_SIGMA], padded, blurred)
@@ -124,7 +138,7 @@ def _draw_channels(
 ):
     """Resize a box (top, left, height, width) of `count` channels into planes.
 
-    They fill planes uint8 [3, size, size] from number `first` on. `starts` are the channels' first
+    They fill planes uint8 [C, size, size] from number `first` on. `starts` are the channels' first
     indices in pixels uint8 [n]; a single start for several channels means that their values are
     interleaved. `plans` are those of `resampling` for the height and the width, and `room` is
     augment's _room.
@@ -165,31 +179,39 @@ def _alike(plane, other):
 
 @compiled
 def draw_views(pixels, planes, turns, stored, rows, orders, reach, room, views, recolours):
-    """Compute the views uint8 [V, 3, size, size] of one image from rows of its parameters.
+    """Compute the views uint8 [V, C, size, size] of one image from rows of its parameters.
+
+    With C = 3 and a plane of Y, all three channels are gray; with C = 1 and planes of Y, Cb and Cr,
+    only Y is used.
 
     Args:
         pixels: uint8 [n], the decoded values of all planes.
         planes: int64 [P, 9], where the planes lie in it, in the columns above.
-        turns: 3 if there is one plane, of interleaved RGB; 1 for Y, or Y, Cb and Cr.
+        turns: the number of channels if there is one plane in which they are interleaved; 1 for Y,
+            or Y, Cb and Cr.
         stored: the whole image's (turn, height, width) as stored.
-        rows: float64 [V, 13], the parameters, in the columns that draw.py names.
+        rows: float64 [V, 15], the parameters, in the columns that draw.py names.
         orders, reach: those of `recolour`.
         room: the arrays of augment's _room.
         recolours: False to stop after crop and flip.
     """
-    size = views.shape[2]
-    transposed = stored[0] & TRANSPOSED > 0
+    channels, size = views.shape[1], views.shape[2]
+    number = min(len(planes), channels)
     for view in range(len(views)):
         row, channel = rows[view], ZERO
         crop = stored_box(stored, (row[TOP], row[LEFT], row[HEIGHT], row[WIDTH]))
-        upside_down = stored[0] & UPSIDE_DOWN > 0
+        transposed = stored[0] & TRANSPOSED > 0
+        upside_down = (stored[0] & UPSIDE_DOWN > 0) != (row[VERTICAL_FLIP] > 0)
         mirrored = (stored[0] & MIRRORED > 0) != (row[FLIP] > 0)
+        for _ in range(int(row[QUARTER_TURNS])):
+            transposed = not transposed
+            upside_down, mirrored = not mirrored, upside_down
         if transposed:  # rows of the view are columns of the stored image
             upside_down, mirrored = mirrored, upside_down
-        while channel < len(planes):
+        while channel < number:
             plane, count = planes[channel], 1
             # Resize planes of the same layout together: fewer and longer lines are faster.
-            while channel + count < len(planes) and _alike(plane, planes[channel + count]):
+            while channel + count < number and _alike(plane, planes[channel + count]):
                 count += 1
             top, height, y, span = window_of(crop[0], crop[2], plane[DOWN], plane[ROWS])
             down = resampling(height, y, span, size, False)
@@ -211,10 +233,10 @@ def draw_views(pixels, planes, turns, stored, rows, orders, reach, room, views, 
                 count * turns,
             )
             channel += count
-        flat = views[view].reshape(3, size * size)
-        if len(planes) == 3:
+        flat = views[view].reshape(channels, size * size)
+        if number == 3:
             to_rgb(flat)
-        elif turns == 1:
+        elif turns == 1 and channels == 3:
             for i in range(size * size):
                 flat[1, i] = flat[2, i] = flat[0, i]
         if recolours:

@@ -10,27 +10,27 @@ images/s, where augment.py makes 5,900 with decoding; medians of 11 runs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.check import require
-from selfray.pixels.augment import CROP_ATTEMPTS, CROP_DRAWS, DRAWS, JITTER_ORDERS, LOG_ASPECT
 from selfray.pixels.colour import LUMA
-from selfray.pixels.draw import BLUR_SIGMA as BLUR_SIGMA_COLUMN
-from selfray.pixels.draw import (
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP,
-    GRAYSCALE,
-    HUE,
-    ORDER,
-    SATURATION,
-    SOLARIZE,
+from selfray.pixels.device_parameters import (
+    BatchParameters,
+    parameters_from,
+    parameters_of,
+    uniforms,
 )
-from selfray.views import BLUR_SIGMA, CROP_ASPECT, View, Views, blur_kernel_size
+from selfray.pixels.parameters import JITTER_ORDERS, draws_of
+from selfray.views import (
+    RGB,
+    View,
+    Views,
+    blur_kernel_size,
+    check_channels,
+)
 
 BACKEND = f"selfray-torch-2/{torch.__version__}"
 """Recorded with a run, like augment.BACKEND."""
@@ -43,35 +43,14 @@ _BLEND_ORDERS = torch.tensor(
 _BLENDS_BEFORE_HUE = torch.tensor([order.index("hue") for order in JITTER_ORDERS])
 
 
-@dataclass(frozen=True)
-class BatchParameters:
-    """The parameters of one view of each of n images: augment.Parameters as tensors [n]."""
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-    """The crop box, int64, in pixels of the source image."""
-    flip: Tensor
-    order: Tensor
-    """int64: the index in augment.JITTER_ORDERS."""
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    """Factors, float64; 1 where a view is not jittered."""
-    hue: Tensor
-    """Shift in full turns, float64; 0 where a view is not jittered."""
-    grayscale: Tensor
-    blur: Tensor
-    blur_sigma: Tensor
-    solarize: Tensor
-
-
 DrawView = Callable[[Tensor, Tensor, View], Tensor]
 
 
 def draw_view(images: Tensor, uniform: Tensor, view: View) -> Tensor:
-    """One view of each image: uint8 [n, 3, H, W] and uniform [n, DRAWS] -> uint8 [n, 3, s, s].
+    """One view of each image: uint8 [n, C, H, W] and uniform [n, DRAWS] -> uint8 [n, C, s, s].
+
+    Views that are flipped vertically or turned take two more columns of uniform numbers, and those
+    of multispectral images one more for each channel.
 
     No branch depends on the values of a tensor, so torch.compile compiles it as one graph.
     """
@@ -91,19 +70,25 @@ def augment(
     """The views of a batch, each a pure function of (seed, epoch, the image's key).
 
     Args:
-        images: uint8 [B, 3, H, W] on any device.
+        images: uint8 [B, C, H, W] on any device.
         keys: int64 [B] on that device, such as the images' numbers in the data set.
         draw_view: this module's function, or torch.compile of it.
 
     Returns:
-        Each group of views as uint8 [B, V, 3, size, size].
+        Each group of views as uint8 [B, V, C, size, size].
     """
+    channels = images.shape[1]
+    check_channels(views, channels)
     count = sum(map(len, views.values()))
+    draws, more = draws_of(views, channels)
     uniform = uniforms(seed, epoch, keys, count)  # [B, all views, DRAWS]
+    if more:
+        further = uniforms(seed, epoch, keys, count, more, after=count * draws)
+        uniform = torch.cat([uniform, further], dim=2)
     batch, first = {}, 0
     for name, group in views.items():
         size = _size_of(name, group)
-        out = images.new_empty((len(images), len(group), 3, size, size))
+        out = images.new_empty((len(images), len(group), channels, size, size))
         # Equal views are computed together: half the kernel launches for SimCLR's two views, an
         # eighth for DINO's local crops.
         for view in dict.fromkeys(group):
@@ -134,123 +119,30 @@ def _size_of(name: str, group: tuple[View, ...]) -> int:
     return size
 
 
-# What is drawn
-
-
-def uniforms(seed: int, epoch: int, keys: Tensor, views: int) -> Tensor:
-    """Uniform numbers float64 [B, views, DRAWS] in [0, 1), the same on every device.
-
-    SplitMix64, with a stream for each (seed, epoch, key). torch's own generators depend on the
-    device and on the batch in which a number is drawn, so a resumed run would see other views.
-    """
-    device = keys.device
-    # torch.full, not torch.tensor: a copy from the host would wait for the GPU's queue.
-    stream = _mixed(torch.full((), seed, dtype=torch.int64, device=device))
-    stream = _mixed(stream + epoch)
-    stream = _mixed(stream + keys)  # [B]
-    counter = torch.arange(1, views * DRAWS + 1, device=device)
-    words = _mixed(stream[:, None] + counter * _GOLDEN)  # [B, views * DRAWS]
-    return (_shifted(words, 11).double() * 2.0**-53).unflatten(1, (views, DRAWS))
-
-
-def _signed(word: int) -> int:
-    """A uint64 as the int64 of the same bits: sums and products wrap around in the same way."""
-    return word - 2**64 if word >= 2**63 else word
-
-
-# Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST_FACTOR, _SECOND_FACTOR = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _mixed(words: Tensor) -> Tensor:
-    """SplitMix64's output function on int64 words."""
-    words = (words ^ _shifted(words, 30)) * _FIRST_FACTOR
-    words = (words ^ _shifted(words, 27)) * _SECOND_FACTOR
-    return words ^ _shifted(words, 31)
-
-
-def _shifted(words: Tensor, bits: int) -> Tensor:
-    """A right shift that fills with zeros; torch's fills with the sign."""
-    return (words >> bits) & (2 ** (64 - bits) - 1)
-
-
-def parameters_from(view: View, uniform: Tensor, height: int, width: int) -> BatchParameters:
-    """The parameters that uniform numbers float64 [n, DRAWS] give a view, row by row.
-
-    Each row gives what augment.parameters_from gives.
-    """
-    top, left, crop_height, crop_width = _draw_crop(view.crop_scale, uniform, height, width)
-    (flip, jitters, order, brightness, contrast, saturation, hue, gray, blurs, sigma, solarizes) = (
-        uniform[:, CROP_DRAWS:].unbind(1)
-    )
-    strengths = view.color_jitter
-    jittered = jitters < (strengths.probability if strengths else 0.0)
-
-    def factor(strength: float, uniform: Tensor) -> Tensor:
-        low = max(0.0, 1 - strength)
-        return torch.where(jittered, low + (1 + strength - low) * uniform, 1.0)
-
-    return BatchParameters(
-        top,
-        left,
-        crop_height,
-        crop_width,
-        flip < view.flip,
-        (order * len(JITTER_ORDERS)).long(),
-        factor(strengths.brightness if strengths else 0.0, brightness),
-        factor(strengths.contrast if strengths else 0.0, contrast),
-        factor(strengths.saturation if strengths else 0.0, saturation),
-        torch.where(jittered, (strengths.hue if strengths else 0.0) * (2 * hue - 1), 0.0),
-        gray < view.grayscale,
-        blurs < view.blur,
-        BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * sigma,
-        solarizes < view.solarize,
-    )
-
-
-def _draw_crop(
-    scale: tuple[float, float], uniform: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(top, left, height, width), int64 [n] each: see draw.draw_crop."""
-    whole_height = min(height, round(width / CROP_ASPECT[0]))
-    whole_width = min(width, round(height * CROP_ASPECT[1]))
-    centre = ((height - whole_height) // 2, (width - whole_width) // 2, whole_height, whole_width)
-    top, left, crop_height, crop_width = (torch.full_like(uniform[:, 0], x) for x in centre)
-    if scale != (1.0, 1.0):
-        attempts = uniform[:, : 2 * CROP_ATTEMPTS].unflatten(1, (CROP_ATTEMPTS, 2))
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * attempts[..., 0])
-        aspect = (LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * attempts[..., 1]).exp()
-        widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [n, A]
-        fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-        first = fits.int().argmax(1, keepdim=True)  # the first of equals
-        found = fits.any(1)
-        crop_height = torch.where(found, heights.gather(1, first)[:, 0], crop_height)
-        crop_width = torch.where(found, widths.gather(1, first)[:, 0], crop_width)
-        corner = uniform[:, 2 * CROP_ATTEMPTS : CROP_DRAWS]  # [n, 2]
-        top = torch.where(found, (corner[:, 0] * (height - crop_height + 1)).floor(), top)
-        left = torch.where(found, (corner[:, 1] * (width - crop_width + 1)).floor(), left)
-    return top.long(), left.long(), crop_height.long(), crop_width.long()
-
-
 # How it is applied
 
 
 def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """The views of images uint8 [n, 3, H, W]: uint8 [n, 3, size, size].
+    """The views of images uint8 [n, C, H, W]: uint8 [n, C, size, size].
 
     `view` says which operations can occur; the others are not computed.
     """
     assert view.size is not None
     cropped = crop_and_resize(images, parameters, view.size).round()
+    if view.vertical_flip:
+        cropped = _where(parameters.vertical_flip, cropped.flip(2), cropped)
+    if view.rotate90:
+        for turns in (1, 2, 3):
+            turned = torch.rot90(cropped, turns, (2, 3))
+            cropped = _where(parameters.quarter_turns == turns, turned, cropped)
     return _recoloured(cropped, parameters, view).to(torch.uint8)
 
 
 @torch.no_grad()
 def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
-    """Do what follows crop and flip for a group of views: uint8 [B, V, 3, s, s] -> the same shape.
+    """Do what follows crop and flips for a group of views: uint8 [B, V, C, s, s] -> the same shape.
 
-    rows float64 [B, V, 13] are the parameters that augment.augment_batch drew.
+    rows float64 [B, V, 15] are the parameters that augment.augment_batch drew.
     """
     views = [
         _recoloured(crops[:, place].float(), parameters_of(rows[:, place]), view)
@@ -259,35 +151,15 @@ def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
     return torch.stack(views, dim=1).to(torch.uint8)
 
 
-def parameters_of(rows: Tensor) -> BatchParameters:
-    """Parameters float64 [n, 13], in the columns that draw.py names, as BatchParameters."""
-    columns = rows.unbind(1)
-    top, left, height, width = (column.long() for column in columns[:4])
-    sigma = columns[BLUR_SIGMA_COLUMN]
-    return BatchParameters(
-        top,
-        left,
-        height,
-        width,
-        columns[FLIP] > 0,
-        columns[ORDER].clamp(min=0).long(),
-        columns[BRIGHTNESS],
-        columns[CONTRAST],
-        columns[SATURATION],
-        columns[HUE],
-        columns[GRAYSCALE] > 0,
-        sigma > 0,
-        torch.where(sigma > 0, sigma, 1.0),
-        columns[SOLARIZE] > 0,
-    )
-
-
 def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """What follows crop and flip: float32 [n, 3, s, s] of whole levels -> the same."""
+    """What follows crop and flips: float32 [n, C, s, s] of whole levels -> the same."""
     assert view.size is not None
-    if view.color_jitter is not None:
+    is_colour = pixels.shape[1] == RGB
+    if view.color_jitter is not None and not is_colour:
+        pixels = jitter_without_colour(pixels, parameters)
+    elif view.color_jitter is not None:
         pixels = color_jitter(pixels, parameters, view.color_jitter.hue > 0)
-    if view.grayscale:
+    if view.grayscale and is_colour:
         pixels = _where(parameters.grayscale, _luma(pixels).floor(), pixels)
     if view.blur:
         blurred = gaussian_blur(pixels, blur_kernel_size(view.size), parameters.blur_sigma)
@@ -298,7 +170,7 @@ def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tens
 
 
 def crop_and_resize(images: Tensor, parameters: BatchParameters, size: int) -> Tensor:
-    """Each image's box as float32 [n, 3, size, size] in 0..255, mirrored where `flip` says so."""
+    """Each image's box as float32 [n, C, size, size] in 0..255, mirrored where `flip` says so."""
     height, width = images.shape[-2:]
     rows = _resampling(parameters.top, parameters.height, height, size)
     columns = _resampling(parameters.left, parameters.width, width, size)
@@ -349,6 +221,32 @@ def color_jitter(pixels: Tensor, parameters: BatchParameters, turns_hue: bool) -
     return _blends(pixels, torch.where(first, 1.0, factors), orders)
 
 
+_BRIGHTNESS_FIRST = torch.tensor(
+    [order.index("brightness") < order.index("contrast") for order in JITTER_ORDERS]
+)
+
+
+def jitter_without_colour(pixels: Tensor, parameters: BatchParameters) -> Tensor:
+    """Brightness and contrast of gray or multispectral float [n, C, h, w], in each image's order.
+
+    Multispectral channels have brightness factors of their own, and contrast is about each
+    channel's own mean.
+    """
+    gains = parameters.brightness[:, None] if parameters.gains is None else parameters.gains
+    gains = gains.float()[:, :, None, None]  # [n, 1 or C, 1, 1]
+    contrast = _column(parameters.contrast.float())
+    first = _BRIGHTNESS_FIRST.to(pixels.device, non_blocking=True)[parameters.order]
+
+    def brightened(pixels: Tensor) -> Tensor:
+        return (pixels * gains).clamp(0, 255).floor()
+
+    def contrasted(pixels: Tensor) -> Tensor:
+        other = pixels.mean((2, 3), keepdim=True) * (1 - contrast)
+        return (pixels * contrast + other).clamp(0, 255).floor()
+
+    return _where(first, contrasted(brightened(pixels)), brightened(contrasted(pixels)))
+
+
 def _blends(pixels: Tensor, factors: Tensor, kinds: Tensor) -> Tensor:
     """Three blends in a row, each with its factors [n] and kinds [n] (columns of [n, 3]).
 
@@ -387,7 +285,7 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, kernel_size: int, sigma: Tensor) -> Tensor:
-    """Blur float [n, 3, h, w], each image by its own sigma [n]; edges are mirrored."""
+    """Blur float [n, C, h, w], each image by its own sigma [n]; edges are mirrored."""
     reach = kernel_size // 2
     height, width = pixels.shape[-2:]
     offsets = torch.arange(-reach, reach + 1, device=pixels.device)

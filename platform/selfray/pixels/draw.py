@@ -5,18 +5,21 @@ import math
 from selfray.pixels.compiled import compiled
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(10)
-GRAYSCALE, BLUR_SIGMA, SOLARIZE = 10, 11, 12
-PARAMETERS = 13
-"""A view's parameters as float64 [13], in these columns: its crop box in pixels of the upright
+GRAYSCALE, BLUR_SIGMA, SOLARIZE, VERTICAL_FLIP, QUARTER_TURNS = range(10, 15)
+PARAMETERS = 15
+"""A view's parameters as float64 [15], in these columns: its crop box in pixels of the upright
 image, whether it is flipped, the index of its jitter's order (-1: no jitter) and the jitter's
 factors, the hue's shift in full turns, whether it is gray, the blur's sigma in pixels (0: no blur),
-and whether it is solarized."""
+whether it is solarized, whether it is flipped vertically, and by how many quarter turns it is
+turned counter-clockwise, after the flips. A view of a multispectral image has a brightness factor
+for each channel as well, in further columns."""
 
 SCALE_LOW, SCALE_HIGH, FLIP_SHARE, JITTER_SHARE = range(4)
 BRIGHTNESS_STRENGTH, CONTRAST_STRENGTH, SATURATION_STRENGTH, HUE_STRENGTH = range(4, 8)
 GRAYSCALE_SHARE, BLUR_SHARE, SOLARIZE_SHARE = range(8, 11)
-SPECS = 11
-"""How a view is drawn, as float64 [11] in these columns: the range of the crop's area, and the
+VERTICAL_SHARE, TURN_SHARE = 11, 12
+SPECS = 13
+"""How a view is drawn, as float64 [13] in these columns: the range of the crop's area, and the
 probabilities and strengths of views.View."""
 
 
@@ -55,9 +58,9 @@ def draw_crop(low, high, attempts, uniform, aspects, height, width, row):
 
 @compiled
 def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, width, out):
-    """Turn uniform numbers float64 [V, draws] into parameters float64 [V, 13], `out`.
+    """Turn uniform numbers float64 [V, draws] into parameters float64 [V, 15], `out`.
 
-    specs float64 [V, 11] say how each view is drawn, in the columns above; `orders` is the number
+    specs float64 [V, 13] say how each view is drawn, in the columns above; `orders` is the number
     of orders of the jitter's operations, and `sigmas` the range of the blur.
     """
     for view in range(len(specs)):
@@ -77,11 +80,29 @@ def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, w
         if drawn[first + 8] < spec[BLUR_SHARE]:
             row[BLUR_SIGMA] = sigmas[0] + (sigmas[1] - sigmas[0]) * drawn[first + 9]
         row[SOLARIZE] = drawn[first + 10] < spec[SOLARIZE_SHARE]
+        row[VERTICAL_FLIP] = row[QUARTER_TURNS] = 0
+
+
+@compiled
+def draw_more(specs, uniform, gains, out):
+    """Set what draw_parameters leaves out, from further uniform numbers float64 [V, 2 + gains].
+
+    These are drawn only for views that need them: vertical flips, turns, and the brightness factors
+    of `gains` channels.
+    """
+    for view in range(len(specs)):
+        spec, row, drawn = specs[view], out[view], uniform[view]
+        row[VERTICAL_FLIP] = drawn[0] < spec[VERTICAL_SHARE]
+        if drawn[1] < spec[TURN_SHARE]:
+            row[QUARTER_TURNS] = 1 + int(3 * drawn[1] / spec[TURN_SHARE])
+        for channel in range(gains):
+            factor = _factor(spec[BRIGHTNESS_STRENGTH], drawn[2 + channel])
+            row[PARAMETERS + channel] = factor if row[ORDER] >= 0 else 1.0
 
 
 @compiled
 def extend_cover(rows, size, cover):
-    """Extend a cover float64 [5] so that its box contains the crops of parameters float64 [V, 13].
+    """Extend a cover float64 [5] so that its box contains the crops of parameters float64 [V, 15].
 
     The cover is (top, left, bottom, right, least factor by which a crop is shrunk to `size`).
     """

@@ -34,6 +34,8 @@ class Header(NamedTuple):
     """A JPEG's EXIF segment; b"" if it has several, of which decoders choose differently."""
     segments: np.ndarray | None = None
     """A JPEG's segments: see read_segments."""
+    stack: int = 0
+    """Channels of a multispectral image that selfray stored as a PNG: see STACK_KEY."""
 
 
 def plain_header(data: bytes) -> Header | None:
@@ -197,22 +199,45 @@ def turn_of(exif: bytes | None) -> int | None:
 
 # PNG and WebP
 
+STACK_KEY = b"selfray:channels"
+"""Keyword of a PNG's text chunk whose text is the number of an image's channels. They lie one below
+the other in a gray PNG, which any program can open."""
+
 
 def _png_header(data: bytes) -> Header | None:
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
-    if bits != 8 or colour not in (_PNG_GRAY, _PNG_RGB):
+    if bits not in (8, 16) or colour not in (_PNG_GRAY, _PNG_RGB):
         return None
-    position = 33
+    position, stack = 33, 0
     while position + 8 <= len(data):
         kind = data[position + 4 : position + 8]
+        end = position + 8 + int.from_bytes(data[position : position + 4])
         if kind == b"IDAT":
-            return Header("PNG", width, height)
+            is_plain = (bits == 8 or stack > 0) and _chunks_fit(data, position)
+            return Header("PNG", width, height, stack=stack) if is_plain else None
         if kind in _PNG_SPECIAL_CHUNKS:
             return None
-        position += 12 + int.from_bytes(data[position : position + 4])
+        if kind == b"tEXt" and data.startswith(STACK_KEY + b"\0", position + 8):
+            text = data[position + 9 + len(STACK_KEY) : end]
+            stack = int(text) if text.isdigit() and len(text) <= 2 and colour == _PNG_GRAY else 0
+        position = end + 4
     return None
+
+
+def _chunks_fit(data: bytes, position: int) -> bool:
+    """Whether each chunk of a PNG from here on ends within the file.
+
+    OpenCV allocates and clears what a chunk declares, up to 2 GB, before it looks for its bytes.
+    """
+    while position + 8 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4])
+        if position > len(data):
+            return False
+    return True
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from selfray.check import require
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder, EncoderConfig, export_weights, import_weights
 from selfray.models.portable import WEIGHTS, own_weights
+from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
 from selfray.train import TrainState
@@ -23,7 +24,7 @@ TIMM = "timm:"
 UNTRAINED = "untrained"
 ENCODER_CONFIG = "encoder_config"
 """The key of an exported file's header that holds the EncoderConfig as JSON."""
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,17 @@ class EncoderRef:
     """A file that `selfray export` wrote."""
     timm_name: str | None = None
     """A model of timm's, with its published weights."""
+    started: str | None = None
+    """The folder of the experiment's run: the weights that it started from are meant."""
 
     @classmethod
     def untrained(cls, experiment: Experiment) -> "EncoderRef":
         return cls(config.dumps(experiment), None)
+
+    @classmethod
+    def start(cls, experiment: Experiment, run: Location) -> "EncoderRef":
+        """What a run started from: public weights, a checkpoint's, or random ones."""
+        return cls(config.dumps(experiment), started=run.uri)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "EncoderRef":
@@ -111,6 +119,9 @@ class EncoderRef:
         """The encoder, in eval mode on the CPU. ValueError or OSError where it cannot be had."""
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
+        if self.experiment is not None and self.started is not None:
+            run = Location.of(self.started)
+            return starting.state(self._experiment, run, total_images=1).method.encoder.eval()
         if self.experiment is not None:
             return TrainState.start(self._experiment, total_images=1).method.encoder.eval()
         encoder = self.encoder_config.build()

@@ -1,14 +1,16 @@
 """Frozen features of labelled images, and the probes that judge them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from selfray.metrics import ACCURACIES, PROBES
 from selfray.models.encoder import Encoder, encode_uint8
+from selfray.probes.classifier import Gallery
 from selfray.probes.knn import KNN
 from selfray.probes.labelfree import LabelFree
 from selfray.probes.linear import Linear
@@ -48,6 +50,15 @@ class ProbeResult:
     rankme: float | None = None
     uniformity: float | None = None
     alignment: float | None = None
+    hits: Mapping[str, str] = field(default_factory=dict)
+    """By probe: which test images were told right, as the hex digits of packed bits."""
+
+    def told_right(self, probe: str) -> np.ndarray | None:
+        """float [m], 1 where a probe told a test image right; None where that was not kept."""
+        if probe not in self.hits:
+            return None
+        packed = np.frombuffer(bytes.fromhex(self.hits[probe]), np.uint8)
+        return np.unpackbits(packed, count=self.test_images).astype(np.float64)
 
     @property
     def described(self) -> str:
@@ -57,11 +68,10 @@ class ProbeResult:
 
 def described(found: Mapping[str, Any]) -> str:
     """A probe's numbers by name, as a person reads them: the accuracies, or what there is."""
-    if found["knn"] is not None and found["linear"] is not None:
-        return f"kNN {found['knn']:.1%}, linear {found['linear']:.1%}"
-    names = {"rankme": "RankMe", "alignment": "alignment", "uniformity": "uniformity"}
-    known = [(shown, found[name]) for name, shown in names.items()]
-    return ", ".join(f"{shown} {value:.3g}" for shown, value in known if value is not None)
+    if all(found[name] is not None for name in ACCURACIES):
+        return ", ".join(f"{PROBES[n].name} {PROBES[n].shown(found[n])}" for n in ACCURACIES)
+    known = [(metric, found[name]) for name, metric in PROBES.items() if not metric.is_accuracy]
+    return ", ".join(f"{m.name} {m.shown(value)}" for m, value in known if value is not None)
 
 
 def embed(
@@ -110,13 +120,20 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
         )
     train, test = _renumbered(train, test)
     knn, linear = KNN(), Linear()
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    gallery = Gallery(train.features, train.labels, np.zeros(0, np.uint64), classes)
+    right = {
+        "knn": knn.predict(train.cls, train.labels, test.cls) == test.labels,
+        "linear": linear.classify(gallery, test.features).predicted == test.labels,
+    }
     return ProbeResult(
-        knn.accuracy(train.cls, train.labels, test.cls, test.labels),
-        linear.accuracy(train.features, train.labels, test.features, test.labels),
+        float(right["knn"].float().mean()),
+        float(right["linear"].float().mean()),
         len(train.labels),
         len(test.labels),
         {"knn": str(knn), "linear": str(linear), "labelfree": str(labelfree)},
         *_without_labels(labelfree, test),
+        {name: np.packbits(hits.numpy()).tobytes().hex() for name, hits in right.items()},
     )
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.health import effective_rank
-from selfray.pixels.augment import apply, draw, generator
+from selfray.pixels.augment import apply, generator
+from selfray.pixels.parameters import draw
 from selfray.probes.protocol import Protocol
 from selfray.views import View
 

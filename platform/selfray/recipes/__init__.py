@@ -21,12 +21,16 @@ DATA_SETS = ("digits", "cifar10", "imagenet")
 NAMES = (
     *(f"{method}-{data}" for method in METHODS for data in DATA_SETS),
     "dinov2-imagenet-512",
+    "dinov2-adapt",
+    "dino-adapt",
+    "mae-adapt",
+    "simclr-adapt",
 )
 """The recipes by name, for whoever must not wait for torch; `every` has what they are."""
 
 
 def every() -> "dict[str, Experiment]":
     """All recipes by name."""
-    from selfray.recipes import cifar10, digits, imagenet
+    from selfray.recipes import adapt, cifar10, digits, imagenet
 
-    return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES
+    return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES | adapt.RECIPES

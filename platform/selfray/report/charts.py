@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
 from selfray.check import require
+from selfray.metrics import probe_name
 from selfray.report.canvas import (
     DPI,
     KEY_GAP,
@@ -94,7 +95,6 @@ def comparison(
 _LOSS_HEIGHT, _ROW_GAP, _COLUMN_GAP = 150, 88, 80
 _SMOOTH_FROM = 60
 _PANEL_GAP, _NUMBERS = 28, 150
-_PROBE_NAMES = {"knn": "kNN"}
 
 
 def _curves_figure(
@@ -186,7 +186,7 @@ def _draw_probes(
         for kind, curve in kinds.items():
             last = max(curve)[1]
             face = "white" if kind == "knn" else colours[method]
-            name = f"{method}, {_PROBE_NAMES.get(kind, kind)}"
+            name = f"{method}, {probe_name(kind)}"
             key.append(_KeyLine(last, name, colours[method], face))
     key += [_KeyLine(accuracy, name, MUTED, None) for name, accuracy in baselines.items()]
     key.sort(key=lambda line: line.value)
@@ -297,7 +297,7 @@ def _comparison_figure(
         put_text(figure, MARGIN, y, shown, LABEL, colour, bold=True)
     for index, probe in enumerate(probes):
         left = MARGIN + names_width + index * (room + _PANEL_GAP)
-        panel_title = f"{_PROBE_NAMES.get(probe, probe)} accuracy on test images"
+        panel_title = f"{probe_name(probe)} accuracy on test images"
         axes = new_axes(figure, left, top, width, height, panel_title)
         _draw_compared(axes, probe, methods, colours, baselines.get(probe))
         for (name, method), y in zip(methods.items(), rows, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder
 from selfray.probes.features import embed
 from selfray.probes.knn import nearest
+from selfray.report import live_map
 from selfray.report.charts import training_curves
 from selfray.report.maps import embedding_maps
 from selfray.report.projection import project_2d
@@ -132,12 +134,15 @@ def run_pictures(
     train: Sample,
     test: Sample,
     label_names: tuple[str, ...] | None,
-) -> dict[str, Image.Image]:
-    """All pictures of one run by file name. Those that need labels are left out without any."""
+) -> dict[str, Image.Image | dict[str, Any]]:
+    """All pictures of one run by file name, and the data of those that a page draws itself. What
+    needs labels is left out without any."""
     state = method_of(checkpoint)
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)
-    made = {"views.png": augmented_views(experiment, source)}
+    made: dict[str, Image.Image | dict[str, Any]] = {
+        "views.png": augmented_views(experiment, source)
+    }
     data = experiment.data
     state.method.eval()
     of_method = state.method.pictures(
@@ -153,12 +158,10 @@ def run_pictures(
             "untrained": untrained_encoder(experiment),
             f"after {title_of(experiment)}": encoder,
         }
-        made["embedding.png"] = embedding_maps(
-            {
-                name: project_2d(features(experiment, each, test_images))
-                for name, each in maps.items()
-            },
-            test_images.labels,
-            label_names,
-        )
+        flat = {
+            name: project_2d(features(experiment, each, test_images)) for name, each in maps.items()
+        }
+        made["embedding.png"] = embedding_maps(flat, test_images.labels, label_names)
+        made[live_map.THUMBNAILS] = live_map.thumbnails(test_images.views)
+        made[live_map.POINTS] = live_map.as_json(flat, test_images.labels, label_names)
     return made

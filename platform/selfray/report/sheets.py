@@ -56,6 +56,7 @@ def views_grid(
 
     Raises ValueError where a shape or type is another.
     """
+    images, views = as_rgb(images), as_rgb(views)
     _require_images("images", images, "n 3 H W")
     _require_images("views", views, "n V 3 h w", n=len(images))
     if mask is not None:
@@ -84,6 +85,7 @@ def reconstructions(
 
     Raises ValueError where a shape or type is another.
     """
+    originals, rebuilt = as_rgb(originals), as_rgb(rebuilt)
     _require_images("originals", originals, "n 3 H W")
     _require_images("rebuilt", rebuilt, "n 3 H W", n=len(originals))
     require(
@@ -113,6 +115,7 @@ def tokens(
 
     Raises ValueError where a shape or type is another.
     """
+    originals, rebuilt = as_rgb(originals), as_rgb(rebuilt)
     _require_images("originals", originals, "n 3 H W")
     _require_images("rebuilt", rebuilt, "n 3 H W", n=len(originals))
     grid = math.isqrt(tokens.shape[-1])
@@ -158,6 +161,7 @@ def neighbours(
 
     Raises ValueError where a shape, a type or a label is another.
     """
+    queries, neighbours = as_rgb(queries), as_rgb(neighbours)
     _require_images("queries", queries, "m 3 H W")
     _require_images("neighbours", neighbours, "m k 3 h w", m=len(queries))
     count, k = neighbours.shape[:2]
@@ -185,6 +189,17 @@ def neighbours(
         key.append((UNKNOWN, f"no label ({(~known).sum()})"))
     header = ["test image", "nearest train image" if k == 1 else "nearest train images"]
     return _sheet(title, key, header + [""] * (k - 1), blocks, size=neighbours.shape[-1])
+
+
+def as_rgb(images: np.ndarray) -> np.ndarray:
+    """Images uint8 [..., C, H, W] as [..., 3, H, W] to look at.
+
+    Gray is tripled; of multispectral images the first three channels are shown (two: the first).
+    """
+    channels = images.shape[-3]
+    if channels >= 3:
+        return images[..., :3, :, :]
+    return np.repeat(images[..., :1, :, :], 3, axis=-3)
 
 
 def hide(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -220,7 +235,7 @@ def rebuild(
 
     Args:
         predicted: float [n, N, P], the decoder's patches in the layout of `patchify`.
-        originals: uint8 [n, 3, H, H].
+        originals: uint8 [n, C, H, H].
         mask: bool [n, N], True is a hidden patch.
         patch: side of a patch in pixels.
         normalize_pixels: whether the predictions are of pixels normalised for each patch; its
@@ -228,10 +243,14 @@ def rebuild(
         mean, std: of the data, by channel, in 0..1.
 
     Returns:
-        uint8 [n, 3, H, H]. Raises ValueError where a shape is another or a prediction not finite.
+        uint8 [n, C, H, H]. Raises ValueError where a shape is another or a prediction not finite.
     """
-    _require_images("originals", originals, "n 3 H W")
-    n, _, height, width = originals.shape
+    require(
+        originals.dtype == np.uint8 and originals.ndim == 4 and originals.size > 0,
+        f"originals must be uint8 [n, C, H, W] and not empty, got {originals.dtype} "
+        f"{list(originals.shape)}",
+    )
+    n, channels, height, width = originals.shape
     require(height == width, f"originals must be square, got {height} x {width} pixels")
     require(patch > 0 and height % patch == 0, f"patch {patch} does not divide {height} pixels")
     patches = (height // patch) ** 2
@@ -241,8 +260,8 @@ def rebuild(
     )
     pixels = torch.as_tensor(predicted).detach().float().cpu()  # [n, N, P]
     require(
-        pixels.shape == (n, patches, 3 * patch**2),
-        f"predicted must be [{n}, {patches}, {3 * patch**2}], got {list(pixels.shape)}",
+        pixels.shape == (n, patches, channels * patch**2),
+        f"predicted must be [{n}, {patches}, {channels * patch**2}], got {list(pixels.shape)}",
     )
     require(bool(pixels.isfinite().all()), "predicted holds NaN or infinity: the run diverged")
     if normalize_pixels:
@@ -250,8 +269,8 @@ def rebuild(
         # The inverse of losses.masked_pixel_error's normalisation.
         deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
         pixels = pixels * deviation + target.mean(-1, keepdim=True)
-    images = unpatchify(pixels, patch).numpy()  # [n, 3, H, H]
-    scale, shift = (np.array(values, np.float32).reshape(3, 1, 1) for values in (std, mean))
+    images = unpatchify(pixels, patch).numpy()  # [n, C, H, H]
+    scale, shift = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (std, mean))
     images = ((images * scale + shift) * 255).round().clip(0, 255).astype(np.uint8)
     hidden = unpatchify(torch.tensor(mask)[:, :, None].expand_as(pixels), patch).numpy()
     return np.where(hidden, images, originals)

@@ -26,7 +26,7 @@ from torch import Tensor
 from selfray import config
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder, export_weights, import_weights
-from selfray.runs.folder import CHECKPOINTS
+from selfray.runs.folder import BEST, CHECKPOINTS
 from selfray.storage import Location
 from selfray.train import TrainState
 
@@ -131,6 +131,13 @@ def save(state: TrainState, experiment: Experiment, run: Location, loss: float) 
     return _write(location, files, manifest)
 
 
+def take_part(state: TrainState) -> None:
+    """A rank's part in `save` on another rank, where each holds a share of the weights: nothing is
+    written."""
+    state.state_dict()
+    export_weights(state.method.encoder)
+
+
 def copy(found: Checkpoint, run: Location) -> Checkpoint:
     """Give another run a checkpoint, in place of its own of that step. OSError leaves nothing of it
     behind; ValueError where it is damaged."""
@@ -187,6 +194,22 @@ def _whole(checkpoints: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
         except ValueError:
             continue
         yield checkpoint
+
+
+def mark_best(run: Location, step: int) -> None:
+    """Write down which checkpoint has the best probe, where that is news."""
+    place = run / BEST
+    if not place.exists() or place.read_json() != {"step": step}:
+        place.write_json({"step": step})
+
+
+def best(run: Location) -> Checkpoint | None:
+    """The checkpoint with the best probe, where it is whole; None where none was probed."""
+    try:
+        step = (run / BEST).read_json()["step"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return next(_whole(c for c in all_of(run) if c.step == step), None)
 
 
 def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) -> list[int]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 _VERSIONS_OF = ("selfray", "torch", "torchvision", "timm", "ray", "mlflow", "pyarrow")
 
@@ -26,9 +27,12 @@ def environment_tags() -> dict[str, str]:
         tags["mlflow.user"] = getpass.getuser()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     tags["machine.memory_gib"] = f"{memory_bytes / 2**30:.1f}"
-    commit = _output_of("git", "rev-parse", "HEAD")
+    # Of the checkout that this package is from, wherever the command was started.
+    git = ("git", "-C", str(Path(__file__).parent))
+    is_tracked = _output_of(*git, "ls-files", Path(__file__).name)
+    commit = _output_of(*git, "rev-parse", "HEAD") if is_tracked else ""
     if commit:
-        changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+        changes = _output_of(*git, "status", "--porcelain", "--untracked-files=no")
         tags["selfray.git_commit"] = commit + ("+dirty" if changes else "")
         tags["mlflow.source.git.commit"] = commit
     gpus = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")

@@ -10,6 +10,12 @@ RUN_FILE = "run.json"
 """What a run is and how it stands; launch.py writes it."""
 LOCK = "lock"
 """Held by the command that writes into a run's folder, where that is local."""
+STOP = "stop.json"
+"""Why the run's own guard ends it; written by its driver, read by its workers."""
+START = "start.safetensors"
+"""The public weights that it started from, in its encoder's shapes; the header says whose."""
+BEST = "best.json"
+"""The step of the checkpoint with the best probe."""
 SPOOL = "spool"
 CHECKPOINTS = "checkpoints"
 ARTIFACTS = "artifacts"
@@ -41,9 +47,10 @@ def is_training(run: Location) -> bool:
 
 
 def read_object(file: Location) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, or it is damaged."""
+    """The object in a JSON file; empty where there is none, or it is damaged: no JSON, no UTF-8, of
+    another shape, or nested without end."""
     try:
         value = file.read_json()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

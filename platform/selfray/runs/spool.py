@@ -24,6 +24,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from selfray.check import require
+from selfray.masking import masked, masked_json
 from selfray.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def _plain(value: Any) -> int | float | str:
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    return str(value)
+    return masked(str(value))
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class SpoolWriter:
 
 
 def _line(kind: str, fields: dict[str, Any]) -> bytes:
-    record = {"time": int(time.time() * 1000), "kind": kind, **fields}
+    record = {"time": int(time.time() * 1000), "kind": kind, **masked_json(fields)}
     return json.dumps(record, default=_plain, separators=(",", ":")).encode() + b"\n"
 
 
@@ -333,12 +334,47 @@ class SpoolReader:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 self.corrupt += 1
                 continue
-            match record:
-                case {"time": int(), "kind": str()}:
-                    records.append(record)
-                case _:
-                    self.corrupt += 1
+            if _is_record(record):
+                records.append(record)
+            else:
+                self.corrupt += 1
         return records
+
+
+_LARGEST = 2**63 - 1
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line's JSON has the shape of a record: a spool may come from anywhere."""
+    match value:
+        case {"time": int(at), "kind": str(kind)} if abs(at) <= _LARGEST:
+            pass
+        case _:
+            return False
+    match kind, value:
+        case "metrics", {"images_seen": int(seen), "values": dict(values)}:
+            counts = 0 <= seen <= _LARGEST and not isinstance(seen, bool)
+            return counts and all(map(_is_number, values.values()))
+        case "tags", {"values": dict()}:
+            return True
+        case "artifact", {"path": str(path)}:
+            return is_inside(path)
+    return kind not in ("metrics", "tags", "artifact")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)  # an int may be larger than any float
+    except OverflowError:
+        return False
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, int | float)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    return not path.startswith("/") and ".." not in path.split("/") and "\0" not in path

@@ -12,6 +12,7 @@ import numpy as np
 from selfray import config
 from selfray.check import require, require_one_of
 from selfray.experiment import Experiment
+from selfray.metrics import PROBES
 from selfray.schedules import Constant
 
 
@@ -143,7 +144,7 @@ class Halving:
 
     def __post_init__(self) -> None:
         if self.metric is not None:
-            require_one_of("stop_by", self.metric, tuple(SIGNS))
+            require_one_of("stop_by", self.metric, tuple(PROBES))
         require(0 < self.first < 1, f"first_rung must lie in (0, 1), got {self.first}")
         require(self.factor > 1, f"rung_factor must be above 1, got {self.factor}")
 
@@ -174,7 +175,7 @@ class Question:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         require(self.generations >= 2, f"generations must be at least 2, got {self.generations}")
         if self.metric is not None:
-            require_one_of("rank_by", self.metric, tuple(SIGNS))
+            require_one_of("rank_by", self.metric, tuple(PROBES))
         require_one_of("search", self.search, ("grid", "random", "optuna", "population"))
         if self.search == "population":
             require(self.seeds == 1, "a population has one seed: its members are its spread")
@@ -229,11 +230,6 @@ class Question:
         return combinations * self.seeds
 
 
-SIGNS = {"knn": 1, "linear": 1, "rankme": 1, "uniformity": -1, "alignment": -1}
-"""What runs can be compared by, and whether higher (1) or lower (-1) is better. No loss: it does
-not compare across temperatures or mask ratios."""
-
-
 @dataclass(frozen=True)
 class Score:
     """What the runs of one combination came to."""
@@ -273,7 +269,7 @@ def _places(values: Sequence[float]) -> np.ndarray:
 
 def ranked(scores: Sequence[Score], metric: str = "knn") -> list[Score]:
     """The best mean first; then combinations that were stopped, then those that failed."""
-    sign = SIGNS[metric]
+    sign = PROBES[metric].sign
 
     def place(score: Score) -> tuple[int, float]:
         if score.values:
@@ -283,45 +279,23 @@ def ranked(scores: Sequence[Score], metric: str = "knn") -> list[Score]:
     return sorted(scores, key=place)
 
 
-METRIC_NAMES = {
-    "knn": "kNN",
-    "linear": "linear",
-    "rankme": "RankMe",
-    "uniformity": "uniformity",
-    "alignment": "alignment",
-}
-
-
-def is_accuracy(metric: str) -> bool:
-    return metric in ("knn", "linear")
-
-
-def shown(value: float, metric: str) -> str:
-    """A metric's value as a person reads it: 97.5%, or 12.3 of a label-free one."""
-    return f"{value:.1%}" if is_accuracy(metric) else f"{value:.3g}"
-
-
-def shown_difference(value: float, metric: str) -> str:
-    return f"{100 * value:.1f} points" if is_accuracy(metric) else f"{value:.2g}"
-
-
 def answer(question: str, scores: Sequence[Score], metric: str) -> str:
     """One sentence: the best, its margin, and whether that is more than the spread over seeds."""
-    name = METRIC_NAMES[metric]
+    judge = PROBES[metric]
     measured = [score for score in ranked(scores, metric) if score.values]
     if not measured:
         return f"{question} No run ended well, so there is no answer."
     best, *others = measured
     if not others:
         return (
-            f"{question} Only {best.label} was measured to the end: {name} "
-            f"{shown(best.mean, metric)}."
+            f"{question} Only {best.label} was measured to the end: {judge.name} "
+            f"{judge.shown(best.mean)}."
         )
     second = others[0]
     margin = abs(best.mean - second.mean)
     lead = (
-        f"{question} {best.label}: {name} {shown(best.mean, metric)}, "
-        f"{shown_difference(margin, metric)} before {second.label}"
+        f"{question} {best.label}: {judge.name} {judge.shown(best.mean)}, "
+        f"{judge.shown_difference(margin)} before {second.label}"
     )
     spreads = [score.spread for score in (best, second) if score.spread is not None]
     if len(spreads) < 2:
@@ -335,7 +309,7 @@ def answer(question: str, scores: Sequence[Score], metric: str) -> str:
             for spread, score in zip(spreads, (best, second), strict=True)
         )
     )
-    seeds = f"{shown_difference(noise, metric)} that seeds make"
+    seeds = f"{judge.shown_difference(noise)} that seeds make"
     if margin > 2 * noise:
         return f"{lead}, more than twice the {seeds}."
     return f"{lead}, within twice the {seeds}: the two are not told apart."

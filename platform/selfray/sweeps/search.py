@@ -8,7 +8,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from selfray.sweeps.question import SIGNS, Choice, Question, Range
+from selfray.metrics import PROBES
+from selfray.sweeps.question import Choice, Question, Range
 
 FIRST_DRAWS = 4
 """Combinations drawn at random before the others are modelled."""
@@ -42,7 +43,7 @@ def next_choice(question: Question, known: Sequence[Known]) -> Choice:
     study = optuna.create_study(sampler=sampler, direction="maximize")
     space = _space(question)
     for one in known:
-        study.add_trial(_as_trial(one, space, SIGNS[question.metric or "knn"]))
+        study.add_trial(_as_trial(one, space, PROBES[question.metric or "knn"].sign))
     return dict(study.ask(fixed_distributions=space).params)
 
 

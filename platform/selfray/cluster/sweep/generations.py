@@ -9,11 +9,11 @@ from selfray.cluster.sweep.plan import SweepPlan, read_outcome
 from selfray.cluster.sweep.trial import Outcome, failed
 from selfray.cluster.sweep.tune import TaskSource, run_tasks
 from selfray.data.plan import even_steps
+from selfray.metrics import PROBES
 from selfray.runs import checkpoint
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.population import Member, first_generation, next_generation
-from selfray.sweeps.question import SIGNS
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _score(plan: SweepPlan, outcome: Outcome) -> float | None:
     metric = plan.question.metric
     assert metric is not None
     value = None if outcome.failure else outcome.final(metric)
-    return None if value is None else SIGNS[metric] * value
+    return None if value is None else PROBES[metric].sign * value
 
 
 def _copy_state(folder: Location, source: int, target: int, step: int) -> None:

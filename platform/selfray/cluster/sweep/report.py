@@ -11,20 +11,16 @@ from selfray.cluster.sweep.plan import SweepPlan
 from selfray.cluster.sweep.trial import Outcome
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
+from selfray.metrics import PROBES
 from selfray.report import sweep_charts
-from selfray.runs.comparison import write_page
+from selfray.report.page import write_page
 from selfray.runs.folder import OUTCOMES
 from selfray.storage import Location
 from selfray.sweeps.question import (
-    METRIC_NAMES,
-    SIGNS,
     Score,
     answer,
-    is_accuracy,
     rank_correlation,
     ranked,
-    shown,
-    shown_difference,
 )
 
 
@@ -69,24 +65,24 @@ def _population_answer(words: str, scores: Sequence[Score], metric: str) -> str:
     best = measured[0]
     parts = f"in {best.label.count(',') + 1} equal parts of the run"
     told = (
-        f"{words} The best of {len(scores)} members came to {METRIC_NAMES[metric]} "
-        f"{shown(best.mean, metric)} with {best.label}, {parts}"
+        f"{words} The best of {len(scores)} members came to {PROBES[metric].name} "
+        f"{PROBES[metric].shown(best.mean)} with {best.label}, {parts}"
     )
     if len(measured) > 1:
-        margin = shown_difference(abs(best.mean - measured[1].mean), metric)
+        margin = PROBES[metric].shown_difference(abs(best.mean - measured[1].mean))
         told += f", {margin} before the next"
     return f"{told}. Members share their past: what chance makes, only runs from new seeds tell."
 
 
 def table(scores: Sequence[Score], metric: str) -> str:
     """The ranks in markdown."""
-    lines = [f"| | {METRIC_NAMES[metric]} | spread over seeds | runs |", "|---|---|---|---|"]
+    lines = [f"| | {PROBES[metric].name} | spread over seeds | runs |", "|---|---|---|---|"]
     for score in scores:
-        mean = shown(score.mean, metric) if score.values else "-"
-        spread = "-" if score.spread is None else shown_difference(score.spread, metric)
+        mean = PROBES[metric].shown(score.mean) if score.values else "-"
+        spread = "-" if score.spread is None else PROBES[metric].shown_difference(score.spread)
         runs = f"{len(score.values)}"
         if score.stopped:
-            at = shown(statistics.mean(score.stopped), metric)
+            at = PROBES[metric].shown(statistics.mean(score.stopped))
             runs += f", {len(score.stopped)} stopped at {at}"
         if score.failures:
             runs += f", {len(score.failures)} failed"
@@ -98,17 +94,17 @@ def agreement(outcomes: Sequence[Outcome], metric: str = "knn") -> str:
     """How far the label-free figures order the whole runs as a probe does, in a line; empty for
     few runs."""
     parts = []
-    for name, sign in SIGNS.items():
-        if is_accuracy(name):
+    for name, probe in PROBES.items():
+        if probe.is_accuracy:
             continue
         pairs = [(o.final(metric), o.final(name)) for o in outcomes if not o.stopped]
-        known = [(k, sign * v) for k, v in pairs if k is not None and v is not None]
+        known = [(k, probe.sign * v) for k, v in pairs if k is not None and v is not None]
         found = rank_correlation(*zip(*known, strict=True)) if known else None
         if found is not None:
-            parts.append(f"{METRIC_NAMES[name]} {found:+.2f}")
+            parts.append(f"{probe.name} {found:+.2f}")
     if not parts:
         return ""
-    return f"rank correlation with {METRIC_NAMES[metric]}, without labels: {', '.join(parts)}"
+    return f"rank correlation with {PROBES[metric].name}, without labels: {', '.join(parts)}"
 
 
 def overhead(outcomes: Sequence[Outcome]) -> str:
@@ -146,18 +142,19 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
         known = [value for value in untrained if value is not None]
         figure = sweep_charts.sweep(
             {label: by_label[label] for label in asked_order if label in by_label},
-            METRIC_NAMES[metric],
+            PROBES[metric].name,
             sum(known) / len(known) if known else None,
             title,
             result.answer,
-            is_accuracy(metric),
+            PROBES[metric].is_accuracy,
         )
         tracker.log_picture(figure, "sweep.png")
         console.say(f"figure    {result.folder}/artifacts/sweep.png")
     curves = {(o.label, o.seed): _points(o, metric) for o in result.outcomes}
     curves = {name: points for name, points in curves.items() if points}
     if curves:
-        figure = sweep_charts.sweep_curves(curves, METRIC_NAMES[metric], title, is_accuracy(metric))
+        judge = PROBES[metric]
+        figure = sweep_charts.sweep_curves(curves, judge.name, title, judge.is_accuracy)
         tracker.log_picture(figure, "curves.png")
         console.say(f"curves    {result.folder}/artifacts/curves.png")
     if folder.is_local:

@@ -24,11 +24,12 @@ from selfray.data.data_sets import as_started, open_data, remember
 from selfray.data.plan import ReadPlan
 from selfray.data.source import source_of
 from selfray.experiment import Experiment
+from selfray.metrics import PROBES
 from selfray.runs.environment import environment_tags
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.population import first_generation
-from selfray.sweeps.question import METRIC_NAMES, Choice, Question, Range, is_accuracy
+from selfray.sweeps.question import Choice, Question, Range
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def _with_metrics(question: Question, base: Experiment, labelled: bool) -> Quest
         question.halving, metric=question.halving.metric or metric
     )
     for name, value in (("rank-by", metric), ("stop-by", halving and halving.metric)):
-        if value is not None and is_accuracy(value) and not labelled:
+        if value is not None and PROBES[value].is_accuracy and not labelled:
             raise ValueError(
                 f"--{name} {value} needs labels, and the images have none: name labelled images "
                 f"with --test-data, or give --{name} rankme"
@@ -215,7 +216,7 @@ def _say_plan(
     varied = "; ".join(f"{axis.name} {axis.described}" for axis in question.axes)
     console.say(
         f"{question.name}: {question.runs} runs of {base.name} by {question.search} search, "
-        f"{at_once} at a time, ranked by {METRIC_NAMES[question.metric]}: {varied}"
+        f"{at_once} at a time, ranked by {PROBES[question.metric].name}: {varied}"
         + (f"; {question.seeds} seeds" if question.seeds > 1 else "")
     )
     halving = question.halving
@@ -223,10 +224,10 @@ def _say_plan(
         assert halving.metric is not None
         console.say(
             f"from {halving.first:.0%} of the images on, one run in {halving.factor:g} goes on "
-            f"at each rung, by {METRIC_NAMES[halving.metric]}"
+            f"at each rung, by {PROBES[halving.metric].name}"
         )
-        if not is_accuracy(halving.metric) and base.method.judged_by != "knn":
-            console.say(f"note: {METRIC_NAMES[halving.metric]} misleads for {base.method.name}")
+        if not PROBES[halving.metric].is_accuracy and base.method.judged_by != "knn":
+            console.say(f"note: {PROBES[halving.metric].name} misleads for {base.method.name}")
     console.say(f"folder: {folder}")
 
 

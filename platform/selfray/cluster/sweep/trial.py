@@ -13,12 +13,11 @@ from ray import tune
 from selfray import config
 from selfray.cluster.endings import RunFailed
 from selfray.cluster.launch import PartOf, launch
-from selfray.cluster.probe_tasks import PROBED
 from selfray.console import Console
 from selfray.experiment import Experiment
+from selfray.metrics import PROBES
 from selfray.probes.features import ProbeResult, described
 from selfray.storage import Location
-from selfray.sweeps.question import SIGNS
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
             tuple(
                 {
                     "images_seen": step * experiment.batch_size,
-                    **{name: getattr(probe, name) for name in PROBED},
+                    **{name: getattr(probe, name) for name in PROBES},
                 }
                 for step, probe in sorted(result.probes.items())
             ),
@@ -157,7 +156,7 @@ def _reporter(task: Task) -> Any:
                 {
                     "number": task.number,
                     "images_seen": images_seen,
-                    "value": SIGNS[metric] * value,
+                    "value": PROBES[metric].sign * value,
                 }
             )
 

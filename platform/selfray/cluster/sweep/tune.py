@@ -17,8 +17,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from selfray.cluster.sweep.trial import Task, run_trial
+from selfray.metrics import PROBES
 from selfray.storage import Location
-from selfray.sweeps.question import METRIC_NAMES, Halving
+from selfray.sweeps.question import Halving
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Rungs(FIFOScheduler):
         return judged
 
     def _stop(self, told: dict[str, Any]) -> None:
-        name = METRIC_NAMES[self._judged_by]
+        name = PROBES[self._judged_by].name
         reason = f"not among the best by {name} at {told['images_seen']:,} images"
         (Location.of(self._stops) / f"{told['number']:04d}.json").write_json({"reason": reason})
 

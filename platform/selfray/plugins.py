@@ -1,0 +1,84 @@
+"""Methods, views and probes of a user's own package, which selfray uses by their names alone.
+
+A config's JSON names types, and a type's module is imported when it is read. So only modules are
+believed that the user named: by --plugin my_package.barlow, by SELFRAY_PLUGINS, or by installing a
+package with an entry point in the group `selfray.plugins`. The driver hands the names to workers in
+SELFRAY_PLUGINS; a file alone can never add one.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+VARIABLE = "SELFRAY_PLUGINS"
+GROUP = "selfray.plugins"
+FLAG = "--plugin"
+
+
+def named() -> tuple[str, ...]:
+    """The modules that the user named, in flags or in the environment."""
+    return tuple(filter(None, os.environ.get(VARIABLE, "").split(",")))
+
+
+@lru_cache
+def installed() -> tuple[str, ...]:
+    """The modules that installed packages register."""
+    return tuple(point.module for point in importlib.metadata.entry_points(group=GROUP))
+
+
+def allows(module: str) -> bool:
+    """Whether a config may name types of a module: of selfray, of a plugin, or inside one."""
+    if module.split(".")[0] == "selfray":
+        return True
+    inside = (*named(), *installed())
+    return any(module == name or module.startswith(f"{name}.") for name in inside)
+
+
+def take(arguments: Sequence[str]) -> list[str]:
+    """Take `--plugin MODULE` out of a command line and name its modules, also for processes that
+    are started from here. ValueError where one is missing or cannot be imported."""
+    rest, words = [], iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != FLAG:
+            rest.append(word)
+            continue
+        module = value if equals else next(words, "")
+        if not module or module.startswith("-"):
+            raise ValueError(f"{FLAG} takes a module of yours, such as my_package.barlow")
+        load(module)
+    return rest
+
+
+def load(module: str) -> ModuleType:
+    """Import a plugin and believe it from now on. ValueError says why it cannot be imported."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `python -m` looks, too
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{FLAG} {module} cannot be imported ({error}): install its package, or start in the "
+            "folder that holds it"
+        ) from None
+    if module not in named():
+        os.environ[VARIABLE] = ",".join((*named(), module))
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if os.getcwd() not in folders and (getattr(found, "__file__", None) or "").startswith(
+        os.getcwd() + os.sep
+    ):
+        # Workers that Ray starts on this machine look there.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, os.getcwd())))
+    return found
+
+
+def recipes() -> dict:
+    """The Experiments by name that plugins have in a RECIPES of theirs."""
+    found: dict = {}
+    for module in dict.fromkeys((*named(), *installed())):
+        found |= getattr(importlib.import_module(module), "RECIPES", {})
+    return found

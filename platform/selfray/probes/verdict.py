@@ -1,0 +1,85 @@
+"""Did training make the encoder better than the weights that it started from?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from selfray.probes.features import ProbeResult
+from selfray.probes.intervals import Interval, difference
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The best probe of a run beside that of its start, on the same test images."""
+
+    by: Literal["knn", "linear"]
+    start: float
+    """Accuracy of the weights that it started from, 0..1."""
+    best: float
+    step: int
+    """Where the best one was found."""
+    probes: int
+    """Out of how many it is the best."""
+    test_images: int
+    gain: Interval
+    """best - start, with its 95 % interval by the paired bootstrap over the test images."""
+
+    @property
+    def described(self) -> str:
+        name = {"knn": "kNN", "linear": "linear"}[self.by]
+        figures = (
+            f"{name} {self.best:.1%} at step {self.step:,}, {self.start:.1%} at the start; 95 % "
+            f"bootstrap over {self.test_images:,} test images, the best of "
+            f"{self.probes} probe{'s' if self.probes > 1 else ''}"
+        )
+        sure = max(self.gain.high - self.gain.value, self.gain.value - self.gain.low)
+        amount = f"{100 * abs(self.gain.value):.1f} ± {100 * sure:.1f} points"
+        if not self.gain.excludes_zero:
+            return (
+                f"no better than the weights it started from: a difference of "
+                f"{100 * self.gain.value:+.1f} ± {100 * sure:.1f} points may be chance ({figures})"
+            )
+        if self.gain.value > 0:
+            return f"better than the weights it started from by {amount} ({figures})"
+        return f"worse than the weights it started from by {amount} ({figures}): keep those"
+
+
+def verdict(probes: Mapping[int, ProbeResult], by: Literal["knn", "linear"]) -> Verdict | None:
+    """The verdict on a run's probes by step, of which step 0 is its start; None where there is none
+    to give: no labels, no probe of the start, or none after it."""
+    start = probes.get(0)
+    later = {step: p for step, p in probes.items() if step > 0 and getattr(p, by) is not None}
+    if start is None or not later:
+        return None
+    step = max(later, key=lambda step: (getattr(later[step], by), step))
+    gain = gain_over(start, later[step], by)
+    if gain is None:
+        return None
+    first, best = getattr(start, by), getattr(later[step], by)
+    return Verdict(by, first, best, step, len(later), later[step].test_images, gain)
+
+
+def gain_over(start: ProbeResult, other: ProbeResult, by: str) -> Interval | None:
+    """What another probe of the same test images has more than the start's; None where it was not
+    kept which images were told right."""
+    ours, theirs = other.told_right(by), start.told_right(by)
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return None
+    return difference(ours, theirs)
+
+
+def without_labels(probes: Mapping[int, ProbeResult]) -> str | None:
+    """What can be said where no image has a label; None where there is nothing to compare."""
+    later = [step for step in probes if step > 0]
+    if 0 not in probes or not later:
+        return None
+    start, last = probes[0], probes[max(later)]
+    moved = ", ".join(
+        f"{shown} {getattr(start, name):.3g} -> {getattr(last, name):.3g}"
+        for name, shown in (("rankme", "RankMe"), ("alignment", "alignment"))
+        if getattr(start, name) is not None and getattr(last, name) is not None
+    )
+    return (
+        f"without labels it cannot be said whether it is better than the weights it started from; "
+        f"what can be measured: {moved}; give some labelled images with --data.test-path to know"
+    )

@@ -1,0 +1,150 @@
+"""Go on from public weights on images of your own: settings for 10 to 50 thousand of them.
+
+python experiments/pretrain.py dinov2-adapt --data.path ~/scans
+python experiments/pretrain.py mae-adapt --data.path ~/scans --init-from mae_pretrain_vit_base.pth
+python experiments/pretrain.py dino-adapt --data.path ~/scans --init-from dino_deitsmall16.pth
+
+Nothing here was run at this size: the settings follow from the papers' own by the rules in the
+comments, and each needs a GPU for some hours (ViT-S) to a day (ViT-B). The encoder is that of the
+weights: another --init-from brings its own. Labelled images, in the data or as --data.test-path,
+tell whether it helped: the last line of the run says by how much.
+"""
+
+from dataclasses import replace
+
+from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
+from selfray.methods.dino import DINOConfig
+from selfray.methods.dinov2 import DINOv2Config
+from selfray.methods.mae import MAEConfig
+from selfray.methods.simclr import SimCLRConfig
+from selfray.models.encoder import EncoderConfig
+from selfray.optim import OptimizerConfig
+from selfray.schedules import Constant, Cosine, WarmupCosine
+from selfray.views import ColorJitter, View
+
+# What all share: the encoder's rate is a tenth of the paper's from scratch or less, and falls with
+# each layer towards the input, since early layers are what transfers best; new heads learn alone at
+# first; the teacher is slower, since few steps are made; a whole epoch has 40 to 200 steps.
+# 112 pixels are whole patches of 8, 14 and 16: local crops fit the encoder of any public weights.
+LOCAL = 112
+
+DINO_V2 = Experiment(
+    name="dinov2-adapt",
+    method=DINOv2Config(
+        prototypes=16_384,
+        momentum=Cosine(0.998, 1.0),
+        freeze_prototypes=0.02,
+        local_view=replace(DINOv2Config().local_view, size=LOCAL),
+    ),
+    encoder=EncoderConfig(
+        "vit_small_patch14_dinov2", image_size=224, drop_path=0.1, drop_path_uniform=True
+    ),
+    data=DataConfig(),
+    optimizer=OptimizerConfig(
+        "adamw",
+        base_learning_rate=2e-4 / 1024**0.5,
+        scaling="sqrt",
+        schedule=WarmupCosine(warmup_fraction=0.1, final=0.01),
+        weight_decay=Constant(0.04),
+        clip_norm=3.0,
+        clip_each="module",
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
+    ),
+    epochs=50,
+    batch_size=256,
+    precision="bf16",
+    init_from="timm:vit_small_patch14_dinov2.lvd142m",
+    warm_up_head=0.05,
+    probe=ProbeConfig(times=10),
+    checkpoint=CheckpointConfig(times=20),
+)
+
+DINO = Experiment(
+    name="dino-adapt",
+    method=DINOConfig(
+        prototypes=16_384,
+        momentum=Cosine(0.998, 1.0),
+        freeze_prototypes=0.02,
+        local_view=replace(DINOConfig().local_view, size=LOCAL),
+    ),
+    encoder=EncoderConfig("vit_small_patch16_224", image_size=224, drop_path=0.1),
+    data=DataConfig(),
+    optimizer=OptimizerConfig(
+        "adamw",
+        base_learning_rate=5e-5,
+        schedule=WarmupCosine(warmup_fraction=0.1, final=0.01),
+        weight_decay=Cosine(0.04, 0.2),
+        clip_norm=3.0,
+        clip_each="parameter",
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
+    ),
+    epochs=50,
+    batch_size=256,
+    precision="bf16",
+    init_from="timm:vit_small_patch16_224.dino",
+    warm_up_head=0.05,
+    probe=ProbeConfig(times=10),
+    checkpoint=CheckpointConfig(times=20),
+)
+
+# MAE's decoder is new: it learns alone for the first tenth. More epochs, since each shows a quarter
+# of an image, and no second network is trained.
+MAE = Experiment(
+    name="mae-adapt",
+    method=MAEConfig(),
+    encoder=EncoderConfig("vit_base_patch16_224", image_size=224),
+    data=DataConfig(),
+    optimizer=OptimizerConfig(
+        "adamw",
+        base_learning_rate=5e-5,
+        schedule=WarmupCosine(warmup_fraction=0.05),
+        weight_decay=Constant(0.05),
+        betas=(0.9, 0.95),
+        layer_decay=0.85,
+    ),
+    epochs=200,
+    batch_size=256,
+    precision="bf16",
+    init_from="timm:vit_base_patch16_224.mae",
+    warm_up_head=0.1,
+    probe=ProbeConfig(times=10),
+    checkpoint=CheckpointConfig(times=20),
+)
+
+# A ResNet has batch norms, and one rate for all layers: LARS from a tenth of the paper's rate.
+SIMCLR = Experiment(
+    name="simclr-adapt",
+    method=SimCLRConfig(
+        temperature=0.2,
+        view=View(
+            crop_scale=(0.2, 1.0),
+            color_jitter=ColorJitter(0.4, 0.4, 0.4, 0.1),
+            grayscale=0.2,
+            blur=0.5,
+        ),
+    ),
+    encoder=EncoderConfig("resnet50", image_size=224),
+    data=DataConfig(),
+    optimizer=OptimizerConfig(
+        "lars",
+        base_learning_rate=0.03,
+        schedule=WarmupCosine(warmup_fraction=0.1),
+        weight_decay=Constant(1e-6),
+    ),
+    epochs=100,
+    batch_size=512,
+    precision="bf16",
+    init_from="timm:resnet50.a1_in1k",
+    warm_up_head=0.05,
+    probe=ProbeConfig(times=10),
+    checkpoint=CheckpointConfig(times=20),
+)
+
+RECIPES = {
+    "dinov2-adapt": DINO_V2,
+    "dino-adapt": DINO,
+    "mae-adapt": MAE,
+    "simclr-adapt": SIMCLR,
+}

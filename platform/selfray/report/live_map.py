@@ -1,0 +1,101 @@
+"""A run's map of features as data, for a page that shows an image where one points at a dot.
+
+Beside the pictures of a run lie `embedding.json` and `thumbnails.png`: the dots, and one sheet of
+all images, small.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from selfray.runs.folder import read_object
+from selfray.storage import Location
+
+POINTS, THUMBNAILS = "embedding.json", "thumbnails.png"
+SIDE = 40
+"""Of a thumbnail, in pixels."""
+MOST_POINTS = 2_000
+
+
+def as_json(
+    maps: Mapping[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str] | None
+) -> dict[str, Any]:
+    """The dots of maps float [n, 2] by name, and the labels int [n] of their images."""
+    return {
+        "maps": {name: np.round(points, 3).tolist() for name, points in maps.items()},
+        "labels": labels.tolist(),
+        "names": list(label_names or ()),
+    }
+
+
+def thumbnails(images: np.ndarray) -> Image.Image:
+    """Images uint8 [n, 3, H, W] on one sheet, row by row, as many in a row as rows."""
+    across = _across(len(images))
+    sheet = Image.new("RGB", (across * SIDE, math.ceil(len(images) / across) * SIDE))
+    for number, image in enumerate(images):
+        small = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        place = (number % across * SIDE, number // across * SIDE)
+        sheet.paste(small.resize((SIDE, SIDE), Image.Resampling.LANCZOS), place)
+    return sheet
+
+
+def _across(count: int) -> int:
+    return max(1, math.ceil(math.sqrt(count)))
+
+
+def read(pictures: Location) -> dict[str, Any] | None:
+    """What a run's folder of pictures holds of a map; None where there is none, or it is not as
+    `as_json` writes it."""
+    found = read_object(pictures / POINTS)
+    try:
+        labels = [int(label) for label in found["labels"]]
+        names = [str(name) for name in found["names"]]
+        maps = {
+            str(name): np.array(points, np.float64).reshape(len(labels), 2)
+            for name, points in found["maps"].items()
+        }
+        with Image.open(io.BytesIO((pictures / THUMBNAILS).read_bytes())) as image:
+            across = _across(len(labels))
+            if image.size != (across * SIDE, math.ceil(len(labels) / across) * SIDE):
+                return None
+            packed = io.BytesIO()
+            image.convert("RGB").save(packed, "WEBP", quality=70)
+    except Exception:  # a file of a stranger's, or one that is cut: there is no map then
+        return None
+    is_whole = all(np.isfinite(points).all() for points in maps.values())
+    if not maps or not is_whole or not 0 < len(labels) <= MOST_POINTS:
+        return None
+    sheet = f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"
+    return {
+        "maps": maps, "labels": labels, "names": names, "sheet": sheet, "across": across,
+        "side": SIDE,
+    }  # fmt: skip
+
+
+def aligned(found: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The maps of runs by their number, as JSON. Those of the same images are shifted, scaled and
+    turned (or mirrored) onto the first one, so that a cluster has one place in all."""
+    first: dict[tuple[int, ...], np.ndarray] = {}
+    shown = {}
+    for number, one in found.items():
+        maps = {}
+        units = {name: _unit(points) for name, points in one["maps"].items()}
+        # The last of a run's maps is the pretrained encoder's.
+        target = first.setdefault(tuple(one["labels"]), list(units.values())[-1])
+        for name, unit in units.items():
+            # Orthogonal Procrustes: of all turns, the one with the least squared distance.
+            left, _, right = np.linalg.svd(unit.T @ target)
+            maps[name] = np.round(unit @ left @ right, 3).tolist()
+        shown[str(number)] = {**one, "maps": maps}
+    return shown
+
+
+def _unit(points: np.ndarray) -> np.ndarray:
+    """Points [n, 2] around 0, at a mean squared distance of 1 unless all lie in one place."""
+    centred = points - points.mean(0)
+    return centred / (np.sqrt((centred**2).sum(1).mean()) or 1.0)

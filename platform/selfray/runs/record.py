@@ -1,0 +1,103 @@
+"""What a run's folder says of how it stands: run.json, and the lock of whoever writes there."""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from selfray import config
+from selfray.experiment import Experiment
+from selfray.runs.folder import LOCK, RUN_FILE
+from selfray.storage import Location
+
+log = logging.getLogger(__name__)
+
+RESERVE = "reserve"
+RESERVE_BYTES = 2**18
+"""Given back when a run fails, so that a full disk still takes its last words."""
+
+Status = Literal["running", "failed", "finished", "stopped", "paused"]
+
+
+def read(run: Location) -> dict[str, Any]:
+    """What an earlier start of this run wrote of itself; empty where there was none."""
+    try:
+        record = (run / RUN_FILE).read_json()
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write(run: Location, experiment: Experiment, status: Status, **more: Any) -> None:
+    """Write run.json. OSError where the folder takes nothing."""
+    if status == "running" and run.is_local:
+        (run / RESERVE).write_bytes(bytes(RESERVE_BYTES))
+    elif run.is_local:
+        give_back_reserve(run)
+    (run / RUN_FILE).write_json(
+        {
+            "status": status,
+            "name": run.name,
+            # Beside the experiment, whose types bring torch with them, for readers in a hurry.
+            "judged_by": experiment.method.judged_by,
+            "experiment": config.to_json(experiment),
+            **more,
+        }
+    )
+
+
+def give_back_reserve(run: Location) -> None:
+    """Make room for what a failing run has to say."""
+    with suppress(OSError):
+        os.unlink(os.path.join(run.path, RESERVE))
+
+
+def write_failure(run: Location, experiment: Experiment, cause: str, **more: Any) -> None:
+    """Write down why a run failed; where even that cannot be written, the log has it."""
+    try:
+        write(run, experiment, "failed", failure=cause, **more)
+    except OSError:
+        log.exception("the failure cannot be written down")
+
+
+@contextmanager
+def alone(run: Location) -> Iterator[None]:
+    """Two commands must not write into one run's folder. Only a local folder can be guarded."""
+    if not run.is_local:
+        yield
+        return
+    with open(Path(run.path) / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{run} is being written by another command (process {file.read().strip()}): wait "
+                "for it, or change a setting, such as --seed, for a run of its own"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def in_turn(output: Location, say: Callable[[str], None]) -> Iterator[None]:
+    """One command at a time makes what all runs of an output folder share: its data. Only a local
+    folder can be guarded."""
+    if not output.is_local:
+        yield
+        return
+    folder = Path(output.path) / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"another command is making its data in {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

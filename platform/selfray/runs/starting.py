@@ -1,0 +1,101 @@
+"""What a run starts from: random weights, a checkpoint's, or public ones.
+
+Public weights are read once, by the driver, and kept in the run's folder in the encoder's shapes:
+train workers and probes on other machines start from them with no file, network or pickle, and a
+run can be compared with its start when the file is long gone.
+"""
+
+import json
+from collections.abc import Callable
+
+import safetensors
+import safetensors.torch
+import torch
+
+from selfray.experiment import Experiment
+from selfray.models import weights
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.models.fitting import fitted_for
+from selfray.models.layouts import DINOV3_LICENCE
+from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.folder import START
+from selfray.storage import Location
+from selfray.train import TrainState
+
+_FACTS = "selfray.start"
+
+
+def keep(experiment: Experiment, run: Location, say: Callable[[str], None]) -> dict[str, str]:
+    """Keep the public weights that a run starts from, and say which were taken; nothing where it
+    starts from none, or has kept them before.
+
+    Returns:
+        What they are, as tags: `start.from`, `start.layout`, `start.sha256`, `start.licence`.
+
+    Raises:
+        ValueError, FileNotFoundError: of one line, where they are damaged, of another encoder, in
+            no known layout or out of reach.
+    """
+    if not starts_from_public(experiment):
+        return {}
+    assert experiment.init_from is not None
+    place = run / START
+    if not place.exists():
+        found = fitted_for(experiment.init_from, experiment.encoder, experiment.init_share)
+        facts = {
+            "start.from": experiment.init_from,
+            "start.layout": found.weights.named.layout,
+            "start.share": f"{found.share:.4f}",
+            "start.sha256": found.weights.sha256 or "",
+            "start.licence": found.weights.named.licence or "",
+        }
+        header = {_FACTS: json.dumps({"tags": facts, "said": found.described})}
+        tensors = {name: tensor.contiguous().clone() for name, tensor in found.tensors.items()}
+        place.write_bytes(safetensors.torch.save(tensors, header))
+    _, told = _kept(place)
+    for line in told["said"]:
+        say(line)
+    return {name: value for name, value in told["tags"].items() if value}
+
+
+def starts_from_public(experiment: Experiment) -> bool:
+    return experiment.init_from is not None and weights.is_public(experiment.init_from)
+
+
+def state(
+    experiment: Experiment,
+    run: Location,
+    total_images: int,
+    device: torch.device | str = "cpu",
+) -> TrainState:
+    """The state before the first step: the encoder's weights, and a teacher's, as `keep` kept them
+    or as the checkpoint of --init-from has them; else random ones of the seed."""
+    if starts_from_public(experiment):
+        tensors, _ = _kept(run / START)
+        started = TrainState.start(experiment, total_images, device)
+        # Now, since methods draw first weights of their own for the encoder that they get. Students
+        # and teachers alike: a tokenizer's encoder, all of buffers, is neither.
+        for part in started.method.modules():
+            if isinstance(part, Encoder) and next(part.parameters(), None) is not None:
+                part.backbone.load_state_dict(part.backbone.state_dict() | tensors)
+        return started
+    started = TrainState.start(experiment, total_images, device)
+    if experiment.init_from is not None:
+        started.load_weights(Checkpoint.open(experiment.init_from).state())
+    return started
+
+
+def _kept(place: Location) -> tuple[dict[str, torch.Tensor], dict]:
+    data = place.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_FACTS])
+    return safetensors.torch.load(data), told
+
+
+def licence_of(init_from: str | None, encoder: EncoderConfig) -> str | None:
+    """The terms under which a run's weights stay, where its start has some of its own."""
+    if init_from is None:
+        return None
+    if "dinov3" in encoder.name or "dinov3" in init_from:
+        return DINOV3_LICENCE
+    return weights.licence_in_timm(init_from)

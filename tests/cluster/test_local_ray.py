@@ -1,0 +1,172 @@
+"""A Ray that selfray starts is its user's alone, and ends with the command that started it."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from selfray.cluster import local_ray, runtime
+
+pytestmark = pytest.mark.skipif(
+    bool(os.environ.get("RAY_ADDRESS")), reason="a cluster is named, so no Ray is started here"
+)
+
+
+def family() -> list[psutil.Process]:
+    """This process, Ray's processes, and their workers."""
+    here = psutil.Process()
+    return [here, *here.children(recursive=True)]
+
+
+@ray.remote
+class Listener:
+    """A worker, which listens as all of Ray's workers do."""
+
+    def token(self) -> str:
+        return os.environ["RAY_AUTH_TOKEN_PATH"]
+
+
+def test_every_port_of_a_local_ray_is_on_loopback_and_its_token_is_the_users(ray_session) -> None:
+    worker = Listener.remote()
+    token = Path(ray.get(worker.token.remote()))
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in family()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 5, "Ray's services, its agent and its workers listen"
+    assert {ip.removeprefix("::ffff:") for _, ip in listening} == {"127.0.0.1"}, listening
+
+
+INTRUDER = """
+import sys
+import ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    print("refused", type(error).__name__)
+else:
+    print("got in", ray.get(ray.remote(lambda: 1).remote()))
+"""
+
+
+@pytest.mark.long
+def test_a_process_without_the_token_does_not_get_into_a_local_ray(ray_session) -> None:
+    address = ray.get_runtime_context().gcs_address
+    # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: Ray would turn 127.0.0.1 into the machine's address.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "HOME": "/nonexistent"}
+
+    def try_with(**more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", INTRUDER, address],
+            env=kept | more,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.stdout
+
+    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    assert "got in" in try_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
+    assert "got in" not in try_with()
+    assert "got in" not in try_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+
+
+def test_the_dashboard_and_what_serves_it_do_not_run(ray_session) -> None:
+    commands = [" ".join(process.cmdline()) for process in family()]
+    for unneeded in ("dashboard.py", "log_monitor.py", "autoscaler/_private/monitor.py"):
+        assert not [command for command in commands if unneeded in command], unneeded
+
+
+STARTER = """
+import shutil
+import signal
+from selfray.cluster import runtime
+runtime.start()
+print("up", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.long
+def test_nothing_of_ray_outlives_a_driver_that_is_killed_and_its_folder_is_swept(
+    tmp_path: Path,
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if "RAY" not in name}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", STARTER], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    while "up" not in (line := driver.stdout.readline()):
+        assert line, "the driver ended before Ray was up"
+    children = psutil.Process(driver.pid).children(recursive=True)
+    assert children
+    (folder,) = {
+        Path(word.partition("=")[2])
+        for child in children
+        for word in child.cmdline()
+        if word.startswith("--temp_dir=")
+    }
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+    local_ray.sweep_leftovers()
+    assert not folder.exists()
+
+
+def test_a_sessions_folder_is_short_enough_whatever_the_temporary_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    folder = local_ray._new_folder()
+    try:
+        assert len(str(folder)) <= local_ray.LONGEST_FOLDER
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        local_ray.sweep_leftovers()
+        assert folder.exists(), "a session that runs keeps its folder"
+        (folder / local_ray.OWNER).write_text(f"{os.getpid()} 1")  # an earlier process' number
+        local_ray.sweep_leftovers()
+        assert not folder.exists()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_settings_of_a_local_ray_are_not_left_to_a_cluster_that_is_joined_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(local_ray, "_before", {})
+    if ray.is_initialized():
+        pytest.skip("these are the settings of the Ray that runs")
+    local_ray._set({"RAY_AUTH_MODE": "token"})
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    local_ray._restore()
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_cluster_that_nobody_named_and_that_is_gone_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "ray_current_cluster"
+    note.write_text("127.0.0.1:9")
+    monkeypatch.setattr("ray._common.utils.get_ray_address_file", lambda _: str(note))
+    from selfray.cluster import ray_internals
+
+    assert ray_internals.current_cluster() == "127.0.0.1:9"
+    assert runtime._join("127.0.0.1:9", {}, is_named=False) is False
+    with pytest.raises(ConnectionError, match="no Ray cluster answers"):
+        runtime._join("127.0.0.1:9", {}, is_named=True)
