@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +198,29 @@ def read_token_again() -> None:
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def on_loopback_where_alone(address: str) -> Iterator[None]:
+    """While ray.init joins `address`: keep 127.0.0.1 where nothing answers at the machine's own
+    address, as with a Ray of `start_on_loopback`.
+
+    Reason (Ray 2.60): ray.init replaces 127.0.0.1 by the machine's address, and then waits for a
+    server that does not listen there.
+    """
+    from ray._private import ray_constants, services
+
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    if host in ("127.0.0.1", "localhost") and port.isdigit():
+        try:
+            socket.create_connection((services.get_node_ip_address(), int(port)), 5).close()
+        except OSError:
+            ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def use_stored_token() -> None:

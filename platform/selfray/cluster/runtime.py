@@ -192,7 +192,8 @@ def _join(address: str, options: dict[str, Any], is_named: bool) -> bool:
     try:
         _require_cluster(address)
         ray_internals.use_stored_token()
-        ray.init(address=address, **options)
+        with ray_internals.on_loopback_where_alone(address):
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError) as error:
         if not is_named:
             return False
