@@ -102,6 +102,34 @@ def lines(module: str) -> int:
     return len(modules()[module].read_text().splitlines())
 
 
+ARCHITECTURE = PACKAGE.parents[1] / "docs" / "ARCHITECTURE.md"
+BEGIN, END = "<!-- the tree, from the docstrings: make map -->\n", "<!-- the tree ends -->\n"
+
+
+def tree() -> str:
+    """Every file of the package with the first line of its docstring, by rooms."""
+    rows: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        room, _, file = name.rpartition(".")
+        rows.setdefault(room, []).append(f"- `{file}.py`: {first}")
+    parts = []
+    for room in sorted(rows, key=lambda room: (room != "", room)):
+        folder = PACKAGE / room.replace(".", "/") / "__init__.py"
+        title = f"`selfray/{room.replace('.', '/')}/`" if room else "`selfray/`"
+        about = ast.get_docstring(ast.parse(folder.read_text())) or ""
+        about = about.partition("\n")[0]
+        parts.append(f"### {title}\n\n{about}\n\n" + "\n".join(rows[room]) + "\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def write_tree() -> None:
+    """Put today's tree into docs/ARCHITECTURE.md."""
+    text = ARCHITECTURE.read_text()
+    before, rest = text.split(BEGIN)
+    ARCHITECTURE.write_text(before + BEGIN + tree() + END + rest.split(END)[1])
+
+
 def main() -> None:
     graph = imports()
     if ring := circle(graph):
@@ -127,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    write_tree()
     main()

@@ -20,6 +20,8 @@ ENCODERS = {
     "registers": replace(VIT, depth=3, registers=2, layer_scale=1e-5, position="learned"),
     "gated": replace(VIT, depth=3, swiglu=True, registers=1, position="learned"),
     "beit": replace(BEIT, depth=3),
+    "gray": replace(VIT, depth=3, in_channels=1),
+    "group": EncoderConfig("resnet18", image_size=32, norm="group"),
     "resnet": EncoderConfig("resnet18", image_size=32, channels=(8, 8, 16, 16)),
 }
 
@@ -30,8 +32,9 @@ def exported(request, tmp_path):
     torch.manual_seed(0)
     encoder = wanted.build().eval()
     header = {"format": "pt", ENCODER_CONFIG: config.dumps(wanted)}
-    header |= {"mean": str(list(MEAN)), "std": str(list(STD))}
-    Portable.of(encoder).write(tmp_path, encoder, (MEAN, STD), header)
+    mean, std = MEAN[: wanted.in_channels], STD[: wanted.in_channels]
+    header |= {"mean": str(list(mean)), "std": str(list(std))}
+    Portable.of(encoder).write(tmp_path, encoder, (mean, std), header)
     return tmp_path, encoder
 
 
@@ -43,7 +46,8 @@ def opened(folder: Path, **arguments) -> torch.nn.Module:
 def test_plain_timm_opens_an_exported_folder(exported):
     folder, encoder = exported
     side = encoder.config.image_size
-    images = torch.randn(2, 3, side, side)
+    channels = encoder.config.in_channels
+    images = torch.randn(2, channels, side, side)
     torch.testing.assert_close(opened(folder)(images), encoder(images).cls)
     with_head = opened(folder, num_classes=10)
     assert with_head(images).shape == (2, 10)
@@ -53,8 +57,8 @@ def test_plain_timm_opens_an_exported_folder(exported):
     last = maps[-1].flatten(2).transpose(1, 2)
     assert last.shape == encoder(images).patches.shape
     data = resolve_model_data_config(opened(folder))
-    assert tuple(data["input_size"]) == (3, side, side)
-    assert (tuple(data["mean"]), tuple(data["std"])) == (MEAN, STD)
+    assert tuple(data["input_size"]) == (channels, side, side)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (MEAN[:channels], STD[:channels])
     assert data["interpolation"] == "bicubic"
 
 
@@ -63,7 +67,9 @@ def test_plain_timm_opens_it_for_another_image_size(exported):
     folder, encoder = exported
     size = 2 * encoder.config.image_size
     arguments = {"img_size": size} if encoder.config.is_vit else {}
-    assert opened(folder, **arguments)(torch.randn(1, 3, size, size)).shape == (1, encoder.width)
+    assert opened(folder, **arguments)(
+        torch.randn(1, encoder.config.in_channels, size, size)
+    ).shape == (1, encoder.width)
 
 
 @torch.no_grad()
@@ -71,9 +77,9 @@ def test_selfray_reads_its_own_export_back(exported):
     folder, encoder = exported
     ref = EncoderRef.of_file(str(folder))
     assert ref.encoder_config == encoder.config
-    assert ref.normalization == (MEAN, STD)
-    side = encoder.config.image_size
-    images = torch.randn(2, 3, side, side)
+    side, channels = encoder.config.image_size, encoder.config.in_channels
+    assert ref.normalization == (MEAN[:channels], STD[:channels])
+    images = torch.randn(2, channels, side, side)
     torch.testing.assert_close(ref.load()(images).patches, encoder(images).patches)
 
 

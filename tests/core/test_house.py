@@ -22,6 +22,12 @@ def test_a_circle_is_found():
     assert house.floors({"a": frozenset({"b"}), "b": frozenset()}) == {"a": 1, "b": 0}
 
 
+def test_the_architecture_page_has_a_line_for_every_file():
+    page = house.ARCHITECTURE.read_text()
+    tree = page.partition(house.BEGIN)[2].partition(house.END)[0]
+    assert tree == house.tree(), "a file or its first line has changed: run `make map`"
+
+
 LONGEST = 450
 LONG_ON_PURPOSE = {"pixels.jpeg"}
 """A decoder is one thing."""

@@ -14,6 +14,9 @@ from selfray.storage import Location
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_NAMES = 15
+"""Metrics that the console names."""
+
 
 def log_to_run(
     run: Location,
@@ -58,6 +61,8 @@ def log_to_run(
     # Logging a number does not change how the run itself has ended.
     if not tracker.finish(shipped.get("status") or "KILLED"):
         return False
-    console.say(f"logged as {', '.join(values)}")
+    shown = list(values)[:MOST_NAMES]
+    rest = len(values) - len(shown)
+    console.say(f"logged as {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
     console.say(tracker.describe())
     return True

@@ -81,9 +81,11 @@ class Export:
         if (licence := licence_of(experiment.init_from, experiment.encoder)) is not None:
             console.say(f"its weights began as public ones, and stay under: {licence}")
         console.say("\n" + lines + "\n")
+        channels = experiment.encoder.in_channels
+        kind = "RGB" if channels == 3 else "gray" if channels == 1 else f"{channels} channels"
         side, (mean, std) = experiment.encoder.image_size, _normalization(experiment)
         console.say(
-            f"images: RGB, {side} x {side}, scaled to 0..1, minus {plain(mean)}, "
+            f"images: {kind}, {side} x {side}, scaled to 0..1, minus {plain(mean)}, "
             f"divided by {plain(std)}"
         )
         return 0
@@ -186,13 +188,13 @@ def _write_onnx(
     lines = (
         "import onnxruntime\n\n"
         f"session = onnxruntime.InferenceSession({str(target)!r})\n"
-        'cls, patches = session.run(None, {"images": images})  # float32 [B, 3, H, W]'
+        'cls, patches = session.run(None, {"images": images})  # float32 [B, C, H, W]'
     )
     return verdict, lines
 
 
 def _images(experiment: "Experiment"):
-    """Normalised images for the check, float32 [n, 3, H, W], and what they are: the run's own
+    """Normalised images for the check, float32 [n, C, H, W], and what they are: the run's own
     where they are within reach and need no conversion, else noise."""
     import torch
 
@@ -215,7 +217,8 @@ def _images(experiment: "Experiment"):
                 return normalize(views, data.mean, data.std), "images of its own data"
     except (ValueError, OSError):
         pass  # the data is elsewhere: noise tells the same of an exporter
-    noise = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (4, experiment.encoder.in_channels, side, side)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return noise, "images of noise"
 
 

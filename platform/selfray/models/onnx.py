@@ -22,9 +22,10 @@ class _Outputs(nn.Module):
 
 
 def save_onnx(encoder: Encoder, file: Path) -> None:
-    """Write `images` float32 [B, 3, H, W] -> `cls` [B, D], `patches` [B, N, D], for any B."""
+    """Write `images` float32 [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D], for any B."""
     side = encoder.config.image_size
-    example = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (2, encoder.config.in_channels, side, side)
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.onnx.export(
         _Outputs(encoder).eval(),
         (example,),

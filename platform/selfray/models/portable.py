@@ -31,6 +31,8 @@ class Portable:
     def of(cls, encoder: Encoder) -> "Portable":
         config, weights = encoder.config, export_weights(encoder)
         arguments = {k: v for k, v in config.options.items() if k != "num_classes"}
+        if config.norm == "group":
+            arguments["norm_layer"] = "groupnorm"  # timm knows it by this word, too
         if config.is_vit and not config.is_beit:
             arguments["dynamic_img_size"] = True
         if config.swiglu and not (config.is_beit or config.is_rotary):
@@ -56,7 +58,7 @@ class Portable:
             "pretrained_cfg": {
                 "tag": "selfray",
                 "custom_load": False,
-                "input_size": [3, size, size],
+                "input_size": [encoder.config.in_channels, size, size],
                 "fixed_input_size": encoder.config.is_beit,
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
@@ -83,9 +85,15 @@ class Portable:
         safetensors.torch.save_file(self.weights, folder / WEIGHTS, metadata)
 
 
+def _is_packed(config: EncoderConfig) -> bool:
+    """Whether its gated layers have another form in the folder: BEiT and rotary ViTs have an
+    argument for them."""
+    return config.swiglu and not (config.is_beit or config.is_rotary)
+
+
 def own_weights(config: EncoderConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of what Portable does to weights, for `import_weights`."""
-    if not config.swiglu or config.is_beit:
+    if not _is_packed(config):
         return weights
     found = {}
     for name, tensor in weights.items():
@@ -157,7 +165,8 @@ def verify(folder: Path, encoder: Encoder) -> str:
     exec(opening_lines(encoder.config, str(folder)), scope)
     model: Any = scope["model"]
     side = encoder.config.image_size
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (2, encoder.config.in_channels, side, side)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = encoder(images), model(images)
         tokens = model.forward_features(images)

@@ -143,7 +143,8 @@ class Embedding:
         chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
         groups, rows = self.rows.groups[chosen], self.rows.rows[chosen]
         images, labels = read_rows(self.rows.shards, groups, rows)
-        views, readable = evaluation_views(images, self.size)
+        channels = 3 if self.encoder is None else self.encoder.encoder_config.in_channels
+        views, readable = evaluation_views(images, self.size, channels)
         kept = np.flatnonzero(readable)
         columns: dict[str, pa.Array] = {}
         if self.contents.path:
