@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 
 from selfray.cluster import runtime
 from selfray.console import quiet_console
@@ -44,3 +45,12 @@ def test_a_jobs_relative_output_outlives_the_job(
         assert runtime.lasting(kept) == kept
     monkeypatch.chdir(os.sep)  # a script of the machine's own, in its own folder
     assert runtime.lasting("runs") == "runs"
+
+
+def test_a_job_takes_all_of_the_package_along() -> None:
+    checkout = Path(runtime.__file__).parents[3]
+    settings = yaml.safe_load((checkout / "experiments" / "runtime_env.yaml").read_text())
+    # As in .gitignore, a name without a leading slash is left out wherever it stands.
+    anywhere = {name for name in settings["excludes"] if not name.startswith(("/", "*"))}
+    package = checkout / "platform" / "selfray"
+    assert not [path for path in package.rglob("*") if path.name in anywhere]
