@@ -1,6 +1,6 @@
 """The core bare: one method trained and probed in plain Python, without Ray, MLflow or processes.
 
-    python experiments/minimal.py            # SimCLR on scikit-learn's digits, about two minutes
+python experiments/minimal.py            # SimCLR on scikit-learn's digits, about two minutes
 """
 
 import tempfile

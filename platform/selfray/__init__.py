@@ -7,16 +7,16 @@ Python: `selfray.pretrain(experiment)`, `selfray.load(run).embed(images)`, `self
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfray.library import evaluate as evaluate
-    from selfray.library import load as load
-    from selfray.library import pretrain as pretrain
+    from selfray.commands.library import evaluate as evaluate
+    from selfray.commands.library import load as load
+    from selfray.commands.library import pretrain as pretrain
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name in ("pretrain", "load", "evaluate"):
-        from selfray import library
+        from selfray.commands import library
 
         return getattr(library, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
