@@ -245,7 +245,7 @@ def test_a_sweep_goes_on_by_the_data_that_it_started_with(
         steps.append(read_plan.total_steps)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selfray.cluster.sweep._run", interrupted)
+    monkeypatch.setattr("selfray.cluster.sweep.run._run", interrupted)
     ratio = Axis.over("ratio", "method.mask_ratio", (0.5, 0.75))
     base = experiment(str(data), tmp_path)
     said = []

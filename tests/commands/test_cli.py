@@ -225,7 +225,7 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
     with pytest.raises(SystemExit):
         script.parse({"recipe": experiment(method)}, ["recipe", "--help"], "", "pretrain")
     said = capsys.readouterr().out
-    assert "Weight decay over the run; never applied to biases" in said
+    assert "Weight decay over the run, of the parameters" in said
     lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
     indent = " " * 6
     for line, following in itertools.pairwise(lines):
@@ -253,7 +253,7 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes():
         (["--epochs", "0"], "epochs must be positive, got 0"),
         (["--epochs", "ten"], "--epochs: invalid literal"),
         (["--method.mask-ration", "0.5"], "is no flag of pretrain recipe; did you mean --method.m"),
-        (["--precision", "fp8"], "--precision must be one of float32, bf16, got fp8"),
+        (["--precision", "fp8"], "--precision must be one of float32, tf32, bf16, got fp8"),
     ],
 )
 def test_an_impossible_value_ends_in_one_line_and_exit_code_2(

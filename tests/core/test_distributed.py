@@ -421,7 +421,7 @@ def test_a_run_goes_on_with_sharded_weights_and_without(world, worlds):
                 torch.testing.assert_close(moment, values, rtol=2e-2, atol=1e-5)
 
 
-# The certificate: the table that the README shows
+# The certificate: the table that benchmarks/README.md shows
 
 
 def certificate(worlds: dict[int, list[dict[str, Any]]], alone: dict[str, Any]) -> str:
@@ -452,20 +452,20 @@ def certificate(worlds: dict[int, list[dict[str, Any]]], alone: dict[str, Any]) 
     return "\n".join(lines)
 
 
-def test_the_readme_shows_the_certificate_that_is_proven_here(worlds, alone):
+def test_the_benchmarks_page_shows_the_certificate_that_is_proven_here(worlds, alone):
     table = certificate(worlds, alone)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
 
     def exponents(text: str) -> dict[str, list[int]]:
         rows = (line.strip("| ").split(" | ") for line in text.splitlines() if " | 1e-" in line)
         return {name: [int(cell.removeprefix("1e")) for cell in cells] for name, *cells in rows}
 
     shown, found = exponents(readme), exponents(table)
-    assert shown.keys() == found.keys(), f"the README needs this table:\n{table}"
+    assert shown.keys() == found.keys(), f"benchmarks/README.md needs this table:\n{table}"
     for name, values in found.items():
         # Another processor rounds in another way: a power of ten more is no other result.
         beyond = [f > s + 1 for f, s in zip(values, shown[name], strict=True)]
-        assert not any(beyond), f"the README needs this table:\n{table}"
+        assert not any(beyond), f"benchmarks/README.md needs this table:\n{table}"
 
 
 # One process
