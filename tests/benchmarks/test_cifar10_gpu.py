@@ -18,6 +18,8 @@ from cifar10_gpu import Benchmark
 from selfray.pixels.codecs import encode_png
 from selfray.runs.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -128,7 +130,6 @@ def test_lightlys_optimizer_is_that_of_their_table(settings):
     assert (optimizer.name, optimizer.peak_learning_rate(128)) == ("sgd", 0.06)
 
 
-@pytest.mark.long
 def test_a_compiled_run_learns_what_an_eager_one_does(settings, tmp_path):
     (eager,) = cifar10_gpu.run(settings)
     (compiled,) = cifar10_gpu.run(replace(settings, compile=True, output=tmp_path / "compiled"))
@@ -175,7 +176,6 @@ def test_the_benchmark_needs_neither_ray_nor_mlflow(file):
     assert not [n for n in names if belongs_to(n, ("ray", "mlflow", "selfray.cluster"))]
 
 
-@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_in_the_very_weights_of_one_that_was_not(settings, tmp_path):
     command = [sys.executable, "benchmarks/cifar10_gpu.py", "--data", settings.data]
     command += ["--methods", "simclr", "--epochs", "8", "--batch-size", "16", "--device", "cpu"]

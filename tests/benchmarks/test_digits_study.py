@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "digits_study.py"
 
@@ -47,7 +49,6 @@ def test_the_table_shows_the_mean_and_the_range_over_seeds_and_what_failed(study
     assert lines[4].endswith("| 0 | 1 failed: Boom |")
 
 
-@pytest.mark.long  # two processes that import torch
 def test_a_run_and_one_that_fails_are_both_written(tmp_path):
     broken = tmp_path / "broken"
     (broken / "platform" / "selfray").mkdir(parents=True)

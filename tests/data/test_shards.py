@@ -420,11 +420,11 @@ def test_progress_counts_up_to_the_whole(tmp_path):
 # Interruption and repetition
 
 BUILD_SCRIPT = """
-import sys, ray
+import sys
+from selfray.cluster import runtime
 from selfray.cluster.build import BuildOptions, build
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error",
-         runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
-build(sys.argv[3], sys.argv[4], BuildOptions(shard_bytes=int(sys.argv[5]), max_side=64))
+with runtime.session(sys.argv[1]):
+    build(sys.argv[3], sys.argv[4], BuildOptions(shard_bytes=int(sys.argv[5]), max_side=64))
 """
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -235,7 +236,8 @@ def _under_its_name(target: Path, fill: Callable[[Path], str]) -> str:
             f"{target} cannot be written ({error.strerror or error}): give another --output"
         ) from None
     finally:
-        _remove(scratch)
+        with suppress(OSError):  # it was never made where its folder is none
+            _remove(scratch)
     return verdict
 
 
