@@ -24,6 +24,7 @@ def ray_session() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`: a file's tests share one process, for their fixtures; and all fast
     tests that need Ray share one, since each process would start a Ray of its own."""
