@@ -10,6 +10,7 @@ from selfray import config
 from selfray.check import named_amounts, require, require_number, require_one_of
 from selfray.data.plan import Share
 from selfray.health import GuardConfig
+from selfray.limits import require_possible
 from selfray.method import MethodConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
@@ -177,6 +178,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        require(
+            self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
+            f"name must be a folder's name without slashes, got {self.name!r}",
+        )
+        require_possible(self)
         require(self.batch_size > 0, f"batch_size must be positive, got {self.batch_size}")
         require(self.min_workers > 0, f"workers must be at least 1, got {self.workers}")
         require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")

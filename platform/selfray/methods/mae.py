@@ -44,7 +44,7 @@ class MAEConfig(MethodConfig):
     def __post_init__(self) -> None:
         RandomMask(self.mask_ratio)
         require(
-            self.decoder_width % self.decoder_heads == 0,
+            self.decoder_heads > 0 and self.decoder_width % self.decoder_heads == 0,
             f"decoder_heads {self.decoder_heads} does not divide decoder_width "
             f"{self.decoder_width}",
         )

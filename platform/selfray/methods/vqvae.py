@@ -52,7 +52,9 @@ class VQVAEConfig(TokenizerConfig):
         )
         require(self.commitment >= 0, f"commitment must be at least 0, got {self.commitment}")
         require(
-            self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0,
+            self.decoder_heads > 0
+            and self.decoder_width % self.decoder_heads == 0
+            and self.decoder_width % 4 == 0,
             f"decoder_width {self.decoder_width} must be a multiple of 4 and of decoder_heads "
             f"{self.decoder_heads}",
         )
