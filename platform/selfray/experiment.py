@@ -182,7 +182,6 @@ class Experiment:
             self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
             f"name must be a folder's name without slashes, got {self.name!r}",
         )
-        require_possible(self)
         require(self.batch_size > 0, f"batch_size must be positive, got {self.batch_size}")
         require(self.min_workers > 0, f"workers must be at least 1, got {self.workers}")
         require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
@@ -224,6 +223,7 @@ class Experiment:
                 self.encoder.is_vit or getattr(self.optimizer, name) == 1,
                 f"optimizer.{name} is for ViTs, not for encoder.name {self.encoder.name}",
             )
+        require_possible(self)
         self.method.check_batch_size(self.batch_size)
         self._check_workers()
         # A method that cannot use this encoder says so here.
