@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -202,6 +203,13 @@ def test_simclr_on_a_resnet_runs_on_two_workers_past_a_broken_image_that_is_name
     assert "a.parquet row 7" in screen.text.getvalue()
 
 
+def forget_what_was_read() -> None:
+    """End this Ray's idle workers: they hold small shards in memory, and would go on with them."""
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::IDLE"):
+            process.kill()
+
+
 @pytest.mark.long
 def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(tmp_path) -> None:
     folder = tmp_path / "data"
@@ -213,6 +221,7 @@ def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(t
     wanted = experiment(str(folder), tmp_path / "runs", **{"data.max_broken_fraction": 0.4})
     first = launch(wanted, Screen(), part_of=PartOf(None, {}, until_step=5))
     assert first.images_seen == 5 * 32
+    forget_what_was_read()
     (folder / "1.parquet").unlink()
     pq.write_table(pa.table({"image": rows[:8]}), folder / "0-more.parquet")
     screen = Screen()
@@ -261,7 +270,8 @@ def test_a_run_that_explodes_on_two_workers_ends_at_once_and_is_not_tried_again(
     )
     with pytest.raises(RunFailed, match=cause) as failed:
         launch(wanted, screen)
-    last = records(str(tmp_path / wanted.run_name))[-1]
+    told = [r for r in records(str(tmp_path / wanted.run_name)) if r["kind"] == "tags"]
+    (last,) = [r for r in told if r["values"].get("failure")]
     assert last["values"] == {"failure": str(failed.value)}
     progress = [r for r in records(str(tmp_path / wanted.run_name)) if r["kind"] == "progress"]
     assert [r["step"] for r in progress] == [1, 2]
@@ -279,11 +289,11 @@ def test_a_run_that_explodes_on_two_workers_ends_at_once_and_is_not_tried_again(
 def test_a_run_whose_features_collapse_keeps_its_last_good_checkpoint_and_can_go_on(
     shards, tmp_path
 ) -> None:
-    # The features of this tiny MAE grow alike, as MAE's do at first (from 0.64 to 0.4 in a few
+    # The features of this tiny MAE grow alike, as MAE's do at first (from 0.75 to 0.6 in ten
     # steps): a floor between them sees what a collapse would show.
-    changes = {"probe.times": 0, "checkpoint.times": 9, "guard.feature_floor": 0.5}
+    changes = {"probe.times": 0, "checkpoint.times": 9, "guard.feature_floor": 0.65}
     wanted = experiment(shards, tmp_path, **{**changes, "guard.patience": 4})
-    cause = r"collapsed: health/feature_std is 0\.\d+, below 0\.5 at step"
+    cause = r"collapsed: health/feature_std is 0\.\d+, below 0\.65 at step"
     with pytest.raises(RunFailed, match=cause) as failed:
         launch(wanted, Screen())
     found = re.search(r"at step (\d+); the checkpoint of step (\d+) is kept", str(failed.value))
