@@ -79,7 +79,7 @@ MAE = Experiment(  # 75.9 and 95.1 %, 103 s
         weight_decay=Constant(0.05),
         betas=(0.9, 0.95),
     ),
-    epochs=40,
+    epochs=80,
     batch_size=64,
     probe=ProbeConfig(times=2),
     checkpoint=CheckpointConfig(times=4),
