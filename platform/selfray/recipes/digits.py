@@ -7,8 +7,8 @@ brightness and contrast alone.
     python experiments/compare_methods.py           # all of them: 30 minutes on two busy CPU cores
 
 The numbers are kNN and linear accuracy on 597 test images, of one run through Ray on two shared CPU
-cores (ResNets in bf16), seed 0, beside 97.2 and 95.8 % of raw pixels. All but SimCLR's and MAE's are
-of the version whose first weights, decay groups and heads were not yet the papers';
+cores (ResNets in bf16), seed 0, beside 97.2 and 95.8 % of raw pixels. All but SimCLR's and MAE's
+are of the version whose first weights, decay groups and heads were not yet the papers';
 benchmarks/README.md has both versions over seeds.
 """
 
