@@ -93,6 +93,12 @@ def one_line(error: Exception) -> str:
     return masked(" ".join(str(error).split())) or type(error).__name__
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error, where Ray and torch say the cause; its type where it is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 @lru_cache(maxsize=16)
 def _object_store(
     scheme: str, authority: str, environment: tuple[tuple[str, str], ...]

@@ -32,7 +32,7 @@ from selfray.data import writer
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
 from selfray.runs import checkpoint
-from selfray.runs.checkpoint import Checkpoint, load_encoder
+from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader
 from selfray.schedules import Ramp
 from selfray.storage import Location
@@ -427,7 +427,7 @@ def test_the_printed_lines_load_the_exported_encoder(typed, trained, tmp_path, n
     exec(printed_code(said), scope)
     batch = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        expected = load_encoder(trained / name)(batch).cls
+        expected = Checkpoint.open(trained / name).encoder()(batch).cls
         torch.testing.assert_close(scope["model"](batch), expected, rtol=1e-3, atol=1e-4)
     assert sorted(os.listdir(tmp_path / "encoder")) == ["config.json", "model.safetensors"]
     assert os.listdir(tmp_path / "runs") == ["logs"]
@@ -466,7 +466,7 @@ def test_an_export_for_onnx_gives_the_same_features(typed, trained, tmp_path, na
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
     batch = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
-        expected = load_encoder(trained / name)(batch)
+        expected = Checkpoint.open(trained / name).encoder()(batch)
     found = session.run(None, {"images": batch.numpy()})
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-3, atol=1e-3)

@@ -38,7 +38,6 @@ from selfray.runs.checkpoint import (
     Checkpoint,
     all_of,
     latest,
-    load_encoder,
     retain,
 )
 from selfray.runs.folder import CHECKPOINTS
@@ -109,7 +108,7 @@ def test_the_encoder_comes_back_in_eval_mode_with_its_features(trained, run):
     images = torch.randn(2, 3, 16, 16)
     expected = trained.method.encoder.eval()(images).cls
     for path in (run, found.location, found.location.uri):
-        encoder = load_encoder(path)
+        encoder = Checkpoint.open(path).encoder()
         assert not encoder.training
         assert torch.equal(encoder(images).cls, expected)
 

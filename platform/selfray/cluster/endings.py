@@ -2,7 +2,7 @@
 
 from ray.exceptions import RayTaskError
 
-from selfray.storage import Location
+from selfray.storage import Location, last_line
 
 FAILURE = "failure.json"
 """The cause of a failure that another attempt would only repeat."""
@@ -51,6 +51,4 @@ def recorded_failure(record: Location, launch: str) -> str | None:
 def cause_of(error: Exception) -> str:
     """The first worker's own error, in one line."""
     failures = getattr(error, "worker_failures", None)
-    root = root_cause(next(iter(failures.values())) if failures else error)
-    lines = [line for line in str(root).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(root).__name__
+    return last_line(root_cause(next(iter(failures.values())) if failures else error))

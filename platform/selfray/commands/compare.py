@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import Positional
 
 from selfray.check import require
-from selfray.commands.flags import TrackingFlag, flag
+from selfray.commands.flags import JsonFlag, TrackingFlag, flag
 
 if TYPE_CHECKING:
     from selfray.console import Console
@@ -45,15 +45,13 @@ class Compare:
     pictures: Annotated[
         int, flag("Show pictures of this many runs at most, the best ones.", "N")
     ] = 12
-    json: Annotated[
-        str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
-    ] = None
+    json: JsonFlag = None
     no_track: Annotated[
         bool,
         flag(
             """Do not log the page to MLflow. Otherwise it becomes an artifact of the sweep's run
-            where the runs are trials of one sweep, of a single run where there is one, else of an
-            MLflow run named comparison.""",
+            where the runs are trials of one sweep, and of the run where there is one; pages of
+            other runs are files alone.""",
             default="",
         ),
     ] = False

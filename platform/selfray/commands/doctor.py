@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from selfray import __version__
 from selfray.commands.flags import TrackingFlag
-from selfray.commands.words import one_line
-from selfray.storage import Location
+from selfray.commands.script import FAILED
+from selfray.storage import Location, last_line
 
 if TYPE_CHECKING:
     from selfray.console import Console
 
-FAILED = 1
 GIB = 2**30
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Doctor:
             except Exception as error:
                 # Whatever is broken on this machine is what the user came to hear.
                 log.exception(name)
-                finding = Finding("fail", f"{type(error).__name__}: {one_line(error)}")
+                finding = Finding("fail", f"{type(error).__name__}: {last_line(error)}")
             console.say(f"{finding.status:4}  {name:8}  {finding.text}")
             worst = max(worst, FAILED if finding.status == "fail" else 0)
         return worst

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional
 
 from selfray.check import require
-from selfray.commands.flags import TrackingFlag, flag
+from selfray.commands.flags import DeviceGpusFlag, ImageColumnFlag, TrackingFlag, flag
 from selfray.commands.labelled import devices_of
 from selfray.commands.subjects import open_subjects
 from selfray.storage import Location
@@ -54,15 +54,8 @@ class Embed:
     image_size: Annotated[
         int | None, flag("Side in pixels that images are brought to.", "PIXELS", "the encoder's")
     ] = None
-    image_column: Annotated[
-        str | None, flag("Parquet column of the images.", "NAME", "found by its type")
-    ] = None
-    device_gpus: Annotated[
-        float | None,
-        flag(
-            "GPUs of each task, such as 0.5 for two on each.", "GPUS", "1 if there is any, else 0"
-        ),
-    ] = None
+    image_column: ImageColumnFlag = None
+    device_gpus: DeviceGpusFlag = None
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:

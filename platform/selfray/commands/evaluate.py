@@ -17,7 +17,14 @@ from selfray.commands.evaluation_text import (
     report,
     tags_of,
 )
-from selfray.commands.flags import TrackingFlag, flag
+from selfray.commands.flags import (
+    DeviceGpusFlag,
+    ImageColumnFlag,
+    JsonFlag,
+    LabelColumnFlag,
+    TrackingFlag,
+    flag,
+)
 from selfray.commands.labelled import (
     devices_of,
     evaluated,
@@ -96,28 +103,15 @@ class Evaluate:
         int | None,
         flag("Side in pixels that images are brought to.", "PIXELS", "each encoder's own"),
     ] = None
-    image_column: Annotated[
-        str | None, flag("Parquet column of the images.", "NAME", "found by its type")
-    ] = None
-    label_column: Annotated[
-        str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
-    ] = None
+    image_column: ImageColumnFlag = None
+    label_column: LabelColumnFlag = None
     train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
         None
     )
     test_limit: Annotated[int | None, flag("Use at most this many test images.", "N", "all")] = None
     pixels: Annotated[bool, flag("Judge raw pixels, too.", default="")] = False
-    device_gpus: Annotated[
-        float | None,
-        flag(
-            "GPUs of each task that computes features, such as 0.5 for two tasks on each GPU.",
-            "GPUS",
-            "1 if there is any, else 0",
-        ),
-    ] = None
-    json: Annotated[
-        str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
-    ] = None
+    device_gpus: DeviceGpusFlag = None
+    json: JsonFlag = None
     pictures: Annotated[
         str | None,
         flag(

@@ -33,6 +33,24 @@ TrackingFlag = Annotated[
     flag("Where MLflow is.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
 ]
 
+ImageColumnFlag = Annotated[
+    str | None, flag("Parquet column of the images.", "NAME", "found by its type")
+]
+LabelColumnFlag = Annotated[
+    str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
+]
+DeviceGpusFlag = Annotated[
+    float | None,
+    flag(
+        "GPUs of each task that computes features, such as 0.5 for two tasks on each GPU.",
+        "GPUS",
+        "1 if there is any, else 0",
+    ),
+]
+JsonFlag = Annotated[
+    str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
+]
+
 CheckpointArgument = Annotated[
     Positional[str],
     flag(

@@ -24,15 +24,15 @@ from selfray.commands.export import Export
 from selfray.commands.flags import flag, read
 from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
-from selfray.commands.script import one_line_errors, with_console
+from selfray.commands.script import FAILED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
 from selfray.commands.sweeps import SWEEPS, run
-from selfray.commands.words import nearest, one_line
+from selfray.commands.words import nearest
+from selfray.storage import last_line
 
 if TYPE_CHECKING:
     from selfray.console import Console
 
-FAILED = 1
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _quietly(command: Any) -> int:
         except Exception as error:
             # The traceback is for the log; a user needs to know where it is.
             log.exception("failed")
-            console.say(f"error: {one_line(error)}")
+            console.say(f"error: {last_line(error)}")
             if console.log is not None:
                 console.say(f"the full log: {console.log}")
             return FAILED

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from selfray.check import require
-from selfray.commands.flags import CheckpointArgument, TrackingFlag, flag
+from selfray.commands.flags import (
+    CheckpointArgument,
+    DeviceGpusFlag,
+    ImageColumnFlag,
+    JsonFlag,
+    LabelColumnFlag,
+    TrackingFlag,
+    flag,
+)
 from selfray.commands.labelled import (
     devices_of,
     evaluated,
@@ -56,12 +64,8 @@ class Probe:
             "a fifth of --data is held out",
         ),
     ] = None
-    image_column: Annotated[
-        str | None, flag("Parquet column of the images.", "NAME", "found by its type")
-    ] = None
-    label_column: Annotated[
-        str | None, flag("Column of the labels.", "NAME", "found by its name")
-    ] = None
+    image_column: ImageColumnFlag = None
+    label_column: LabelColumnFlag = None
     train_limit: Annotated[
         int | None, flag("Use at most this many train images.", "N", "the run's probe.train_limit")
     ] = None
@@ -69,17 +73,8 @@ class Probe:
         int | None, flag("Use at most this many test images.", "N", "the run's probe.test_limit")
     ] = None
     no_baselines: Annotated[bool, flag("Judge the checkpoint alone.", default="")] = False
-    device_gpus: Annotated[
-        float | None,
-        flag(
-            "GPUs of each task that computes features, such as 0.5 for two tasks on each GPU.",
-            "GPUS",
-            "1 if there is any, else 0",
-        ),
-    ] = None
-    json: Annotated[
-        str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
-    ] = None
+    device_gpus: DeviceGpusFlag = None
+    json: JsonFlag = None
     no_track: Annotated[
         bool, flag("Do not log the numbers to the MLflow run of the checkpoint.", default="")
     ] = False

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs n
     from selfray.cluster.launch import RunResult
     from selfray.experiment import Experiment
 
+FAILED = 1
 BAD_INPUT = 2
 
 

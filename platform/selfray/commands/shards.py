@@ -11,14 +11,13 @@ from tyro.conf import Positional
 
 from selfray.check import require
 from selfray.commands.flags import flag
+from selfray.commands.script import FAILED
 from selfray.commands.words import clock, size
 from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.build import Manifest, Progress
     from selfray.console import Console
-
-FAILED = 1
 
 
 LINES_WITHOUT_TERMINAL = 10

@@ -22,11 +22,6 @@ def plain(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-def one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at the end of a message: `; did you mean --batch-size?`, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

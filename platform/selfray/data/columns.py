@@ -286,11 +286,6 @@ def distinct(column: pa.ChunkedArray | pa.Array) -> dict[Value, int]:
     return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
 
 
-def sorted_values(values: Iterable[Value]) -> list[Value]:
-    """In the order of their labels: numbers by their value, before words."""
-    return sorted(values, key=lambda value: natural(str(value)))
-
-
 def class_names(
     columns: Sequence[tuple[tuple[str, ...] | None, Iterable[Value]]],
 ) -> tuple[str, ...]:

@@ -85,12 +85,3 @@ def _counted(count: int, noun: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def about_size(median_side: int, size: int) -> str | None:
-    """A line where images are much smaller or larger than what the encoder sees."""
-    if size > 1.5 * median_side:
-        return f"the images are {median_side} pixels (median side) and are enlarged to {size}"
-    if median_side > 4 * size:
-        return f"the images are {median_side} pixels (median side) and are reduced to {size}"
-    return None

@@ -11,6 +11,7 @@ tell whether it helped: the last line of the run says by how much.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.methods.dino import DINOConfig
@@ -28,7 +29,17 @@ from selfray.views import ColorJitter, View
 # 112 pixels are whole patches of 8, 14 and 16: local crops fit the encoder of any public weights.
 LOCAL = 112
 
-DINO_V2 = Experiment(
+RECIPE = partial(
+    Experiment,
+    data=DataConfig(),
+    precision="bf16",
+    probe=ProbeConfig(times=10),
+    checkpoint=CheckpointConfig(times=20),
+)
+"""What these recipes have in common."""
+
+
+DINO_V2 = RECIPE(
     name="dinov2-adapt",
     method=DINOv2Config(
         prototypes=16_384,
@@ -39,7 +50,6 @@ DINO_V2 = Experiment(
     encoder=EncoderConfig(
         "vit_small_patch14_dinov2", image_size=224, drop_path=0.1, drop_path_uniform=True
     ),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=2e-4 / 1024**0.5,
@@ -53,14 +63,11 @@ DINO_V2 = Experiment(
     ),
     epochs=50,
     batch_size=256,
-    precision="bf16",
     init_from="timm:vit_small_patch14_dinov2.lvd142m",
     warm_up_head=0.05,
-    probe=ProbeConfig(times=10),
-    checkpoint=CheckpointConfig(times=20),
 )
 
-DINO = Experiment(
+DINO = RECIPE(
     name="dino-adapt",
     method=DINOConfig(
         prototypes=16_384,
@@ -69,7 +76,6 @@ DINO = Experiment(
         local_view=replace(DINOConfig().local_view, size=LOCAL),
     ),
     encoder=EncoderConfig("vit_small_patch16_224", image_size=224, drop_path=0.1),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=5e-5,
@@ -82,20 +88,16 @@ DINO = Experiment(
     ),
     epochs=50,
     batch_size=256,
-    precision="bf16",
     init_from="timm:vit_small_patch16_224.dino",
     warm_up_head=0.05,
-    probe=ProbeConfig(times=10),
-    checkpoint=CheckpointConfig(times=20),
 )
 
 # MAE's decoder is new: it learns alone for the first tenth. More epochs, since each shows a quarter
 # of an image, and no second network is trained.
-MAE = Experiment(
+MAE = RECIPE(
     name="mae-adapt",
     method=MAEConfig(),
     encoder=EncoderConfig("vit_base_patch16_224", image_size=224),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=5e-5,
@@ -106,15 +108,12 @@ MAE = Experiment(
     ),
     epochs=200,
     batch_size=256,
-    precision="bf16",
     init_from="timm:vit_base_patch16_224.mae",
     warm_up_head=0.1,
-    probe=ProbeConfig(times=10),
-    checkpoint=CheckpointConfig(times=20),
 )
 
 # A ResNet has batch norms, and one rate for all layers: LARS from a tenth of the paper's rate.
-SIMCLR = Experiment(
+SIMCLR = RECIPE(
     name="simclr-adapt",
     method=SimCLRConfig(
         temperature=0.2,
@@ -126,7 +125,6 @@ SIMCLR = Experiment(
         ),
     ),
     encoder=EncoderConfig("resnet50", image_size=224),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "lars",
         base_learning_rate=0.03,
@@ -135,11 +133,8 @@ SIMCLR = Experiment(
     ),
     epochs=100,
     batch_size=512,
-    precision="bf16",
     init_from="timm:resnet50.a1_in1k",
     warm_up_head=0.05,
-    probe=ProbeConfig(times=10),
-    checkpoint=CheckpointConfig(times=20),
 )
 
 RECIPES = {

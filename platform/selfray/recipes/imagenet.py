@@ -6,6 +6,7 @@ python experiments/train_tokenizer.py tokenizer-imagenet --data.path s3://bucket
 """
 
 from dataclasses import replace
+from functools import partial
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.methods.beit import BEiTConfig
@@ -22,10 +23,14 @@ from selfray.optim import OptimizerConfig
 from selfray.schedules import Constant, Cosine, Steps, WarmupCosine
 from selfray.views import ColorJitter, View
 
+RECIPE = partial(Experiment, data=DataConfig(), precision="bf16", probe=ProbeConfig(times=10))
+"""What these recipes have in common."""
+
+
 # arXiv:2002.05709, section 2 and appendix B.6: ResNet-50, batch 4096, LARS at 0.3 * B / 256 with
 # weight decay 1e-6, 10 epochs of warm-up, temperature 0.1; the paper's 1000 epochs reach 69.3 % by
 # its linear protocol (the authors' repository: 69.1 %). Not yet measured here.
-SIMCLR = Experiment(
+SIMCLR = RECIPE(
     name="simclr-imagenet",
     method=SimCLRConfig(
         temperature=0.1,
@@ -38,7 +43,6 @@ SIMCLR = Experiment(
         ),
     ),
     encoder=EncoderConfig("resnet50", image_size=224),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "lars",
         base_learning_rate=0.3,
@@ -47,8 +51,6 @@ SIMCLR = Experiment(
     ),
     epochs=1000,
     batch_size=4096,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=100),
 )
 
@@ -56,7 +58,7 @@ SIMCLR = Experiment(
 # AdamW (0.9, 0.95) at 1.5e-4 * B / 256, weight decay 0.05, 40 epochs of warm-up of 1600; the
 # paper reports 83.6 % after fine-tuning and 68.0 % by its linear protocol (the authors' repository:
 # 67.8 %). Not yet measured here.
-MAE = Experiment(
+MAE = RECIPE(
     name="mae-imagenet",
     method=MAEConfig(
         mask_ratio=0.75,
@@ -67,7 +69,6 @@ MAE = Experiment(
         view=View(crop_scale=(0.2, 1.0)),
     ),
     encoder=EncoderConfig("vit_base_patch16_224", image_size=224, position="sincos"),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=1.5e-4,
@@ -77,8 +78,6 @@ MAE = Experiment(
     ),
     epochs=1600,
     batch_size=4096,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=100),
 )
 
@@ -86,11 +85,10 @@ MAE = Experiment(
 # epochs reach 67.7 % (linear protocol of MoCo, the authors' code). Not yet measured here. Give
 # --workers 8 as the paper's 8 GPUs, whose batch norms are apart, or on one worker
 # --method.batchnorm-groups 8. Weight decay falls on every parameter, as in the authors' code.
-MOCO_V2 = Experiment(
+MOCO_V2 = RECIPE(
     name="mocov2-imagenet",
     method=MoCoConfig(),
     encoder=EncoderConfig("resnet50", image_size=224),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "sgd",
         base_learning_rate=0.03,
@@ -99,8 +97,6 @@ MOCO_V2 = Experiment(
     ),
     epochs=200,
     batch_size=256,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=20),
 )
 
@@ -125,11 +121,10 @@ MOCO_V1 = replace(
 # arXiv:2104.02057: ViT-S/16 with 12 heads, batch 4096, AdamW at 1.5e-4 * B / 256, weight decay 0.1,
 # 40 epochs of warm-up of 300, fixed patch embedding and positions; 73.2 % (linear
 # protocol of MoCo v3, the authors'). Not yet measured here.
-MOCO_V3 = Experiment(
+MOCO_V3 = RECIPE(
     name="mocov3-imagenet",
     method=MoCoV3Config(),
     encoder=EncoderConfig("vit_small_patch16_224", image_size=224, heads=12, position="sincos"),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=1.5e-4,
@@ -138,18 +133,15 @@ MOCO_V3 = Experiment(
     ),
     epochs=300,
     batch_size=4096,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=30),
 )
 
 # arXiv:2006.07733: ResNet-50, batch 4096, LARS at 0.2 * B / 256, weight decay 1.5e-6, 10 epochs of
 # warm-up of 1000; 74.3 % (the paper's linear protocol). Not yet measured here.
-BYOL = Experiment(
+BYOL = RECIPE(
     name="byol-imagenet",
     method=BYOLConfig(),
     encoder=EncoderConfig("resnet50", image_size=224),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "lars",
         base_learning_rate=0.2,
@@ -158,8 +150,6 @@ BYOL = Experiment(
     ),
     epochs=1000,
     batch_size=4096,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=100),
 )
 
@@ -167,11 +157,10 @@ BYOL = Experiment(
 # weight decay from 0.04 to 0.4; each parameter's gradient is clipped at 3, and prototypes with
 # lengths of their own. The authors' code reaches 74.0 % linear and 69.3 % kNN with the teacher at a
 # constant 0.04 and unit prototypes (DINO's linear and kNN protocols). Not yet measured here.
-DINO = Experiment(
+DINO = RECIPE(
     name="dino-imagenet",
     method=DINOConfig(free_norms=True),
     encoder=EncoderConfig("vit_small_patch16_224", image_size=224, drop_path=0.1),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=5e-4,
@@ -182,19 +171,16 @@ DINO = Experiment(
     ),
     epochs=100,
     batch_size=1024,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=20),
 )
 
 # The paper of BEiT takes DALL-E's tokenizer: a dVAE of 8192 codes on 112-pixel images, trained on
 # 250 million images that nobody else has. This one has its number of codes and tokens; its
 # training is our choice, by an optimizer like MAE's.
-TOKENIZER = Experiment(
+TOKENIZER = RECIPE(
     name="tokenizer-imagenet",
     method=VQVAEConfig(),
     encoder=EncoderConfig("vit_small_patch16_224", image_size=112, patch_size=8, position="sincos"),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=1.5e-4,
@@ -204,7 +190,6 @@ TOKENIZER = Experiment(
     ),
     epochs=20,
     batch_size=1024,
-    precision="bf16",
     probe=ProbeConfig(times=4),
     checkpoint=CheckpointConfig(times=20),
 )
@@ -214,7 +199,7 @@ TOKENIZER = Experiment(
 # decay 0.05, clipping at 3, stochastic depth 0.1; 83.2 % after fine-tuning (the paper's, with its
 # own tokenizer). Not yet measured here. Give --method.tokenizer the folder of a run of
 # tokenizer-imagenet.
-BEIT = Experiment(
+BEIT = RECIPE(
     name="beit-imagenet",
     method=BEiTConfig(mask_ratio=75 / 196),
     encoder=EncoderConfig(
@@ -224,7 +209,6 @@ BEIT = Experiment(
         layer_scale=0.1,
         drop_path=0.1,
     ),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=1.5e-3,
@@ -235,8 +219,6 @@ BEIT = Experiment(
     ),
     epochs=800,
     batch_size=2048,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=100),
 )
 
@@ -244,7 +226,7 @@ BEIT = Experiment(
 # down to 1e-6, weight decay from 0.04 to 0.4, layer decay 0.9, clipping at 3 for each module,
 # stochastic depth 0.3 in every block; 100 "epochs" of 1250 steps are 200 of ImageNet-1k; 81.6 %
 # kNN and 82.9 % linear (the authors', by DINOv2's protocols). Not yet measured here.
-DINO_V2 = Experiment(
+DINO_V2 = RECIPE(
     name="dinov2-imagenet",
     method=DINOv2Config(),
     encoder=EncoderConfig(
@@ -254,7 +236,6 @@ DINO_V2 = Experiment(
         drop_path=0.3,
         drop_path_uniform=True,
     ),
-    data=DataConfig(),
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=0.004 / 1024**0.5,
@@ -268,8 +249,6 @@ DINO_V2 = Experiment(
     ),
     epochs=200,
     batch_size=2048,
-    precision="bf16",
-    probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=100),
 )
 

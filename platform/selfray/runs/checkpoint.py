@@ -236,11 +236,6 @@ def _is_complete(checkpoint: Checkpoint) -> bool:
     return all(sizes.get(name) == entry.get("bytes") for name, entry in files.items())
 
 
-def load_encoder(path: str | Location) -> Encoder:
-    """The encoder of a checkpoint, or of a run's newest one, in eval mode."""
-    return Checkpoint.open(path).encoder()
-
-
 def _read_manifest(location: Location) -> dict[str, Any]:
     try:
         manifest = (location / MANIFEST).read_json()
