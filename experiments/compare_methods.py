@@ -79,7 +79,7 @@ def compare(
     recipes = choose(digits.RECIPES, settings)
     names = ", ".join(name.removesuffix("-digits") for name in recipes)
     console.say(f"selfray: {names} on 1,797 handwritten digits, labels unseen")
-    with ray.session():
+    with ray.session(console.say):
         outcomes = run_all(recipes, settings.seeds, console)
         judged = [recipe for name, recipe in recipes.items() if name != TOKENIZER]
         pixels = baseline(judged[0], console) if judged else None

@@ -52,7 +52,7 @@ def quickstart(
     from selfray.report.run_pictures import curves
 
     console.say("selfray quickstart: SimCLR and MAE on 1,797 handwritten digits, labels unseen")
-    with ray.session():
+    with ray.session(console.say):
         changes = {"output": settings.output, "seed": settings.seed}
         simclr = replace(digits.SIMCLR, precision=fast_precision(), **changes)
         mae = replace(digits.MAE, **changes)

@@ -8,15 +8,18 @@ import atexit
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import os
 import pkgutil
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from selfray import contract, methods
@@ -28,6 +31,7 @@ from selfray.contract import (  # noqa: F401 - for the tests
     batches,
     differing,
     encoder_for,
+    first_move,
     positions,
     prepared,
     relative_error,
@@ -51,6 +55,24 @@ SIMCLR = SimCLRConfig(projector_width=16)
 MAE = MAEConfig(decoder_width=32, decoder_depth=1, decoder_heads=2)
 
 Config = TypeVar("Config", bound=MethodConfig)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    """Files in a folder, made where it is missing."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
 
 
 def wait_for(what: str, found: Callable[[], Any], every: float = 0.1) -> Any:

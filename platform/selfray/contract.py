@@ -189,6 +189,16 @@ def weights(state: TrainState) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.method.state_dict().items()}
 
 
+def first_move(wanted: Experiment) -> dict[str, Tensor]:
+    """By how much the first step of a run changes each tensor: the gradient, where PLAIN_SGD is its
+    optimizer."""
+    state = start(wanted)
+    before = weights(state)
+    train_for(state, wanted, 1)
+    after = weights(state)
+    return {name: before[name] - after[name] for name in before}
+
+
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     """The names under which two sets of tensors differ in any bit."""
     assert first.keys() == second.keys()
@@ -335,12 +345,9 @@ def micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: MethodCo
         raise AssertionError("why_not_accumulate is set, and micro-batches are not refused")
     moves = []
     for accumulate in (1, 2):
-        wanted = experiment(method, VIT, accumulate=accumulate, optimizer=PLAIN_SGD)
-        state = start(wanted)
-        before = weights(state)
-        train_for(state, wanted, 1)
-        after = weights(state)
-        moves.append({name: before[name] - after[name] for name in before})
+        moves.append(
+            first_move(experiment(method, VIT, accumulate=accumulate, optimizer=PLAIN_SGD))
+        )
     for name, whole in moves[0].items():
         if torch.is_floating_point(whole):
             _owes(

@@ -21,7 +21,7 @@ import safetensors
 import torch
 from PIL import Image
 
-from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for
+from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for, write
 from selfray import config
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
@@ -117,13 +117,6 @@ def labelled_pictures(count: int) -> tuple[list[bytes], list[int]]:
         Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
         encoded.append(file.getvalue())
     return encoded, [index % 2 for index in range(count)]
-
-
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
 
 
 @pytest.fixture(scope="module")

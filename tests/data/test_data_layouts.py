@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from helpers import write_tar
 from selfray.data.data_sets import DataSets, open_data
 from selfray.data.destination import finish, open_destination, start
 from selfray.data.files import list_matching, list_source
@@ -82,16 +82,6 @@ def parquet(path: Path, labels: Any = None, count: int = 3, column: str = "label
     return path
 
 
-def tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
 def classes_of(shards: ShardSet) -> list[str]:
     """The class of every image of a data set, `-` for none."""
     groups = np.repeat(np.arange(len(shards.group_rows)), shards.group_rows)
@@ -124,7 +114,7 @@ def tars(folder: Path, label: Callable[[int], tuple[str, bytes]]) -> None:
         for i in range(4):
             suffix, content = label(i)
             members |= {f"{i}.png": picture(i), f"{i}.{suffix}": content}
-        tar(folder / f"{split}-000.tar", members)
+        write_tar(folder / f"{split}-000.tar", members)
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zlib
 from pathlib import Path
@@ -21,7 +20,7 @@ import ray
 from PIL import Image
 from pyarrow import fs
 
-from helpers import wait_for
+from helpers import wait_for, write, write_tar
 from selfray.cluster import build as builder
 from selfray.cluster.build import BuildOptions, Manifest, build, check
 from selfray.data import destination, rows, samples, writer
@@ -53,23 +52,6 @@ def bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
-
-
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def table_of(folder: Path) -> pa.Table:

@@ -158,7 +158,7 @@ def _launch(
 ) -> int:
     from selfray.cluster.launch import launch
 
-    with ray.session():
+    with ray.session(console.say):
         result = launch(experiment, console, started=started)
     if then is not None:
         then(experiment, result, console)

@@ -140,7 +140,7 @@ def run_sweep(flags: SweepFlags, ray: runtime.Starting) -> int:
     def body(console: Console) -> int:
         from selfray.cluster.sweep.run import sweep
 
-        with ray.session():
+        with ray.session(console.say):
             result = sweep(base, question, flags.asks, console, at_once=flags.at_once)
         return 1 if any(outcome.failure for outcome in result.outcomes) else 0
 
