@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from selfray import config
 from selfray.experiment import Experiment
-from selfray.models import weights
+from selfray.models import on_meta, weights
 from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
 from selfray.storage import Location
@@ -71,11 +71,9 @@ def check_output(run: Location, needed_bytes: int) -> None:
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what a run's checkpoints take at their most, in bytes."""
-    import torch
-
-    with torch.device("meta"):
-        method = experiment.method.build(experiment.encoder.build())
+    """About what a run's checkpoints take at their most, in bytes. ValueError where the encoder
+    cannot be used."""
+    method = on_meta.built(experiment)
     state = sum(p.numel() * p.element_size() for p in method.state_dict().values())
     encoder = sum(p.numel() * p.element_size() for p in method.encoder.state_dict().values())
     moments = 2 if experiment.optimizer.name == "adamw" else 1

@@ -37,7 +37,9 @@ def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "Run
     """
     from selfray.cluster import runtime
     from selfray.cluster.launch import launch
+    from selfray.models import on_meta
 
+    on_meta.require_encoder_of(experiment)  # before Ray starts
     with runtime.session():
         return launch(experiment, console or _screen())
 

@@ -95,7 +95,8 @@ def parse(
 ) -> "Experiment":
     """The Experiment that a recipe, a file and flags ask for; flags win over the file.
 
-    BadSetting and ValueError are one line that names the flag or field. SystemExit(0) after
+    BadSetting and ValueError are one line that names the flag or field, also where the encoder
+    cannot be built or cannot take the images. SystemExit(0) after
     `--help` or `--print-config`.
     """
     words, file, shows = _own_flags(arguments, prog)
@@ -119,6 +120,9 @@ def parse(
         config=EXPERIMENT_FLAGS,
     )
     experiment = replace(experiment, output=runtime.lasting(experiment.output))
+    from selfray.models import on_meta
+
+    on_meta.require_encoder_of(experiment)
     if shows:
         print(as_yaml(experiment), end="")
         raise SystemExit(0)

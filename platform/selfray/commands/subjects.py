@@ -83,6 +83,7 @@ def _open(reference: str, size: int | None, tracking: str | None, console: "Cons
 
 def _subject(title: str, ref: "EncoderRef", home: Location, size: int | None) -> "Subject":
     from selfray.cluster.evaluation import Subject
+    from selfray.models import on_meta
 
     config = ref.encoder_config
     own = config.image_size
@@ -96,4 +97,10 @@ def _subject(title: str, ref: "EncoderRef", home: Location, size: int | None) ->
             f"--image-size {size} is no multiple of the {config.patch} pixels of a patch of "
             f"{title}: give one, such as {max(1, round(size / config.patch)) * config.patch}",
         )
+    try:
+        on_meta.require_encoder(config, [size or own])
+    except ValueError as error:
+        raise ValueError(
+            f"{title}: {error}".replace("encoder.image_size", "--image-size")
+        ) from None
     return Subject(title, ref, home, size or own)

@@ -134,8 +134,11 @@ class SweepFlags:
 
 def run_sweep(flags: SweepFlags, ray: runtime.Starting) -> int:
     """Carry out the sweep that flags ask for. Returns the exit code."""
+    from selfray.sweeps.possible import refuse_impossible
+
     base = flags.base()
     question = flags.question(base)
+    refuse_impossible(base, question)  # before Ray is up
 
     def body(console: Console) -> int:
         from selfray.cluster.sweep.run import sweep

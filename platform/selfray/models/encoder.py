@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -179,6 +179,18 @@ class EncoderConfig:
         """Patches along a side, for a ViT; None for others."""
         return self.image_size // self.patch if self.is_vit else None
 
+    @property
+    def given(self) -> str:
+        """The name and the fields that were given a value, for messages about its size or shape."""
+        changed = [
+            f"encoder.{field.name} "
+            + (" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+            for field in fields(self)
+            if field.name not in ("name", "image_size")
+            and (value := getattr(self, field.name)) != field.default
+        ]
+        return " with ".join([f"encoder.name {self.name}", *filter(None, [", ".join(changed)])])
+
     def _vit_choices(self) -> dict[str, bool]:
         """Whether each field that only ViTs have was given a value."""
         return {
@@ -275,15 +287,13 @@ class Encoder(nn.Module):
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)
+            if what == "dynamic_img_size":
+                raise self._unknown_kind() from None
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
         except AssertionError as error:  # timm's own mistakes are ValueErrors and TypeErrors
-            raise ValueError(f"encoder.name {config.name} cannot be had here: {error}") from None
+            raise ValueError(f"{config.given} cannot be had here: {error}") from None
         if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
-            raise ValueError(
-                f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
-                "that is not known here: take a vit_*, deit_* or beit_* model of learned or rotary "
-                "positions"
-            )
+            raise self._unknown_kind()
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
         if config.drop_path_uniform:
@@ -292,6 +302,12 @@ class Encoder(nn.Module):
             resnet.use_small_stem(self.backbone)
         if config.is_vit and config.position == "sincos":
             vit.fix_sincos_positions(self.backbone)
+
+    def _unknown_kind(self) -> ValueError:
+        return ValueError(
+            f"encoder.name {self.config.name} is a kind of ViT that is not known here: take a "
+            "vit_*, deit_* or beit_* model of learned or rotary positions"
+        )
 
     def forward(
         self,

@@ -20,7 +20,7 @@ def encode(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def use_small_stem(backbone: Any) -> None:
     """3 x 3 convolution of stride 1 and no max-pool, in place of 7 x 7, stride 2 and max-pool."""
-    old = backbone.conv1
+    old = getattr(backbone, "conv1", None)
     if not isinstance(old, nn.Conv2d):
         raise ValueError("encoder.small_stem needs a ResNet whose stem is one convolution")
     backbone.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, 1, 1, bias=False)

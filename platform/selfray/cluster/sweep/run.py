@@ -28,8 +28,8 @@ from selfray.metrics import PROBES
 from selfray.runs.environment import environment_tags
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
-from selfray.sweeps.population import first_generation
-from selfray.sweeps.question import Choice, Question, Range
+from selfray.sweeps.possible import refuse_impossible
+from selfray.sweeps.question import Question
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def sweep(
     """
     output = Location.of(base.output)
     base = _probed_at_every_checkpoint(base)
-    _refuse_impossible(base, question)
+    refuse_impossible(base, question)
     # Read, and converted, once and not by each run; a wrong path is told before any is begun.
     data = open_data(base.data, output, console.say, build)
     question = _with_metrics(question, base, data.can_probe)
@@ -153,28 +153,6 @@ def _probed_at_every_checkpoint(base: Experiment) -> Experiment:
     return config.override(
         base, **{"probe.every_checkpoint": True, "checkpoint.times": base.probe.times}
     )
-
-
-def _refuse_impossible(base: Experiment, question: Question) -> None:
-    """ValueError in the experiment's own words where no run could have what is asked."""
-    if question.search == "population":
-        for member in first_generation(question):
-            member.experiment(base, question)
-        return
-    choices = question.choices
-    if question.search == "optuna":  # what will be asked is not known, but its bounds are
-        choices = [_end(question, place) for place in (0.0, 1.0)]
-    for choice in choices:
-        for trial in question.trials(choice):
-            trial.experiment(base)
-
-
-def _end(question: Question, place: float) -> Choice:
-    """The combination at one end of every range."""
-    return {
-        axis.name: place if isinstance(axis, Range) else axis.options[-int(place)].label
-        for axis in question.axes
-    }
 
 
 def _with_metrics(question: Question, base: Experiment, labelled: bool) -> Question:

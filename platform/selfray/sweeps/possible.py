@@ -1,0 +1,29 @@
+"""Whether the runs that a sweep asks for can be: told before any is begun."""
+
+from selfray.experiment import Experiment
+from selfray.models import on_meta
+from selfray.sweeps.population import first_generation
+from selfray.sweeps.question import Choice, Question, Range
+
+
+def refuse_impossible(base: Experiment, question: Question) -> None:
+    """ValueError in the experiment's own words where a run could not have what is asked, or its
+    encoder cannot be used."""
+    if question.search == "population":
+        for member in first_generation(question):
+            on_meta.require_encoder_of(member.experiment(base, question))
+        return
+    choices = question.choices
+    if question.search == "optuna":  # what will be asked is not known, but its bounds are
+        choices = [_end(question, place) for place in (0.0, 1.0)]
+    for choice in choices:
+        for trial in question.trials(choice):
+            on_meta.require_encoder_of(trial.experiment(base))
+
+
+def _end(question: Question, place: float) -> Choice:
+    """The combination at one end of every range."""
+    return {
+        axis.name: place if isinstance(axis, Range) else axis.options[-int(place)].label
+        for axis in question.axes
+    }
