@@ -1,7 +1,9 @@
 """torch.compile of a method's parts, in place, so that the names of the weights stay."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from selfray import caches
 from selfray.models.encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,7 @@ All modules share one function of torch's, and from its limit of 8 on it would n
 def in_place(method: nn.Module, device: torch.device, backend: str = "inductor") -> None:
     """Compile what a step spends its time in. A compiler that is missing or fails is told in one
     line, and the part runs as it is."""
+    _keep_code_privately()
     cause = _why_not(device, backend)
     if cause is not None:
         log.warning("compile: this machine cannot, so the run goes on without: %s", cause)
@@ -89,6 +93,15 @@ def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
             return module._call_impl(*arguments, **named)
 
     return call
+
+
+def _keep_code_privately() -> None:
+    """By itself torch keeps compiled code, and runs what it finds, in a folder of the temporary one
+    whose name everybody knows. Triton's code goes with it."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folders = [Path(named)] if named else []
+    folders += [choice / "torch" for choice in caches.choices()]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches.private(iter(folders)))
 
 
 def _why_not(device: torch.device, backend: str) -> str | None:
