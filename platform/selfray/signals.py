@@ -12,8 +12,8 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 3
 """The signal that ends a command which is ending already, at once and without a word."""
 
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes: by Ctrl-C, and by any other signal."""
+INTERRUPTED = 130
+"""Exit code by Ctrl-C: 128 and the signal's number, as shells have it."""
 
 _received: list[int] = []
 
@@ -46,9 +46,9 @@ def were_received() -> bool:
 
 
 def exit_code() -> int:
-    """What a command that was interrupted ends with."""
-    first = _received[0] if _received else signal.SIGINT
-    return INTERRUPTED if first == signal.SIGINT else TERMINATED
+    """What a command that was interrupted ends with: 130 by Ctrl-C, 143 by SIGTERM, 129 by
+    SIGHUP."""
+    return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def leave() -> None:

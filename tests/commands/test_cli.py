@@ -356,7 +356,8 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
         tmp_path, "shards", "build", "in", "out", "--shard-mib", 0.004, RAY_ADDRESS=ray_address
     )
     assert (done.returncode, done.stderr) == (0, "")
-    *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
+    understood, *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
+    assert understood == "32 train images of 2 classes (cat, dog)"
     manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
     assert 1 <= len(progress) <= shards.LINES_WITHOUT_TERMINAL

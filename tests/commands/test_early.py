@@ -3,14 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 
-from helpers import MAE, experiment
+from helpers import MAE, RESNET, SIMCLR, experiment
 from selfray import config
 from selfray.commands import early, script
+from selfray.commands.subjects import _subject
+from selfray.models.encoder import EncoderConfig
+from selfray.probes.encoders import EncoderRef
 from selfray.recipes import NAMES, every
+from selfray.storage import Location
+from selfray.sweeps.possible import refuse_impossible
+from selfray.sweeps.question import Axis, Question
 
 RECIPES = {"recipe": experiment(MAE)}
 
@@ -80,6 +87,31 @@ def test_a_typo_costs_no_import_of_torch_or_ray():
 
 def parse(*words: str):
     return script.parse(RECIPES, words, "", "pretrain")
+
+
+CONVNEXT = EncoderConfig("convnext_atto", 64)
+
+
+def test_an_encoder_that_cannot_be_used_is_refused_when_flags_are_read():
+    recipes = {"recipe": experiment(SIMCLR, RESNET)}
+    with pytest.raises(ValueError, match=r"with encoder.*layers 1 1 1, .*layer4"):
+        script.parse(recipes, ["recipe", "--encoder.layers", "1", "1", "1"], "", "pretrain")
+
+
+def test_a_sweep_whose_encoder_cannot_be_used_is_refused():
+    base = experiment(SIMCLR, RESNET)
+    wrong = replace(base, encoder=replace(RESNET, layers=(1, 1, 1)))
+    question = Question("t", (Axis.over("temperature", "method.temperature", (0.1, 0.2)),))
+    refuse_impossible(base, question)
+    with pytest.raises(ValueError, match=r"encoder.layers 1 1 1"):
+        refuse_impossible(wrong, question)
+
+
+def test_an_encoder_is_not_judged_on_images_that_it_cannot_take():
+    ref = EncoderRef.untrained(experiment(SIMCLR, CONVNEXT))
+    assert _subject("mine", ref, Location.of("runs"), None).size == 64
+    with pytest.raises(ValueError, match=r"^mine: --image-size 8: encoder.name convnext_atto take"):
+        _subject("mine", ref, Location.of("runs"), 8)
 
 
 def test_a_printed_config_is_read_as_the_same_experiment(tmp_path, capsys):

@@ -20,6 +20,7 @@ from selfray.models.encoder import (
     normalize,
 )
 from selfray.models.heads import projector
+from selfray.models.on_meta import require_encoder
 from selfray.models.vit import sincos_positions
 
 REGISTERS = EncoderConfig(
@@ -158,7 +159,7 @@ def test_an_encoder_refuses_what_it_does_not_have(settings, message):
 
 
 def test_backbones_of_an_unknown_shape_are_refused_by_name():
-    with pytest.raises(ValueError, match="vit_relpos_small_patch16_224 does not take the option"):
+    with pytest.raises(ValueError, match="vit_relpos_small_patch16_224 is a kind of ViT that is"):
         EncoderConfig("vit_relpos_small_patch16_224", 32, width=64, depth=1).build()
     with pytest.raises(ValueError, match="cannot be had here: Token pooling needs the class token"):
         EncoderConfig("vit_medium_patch16_rope_reg1_gap_256", 32, position="rotary").build()
@@ -346,3 +347,51 @@ def test_stochastic_depth_acts_in_training_only():
     with torch.no_grad():
         assert torch.equal(encoder.eval()(images()).cls, encoder(images()).cls)
         assert not torch.equal(encoder.train()(images(64)).cls, encoder(images(64)).cls)
+
+
+# What cannot be an encoder is told before anything is started for it
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (
+            EncoderConfig("swin_tiny_patch4_window7_224", 96),
+            ["encoder.name: SwinTransformer does not end in a map"],
+        ),
+        (
+            EncoderConfig("convnext_atto", 8),
+            ["encoder.image_size 8: encoder.name convnext_atto takes no images", "its own 224"],
+        ),
+        (
+            EncoderConfig("vit_tiny_patch16_224", 32, width=50),
+            ["with encoder.width 50 cannot be had here", "divisible by num_heads"],
+        ),
+        (
+            EncoderConfig("resnet18", 32, layers=(1, 1, 1)),
+            ["encoder.name resnet18 with encoder.layers 1 1 1 cannot be used here", "layer4"],
+        ),
+        (EncoderConfig("resnetv2_50", 32, small_stem=True), ["encoder.small_stem needs a ResNet"]),
+        # Its head is wider than its map: a projector would be built for another width.
+        (EncoderConfig("mobilenetv3_small_050", 32), ["features have the shape [2, 1024]"]),
+        (EncoderConfig("vit_relpos_small_patch16_224", 32), ["a kind of ViT that is not known"]),
+    ],
+)
+def test_an_encoder_that_cannot_be_used_is_one_line(config, parts):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is looked at below
+        require_encoder(config, [config.image_size])
+    message = str(refused.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_view_that_the_encoder_cannot_take_is_told_by_its_size():
+    convnext = EncoderConfig("convnext_atto", 64)
+    require_encoder(convnext, [64])
+    with pytest.raises(ValueError, match=r"the method's views of 8: encoder.name convnext_atto"):
+        require_encoder(convnext, [64, 8])
+
+
+@pytest.mark.parametrize("config", [VIT, BEIT, RESNET, DINOV2, ROTARY])
+def test_an_encoder_that_can_be_used_passes(config):
+    require_encoder(replace(config, recompute=config.is_vit), [config.image_size])

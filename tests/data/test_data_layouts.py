@@ -42,12 +42,19 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def build_here(source: Location, destination: Location, options: BuildOptions) -> Manifest:
+def build_here(
+    source: Location,
+    destination: Location,
+    options: BuildOptions,
+    say: Callable[[str], object] = lambda _: None,
+) -> Manifest:
     """A build in this process: what the tasks of `selfray shards build` do."""
     state = open_destination(destination)
     if state.manifest is not None:
         return state.manifest
     plan = make_plan(source, options)
+    for note in plan.notes:
+        say(note)
     start(destination, plan)
     job = Job(plan.source, destination, plan.layout, options)
     records = [record for item in plan.items for record in build_item(job, item, frozenset())]
@@ -115,6 +122,17 @@ def tars(folder: Path, label: Callable[[int], tuple[str, bytes]]) -> None:
             suffix, content = label(i)
             members |= {f"{i}.png": picture(i), f"{i}.{suffix}": content}
         write_tar(folder / f"{split}-000.tar", members)
+
+
+def one_tar(file: Path, *folders: str, labels: str = "") -> None:
+    """Three images in each of some folders of one tar, with one of some labels beside each."""
+    members = {}
+    for place, folder in enumerate(folders):
+        for i in range(3):
+            members[f"{folder}/{i}.png"] = picture(3 * place + i)
+            if labels:
+                members[f"{folder}/{i}.cls"] = labels.split()[place % 2].encode()
+    write_tar(file, members)
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -195,6 +213,34 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [parquet(f / f"label={n}/0.parquet") for n in ("cat", "dog")],
         "6 train images of 2 classes (cat, dog)",
     ),
+    "train/CLASS/images/*, val/images/*": (
+        lambda f: images(f, "train/a/images", "train/b/images", "val/images"),
+        "6 train images of 2 classes (a, b), 3 test images from val/, without labels",
+    ),
+    "images_001/*, images_002/*": (
+        lambda f: images(f, "images_001", "images_002"),
+        "6 train images without labels",
+    ),
+    "fold1/CLASS/*, fold2/CLASS/*": (
+        lambda f: images(f, "fold1/a", "fold1/b", "fold2/a"),
+        "9 train images of 2 classes (a, b)",
+    ),
+    "class1/*, class2/*": (
+        lambda f: images(f, "class1", "class2"),
+        "6 train images of 2 classes (class1, class2)",
+    ),
+    "split=val/label=big%20cat/": (
+        lambda f: [
+            parquet(f / f"split={split}/label={label}/0.parquet")
+            for split in ("train", "val")
+            for label in ("big%20cat", "dog")
+        ],
+        "6 train images of 2 classes (big cat, dog), 6 test images from split=val/",
+    ),
+    "Train/, VAL/, hold-out/": (
+        lambda f: images(f, "set/Train/a", "set/Train/b", "set/VAL/a", "set/hold-out/b"),
+        "6 train images of 2 classes (a, b), 6 test images from VAL/ and hold-out/",
+    ),
     "metadata.csv beside images": (
         lambda f: with_table(f, "metadata.csv"),
         "4 train images of 2 classes (cat, dog)",
@@ -219,6 +265,18 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: tars(f, lambda i: ("json", json.dumps({"label": "cd"[i % 2]}).encode())),
         "4 train images of 2 classes (c, d), 4 test images from test",
     ),
+    "a tar with train/CLASS/*, val/CLASS/* in it": (
+        lambda f: one_tar(f / "all.tar", "./set/train/a", "./set/train/b", "./set/val/a"),
+        "6 train images of 2 classes (a, b), 3 test images from val/",
+    ),
+    "tars with CLASS/* in them": (
+        lambda f: [one_tar(f / f"{n}.tar", "a", "b") for n in ("train-0", "train-1", "val-0")],
+        "12 train images of 2 classes (a, b), 6 test images from validation",
+    ),
+    "a tar with folders and .cls": (
+        lambda f: one_tar(f / "all.tar", "train/0", "train/1", "test/0", labels="owl tit"),
+        "6 train images of 2 classes (owl, tit), 3 test images from test/",
+    ),
 }
 
 
@@ -230,6 +288,9 @@ def test_a_layout_is_understood_by_every_route(tmp_path, name):
     data = opened(tmp_path / "data", tmp_path / "runs", said)
     assert data.described() == [expected]
     assert said[-1] == expected
+    plan = make_plan(Location.of(tmp_path / "data"), BuildOptions())
+    if "tar" not in name and "WebDataset" not in name:  # whose images nobody has counted
+        assert plan.notes == (expected,)
     # The same images by `shards build`, whose folder keeps the splits.
     build_here(Location.of(tmp_path / "data"), Location.of(tmp_path / "shards"), BuildOptions())
     again = opened(tmp_path / "shards", tmp_path / "runs")
@@ -238,6 +299,47 @@ def test_a_layout_is_understood_by_every_route(tmp_path, name):
     assert (again.test is None) == (data.test is None)
     if data.test is not None and again.test is not None:
         assert sorted(classes_of(again.test)) == sorted(classes_of(data.test))
+
+
+@pytest.mark.parametrize(
+    ("table", "encoding"),
+    [
+        ("file_name;label\n{0};x\n{1};y\n", "utf-8"),
+        ("file_name\tlabel\n{0}\tx\n{1}\ty\n", "utf-8-sig"),
+        ("file_name,label\r\n{0},x\r\n{1},y\r\n", "utf-16"),
+    ],
+)
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_a_table_may_be_as_other_programs_write_it(tmp_path, table, encoding, slash):
+    images(tmp_path / "data", "deep/1.png", "deep/2.png")
+    names = [f"deep{slash}{i}.png" for i in (1, 2)]
+    (tmp_path / "data" / "metadata.csv").write_text(table.format(*names), encoding=encoding)
+    said: list[str] = []
+    assert classes_of(opened(tmp_path / "data", tmp_path, said).train) in (["x", "y"], ["y", "x"])
+    assert not any("are not there" in line for line in said)
+
+
+def test_what_a_build_has_to_note_is_told_by_a_run_too(tmp_path):
+    images(tmp_path / "data", "1.png", "2.png")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,label\n1.png,x\n3.png,y\n")
+    said: list[str] = []
+    opened(tmp_path / "data", tmp_path, said)
+    assert "1 images of metadata.csv are not there" in said
+
+
+def test_packed_archives_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"holds packed archives \(a.zip\): unpack them"):
+        make_plan(Location.of(tmp_path), BuildOptions())
+
+
+def test_a_path_that_windows_wrote_is_found(tmp_path):
+    images(tmp_path, "deep/0.png")
+    rows = pa.array([{"bytes": None, "path": "deep\\0.png"}])
+    table = pa.table({"image": rows.cast(pa.struct({"bytes": pa.binary(), "path": "string"}))})
+    pq.write_table(table, tmp_path / "x.parquet")
+    shards = opened(tmp_path / "x.parquet", tmp_path).train
+    assert read_rows(shards, np.zeros(1, int), np.zeros(1, int))[0] == [picture(0)]
 
 
 def test_every_layout_is_in_the_documented_table():

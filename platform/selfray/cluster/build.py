@@ -148,6 +148,18 @@ def build(
     return finish(destination, plan, [records[number] for number in sorted(records)])
 
 
+def build_told(
+    source: Location, destination: Location, options: BuildOptions, say: Callable[[str], None]
+) -> Manifest:
+    """`build` for a run that reads its images as they are: `say` is told what it has to note."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.note:
+            say(progress.note)
+
+    return build(source, destination, options, on_progress)
+
+
 def check(
     destination: str | Path | Location,
     on_progress: Callable[[Progress], None] | None = None,

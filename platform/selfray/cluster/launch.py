@@ -12,7 +12,7 @@ from typing import Any
 
 from selfray import config, plugins
 from selfray.cluster import local_ray, runtime, waiting
-from selfray.cluster.build import build
+from selfray.cluster.build import build_told
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
@@ -129,7 +129,7 @@ def launch(
     started_from = starting.keep(experiment, run, console.say)
     console.live("opening the data")
     with record.in_turn(output, console.say):
-        data = open_data(experiment.data, output, console.say, build)
+        data = open_data(experiment.data, output, console.say, build_told)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -387,7 +387,7 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     """The probes on raw pixels: what an encoder has to beat."""
-    data = open_data(experiment.data, Location.of(experiment.output), console.say, build)
+    data = open_data(experiment.data, Location.of(experiment.output), console.say, build_told)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)

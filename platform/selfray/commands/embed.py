@@ -102,12 +102,12 @@ class Embed:
 
     def _shards(self, output: Location, console: "Console") -> "ShardSet":
         """All images of --data, those of a test split, too."""
-        from selfray.cluster.build import build
+        from selfray.cluster.build import build_told
         from selfray.data.data_sets import open_data
         from selfray.experiment import DataConfig
 
         config = DataConfig(self.data, image_column=self.image_column)
-        opened = open_data(config, output, console.say, build)
+        opened = open_data(config, output, console.say, build_told)
         train, test = opened.train, opened.test
         if test is None:
             return train

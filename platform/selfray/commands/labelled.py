@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
-    from selfray.cluster.build import build
+    from selfray.cluster.build import build_told
     from selfray.data.data_sets import open_data
 
     try:
-        opened = open_data(data, output, console.say, build, describe=False)
+        opened = open_data(data, output, console.say, build_told, describe=False)
     except (ValueError, OSError) as error:
         # The flags of this command are named otherwise than those of pretrain.py.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")

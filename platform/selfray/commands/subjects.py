@@ -1,7 +1,7 @@
 """The encoders that a user names, each as what tasks can load."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from selfray.check import require
@@ -97,8 +97,9 @@ def _subject(title: str, ref: "EncoderRef", home: Location, size: int | None) ->
             f"--image-size {size} is no multiple of the {config.patch} pixels of a patch of "
             f"{title}: give one, such as {max(1, round(size / config.patch)) * config.patch}",
         )
+    asked = config if config.is_vit else replace(config, image_size=size or own)
     try:
-        on_meta.require_encoder(config, [size or own])
+        on_meta.require_encoder(asked, [size or own])
     except ValueError as error:
         raise ValueError(
             f"{title}: {error}".replace("encoder.image_size", "--image-size")

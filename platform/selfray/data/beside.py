@@ -22,9 +22,18 @@ def image_beside(folder: Location, path: str) -> Location:
     return folder / inner
 
 
+def _found_beside(parquet_uri: str, path: str) -> Location:
+    """`image_beside`; a path that Windows wrote is taken where there is none by its own name."""
+    folder = Location.of(parquet_uri).parent
+    place = image_beside(folder, path)
+    if "\\" in path and not place.exists():
+        return image_beside(folder, path.replace("\\", "/"))
+    return place
+
+
 def read_beside(parquet_uri: str, path: str) -> bytes:
     """The bytes of the image that a row names. OSError, ValueError say why there are none."""
-    place = image_beside(Location.of(parquet_uri).parent, path)
+    place = _found_beside(parquet_uri, path)
     size = place.info().size
     if size is None:
         raise FileNotFoundError(f"{place} does not exist")
@@ -42,7 +51,7 @@ def require_images_beside(uri: str, schema: pa.Schema, image: str) -> None:
     if path is None:
         return
     try:
-        found = image_beside(Location.of(uri).parent, path).exists()
+        found = _found_beside(uri, path).exists()
     except ValueError:
         found = False
     if not found:

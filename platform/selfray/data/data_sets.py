@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from selfray.data import summary
 from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
@@ -21,6 +22,7 @@ from selfray.data.shard_set import (
     with_common_classes,
 )
 from selfray.data.source import Sample
+from selfray.data.tar_listing import have_folders
 from selfray.experiment import DataConfig
 from selfray.storage import Location, one_line
 
@@ -30,9 +32,9 @@ HELD_OUT = 0.2
 """Share of the labelled images that probes test on where the data names no test images."""
 
 
-Build = Callable[[Location, Location, BuildOptions], Manifest]
-"""(source, destination, options) -> shards of images: `selfray.cluster.build.build`."""
 Say = Callable[[str], None]
+Build = Callable[[Location, Location, BuildOptions, Say], Manifest]
+"""(source, destination, options, what to tell) -> shards of images: `cluster.build.build_told`."""
 
 
 @dataclass(frozen=True)
@@ -81,38 +83,28 @@ class DataSets:
 
     def described(self) -> list[str]:
         """What was understood of the data, in one line, and what is odd about it."""
-        parts = [_train_words(self.train)]
-        if self.unlabeled:
-            parts[0] += f" ({self.unlabeled:,} of them from unlabeled)"
-        if self.test is not None:
-            origin = f" from {self.origin}" if self.origin else ""
-            without = "" if self.test.has_labels else ", without labels"
-            parts.append(f"{self.test.rows:,} test images{origin}{without}")
-        if self.left_out:
-            names = list(self.left_out)
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            parts.append(f"{sum(self.left_out.values()):,} left out: {shown}")
+        train, test = summary.part_of(self.train), self.test and summary.part_of(self.test)
+        line = summary.line(train, test, self.origin, self.unlabeled, self.left_out)
         notes = list(self.train.notes)
         if self.test is not None and self.test.has_labels:
             notes += self.test.notes
-        return [", ".join(parts), *dict.fromkeys(notes), *self._odd()]
+        return [line, *dict.fromkeys(notes), *self._files_without(), *summary.odd(train, test)]
 
     @property
     def common_classes(self) -> set[str]:
         """The classes of train images that test images have, too."""
-        return set(_classes_of(self.train)) & set(_classes_of(self.test or self.train))
+        return set(summary.classes_of(self.train)) & set(
+            summary.classes_of(self.test or self.train)
+        )
 
     def classes(self) -> str:
         """The classes of the train images for a message."""
-        return _shown(_classes_of(self.train))
+        return summary.shown(summary.classes_of(self.train))
 
-    def _odd(self) -> Iterator[str]:
-        train, test = self.train, self.test
-        if not train.has_labels:
-            if test is not None and test.has_labels:
-                yield "the test images have labels and the train images have none: no probes"
+    def _files_without(self) -> Iterator[str]:
+        if not self.train.has_labels:
             return
-        of_labels = train.files[: len(train.files) - self.unlabeled_files]
+        of_labels = self.train.files[: len(self.train.files) - self.unlabeled_files]
         without = [file for file in of_labels if file.rows and not file.labelled]
         if without:
             yield (
@@ -120,44 +112,6 @@ class DataSets:
                 f"{without[0].uri}: their {sum(file.rows for file in without):,} images are "
                 "unlabelled"
             )
-        count = sum(file.labelled for file in train.files)
-        seen = _classes_of(train)
-        if len(seen) == 1:
-            yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
-        elif len(seen) >= count:
-            yield f"there are as many classes ({len(seen):,}) as labelled images ({count:,})"
-        if test is not None and test.has_labels:
-            unseen = [name for name in _classes_of(test) if name not in set(seen)]
-            if unseen:
-                yield (
-                    f"{len(unseen):,} of the classes of the test images are not among those of the "
-                    f"train images, such as {unseen[0]}: probes cannot find them"
-                )
-
-
-def _classes_of(shards: ShardSet) -> list[str]:
-    """The classes that a data set's own files can name."""
-    names = shards.label_names or ()
-    known = {file.classes for file in shards.files if file.classes is not None}
-    own = {file.label for file in shards.files if file.label >= 0}
-    for classes in known:
-        own.update(i for i, value in enumerate(classes.values) if value is not None)
-    return [name for index, name in enumerate(names) if index in own]
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
-
-
-def _train_words(train: ShardSet) -> str:
-    names = _classes_of(train)
-    if not names:
-        return f"{train.rows:,} train images without labels"
-    classes = f"{len(names):,} class{'es' if len(names) > 1 else ''} ({_shown(names)})"
-    labelled = sum(file.labelled for file in train.files)
-    if labelled == train.rows:
-        return f"{train.rows:,} train images of {classes}"
-    return f"{train.rows:,} train images, {labelled:,} of them of {classes}"
 
 
 def open_data(
@@ -281,6 +235,7 @@ class _Opener:
                 return self._sorted(replace(listing, files=files), location)
             names = [file.name for file in files]
             more = says_more(names, understand(names, kind), kind, bool(tables))
+            more = more or (kind == "tar" and have_folders(listing.root, files))
             shards, manifest = self._converted(location, more)
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from None
@@ -341,7 +296,9 @@ class _Opener:
         is_new = not (target / MANIFEST).exists()
         if is_new:
             self.say(f"converting {source} to shards in {target}, once")
-        manifest = self.build(source, target, BuildOptions(label_column=column))
+        # What is odd about the source is said once.
+        say = self.say if is_new else _silent
+        manifest = self.build(source, target, BuildOptions(label_column=column), say)
         left_out = manifest.quarantined.count
         if is_new or left_out:
             self.say(
@@ -353,6 +310,10 @@ class _Opener:
                 )
             )
         return target, manifest
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> ShardSet:

@@ -24,6 +24,7 @@ from selfray.data.layout import (
 from selfray.storage import Location, one_line
 
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
+ARCHIVES = frozenset({"7z", "bz2", "gz", "rar", "tbz2", "tgz", "txz", "xz", "zip", "zst"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables beside images that say more of them: Hugging Face's ImageFolder."""
 
@@ -193,6 +194,12 @@ def select(source: object, files: Sequence[File]) -> Selected:
         found = ", ".join(f"{len(by_kind[kind])} {kind}" for kind in present)
         raise ValueError(
             f"{source} holds files of several kinds ({found}): give a folder of one kind"
+            + (f", or a file, such as {by_kind['parquet'][0].name}" if "parquet" in present else "")
+        )
+    if not present and others and all(extension(file.name) in ARCHIVES for file in others):
+        raise ValueError(
+            f"{source} holds packed archives ({others[0].name}): unpack them, and give the folder; "
+            "of archives, .tar alone is read as it is"
         )
     if present == ["tar"]:
         return Selected("tar", by_kind["tar"], [])

@@ -8,6 +8,7 @@ layouts is in docs/layouts.md, and what a Parquet file's columns mean in columns
 import collections
 import posixpath
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +44,11 @@ _NEUTRAL_WORDS = frozenset({
 })
 # fmt: on
 """Beside a split's name in a folder's name, these say nothing more: `test_images`, `trainingSet`"""
+_PARTS = (_NEUTRAL_WORDS - {"class", "classes", "sample", "samples"}) | {
+    "batch", "chunk", "disc", "disk", "fold", "vol", "volume",
+}  # fmt: skip
+"""With a number behind it, each is a part of a data set: `images_001`, `fold2`."""
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SPLIT_KEYS = ("split", "subset", "partition")
 LABEL_KEYS = ("label", "labels", "class", "target", "category")
 """Of folders named like `label=cat`, as Hive and pyarrow's partitioned data sets have them."""
@@ -144,10 +150,9 @@ def _parsed(name: str) -> tuple[str | None, tuple[str, ...]]:
         name = value
     elif value:
         return None, ()
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("held-out", "heldout")
-    parts = [
-        w.rstrip("0123456789") for w in re.split(r"[\W_]+", words.replace("held_out", "heldout"))
-    ]
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    words = re.sub(r"(held|hold)[\W_]out", r"\1out", words)
+    parts = [w.rstrip("0123456789") for w in re.split(r"[\W_]+", words)]
     found = {_SPLIT_OF_WORD[word] for word in parts if word in _SPLIT_OF_WORD}
     rest = tuple(w for w in parts if w not in _SPLIT_OF_WORD and w not in _NEUTRAL_WORDS)
     if found == {TRAIN, UNLABELED}:
@@ -272,6 +277,9 @@ def _labels(
     below = {f: folders.parts(f) for f, split in is_used.items() if split != UNLABELED}
     for side in (1, 0):
         class_of = _classes({f: parts[side] for f, parts in below.items()}, any(splits))
+        of_train = {class_of.get(f) for f, s in is_used.items() if s in (TRAIN, None)}
+        # `val/images` beside `train/CLASS`: those images have no label.
+        class_of = {f: c for f, c in class_of.items() if c in of_train or _has_meaning(c)}
         labels = [class_of.get(posixpath.dirname(name)) for name in names]
         trained = [
             label
@@ -288,13 +296,24 @@ def _classes(parts_of: Mapping[str, tuple[str, ...]], has_splits: bool) -> dict[
     """Folder -> class, by the folders that lead to it; empty where they are no classes."""
     paths = {parts for parts in parts_of.values() if parts}
     depth = 0
-    # A folder around all others, such as `images`, is no class.
-    while paths and len({p[depth] for p in paths}) == 1 and all(len(p) > depth + 1 for p in paths):
+    # A folder around all others, such as `images`, is no class, nor are `part1`, `part2`.
+    while paths and all(len(p) > depth + 1 for p in paths):
+        names = {p[depth] for p in paths}
+        if len(names) > 1 and not all(map(_is_numbered_part, names)):
+            break
         depth += 1
     found = {parts[depth] for parts in paths}
+    if all(map(_is_numbered_part, found)):
+        return {}
     if len(found) < 2 and not (has_splits and found and _has_meaning(next(iter(found)))):
         return {}
     return {folder: parts[depth] for folder, parts in parts_of.items() if len(parts) > depth}
+
+
+def _is_numbered_part(name: str) -> bool:
+    """`images_001`, `fold2`: how a data set was cut up for its size."""
+    words = [word for word in re.split(r"[\W_\d]+", name.lower()) if word]
+    return name[-1:].isdigit() and bool(words) and all(w in _PARTS for w in words)
 
 
 def _has_meaning(name: str) -> bool:
@@ -305,7 +324,7 @@ def _hive_label(name: str) -> str | None:
     for part in name.split("/")[:-1]:
         key, _, value = part.partition("=")
         if value and key.lower() in LABEL_KEYS:
-            return value
+            return None if value == _HIVE_NULL else urllib.parse.unquote(value)
     return None
 
 

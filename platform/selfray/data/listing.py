@@ -10,33 +10,39 @@ image becomes a Quarantined with its reason. What is left out beside the splits 
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfray.check import require
-from selfray.data import columns
+from selfray.data import columns, summary
 from selfray.data.checksums import footer_is_checked
 from selfray.data.files import File, Listing, Quarantined, list_source, select
-from selfray.data.layout import SPLITS, LabelRule, SourceKind, Understood, pictures, understand
-from selfray.data.rows import MIB, Input, Layout, Sample, raise_if_outage
-from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards
+from selfray.data.layout import (
+    SPLITS,
+    TEST,
+    TRAIN,
+    UNLABELED,
+    VALIDATION,
+    LabelRule,
+    SourceKind,
+    Understood,
+    pictures,
+    understand,
+)
+from selfray.data.rows import MIB, Input, Layout, raise_if_outage
+from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards, rows_of
 from selfray.data.tables import labels_in_tables
-from selfray.data.tar import read_tar
+from selfray.data.tar_listing import plan_tars
 from selfray.pixels import codecs
 from selfray.storage import Location, one_line
-
-TAR_SAMPLE_BYTES = 1024
-"""No member of a tar takes less: 512 bytes of header, and its content in blocks of 512."""
-TAR_LABELS_LOOKED_AT = 100
-"""So many samples of a tar tell whether its labels are text."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +160,27 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
     names = [file.name for file in files]
     understood = understand(names, kind, options.labels, source)
     images_total: int | None = None
-    quarantined, notes = list(listing.quarantined), []
+    quarantined, notes, has_folders = list(listing.quarantined), [], False
+    shards: ShardSet | None = None
     if kind == "images":
         inputs, layout, notes = _plan_images(listing, files, tables, understood, options)
         images_total = len(inputs)
     elif kind == "tar":
-        inputs, layout = _plan_tars(listing.root, files, understood, options)
+        rule, column = options.labels, options.label_column
+        tars = plan_tars(listing.root, files, understood, rule, column)
+        inputs, layout, understood = tars.inputs, tars.layout, tars.understood
+        has_folders = tars.has_folders
     else:
-        inputs, layout, broken, notes = _plan_parquet(source, listing, files, understood, options)
+        inputs, layout, broken, shards = _plan_parquet(source, listing, files, understood, options)
+        notes = list(shards.notes)
         images_total = sum(entry.rows for entry in inputs)
         quarantined += broken
     split_of = dict(zip(names, understood.splits, strict=True))
+    counted = partial(_part, inputs, split_of, layout, set(pictures(names, kind)), shards)
+    left_out = understood.left_out
+    if kind == "parquet":  # as images, not as files
+        left_out = {top: rows_of(_below(listing, names, top)) for top in left_out}
+    said = _said(counted, replace(understood, left_out=left_out))
     return Plan(
         source=listing.root,
         source_uri=source.uri,
@@ -176,9 +192,64 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
         files=len(files),
         bytes=sum(file.bytes for file in files),
         fingerprint=digest.hexdigest(),
-        understood=_understood(names, understood, kind, bool(tables), options.labels),
-        notes=tuple(notes),
+        understood=_understood(names, understood, kind, bool(tables), options.labels)
+        | ({"inside": True} if has_folders else {}),
+        notes=(said[0], *notes, *said[1:]),
     )
+
+
+def _below(listing: Listing, names: Sequence[str], top: str) -> list[str]:
+    return [listing.uri(name) for name in names if name == top or name.startswith(top)]
+
+
+def _said(counted: Callable[[Sequence[str]], summary.Part], understood: Understood) -> list[str]:
+    """What was understood, and what is odd about it.
+
+    Args:
+        counted: tells the images of some splits.
+    """
+    train, test = counted((TRAIN, UNLABELED)), counted((VALIDATION, TEST))
+    unlabeled = counted((UNLABELED,)).images if understood.has_splits else None
+    origin = " and ".join(filter(None, (understood.origins.get(s) for s in (VALIDATION, TEST))))
+    has_test = test.images is None or test.images > 0
+    of_test = test if has_test else None
+    line = summary.line(train, of_test, origin, unlabeled or 0, understood.left_out)
+    return [line, *summary.odd(train, of_test)]
+
+
+def _part(
+    inputs: Sequence[Input],
+    split_of: Mapping[str, str | None],
+    layout: Layout,
+    seen: Collection[str],
+    shards: ShardSet | None,
+    splits: Sequence[str],
+) -> summary.Part:
+    """The images of some splits, as far as they are known before they are read."""
+    own = [entry for entry in inputs if (entry.split or split_of[entry.name]) in splits]
+    if shards is not None:
+        # The sound files, in the order of the inputs' names.
+        order = dict.fromkeys(entry.name for entry in inputs)
+        used = {entry.name for entry in own}
+        files = [f for f in shards.files if f.rows]
+        chosen = tuple(f for name, f in zip(order, files, strict=True) if name in used)
+        return summary.part_of(replace(shards, files=chosen))
+    names = layout.label_names or ()
+    if layout.kind == "images":
+        own = [entry for entry in own if entry.name in seen]
+        labels = [entry.label for entry in own]
+    elif all(entry.folders is not None for entry in own):
+        labels = [label for entry in own for _, label in entry.folders or ()]
+    else:
+        return summary.Part(None, None if layout.has_labels else 0, names, len(own))
+    known = tuple(names[label] for label in sorted(set(labels) - {NO_LABEL}))
+    images = sum(entry.rows for entry in own)
+    labelled: int | None = sum(label != NO_LABEL for label in labels)
+    if layout.kind == "tar" and labelled:
+        labelled = images if NO_LABEL not in labels else None
+    elif layout.kind == "tar" and layout.has_labels:
+        return summary.Part(images, None, names)
+    return summary.Part(images, labelled, known)
 
 
 def says_more(
@@ -221,7 +292,7 @@ def _items(
     """Work items of each split in turn, their shards numbered on."""
     first = 0
     for split in SPLITS:
-        own = [entry for entry in inputs if split_of[entry.name] == split]
+        own = [entry for entry in inputs if (entry.split or split_of[entry.name]) == split]
         random.Random(f"{options.seed} inputs").shuffle(own)
         for item in _pack(own, options.shard_bytes, first, split if has_splits else ""):
             first = item.shard_numbers.stop
@@ -268,7 +339,8 @@ def _plan_images(
             labels = [found.get(file.name) for file in files]
             known = {label for label in labels if label is not None}
             names = tuple(sorted(known, key=columns.natural)) if known else None
-            if lost := len(found.keys() - {file.name for file in files}):
+            there = {file.name for file in files}
+            if lost := sum(not {n, n.replace("\\", "/")} & there for n in found):
                 notes.append(f"{lost:,} images of {tables[0].name} are not there")
     elif options.label_column is not None:
         notes = [f"--data.label-column {options.label_column}: a folder of images has no columns"]
@@ -281,48 +353,15 @@ def _plan_images(
     return inputs, Layout("images", names is not None, names), notes
 
 
-def _plan_tars(
-    root: Location, files: Sequence[File], understood: Understood, options: BuildOptions
-) -> tuple[list[Input], Layout]:
-    used = [f for f, split in zip(files, understood.splits, strict=True) if split is not None]
-    folders = dict(zip((f.name for f in files), understood.labels, strict=True))
-    names = understood.classes
-    place = {name: index for index, name in enumerate(names or ())}
-    inputs = []
-    for file in used:
-        label = folders[file.name]
-        rows = file.bytes // TAR_SAMPLE_BYTES
-        own = NO_LABEL if label is None else place[label]
-        inputs.append(Input(file.name, file.bytes, rows, label=own))
-    if names is not None or options.labels == "none":
-        return inputs, Layout("tar", names is not None, names)
-
-    def texts(file: File, most: int | None = None) -> set[str]:
-        rows = read_tar(root, file.name, options.label_column, only_labels=True)
-        sound = (row for row in rows if isinstance(row, Sample))
-        return {row.text for row in itertools.islice(sound, most) if row.text is not None}
-
-    first: set[str] = set()
-    for file in used:
-        first = texts(file, TAR_LABELS_LOOKED_AT)
-        if first:
-            break
-    if all(columns.is_label_number(text) for text in first):
-        return inputs, Layout("tar", bool(first), label_column=options.label_column)
-    with ThreadPoolExecutor(8) as pool:
-        found = set().union(*pool.map(texts, used))
-    names = tuple(sorted(found, key=columns.natural))
-    return inputs, Layout("tar", True, names, label_column=options.label_column)
-
-
 def _plan_parquet(
     source: Location,
     listing: Listing,
     files: Sequence[File],
     understood: Understood,
     options: BuildOptions,
-) -> tuple[list[Input], Layout, list[Quarantined], list[str]]:
-    """(one input for each row group, the layout by the first sound file, broken files, notes)."""
+) -> tuple[list[Input], Layout, list[Quarantined], ShardSet]:
+    """(one input for each row group, the layout by the first sound file, broken files, the sound
+    ones)."""
 
     def footer(file: File) -> tuple[pq.FileMetaData, pa.Schema] | Quarantined:
         location = listing.root / file.name
@@ -381,7 +420,7 @@ def _plan_parquet(
         image,
         shards.label_column if names is not None else None,
     )
-    return inputs, layout, broken, list(shards.notes)
+    return inputs, layout, broken, shards if names is not None else shards.without_labels
 
 
 def _names_are_given(shards: ShardSet, schema: pa.Schema) -> bool:

@@ -36,6 +36,10 @@ class Input(NamedTuple):
     """Of all its images, where a folder or a table beside it says so."""
     classes: Classes | None = None
     """How its label column's values become labels."""
+    split: str | None = None
+    """Of a tar that holds several; None where the file is of one."""
+    folders: tuple[tuple[str, int], ...] | None = None
+    """Of a tar: the folders in it that are read, each with the label of its images."""
 
 
 class Sample(NamedTuple):

@@ -109,9 +109,11 @@ def read_samples(root: Location, layout: Layout, inputs: Iterable[Input]) -> Ite
 def _read_tars(root: Location, layout: Layout, inputs: Iterable[Input]) -> Iterator[Row]:
     place = {name: label for label, name in enumerate(layout.label_names or ())}
     for entry in inputs:
-        for row in read_tar(root, entry.name, layout.label_column):
+        folders = None if entry.folders is None else dict(entry.folders)
+        for row in read_tar(root, entry.name, layout.label_column, folders=folders):
             if isinstance(row, Sample):
-                row = row._replace(label=_label_of(row.text, entry.label, layout, place), text=None)
+                folder = entry.label if row.label == NO_LABEL else row.label
+                row = row._replace(label=_label_of(row.text, folder, layout, place), text=None)
             yield row
 
 

@@ -74,6 +74,11 @@ class ShardSet:
         return self.label_names is not None
 
     @property
+    def without_labels(self) -> "ShardSet":
+        """The same as if nothing bore a label."""
+        return replace(self, label_column=None, label_names=None)
+
+    @property
     def labelled(self) -> "ShardSet":
         """The files that hold any label."""
         files = tuple(file for file in self.files if file.labelled)

@@ -3,6 +3,7 @@
 
 import csv
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,9 @@ def labels_in_tables(
                     )
                 if name and label and not label.startswith("-"):
                     labels[posixpath.normpath(posixpath.join(folder, name))] = label
+                    if "\\" in name:  # as Windows writes paths
+                        other = name.replace("\\", "/")
+                        labels[posixpath.normpath(posixpath.join(folder, other))] = label
         except (OSError, pa.ArrowException, UnicodeError, csv.Error, json.JSONDecodeError) as error:
             notes.append(
                 f"{root / table.name} cannot be read ({one_line(error)}): the labels that it has "
@@ -59,15 +63,23 @@ def _rows(location: Location) -> Iterator[dict[str, Any]]:
         return
     with (
         location.filesystem.open_input_stream(location.path) as stream,
-        io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text,
+        io.TextIOWrapper(stream, encoding=_encoding(location), newline="") as text,
     ):
         if location.path.endswith(".csv"):
-            yield from csv.DictReader(text)
+            first = text.readline()
+            delimiter = max(",;\t", key=first.count)  # of the column names
+            yield from csv.DictReader(itertools.chain([first], text), delimiter=delimiter)
             return
         for line in text:
             row = json.loads(line) if line.strip() else None
             if isinstance(row, dict):
                 yield row
+
+
+def _encoding(location: Location) -> str:
+    """By the mark at the beginning: spreadsheets write UTF-16."""
+    with location.filesystem.open_input_stream(location.path) as stream:
+        return "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def _value(row: dict[str, Any], columns: Sequence[str]) -> str:

@@ -7,12 +7,12 @@ absolute name, one with .. in it) is quarantined by its name, and the rest is re
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from selfray.data.beside import MAX_IMAGE_BYTES
-from selfray.data.columns import LABEL_COLUMNS
+from selfray.data.columns import LABEL_COLUMNS, NO_LABEL
 from selfray.data.files import Quarantined, is_ignored
 from selfray.data.layout import IMAGE_EXTENSIONS, extension
 from selfray.data.rows import MIB, Row, Sample, raise_if_outage, too_large
@@ -32,7 +32,7 @@ _HEADERS = (
 )
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Makes a damaged or missing header an error; tarfile takes it for the end of the archive."""
 
     @classmethod
@@ -64,6 +64,8 @@ class _Sample:
     json: str | None = None
     others: list[str] = field(default_factory=list)
     more: int = 0
+    label: int = NO_LABEL
+    """That of its folder."""
 
     def note(self, name: str) -> None:
         if len(self.others) < MAX_MEMBERS:
@@ -72,10 +74,25 @@ class _Sample:
             self.more += 1
 
 
+def folder_of(member: str) -> str:
+    """The folder of a member inside its tar; empty where it lies in none."""
+    folder = posixpath.normpath(posixpath.dirname(member))
+    return "" if folder == "." else folder
+
+
 def read_tar(
-    root: Location, name: str, label_column: str | None = None, only_labels: bool = False
+    root: Location,
+    name: str,
+    label_column: str | None = None,
+    only_labels: bool = False,
+    folders: Mapping[str, int] | None = None,
 ) -> Iterator[Row]:
-    """The samples of a WebDataset tar: one for each key. `only_labels` leaves out the bytes."""
+    """The samples of a WebDataset tar: one for each key.
+
+    Args:
+        only_labels: leave out the bytes.
+        folders: read what lies in these alone; each has the label of its images.
+    """
     location = root / name
     sample = _Sample()
     try:
@@ -85,7 +102,7 @@ def read_tar(
                 fileobj=stream,  # type: ignore[arg-type]
                 mode="r|",
                 bufsize=MIB,
-                tarinfo=_StrictTarInfo,
+                tarinfo=StrictTarInfo,
                 errors="surrogateescape",
             ) as archive,
         ):
@@ -96,10 +113,14 @@ def read_tar(
                 if member.isdir() or is_ignored(member.name):
                     continue
                 folder, base = posixpath.split(member.name)
+                if folders is not None and shown(folder_of(member.name)) not in folders:
+                    continue
                 key = posixpath.join(folder, base.partition(".")[0])
                 if key != sample.key:
                     yield from _finished(name, sample)
                     sample = _Sample(key)
+                    if folders is not None:
+                        sample.label = folders[shown(folder_of(member.name))]
                 refused = _why_not(name, member)
                 if refused is not None:
                     yield refused
@@ -178,7 +199,7 @@ def _dots(name: str) -> int:
 def _finished(archive: str, sample: _Sample) -> Iterator[Row]:
     if sample.image is not None:
         text = sample.cls if sample.cls is not None else sample.json
-        yield Sample(f"{archive}!{shown(sample.image)}", sample.data, text=text)
+        yield Sample(f"{archive}!{shown(sample.image)}", sample.data, sample.label, text=text)
     elif sample.others:
         found = ", ".join(shown(posixpath.basename(name)) for name in sample.others[:10])
         more = len(sample.others) - 10 + sample.more

@@ -11,7 +11,7 @@ from typing import Any
 
 from selfray import config
 from selfray.cluster import runtime
-from selfray.cluster.build import build
+from selfray.cluster.build import build_told
 from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
 from selfray.cluster.shipping import Status
 from selfray.cluster.sweep.generations import evolve
@@ -63,7 +63,7 @@ def sweep(
     base = _probed_at_every_checkpoint(base)
     refuse_impossible(base, question)
     # Read, and converted, once and not by each run; a wrong path is told before any is begun.
-    data = open_data(base.data, output, console.say, build)
+    data = open_data(base.data, output, console.say, build_told)
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / TRIALS).make_folder()
