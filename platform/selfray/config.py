@@ -137,6 +137,13 @@ def loads(text: str | bytes) -> Any:
     return from_json(json.loads(text))
 
 
+def to_yaml(value: Any) -> str:
+    """A config as YAML, with its types named: from_json reads what this text is parsed to."""
+    import yaml
+
+    return yaml.safe_dump(to_json(value), sort_keys=False, allow_unicode=True)
+
+
 def override(config: Any, **changes: Any) -> Any:
     """A copy with dotted fields replaced: override(experiment, **{"method.mask_ratio": 0.6})."""
     for path, value in changes.items():

@@ -4,12 +4,17 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from selfray.masking import masked
+
+HEARTBEAT_SECONDS = 30.0
+"""Without a terminal, the console prints at least one line in this time while work goes on."""
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0 and C1: escape sequences, bells, carriage returns
@@ -54,27 +59,67 @@ class Console:
         self.log = log
         self.is_terminal = stream.isatty()
         self._live = False
+        self._lock = threading.RLock()
+        self._spoke = time.monotonic()
+        self._doing, self._doing_since = "", self._spoke
 
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
-        if self._stream.closed:  # a thread may outlive the command
-            return
-        self._clear()
-        self._stream.write(printable(text) + "\n")
-        self._stream.flush()
+        with self._lock:
+            if self._stream.closed:  # a thread may outlive the command
+                return
+            self._clear()
+            self._stream.write(printable(text) + "\n")
+            self._stream.flush()
+            self._spoke = time.monotonic()
 
     def live(self, text: str) -> None:
-        """Show a line that the next one replaces. Does nothing unless the stream is a terminal."""
-        if self.is_terminal and not self._stream.closed:
-            width = os.get_terminal_size(self._stream.fileno()).columns or 80
-            self._stream.write("\r\x1b[K" + printable(text, keep="")[: width - 1])
-            self._stream.flush()
-            self._live = True
+        """Show what is being done, in a line that the next one replaces. Without a terminal,
+        `beat` prints the newest one every 30 s."""
+        with self._lock:
+            if text != self._doing:
+                self._doing, self._doing_since = text, time.monotonic()
+            if self.is_terminal and not self._stream.closed:
+                width = os.get_terminal_size(self._stream.fileno()).columns or 80
+                self._stream.write("\r\x1b[K" + printable(text, keep="")[: width - 1])
+                self._stream.flush()
+                self._live = True
+
+    def beat(self, now: float) -> None:
+        """Without a terminal: print the newest live line, if nothing was printed for 30 s.
+
+        Args:
+            now: time.monotonic().
+        """
+        with self._lock:
+            if self.is_terminal or not self._doing or now - self._spoke < HEARTBEAT_SECONDS:
+                return
+            lasts = now - self._doing_since
+            self.say(self._doing + (f" ({lasts:.0f} s)" if lasts >= 1 else ""))
+            self._spoke = now
 
     def _clear(self) -> None:
         if self._live:
             self._stream.write("\r\x1b[K")
             self._live = False
+
+
+@contextmanager
+def _beating(console: Console) -> Iterator[None]:
+    """Call the console's `beat` every second from a thread."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(1.0):
+            console.beat(time.monotonic())
+
+    thread = threading.Thread(target=beat, daemon=True, name="selfray-heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -95,7 +140,9 @@ def quiet_console(log: Path) -> Iterator[Console]:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         try:
-            yield Console(stream, log)
+            console = Console(stream, log)
+            with _beating(console):
+                yield console
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -5,9 +5,6 @@ import time
 
 from selfray.console import Console
 
-LINE_SECONDS = 30.0
-"""Seconds between two lines if the console is not a terminal."""
-
 
 class Pace:
     """Counts finished images and shows the progress. Thread-safe."""
@@ -18,7 +15,7 @@ class Pace:
         self._title = title
         self._total = total
         self._before = self._done = done
-        self._started = self._said = time.monotonic()
+        self._started = time.monotonic()
         self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
@@ -27,18 +24,14 @@ class Pace:
             now = time.monotonic()
             speed = (self._done - self._before) / max(now - self._started, 1e-6)
             left = (self._total - self._done) / max(speed, 1e-6)
-            line = (
+            self._console.live(
                 f"{self._title}: {self._done:,} of {self._total:,} images, {speed:,.0f} images/s, "
-                f"{_clock(left)} left"
+                f"{clock(left)} left"
             )
-            self._console.live(line)
-            is_late = now - self._said >= LINE_SECONDS and self._done < self._total
-            if is_late and not self._console.is_terminal:
-                self._console.say(line)
-                self._said = now
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as 1:02:03 or 2:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

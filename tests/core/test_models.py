@@ -149,7 +149,7 @@ def test_dinov2s_blocks_are_gated_and_skipped_alike():
             "give --encoder.position learned or s",
         ),
         ({"name": "vit_small_patch16_dinov3", "position": "learned"}, "--encoder.position rotary"),
-        ({"name": "beit_base_patch16_224"}, "position learned does not go with beit_base_patch16"),
+        ({"name": "beit_base_patch16_224"}, "position learned is not possible with beit_base_pa"),
     ],
 )
 def test_an_encoder_refuses_what_it_does_not_have(settings, message):

@@ -284,7 +284,7 @@ def test_it_says_what_was_taken_and_what_was_not(tmp_path):
 
 def test_dinov3s_owners_terms_are_told(tmp_path):
     file = saved(dinov3(published(ROTARY).state_dict()), tmp_path)
-    assert "stay under: DINOv3 License" in fitted_for(file, ROTARY, 1.0).described[-1]
+    assert "trained from them: DINOv3 License" in fitted_for(file, ROTARY, 1.0).described[-1]
 
 
 # Refusals, each of one line with the file and the way out
@@ -343,7 +343,9 @@ def test_a_file_that_was_cut_off_is_refused_in_one_line(suffix, size, tmp_path):
         safetensors.torch.save_file(tensors, str(whole))
     torn = tmp_path / f"torn{suffix}"
     torn.write_bytes(whole.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"torn{suffix} is no whole .*get it again") as error:
+    with pytest.raises(
+        ValueError, match=rf"torn{suffix} is not a complete .*download it again"
+    ) as error:
         read(str(torn))
     assert "\n" not in str(error.value)
 

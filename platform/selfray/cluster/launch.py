@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from selfray import config
+from selfray import config, plugins
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
@@ -34,6 +35,7 @@ from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
 from selfray.storage import Location
+from selfray.tokenizer import TokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
+    console.live("opening the data")
     with record.in_turn(output, console.say):
         data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
@@ -162,6 +165,7 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
+    settings = record.write_config(run, experiment)
     failed_before = record.read(run).get("status") == "failed"
     record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
@@ -229,6 +233,7 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    console.say(f"again, with another seed: {_again(experiment, settings)}")
     ending = stopped and f"ended before its time: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -290,6 +295,7 @@ def _fit(
             logging_config=LoggingConfig("ERROR"),
         ),
     )
+    console.live("starting the train workers, which load torch")
     try:
         with waiting.told(resources, experiment.min_workers, console):
             trainer.fit()
@@ -368,6 +374,14 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
+
+
+def _again(experiment: Experiment, settings: Location) -> str:
+    """The command that repeats a run by its file, with the next seed."""
+    command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
+    words = ["selfray", command, "--config", settings.uri]
+    words += [word for name in plugins.named() for word in (plugins.FLAG, name)]
+    return shlex.join([*words, "--seed", str(experiment.seed + 1)])
 
 
 def _say_plan(

@@ -19,6 +19,7 @@ from selfray.console import Console
 from selfray.data.plan import ReadPlan, even_steps
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
+from selfray.pace import clock
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.probes.verdict import gain_over, verdict, without_labels
@@ -224,11 +225,10 @@ class Monitor:
         line = (
             f"epoch {epoch}/{self.experiment.epochs}  step {record['step']:,}/"
             f"{self.plan.total_steps:,}  loss {record['loss']:.3f}  {rate:,.0f} images/s  "
-            f"{_clock(left)} left"
+            f"{clock(left)} left"
         )
-        if self.console.is_terminal:
-            self.console.live(line)
-        elif seen * LINES_WITHOUT_TERMINAL // total > self._shown:
+        self.console.live(line)
+        if not self.console.is_terminal and seen * LINES_WITHOUT_TERMINAL // total > self._shown:
             self._shown = seen * LINES_WITHOUT_TERMINAL // total
             self.console.say(line)
 
@@ -335,9 +335,3 @@ class Monitor:
     def _tell(self, images_seen: int, result: ProbeResult) -> None:
         if self._on_probe is not None:
             self._on_probe(images_seen, result)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
