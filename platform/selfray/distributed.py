@@ -1,4 +1,4 @@
-"""Communication among ranks. In a single process each function is a no-op or the plain computation."""
+"""Communication among ranks. In a single process each function is a no-op or plain computation."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
@@ -56,7 +56,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """Concatenate [b, ...] of each rank to [W*b, ...] in rank order, on every rank; differentiable."""
+    """Concatenate [b, ...] of all ranks, in rank order: [W*b, ...] on every rank; differentiable."""
     if not is_distributed():
         return local
     return cast(Tensor, _Gather.apply(local))

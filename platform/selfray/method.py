@@ -61,7 +61,7 @@ class MethodConfig(ABC):
         return {}
 
     def located(self) -> "MethodConfig":
-        """The same config with absolute paths: the current folder of a worker is not its driver's."""
+        """The same config with absolute paths: a worker's current folder is not its driver's."""
         return self
 
     @abstractmethod

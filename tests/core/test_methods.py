@@ -173,7 +173,7 @@ def test_mae_refuses_settings_outside_their_range(settings, message):
 
 
 def test_mae_refuses_relative_positions_and_views_of_another_size():
-    with pytest.raises(ValueError, match="relative positions of beit_base_patch16_224 are for all"):
+    with pytest.raises(ValueError, match="relative positions of beit_base_patch16_224 need all"):
         experiment(MAE, BEIT)
     with pytest.raises(ValueError, match=r"method.view.size 8 is not encoder.image_size 16: leave"):
         experiment(replace(MAE, view=replace(MAE.view, size=8)))
