@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from selfray.caches import append_to
 from selfray.masking import masked
 
 HEARTBEAT_SECONDS = 30.0
@@ -136,7 +137,7 @@ def quiet_console(log: Path) -> Iterator[Console]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as stream:
-        with open(log, "ab", buffering=0) as file:
+        with os.fdopen(append_to(log), "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         try:

@@ -56,7 +56,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """Concatenate [b, ...] of all ranks, in rank order: [W*b, ...] on every rank; differentiable."""
+    """Concatenate [b, ...] of all ranks in rank order to [W*b, ...] on each; differentiable."""
     if not is_distributed():
         return local
     return cast(Tensor, _Gather.apply(local))

@@ -15,7 +15,7 @@ from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.monitor import Monitor
-from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
+from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -34,6 +34,7 @@ from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
 
@@ -170,9 +171,23 @@ def _carry_out(
     record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
+    # A sweep compares its runs at the steps that it chose.
+    is_own = part.parent_run_id is None and not part.params
+    events = milestones(experiment, plan.total_steps, chosen(experiment) if is_own else None)
+    if events.note:
+        console.say(events.note)
     job = _probe_job(experiment, data) if experiment.probe.times else None
     monitor = Monitor(
-        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+        console,
+        run,
+        experiment,
+        plan,
+        tracker,
+        job,
+        events.probes,
+        started,
+        part.on_probe,
+        part.stop_file,
     )
     monitor.start()
     status: Any = "FAILED"
@@ -193,7 +208,7 @@ def _carry_out(
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
-                _fit(experiment, run, data, placement, part, console)
+                _fit(experiment, run, data, placement, events, part, console)
             monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
@@ -245,6 +260,7 @@ def _fit(
     run: Location,
     data: DataSets,
     placement: Placement,
+    events: Milestones,
     part: PartOf,
     console: Console,
 ) -> None:
@@ -275,6 +291,7 @@ def _fit(
                 run.uri,
                 placement.cpus_per_worker,
                 placement.data_cpus / placement.workers,
+                events.checkpoints,
                 launch_id,
                 part.until_step,
                 part.stop_file,
