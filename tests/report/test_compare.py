@@ -835,7 +835,7 @@ def test_another_s_file_is_not_written_over(typed: Type, tmp_path: Path) -> None
     (folder,) = temperatures(tmp_path / "runs", 0.1)
     (tmp_path / "thesis.html").write_text("<p>precious")
     said = typed("compare", folder, "--page", "thesis.html")
-    assert_one_line_error(said, "thesis.html exists and is no page of selfray's")
+    assert_one_line_error(said, "thesis.html exists and is not a page that selfray wrote")
     assert (tmp_path / "thesis.html").read_text() == "<p>precious"
     assert typed("compare", folder, "--no-track").code == 0
     assert typed("compare", folder, "--no-track").code == 0
