@@ -27,6 +27,7 @@ PLACEMENT = frozenset(
         "guard",
         "compile",
         "shard",
+        "log_model",
     }
 )
 """The fields of an Experiment that say where and how a run is carried out; run ids ignore them.
