@@ -2,13 +2,12 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from selfray.check import require
@@ -143,6 +142,13 @@ class ComparingMethod(Method):
         return self.compare(self.embed(batch, progress), targets, progress)
 
 
+def of_both_views(encoder: Encoder, batch: Batch, order: Sequence[str]) -> Embedded:
+    """Features [b, D] of the two global views of each image, `first` and `second`, in an order. One
+    view after the other: batch norm must not mix their statistics."""
+    views = dict(zip(("first", "second"), batch["global"].unbind(1), strict=True))  # [b, 3, H, W]
+    return {name: encoder(views[name]).cls for name in order}
+
+
 def hidden_places(batch: Batch, group: str) -> Tensor:
     """The places int64 [M] of the patches that a group's masks hide, among all [B * V * N]."""
     places = batch.get(group + HIDDEN_SUFFIX)
@@ -185,6 +191,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def teacher_of(student: Module) -> Module:
     """A frozen copy, which is to follow the student. It skips no block: stochastic depth is there
     to regularise the student, and a target that skips some would be noise."""
+    from timm.layers import DropPath
+
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, DropPath):

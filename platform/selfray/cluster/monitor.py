@@ -22,11 +22,11 @@ from selfray.metrics import PROBES
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.probes.verdict import gain_over, verdict, without_labels
-from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.folder import SPOOL
+from selfray.runs.history import History
 from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 

@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import DropPath
-from timm.models.beit import Block as BeitBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfray.models.encoder import Encoder
+from selfray.models.vit import block_kinds
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ def parts(method: nn.Module) -> Iterator[nn.Module]:
     whole; and heads that are a sequence of layers. Losses are left out, which read schedules that
     change in every step, and heads of patches, whose number does."""
     for module in method.modules():
-        is_block = isinstance(module, Block | BeitBlock)
+        is_block = isinstance(module, block_kinds())
         is_whole = isinstance(module, Encoder) and not module.config.is_vit
         if is_block or is_whole:
             yield module
@@ -64,6 +62,8 @@ class SkippedPath(nn.Module):
 
 
 def _probabilities_as_tensors(part: nn.Module, device: torch.device) -> None:
+    from timm.layers import DropPath
+
     for module in part.modules():
         for name, child in module.named_children():
             if isinstance(child, DropPath) and child.drop_prob:

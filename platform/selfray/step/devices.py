@@ -8,7 +8,6 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
-from timm.layers import use_fused_attn
 
 from selfray.method import HIDDEN_SUFFIX, Batch
 from selfray.pixels.augment import MASK_SUFFIX
@@ -23,6 +22,8 @@ def settle(device: torch.device, precision: str) -> None:
     """Every setting of torch that decides how fast a device computes, in one place. On a CPU
     nothing is set."""
     # timm would compute attention with its matrix of weights in memory, N times as much of it.
+    from timm.layers import use_fused_attn
+
     assert use_fused_attn(), "timm's fused attention is switched off: unset TIMM_FUSED_ATTN"
     if device.type != "cuda":
         return

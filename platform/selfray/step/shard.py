@@ -6,25 +6,28 @@ gathered for the whole step.
 """
 
 import warnings
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
-from timm.models.beit import Block as BeitBlock
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method as makes_forward
 
 from selfray.method import ComparingMethod, Method
 from selfray.models.encoder import Encoder
+from selfray.models.vit import block_kinds
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def in_place(method: Method, precision: str) -> None:
     """Shard a method's weights over all ranks; every rank must hold the same ones."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("shard fsdp needs several workers: give --workers 2 or more")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as makes_forward
+
     mesh = init_device_mesh(next(method.parameters()).device.type, (dist.get_world_size(),))
     # Gathered in bf16, half as much; what autocast keeps in float32 computes with their copy.
     policy = MixedPrecisionPolicy(
@@ -35,7 +38,7 @@ def in_place(method: Method, precision: str) -> None:
     # It warns of what nothing here does: writing into an encoder's output.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in method.modules():
-        if isinstance(module, Block | BeitBlock):
+        if isinstance(module, block_kinds()):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in method.modules():
         if isinstance(module, Encoder):
@@ -48,9 +51,13 @@ def in_place(method: Method, precision: str) -> None:
 
 
 def is_sharded(method: nn.Module) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(method, FSDPModule)
 
 
 def sync(method: nn.Module, wanted: bool) -> None:
     """Whether the next backward pass averages gradients over ranks."""
-    cast(FSDPModule, method).set_requires_gradient_sync(wanted)
+    cast("FSDPModule", method).set_requires_gradient_sync(wanted)
