@@ -27,6 +27,7 @@ from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.placement import Placement, place
 from selfray.cluster.runtime import Resources
 from selfray.cluster.waiting import room_for
+from selfray.commands.config_file import read_config
 from selfray.console import Console
 from selfray.data.writer import write_arrays
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
@@ -147,6 +148,10 @@ def test_two_workers_leave_checkpoints_probes_pictures_an_mlflow_run_and_name_a_
     assert run.inputs is not None
     assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["two"]
     assert len(screen.lines) < 25
+
+    kept = f"{result.folder}/experiment.yaml"
+    assert read_config(kept, None, {}) == wanted
+    assert any(line.endswith(f"pretrain --config {kept} --seed 1") for line in screen.lines)
 
     again = Screen()
     assert launch(wanted, again) == result

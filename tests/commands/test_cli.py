@@ -415,7 +415,7 @@ def test_the_printed_lines_load_the_exported_encoder(typed, trained, tmp_path, n
     said = typed("export", trained / name, "--to", "timm", "--output", "encoder")
     assert said.code == 0, said.text
     assert said.lines[0].startswith(f"{tmp_path}/encoder: ")
-    assert said.lines[1].startswith("verified: timm opens it, with num_classes=10 too, and gives")
+    assert said.lines[1].startswith("verified: timm opens it, also with num_classes=10, and comp")
     scope: dict[str, torch.nn.Module] = {}
     exec(printed_code(said), scope)
     batch = torch.randn(3, 3, 16, 16)

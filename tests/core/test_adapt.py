@@ -152,7 +152,7 @@ def test_there_is_no_verdict_without_a_start_or_labels():
     assert verdict({0: bare, 10: bare}, "knn") is None
     line = without_labels({0: bare, 10: replace(bare, rankme=8.0)})
     assert line is not None
-    assert "cannot be said" in line
+    assert "selfray cannot say" in line
     assert "RankMe 5 -> 8, alignment 0.2 -> 0.2" in line
 
 

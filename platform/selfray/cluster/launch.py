@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from selfray import config
+from selfray import config, plugins
 from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.monitor import Monitor
-from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
+from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -32,7 +33,9 @@ from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
 from selfray.runs.history import History
+from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
+from selfray.tokenizer import TokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +126,7 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
+    console.live("opening the data")
     with record.in_turn(output, console.say):
         data = open_data(experiment.data, output, console.say, build)
     if checkpoint.all_of(run):
@@ -161,13 +165,28 @@ def _carry_out(
             f"continuing from step {found.step:,} of {plan.total_steps:,} "
             f"({found.location.name}), epoch {found.images_seen / plan.images_per_epoch:.1f}"
         )
+    settings = record.write_config(run, experiment)
     failed_before = record.read(run).get("status") == "failed"
     record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
+    # A sweep compares its runs at the steps that it chose.
+    is_own = part.parent_run_id is None and not part.params
+    events = milestones(experiment, plan.total_steps, chosen(experiment) if is_own else None)
+    if events.note:
+        console.say(events.note)
     job = _probe_job(experiment, data) if experiment.probe.times else None
     monitor = Monitor(
-        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+        console,
+        run,
+        experiment,
+        plan,
+        tracker,
+        job,
+        events.probes,
+        started,
+        part.on_probe,
+        part.stop_file,
     )
     monitor.start()
     status: Any = "FAILED"
@@ -188,7 +207,7 @@ def _carry_out(
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
-                _fit(experiment, run, data, placement, part, console)
+                _fit(experiment, run, data, placement, events, part, console)
             monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
@@ -228,6 +247,7 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
+    console.say(f"again, with another seed: {_again(experiment, settings)}")
     ending = stopped and f"ended before its time: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -239,6 +259,7 @@ def _fit(
     run: Location,
     data: DataSets,
     placement: Placement,
+    events: Milestones,
     part: PartOf,
     console: Console,
 ) -> None:
@@ -269,6 +290,7 @@ def _fit(
                 run.uri,
                 placement.cpus_per_worker,
                 placement.data_cpus / placement.workers,
+                events.checkpoints,
                 launch_id,
                 part.until_step,
                 part.stop_file,
@@ -289,6 +311,7 @@ def _fit(
             logging_config=LoggingConfig("ERROR"),
         ),
     )
+    console.live("starting the train workers, which load torch")
     try:
         with waiting.told(resources, experiment.min_workers, console):
             trainer.fit()
@@ -369,6 +392,14 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
+
+
+def _again(experiment: Experiment, settings: Location) -> str:
+    """The command that repeats a run by its file, with the next seed."""
+    command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
+    words = ["selfray", command, "--config", settings.uri]
+    words += [word for name in plugins.named() for word in (plugins.FLAG, name)]
+    return shlex.join([*words, "--seed", str(experiment.seed + 1)])
 
 
 def _say_plan(

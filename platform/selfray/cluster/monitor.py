@@ -9,16 +9,17 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from selfray.cluster.probe_tasks import ProbeJob, metrics_of, tags_of
 from selfray.cluster.shipping import Status
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
-from selfray.data.plan import ReadPlan, even_steps
+from selfray.data.plan import ReadPlan
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
+from selfray.pace import clock
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.probes.verdict import gain_over, verdict, without_labels
@@ -48,12 +49,14 @@ class Monitor:
         plan: ReadPlan,
         tracker: Tracker,
         probe_job: ProbeJob | None,
+        probe_steps: Collection[int],
         started: float,
         on_probe: Callable[[int, ProbeResult], None] | None = None,
         stop_file: str | None = None,
     ) -> None:
-        """`on_probe(images_seen, result)` is told of every probe, in the probes' thread; those of
-        an earlier start come again. The run ends soon after `stop_file` is written."""
+        """Checkpoints of `probe_steps` are probed. `on_probe(images_seen, result)` is told of every
+        probe, in the probes' thread; those of an earlier start come again. The run ends soon after
+        `stop_file` is written."""
         self.console = console
         self.run = run
         self.experiment = experiment
@@ -65,7 +68,7 @@ class Monitor:
         self._probe_job = probe_job
         self._on_probe = on_probe
         self._stop_file = stop_file
-        self._probe_steps = even_steps(plan.total_steps, experiment.probe.times)
+        self._probe_steps = probe_steps
         self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
         self._reader = SpoolReader(run / SPOOL)
         self._offsets: dict[str, int] = {}
@@ -224,11 +227,10 @@ class Monitor:
         line = (
             f"epoch {epoch}/{self.experiment.epochs}  step {record['step']:,}/"
             f"{self.plan.total_steps:,}  loss {record['loss']:.3f}  {rate:,.0f} images/s  "
-            f"{_clock(left)} left"
+            f"{clock(left)} left"
         )
-        if self.console.is_terminal:
-            self.console.live(line)
-        elif seen * LINES_WITHOUT_TERMINAL // total > self._shown:
+        self.console.live(line)
+        if not self.console.is_terminal and seen * LINES_WITHOUT_TERMINAL // total > self._shown:
             self._shown = seen * LINES_WITHOUT_TERMINAL // total
             self.console.say(line)
 
@@ -335,9 +337,3 @@ class Monitor:
     def _tell(self, images_seen: int, result: ProbeResult) -> None:
         if self._on_probe is not None:
             self._on_probe(images_seen, result)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

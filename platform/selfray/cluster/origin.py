@@ -86,6 +86,11 @@ def given_by_user(experiment: Experiment) -> list[str]:
     return sorted(name for name in ours if name != "name" and ours[name] != theirs.get(name))
 
 
+def chosen(experiment: Experiment) -> list[str] | None:
+    """As `given_by_user`; None where the experiment is no recipe's, and all of it is chosen."""
+    return given_by_user(experiment) if experiment.name in recipes.every() else None
+
+
 def _augmentation_backend() -> str:
     from selfray.pixels.augment import BACKEND
 

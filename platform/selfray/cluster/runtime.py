@@ -175,7 +175,7 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
     if plugins.named():
         # Workers read configs too, and believe only what the driver was told to.
         options["runtime_env"] = {"env_vars": {plugins.VARIABLE: ",".join(plugins.named())}}
-    joined = address is not None and _join(address, options, is_named=named is not None)
+    joined = address is not None and _join(address, options, named is not None, say)
     if not joined:
         local_ray.start(options, say)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
@@ -183,7 +183,9 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
     return not joined
 
 
-def _join(address: str, options: dict[str, Any], is_named: bool) -> bool:
+def _join(
+    address: str, options: dict[str, Any], is_named: bool, say: Callable[[str], None]
+) -> bool:
     """Join a cluster by its owner's settings. One that nobody named may be gone: False then."""
     import ray
 
@@ -193,13 +195,15 @@ def _join(address: str, options: dict[str, Any], is_named: bool) -> bool:
         _require_cluster(address)
         ray_internals.use_stored_token()
         with ray_internals.on_loopback_where_alone(address):
-            ray.init(address=address, **options)
+            joined = ray.init(address=address, **options)
     except (ConnectionError, RuntimeError) as error:
         if not is_named:
             return False
         if isinstance(error, ConnectionError) and str(error).startswith("no Ray cluster answers"):
             raise
         raise _no_cluster(address, error) from None
+    if joined.dashboard_url:
+        say(f"on the Ray cluster with the dashboard http://{joined.dashboard_url}")
     return True
 
 

@@ -18,6 +18,8 @@ class WorkerTask:
     """CPUs of each train worker."""
     data_cpus: float
     """CPUs for the data tasks of each worker: an elastic run's grow and shrink with it."""
+    checkpoint_steps: frozenset[int]
+    """At the end of which steps a checkpoint is written."""
     launch: str
     """Which start of the command this is: a failure of an earlier one is no reason to give up."""
     until_step: int | None = None

@@ -46,7 +46,7 @@ def run(task: WorkerTask) -> None:
     recorder = Recorder(
         experiment,
         run_folder,
-        source.plan.total_steps,
+        task.checkpoint_steps,
         share.rank == 0,
         task.until_step,
         None if task.stop_file is None else Location.of(task.stop_file),

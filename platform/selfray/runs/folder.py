@@ -8,6 +8,8 @@ from selfray.storage import Location
 
 RUN_FILE = "run.json"
 """What a run is and how it stands; launch.py writes it."""
+CONFIG = "experiment.yaml"
+"""The experiment, as `selfray pretrain --config` reads it."""
 LOCK = "lock"
 """Held by the command that writes into a run's folder, where that is local."""
 STOP = "stop.json"

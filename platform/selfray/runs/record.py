@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from selfray import config
 from selfray.experiment import Experiment
-from selfray.runs.folder import LOCK, RUN_FILE
+from selfray.runs.folder import CONFIG, LOCK, RUN_FILE
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,13 @@ def write(run: Location, experiment: Experiment, status: Status, **more: Any) ->
             **more,
         }
     )
+
+
+def write_config(run: Location, experiment: Experiment) -> Location:
+    """Write the file that repeats the run: `selfray pretrain --config FILE`."""
+    file = run / CONFIG
+    file.write_bytes(config.to_yaml(experiment).encode())
+    return file
 
 
 def give_back_reserve(run: Location) -> None:

@@ -5,12 +5,12 @@ import math
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from selfray import distributed
-from selfray.data.plan import even_steps
 from selfray.experiment import Experiment
 from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.runs import checkpoint
@@ -38,12 +38,12 @@ class Recorder:
 
     experiment: Experiment
     run: Location
-    total_steps: int
+    checkpoint_steps: Collection[int]
+    """At the end of which steps a checkpoint is written (runs/milestones.py)."""
     writes: bool
     until_step: int | None = None
     stop_file: Location | None = None
     spool: SpoolWriter = field(init=False)
-    checkpoint_steps: set[int] = field(init=False)
     guard: CollapseGuard = field(init=False)
     window: list[Step] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
@@ -55,8 +55,6 @@ class Recorder:
     def __post_init__(self) -> None:
         # One writer for each start: two attempts may overlap while a dead worker is not yet gone.
         self.spool = SpoolWriter(self.run / SPOOL, f"train-{time.time_ns()}")
-        self.checkpoint_steps = even_steps(self.total_steps, self.experiment.checkpoint.times)
-        self.checkpoint_steps |= even_steps(self.total_steps, self.experiment.probe.times)
         self.guard = CollapseGuard(self.experiment.guard)
 
     def started(self, state: TrainState, device: torch.device) -> None:

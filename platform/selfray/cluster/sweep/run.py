@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from selfray.data.plan import ReadPlan
 from selfray.data.source import source_of
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
+from selfray.pace import clock
 from selfray.runs.environment import environment_tags
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
@@ -277,6 +279,7 @@ class _Watch:
         self._console = console
         self._found: dict[int, Outcome] = {}
         self._ended = threading.Event()
+        self._before, self._began = 0, time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="selfray-sweep")
 
     def start(self) -> None:
@@ -286,6 +289,7 @@ class _Watch:
                 file = self._folder / _file(number)
                 file.filesystem.delete_file(file.path)
                 del self._found[number]
+        self._before = len(self._found)
         if self._found:
             self._console.say(f"{len(self._found)} of {self._runs} runs were done before")
         self._thread.start()
@@ -316,6 +320,18 @@ class _Watch:
             self._found[number] = outcome
             if tell:
                 self._console.say(f"[{len(self._found)} of {self._runs}] {outcome.described}")
+        if tell:
+            self._console.live(self._progress())
+
+    def _progress(self) -> str:
+        """How many runs are done, and how long the others will take at the speed so far."""
+        done = len(self._found)
+        line = f"{done} of {self._runs} runs done"
+        new = done - self._before
+        if not new:
+            return line
+        left = (time.monotonic() - self._began) / new * (self._runs - done)
+        return f"{line}, about {clock(left)} left"
 
 
 def _file(number: int) -> str:
