@@ -241,6 +241,8 @@ def what_a_rank_does(rank: int, world: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    import torch.distributed.fsdp  # once, and not in each process
+
     context = multiprocessing.get_context("fork")  # from here nothing has used a thread yet
     for world in WORLDS:
         folder = Path(sys.argv[1], str(world))
