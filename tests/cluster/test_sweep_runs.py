@@ -144,7 +144,7 @@ def test_a_run_that_is_not_among_the_best_is_stopped_with_a_checkpoint_and_stays
     assert outcome.run is not None
     newest = Checkpoint.open(outcome.run)
     assert newest.images_seen == outcome.images_seen
-    assert result.answer == "Which ratio? No run ended well, so there is no answer."
+    assert result.answer == "Which ratio? No run finished, so there is no answer."
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs(["1"], "tags.stopped LIKE 'not among%'")
     assert run.info.status == "FINISHED"

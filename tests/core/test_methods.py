@@ -555,6 +555,6 @@ def test_dinov2_refuses_settings_outside_their_range(settings, message):
 def test_dinov2_refuses_a_resnet_and_relative_positions_with_local_crops():
     with pytest.raises(ValueError, match="DINOv2 hides patches, so it needs a ViT, not encoder"):
         experiment(tiny(DINOv2Config), RESNET)
-    with pytest.raises(ValueError, match=r"local_view.size 8 is not encoder.image_size 16, an"):
+    with pytest.raises(ValueError, match=r"local_view.size 8 is not encoder.image_size 16, but"):
         experiment(tiny(DINOv2Config), BEIT)
     experiment(replace(tiny(DINOv2Config), local_crops=0), BEIT)

@@ -290,7 +290,7 @@ def test_runs_judged_by_different_probes_are_ranked_apart(tmp_path: Path) -> Non
     assert [run.name for run in order] == ["high", "low", "mae", "unprobed", "broken"]
     assert ranking.featured(order) == [0, 2, 1, 3, 4]
     told = cautions(order)
-    assert "kNN judges simclr; linear judges mae" in told["judges"]
+    assert "kNN ranks simclr; linear ranks mae" in told["judges"]
     assert "Best: high, kNN 70.0%; mae, linear 99.0%." in Page(write_page(runs, "page")).texts[2]
 
 

@@ -67,14 +67,14 @@ def examine(
     both = np.isin(test_keys, train_keys)
     if both.any():
         notes.append(
-            f"warning: {int(both.sum()):,} of {len(test_keys):,} test images of {where} are also in "
-            "train (the same bytes): every number below is too high"
+            f"warning: {int(both.sum()):,} of {len(test_keys):,} test images of {where} are also "
+            "in train (the same bytes): every number below is too high"
         )
     alone = [names[int(i)] for i in np.flatnonzero(counts == 1)]
     if alone:
         notes.append(
-            f"{_counted(len(alone), 'class')} with one train image ({_listed(alone)}): no image can "
-            "be held out"
+            f"{_counted(len(alone), 'class')} with one train image ({_listed(alone)}): no image "
+            "can be held out"
         )
     if (strange := int((test >= len(known)).sum())) > 0:
         notes.append(

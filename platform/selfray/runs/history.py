@@ -13,5 +13,5 @@ class History:
 
     @classmethod
     def from_json(cls, value: dict[str, list[list[float]]]) -> "History":
-        """The inverse of dataclasses.asdict and JSON, which makes lists of pairs."""
+        """Restore from JSON, where pairs have become lists."""
         return cls(**{name: [(x, y) for x, y in points] for name, points in value.items()})

@@ -1,4 +1,4 @@
-"""Compiles a method's parts by torch.compile, in place, so that the names of weights do not change."""
+"""Compiles a method's parts by torch.compile, in place, so that weights keep their names."""
 
 import logging
 import os

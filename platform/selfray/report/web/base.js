@@ -7,7 +7,7 @@ const COLOURS = 10;
 const JUDGE = "the judging probe";
 const MARGIN = { left: 66, right: 18, top: 14, bottom: 46 };
 
-// The best have colours of their own, those of each judging probe in turn.
+// The best runs have their own colours, alternating between the judging probes.
 const placeOf = [];
 data.featured.forEach((index, place) => (placeOf[index] = place));
 
@@ -46,7 +46,7 @@ function cut(text, most) {
   return text.length > most ? `${text.slice(0, Math.max(1, most - 1))}\u2026` : text;
 }
 
-// Elements. Texts go in as text, never as markup: a run may be called anything.
+// Elements. Texts are inserted as text, never as markup: a run may have any name.
 
 function make(name, attributes = {}, text = null) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -172,7 +172,7 @@ function emphasis(index) {
 }
 
 function inDrawingOrder() {
-  // The best and the highlighted lie on top.
+  // The best and highlighted runs are drawn on top.
   return [...state.shown].sort((a, b) => state.chosen.has(a) - state.chosen.has(b) || b - a);
 }
 

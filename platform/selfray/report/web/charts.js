@@ -1,6 +1,6 @@
 // The charts: curves, parameters against the probe, features in two dimensions.
 
-// A chart's points answer to the pointer and to the arrow keys.
+// Points of a chart react to the pointer and to the arrow keys.
 function interactive(host, svg, points, describe) {
   svg.setAttribute("tabindex", "0");
   const dot = make("circle", { r: 5, fill: "var(--page)", "stroke-width": 2.5, visibility: "hidden", "pointer-events": "none" });
@@ -179,7 +179,7 @@ function drawScatter() {
   const host = by("scatter");
   const height = 340;
   const probed = inDrawingOrder().filter((index) => runs[index].score !== null);
-  // A run of a method without the parameter has no place on its axis.
+  // Runs of methods without the parameter are left out.
   const indices = probed.filter((index) => data.varied[name][index] !== null);
   const without = probed.length - indices.length;
   const metric = judged(indices);
@@ -238,7 +238,7 @@ function drawParallel() {
   columns.forEach((column, n) => {
     svg.append(make("line", { class: "rule", x1: column.x, x2: column.x, y1: top, y2: bottom, style: "stroke:var(--muted)" }));
     const short = column.name.split(".").slice(-2).join(".");
-    // Names of neighbours stand on two lines and are cut, so that long ones do not meet.
+    // Names of neighbouring axes alternate between two lines and are cut, so that they do not overlap.
     const letters = Math.floor((gap * (n && n < columns.length - 1 ? 1.8 : 1.3)) / 7.5);
     const heading = make("text", { class: "name", x: column.x, y: n % 2 ? 30 : 14, "text-anchor": n === columns.length - 1 ? "end" : n ? "middle" : "start" }, cut(short + column.y.note, letters));
     heading.append(make("title", {}, column.name));
@@ -287,7 +287,7 @@ function drawMaps() {
     by("maps").append(box);
     hosts.push([host, map, points]);
   }
-  // All boxes stand before the first is measured.
+  // All boxes must exist before the first is measured.
   for (const [host, map, points] of hosts) drawMap(host, map, points, colour, only);
   const key = by("map-key");
   key.replaceChildren();

@@ -89,7 +89,7 @@ by("zoom").addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") zoomNext(-1);
   if (event.key === "ArrowRight") zoomNext(1);
 });
-// Without anything that was chosen, an empty table would say nothing.
+// If no run is selected, show all rows instead of an empty table.
 by("recipes").checked = of_recipes.length > 0 && !document.querySelector("#parameters tbody tr:not(.of-recipe)");
 showMore();
 showRecipes();

@@ -51,7 +51,7 @@ function showPictures() {
   }
 }
 
-// A picture alone, as large as the window; a click shows its own pixels.
+// One picture in a dialog, as large as the window; a click shows it at full resolution.
 
 const CHARTS = new Set(["embedding", "curves"]);
 let zoomed = null;
