@@ -70,6 +70,15 @@ class Run:
     def trains(self) -> None:
         self.waits_for("training", lambda: "images/s" in self.said)
 
+    def only(self, name: str) -> psutil.Process:
+        """The process of this name. Others of the family may end while they are asked."""
+        found = []
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if process.name() == name else []
+        (one,) = found
+        return one
+
     def ended(self) -> int:
         """Its exit code, once nothing of it is left."""
         code = self.process.wait(300)
@@ -102,8 +111,7 @@ def test_two_interrupts_at_the_start_and_a_lost_raylet_are_one_line_and_leave_no
 
     with Run(tmp_path) as run:
         run.trains()
-        (raylet,) = (process for process in run.family if process.name() == "raylet")
-        raylet.kill()
+        run.only("raylet").kill()
         assert run.ended() == 1
     assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
     assert run.status == "FAILED"

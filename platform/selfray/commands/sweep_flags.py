@@ -1,17 +1,19 @@
 """The flags that all sweep scripts share, and the life of such a script."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from selfray import config
 from selfray.check import require
 from selfray.cluster import runtime
 from selfray.commands.early import check_path
+from selfray.commands.flags import flag
 from selfray.commands.script import log_folder, with_console
 from selfray.commands.words import nearest
 from selfray.console import Console
 from selfray.metrics import ProbeName
 from selfray.recipes import NAMES
+from selfray.sweeps.searches import SEARCHES, SearchName
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment
@@ -20,6 +22,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 SHORT_EPOCHS = 20
 """Epochs of each run of a sweep over the embedded digits, where none are given: minutes in all."""
+
+
+_SEARCHES = "; ".join(f"{name}: {search.told}" for name, search in SEARCHES.items())
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,7 @@ class SweepFlags:
     """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
     probes: int = 4
     """Checkpoints of each run, every one of them probed beside the training."""
-    search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """Which values are tried: all that are given; some of them, or some between two bounds, drawn
-    at random; drawn where the ones before did well (Optuna's TPE); or runs side by side, of which
-    the worse take over from the better and vary (population-based training, for schedules)."""
+    search: Annotated[SearchName, flag(f"Which values are tried. {_SEARCHES}.")] = "grid"
     samples: int = 8
     """Values that a search draws, or members of a population."""
     rank_by: ProbeName | None = None
@@ -127,7 +129,7 @@ class SweepFlags:
             self.seeds,
             self.search,
             self.samples,
-            self.probes if self.search == "population" else 4,
+            self.probes if SEARCHES[self.search].is_population else 4,
             halving if self.stop_worse else None,
         )
 

@@ -13,7 +13,8 @@ from selfray.cluster.sweep.tune import TRIAL_CPUS, TaskSource
 from selfray.experiment import Experiment
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
-from selfray.sweeps.question import Choice, Question, Trial
+from selfray.sweeps.question import Known, Question, Trial
+from selfray.sweeps.searches import SEARCHES, Choice
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def read_outcome(file: Location) -> Outcome | None:
 
 
 class Asking(TaskSource):
-    """Tasks of an Optuna search: each combination is asked for when a run is free, after all that
-    is known by then. What was asked lies in the sweep's folder, so that nothing is asked twice."""
+    """Tasks of a search that learns: each combination is asked for when a run is free, with all
+    that is known by then. What was asked lies in the sweep's folder, so that nothing is asked
+    twice."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
@@ -115,28 +117,26 @@ class Asking(TaskSource):
         )
 
     def more(self) -> Sequence[Task]:
-        from selfray.sweeps.search import next_choice
-
+        ask = SEARCHES[self._plan.question.search].ask
+        assert ask is not None
         choices = asked(self._plan)
         if len(choices) == self._plan.question.samples:
             return []
         known = [_known(self._plan, number, choice) for number, choice in enumerate(choices)]
-        choices.append(next_choice(self._plan.question, known))
+        choices.append(ask(self._plan.question, known))
         (self._plan.location / "asked.json").write_json(choices)
         return self._plan.tasks_of(len(choices) - 1, choices[-1])
 
 
 def asked(plan: SweepPlan) -> list[Choice]:
-    """The combinations that an Optuna search has asked for so far."""
+    """The combinations that such a search has asked for so far."""
     try:
         return (plan.location / "asked.json").read_json()
     except FileNotFoundError:
         return []
 
 
-def _known(plan: SweepPlan, combination: int, choice: Choice) -> Any:
-    from selfray.sweeps.search import Known
-
+def _known(plan: SweepPlan, combination: int, choice: Choice) -> Known:
     seeds, metric = plan.question.seeds, plan.question.metric
     assert metric is not None
     found = [plan.outcome(combination * seeds + seed) for seed in range(seeds)]
