@@ -96,7 +96,7 @@ class Console:
             if self.is_terminal or not self._doing or now - self._spoke < HEARTBEAT_SECONDS:
                 return
             lasts = now - self._doing_since
-            self.say(self._doing + (f" ({lasts:.0f} s)" if lasts >= 1 else ""))
+            self.say(self._doing + (f" (for {lasts:.0f} s)" if lasts >= HEARTBEAT_SECONDS else ""))
             self._spoke = now
 
     def _clear(self) -> None:

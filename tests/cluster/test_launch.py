@@ -327,7 +327,7 @@ def test_a_run_on_a_growing_cluster_asks_for_some_cpus_for_its_data_and_not_for_
 def test_what_a_silent_cluster_can_add_is_believed_and_asked_for_where_it_is_not_said() -> None:
     silent = Resources(0, 0, is_unknown=True)
     wanted = experiment("x", Path("y"), workers=4)
-    with pytest.raises(ValueError, match="does not tell what it can add: give --gpus-per-worker"):
+    with pytest.raises(ValueError, match="does not say what it can add: give --gpus-per-worker"):
         place(wanted, silent)
     told = replace(wanted, gpus_per_worker=1, data_cpus=6)
     assert place(told, silent) == Placement(4, 1, 1, 6)
@@ -429,7 +429,7 @@ def test_a_killed_worker_and_then_a_killed_command_cost_no_weight_and_leave_noth
     }
     process.kill()
     process.wait()
-    assert "a worker died: started again from step" in (tmp_path / "said").read_text()
+    assert "a worker died: restarted from step" in (tmp_path / "said").read_text()
     _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     local_ray.sweep_leftovers()

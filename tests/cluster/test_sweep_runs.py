@@ -88,7 +88,7 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_does_nothing_twice(
     assert [replace(o, seconds=0.0) for o in outcomes] == [
         replace(o, seconds=0.0) for o in result.outcomes
     ]
-    assert "1 of 3 runs were done before" in again.lines
+    assert "1 of 3 runs were already done" in again.lines
     assert kept.stat().st_mtime_ns == before
     assert json.loads(lost.read_text())["probes"] == known["probes"]
     log = (folder / "logs" / "0001.log").read_text()
@@ -193,8 +193,8 @@ def test_a_population_on_a_folder_without_labels_takes_over_from_its_best_and_fi
     assert own.values[0] == theirs.values[0]
     assert own.values[1] != theirs.values[1]
     assert all(Checkpoint.open(str(run)).images_seen == 4 * 96 for run in runs)
-    assert any(f"member {loser} goes on from member {winner}" in line for line in screen.lines)
-    assert result.answer.startswith("Which momentum? The best of 2 members came to RankMe")
+    assert any(f"member {loser} continues from member {winner}" in line for line in screen.lines)
+    assert result.answer.startswith("Which momentum? The best of 2 members reached RankMe")
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 2  # one for each member, over all generations
@@ -214,10 +214,10 @@ def test_a_sweep_of_images_without_labels_refuses_what_they_cannot_tell(tmp_path
     write_arrays(str(tmp_path / "plain"), images())
     mae = experiment("", tmp_path, **{"data.path": str(tmp_path / "plain")})
     ratio = Question("ratio", (RATIO,))
-    with pytest.raises(ValueError, match="the images have no labels, and what can be told without"):
+    with pytest.raises(ValueError, match="the images have no labels, and RankMe is unreliable for"):
         sweep(mae, ratio, "Which ratio?", Screen())
     by_linear = replace(ratio, metric="linear")
-    with pytest.raises(ValueError, match="--rank-by linear needs labels, and the images have none"):
+    with pytest.raises(ValueError, match="--rank-by linear needs labels, but the images have none"):
         sweep(mae, by_linear, "Which ratio?", Screen())
 
 
@@ -277,7 +277,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
     third = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert "1 of 2 runs were done before" in third.stdout
+    assert "1 of 2 runs were already done" in third.stdout
     assert (folder / "trials" / "0000.json").stat().st_mtime_ns == done
     runs = client.search_runs(["1"])
     assert len(runs) == 3  # the sweep and its two runs, over three drivers

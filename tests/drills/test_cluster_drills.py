@@ -95,7 +95,7 @@ def test_an_elastic_run_loses_its_nodes_is_waited_for_and_grows_back(tmp_path: P
         assert [start["world_size"] for start in starts] == [2, 1, 1, 2]
         said = finish(process, cluster)
         assert "1 worker now, 2 before" in said
-        assert "a worker died: started again from step" in said
+        assert "a worker died: restarted from step" in said
         assert "2 workers now, 1 before" in said
         # Growing waited for a checkpoint: next to nothing was trained twice.
         points = events(run_of(cluster), "progress")

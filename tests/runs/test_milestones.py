@@ -32,8 +32,8 @@ def test_one_of_both_may_be_chosen():
     found = milestones(WANTED, 96, chosen=["probe.times"])
     assert len(found.probes) == 10
     assert found.note == (
-        "9 checkpoints in 96 steps, instead of the recipe's 100 for longer runs (--checkpoint.times "
-        "changes this)"
+        "9 checkpoints in 96 steps, instead of the recipe's 100 for longer runs "
+        "(--checkpoint.times changes this)"
     )
 
 

@@ -1,5 +1,4 @@
-"""Recipes: a named Experiment for each method and data set, with notes on its source and
-results."""
+"""Recipes: a named Experiment for each method and data set, with notes on its source."""
 
 from typing import TYPE_CHECKING
 
