@@ -149,7 +149,8 @@ class ComparingMethod(Method):
 def of_both_views(encoder: Encoder, batch: Batch, order: Sequence[str]) -> Embedded:
     """Features [b, D] of the two global views of each image, `first` and `second`, in an order. One
     view after the other: batch norm must not mix their statistics."""
-    views = dict(zip(("first", "second"), batch["global"].unbind(1), strict=True))  # [b, 3, H, W]
+    first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
+    views = {"first": first, "second": second}
     return {name: encoder(views[name]).cls for name in order}
 
 

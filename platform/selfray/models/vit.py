@@ -2,16 +2,21 @@
 
 import math
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+if TYPE_CHECKING:  # timm takes seconds to import
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
 
 @lru_cache
-def kinds() -> tuple[type[nn.Module], ...]:
+def kinds() -> "tuple[type[VisionTransformer], type[Beit], type[Eva]]":
     """The timm classes that `encode` supports: VisionTransformer, Beit and Eva."""
     from timm.models.beit import Beit
     from timm.models.eva import Eva
