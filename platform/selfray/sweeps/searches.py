@@ -63,11 +63,11 @@ def _by_tpe(question: "Question", known: "Sequence[Known]") -> Choice:
 
 
 SEARCHES = {
-    "grid": Search("all that are given", draw=_grid, needs_lists=True),
-    "random": Search("some of them, or some between two bounds, drawn at random", draw=_at_random),
-    "optuna": Search("drawn where earlier ones did well (Optuna's TPE)", ask=_by_tpe),
+    "grid": Search("all given values", draw=_grid, needs_lists=True),
+    "random": Search("random draws from the given values or between two bounds", draw=_at_random),
+    "optuna": Search("draws near values that did well so far (Optuna's TPE)", ask=_by_tpe),
     "population": Search(
-        "runs side by side, of which the worse copy the better and vary (population-based "
+        "concurrent runs, of which the worse copy the better and vary the value (population-based "
         "training, for schedules)",
         is_population=True,
     ),
