@@ -617,7 +617,8 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     uri, run_id, _ = store
     done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    understood, *lines = done.stdout.splitlines()
+    # A slow machine says how far it is.
+    understood, *lines = (line for line in done.stdout.splitlines() if not line.endswith(" left"))
     assert understood == "40 train images of 2 classes (0, 1), 20 test images from test/"
     assert lines[:2] == [
         "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
@@ -668,7 +669,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     )  # fmt: skip
     assert said.code == 0, said.text
     assert said.lines[0] == "30 train images of 2 classes (0, 1)"
-    assert "24 train and 6 test images" in said.lines[2]
+    assert any("24 train and 6 test images" in line for line in said.lines)
     assert said.lines[-2].startswith("logged as probe/clinic/knn, probe/clinic/linear, probe/clin")
 
 
