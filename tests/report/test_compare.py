@@ -259,7 +259,7 @@ def test_a_sweep_is_compared_in_its_own_words_also_after_it_was_moved(tmp_path: 
         ("sweep", ("no trial of the sweep", "has ended")),
         ("mlruns:/", ("mlruns:/RUN_ID needs the id",)),
         ("mlruns:/0123", ("there is no MLflow run 0123",)),
-        ("", ("is empty",)),
+        ("", ("name of a run is empty",)),
     ],
 )
 def test_what_names_no_run_is_told_in_one_line(
