@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 RUNS ?= runs
 
 PROCESSES ?= 2
-PARALLEL = -n $(PROCESSES) --dist loadgroup
+PARALLEL = -n $(PROCESSES) --dist loadscope --no-loadscope-reorder
 # Twice --quiet: pip warns about every configured index folder that is missing. Errors still show.
 PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
 

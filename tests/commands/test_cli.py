@@ -25,13 +25,14 @@ from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for, writ
 from selfray import config
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
-from selfray.commands import main, script, shards
+from selfray.commands import main, probe, script, shards
 from selfray.commands.flags import BadSetting
 from selfray.config import override
+from selfray.console import Console
 from selfray.data import writer
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
-from selfray.probes.features import embed
+from selfray.probes.features import ProbeResult, embed
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader
@@ -573,8 +574,8 @@ def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
     assert f"models:/{logged.model_id}" in said.lines[-2]
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
-    assert mlflow.pyfunc.load_model("models:/horses/1").metadata.model_id == logged.model_id
+    names = (f"models:/{logged.model_id}", "models:/horses/1")
+    model, registered = (mlflow.pyfunc.load_model(name) for name in names)
     signature = model.metadata.signature
     assert signature is not None
     assert signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
@@ -582,8 +583,9 @@ def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
     views = np.random.default_rng(1).integers(0, 256, (1, 3, 16, 16), np.uint8)
     data = Checkpoint.open(f"{trained}/mae").experiment().data
     ours = embed(encoder, views, data.mean, data.std)
-    theirs = model.predict(views.astype(np.float32) / 255)
-    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+    for loaded in (model, registered):
+        theirs = loaded.predict(views.astype(np.float32) / 255)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_a_registry_is_for_mlflow_alone(typed, trained):
@@ -652,7 +654,8 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     uri, run_id, _ = store
     done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    understood, *lines = done.stdout.splitlines()
+    # A slow machine says how far it is.
+    understood, *lines = (line for line in done.stdout.splitlines() if not line.endswith(" left"))
     assert understood == "40 train images of 2 classes (0, 1), 20 test images from test/"
     assert lines[:2] == [
         "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
@@ -703,7 +706,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     )  # fmt: skip
     assert said.code == 0, said.text
     assert said.lines[0] == "30 train images of 2 classes (0, 1)"
-    assert "24 train and 6 test images" in said.lines[2]
+    assert any("24 train and 6 test images" in line for line in said.lines)
     assert said.lines[-2].startswith("logged as probe/clinic/knn, probe/clinic/linear, probe/clin")
 
 
@@ -713,29 +716,35 @@ def kept_in(run_folder: Path) -> list[dict[str, float]]:
     return [record["values"] for record in records if record["kind"] == "metrics"]
 
 
-def test_numbers_wait_in_the_run_folder_where_mlflow_does_not_answer(
-    ray_address, typed, store, run_folder
-):
-    said = typed("probe", run_folder, "--no-baselines", "--tracking", f"http://{DEAD}")
-    assert said.code == 0
-    assert said.lines[-1].startswith(f"not logged, but kept in {run_folder}/spool: the MLflow")
-    assert "(Connection refused)" in said.lines[-1].replace("[Errno 111] ", "")
-    assert "probe/knn" in kept_in(run_folder)[-1]
+def logged(run: Path, tracking: str | None = None) -> str:
+    """The last line of what the console shows where numbers of a run's checkpoint are logged."""
+    found = ProbeResult(0.5, 0.6, 40, 20, {"knn": "knn-v1", "linear": "linear-v1"}, rankme=3.0)
+    judged = [probe.Judged("checkpoint", "step 2", found, 1.0)]
+    text = io.StringIO()
+    probe._track(judged, "probe/", Checkpoint.open(str(run)), tracking, Console(text, None))
+    return text.getvalue().splitlines()[-1]
 
 
-def test_a_run_that_still_trains_sends_the_numbers_by_itself(ray_address, typed, store, run_folder):
+def test_numbers_wait_in_the_run_folder_where_mlflow_does_not_answer(store, run_folder):
+    told = logged(run_folder, f"http://{DEAD}")
+    assert told.startswith(f"not logged, but kept in {run_folder}/spool: the MLflow")
+    assert "(Connection refused)" in told.replace("[Errno 111] ", "")
+    assert kept_in(run_folder)[-1] == {"probe/knn": 0.5, "probe/linear": 0.6, "probe/rankme": 3.0}
+
+
+def test_a_run_that_still_trains_sends_the_numbers_by_itself(store, run_folder):
     before = (run_folder / "shipped.json").read_bytes()
     with open(run_folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = typed("probe", run_folder, "--no-baselines")
-    assert said.lines[-1].startswith("the run is still training: it sends these numbers")
+        told = logged(run_folder)
+    assert told.startswith("the run is still training: it sends these numbers")
     assert "probe/knn" in kept_in(run_folder)[-1]
     assert (run_folder / "shipped.json").read_bytes() == before
 
 
-def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(ray_address, typed, trained):
-    said = typed("probe", trained / "simclr", "--no-baselines")
-    assert said.lines[-1] == "not logged: no MLflow run belongs to this checkpoint"
+def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(trained):
+    told = logged(trained / "simclr")
+    assert told == "not logged: no MLflow run belongs to this checkpoint"
     assert not (trained / "simclr" / "spool").exists()
 
 
