@@ -264,7 +264,7 @@ class Stopwatch:
         return value
 
     def restart(self) -> None:
-        """Start a new window, without the time since the last one, which was not spent on training."""
+        """Start a new window; the time since the last one was not spent on training."""
         self.images, self.started = 0, time.perf_counter()
 
 
