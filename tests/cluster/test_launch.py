@@ -139,6 +139,7 @@ def test_two_workers_leave_checkpoints_probes_pictures_an_mlflow_run_and_name_a_
         history = client.get_metric_history(run.info.run_id, name)
         assert [point.step for point in history] == [32 * step for step in range(1, 19)], name
     assert [p.step for p in client.get_metric_history(run.info.run_id, "probe/knn")] == [0, 576]
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
     pictures = {info.path for info in client.list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {
         f"pictures/{name}.png"
