@@ -49,7 +49,7 @@ def _at_random(question: "Question") -> list[Choice]:
         return [grid[index] for index in drawn]
 
     def draw(labels: Sequence[str] | None) -> float | str:
-        return float(rng.random()) if labels is None else labels[rng.integers(len(labels))]
+        return float(rng.random()) if labels is None else labels[int(rng.integers(len(labels)))]
 
     return [
         {axis.name: draw(axis.labels) for axis in question.axes} for _ in range(question.samples)
