@@ -173,6 +173,9 @@ class Experiment:
     """fsdp: each worker holds a shard of weights, gradients and optimizer state (FSDP2), for ViTs
     too large for one GPU. Checkpoints are the same."""
 
+    log_model: bool = config.added(True)
+    """At the end of `selfray pretrain`, log the encoder to MLflow as a model with its signature."""
+
     PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what it computes. They may change
     when a run is resumed."""

@@ -100,7 +100,9 @@ class ReadPlan:
         """The rank of each view within its global batch, in [0, 1): positions int64 [n] -> float64
         [n, views]. Each of a batch's B * views equal parts of [0, 1) contains one, in random order.
         """
-        standing = [_standing(self, int(step), views) for step in positions // self.batch_size]
+        standing = [
+            _step_quantiles(self, int(step), views) for step in positions // self.batch_size
+        ]
         offsets = positions % self.batch_size
         return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
 
@@ -143,7 +145,7 @@ def _window(plan: ReadPlan, epoch: int, window: int) -> tuple[np.ndarray, np.nda
 
 
 @lru_cache(maxsize=4)
-def _standing(plan: ReadPlan, step: int, views: int) -> np.ndarray:
+def _step_quantiles(plan: ReadPlan, step: int, views: int) -> np.ndarray:
     """The quantiles of all views of a step's global batch: float [B, views]."""
     rng = np.random.default_rng((plan.seed, step, views, QUANTILES))
     count = plan.batch_size * views
