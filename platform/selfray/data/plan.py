@@ -104,7 +104,7 @@ class ReadPlan:
             _step_quantiles(self, int(step), views) for step in positions // self.batch_size
         ]
         offsets = positions % self.batch_size
-        return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
+        return np.stack([s[o] for s, o in zip(drawn, offsets, strict=True)])
 
     def _windows_over(self, epoch: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The windows over an epoch's positions [start, end), each with the slice inside it."""
