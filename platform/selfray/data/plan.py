@@ -100,11 +100,10 @@ class ReadPlan:
         """The rank of each view within its global batch, in [0, 1): positions int64 [n] -> float64
         [n, views]. Each of a batch's B * views equal parts of [0, 1) contains one, in random order.
         """
-        standing = [
-            _step_quantiles(self, int(step), views) for step in positions // self.batch_size
-        ]
+        steps = positions // self.batch_size
+        drawn = [_step_quantiles(self, int(step), views) for step in steps]
         offsets = positions % self.batch_size
-        return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
+        return np.stack([s[o] for s, o in zip(drawn, offsets, strict=True)])
 
     def _windows_over(self, epoch: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The windows over an epoch's positions [start, end), each with the slice inside it."""
