@@ -590,7 +590,7 @@ def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
 
 def test_a_registry_is_for_mlflow_alone(typed, trained):
     said = typed("export", trained / "mae", "--to", "timm", "--register", "horses")
-    assert_one_line_error(said, "--register is for --to mlflow")
+    assert_one_line_error(said, "--register needs --to mlflow")
 
 
 def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
