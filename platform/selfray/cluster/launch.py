@@ -97,6 +97,7 @@ def launch(
     tracking: str | None = None,
     started: float | None = None,
     part_of: PartOf | None = None,
+    opened: DataSets | None = None,
 ) -> RunResult:
     """Carry out a run on the Ray that is running, or go on with it where it stopped.
 
@@ -107,6 +108,7 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
+        opened: the data sets, where the caller has opened them; None opens experiment.data.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before any worker is started.
@@ -124,8 +126,10 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
-    with record.in_turn(output, console.say):
-        data = open_data(experiment.data, output, console.say, build)
+    if opened is None:
+        with record.in_turn(output, console.say):
+            opened = open_data(experiment.data, output, console.say, build)
+    data = opened
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction
@@ -17,6 +17,7 @@ from selfray.commands.evaluation_text import (
     report,
     tags_of,
 )
+from selfray.commands.finetune_flags import FineTuneFlags, with_finetuning
 from selfray.commands.flags import (
     DeviceGpusFlag,
     ImageColumnFlag,
@@ -37,19 +38,24 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.cluster.finetuning import Labels
     from selfray.console import Console
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal["knn", "linear", "logistic", "retrieval", "low-shot"]
+By = Literal["knn", "linear", "logistic", "retrieval", "low-shot", "finetune"]
+Few = Literal["logistic", "finetune"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge frozen encoders on labelled images: accuracies with 95 % intervals, and which
-    differences are more than chance. Features are computed once and kept in the run's folder.
+    """Judge encoders on labelled images: accuracies with 95 % intervals, and which differences are
+    more than chance. Features are computed once and kept in the run's folder; `--by finetune`
+    trains the encoder itself, beside the same network from scratch.
     $ selfray evaluate runs/mae-imagenet-1a2b3c4d untrained --data s3://bucket/labelled
     $ selfray evaluate runs/dino-1a2b3c4d timm:resnet50.a1_in1k --by knn logistic --labels 10 50 200
+    $ selfray evaluate runs/mae-imagenet-1a2b3c4d --data labelled/ --by finetune low-shot \\
+        --low-shot-by logistic finetune
     """
 
     interrupted: ClassVar[str] = "what was computed is kept; the same command goes on"
@@ -89,16 +95,17 @@ class Evaluate:
     )
     labels: Annotated[
         tuple[int, ...],
-        flag(
-            "Numbers of labels for a label-efficiency curve, by logistic regression.",
-            "N",
-            "no curve",
-        ),
+        flag("Numbers of labels for a label-efficiency curve.", "N", "no curve"),
     ] = ()
+    low_shot_by: Annotated[
+        tuple[Few, ...],
+        flag("What learns from few labels, in `low-shot` and the curve.", "LEARNER"),
+    ] = ("logistic",)
     shares: Annotated[
         tuple[float, ...], flag("Shares of the labels that `low-shot` uses.", "SHARE")
     ] = (0.01, 0.1)
     subsets: Annotated[int, flag("Subsets of the labels of each size.", "N")] = 3
+    finetune: FineTuneFlags = field(default_factory=FineTuneFlags)
     image_size: Annotated[
         int | None,
         flag("Side in pixels that images are brought to.", "PIXELS", "each encoder's own"),
@@ -177,6 +184,9 @@ class Evaluate:
         require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
         require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
         require(
+            len(self.low_shot_by) > 0, "--low-shot-by is empty: give logistic, finetune or both"
+        )
+        require(
             self.test is None or len(self.data) < 2,
             "--test is for one --data: put test images beside the train images of each, in a "
             "folder named test",
@@ -191,7 +201,12 @@ class Evaluate:
     def _suite(self) -> "Suite":
         from selfray.probes.suite import Suite
 
-        return Suite(shares=self.shares, labels=self.labels, subsets=self.subsets)
+        return Suite(
+            shares=self.shares,
+            labels=self.labels,
+            subsets=self.subsets,
+            logistic_of_few="logistic" in self.low_shot_by,
+        )
 
     def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
         """The data sets by the flags, else the first run's own."""
@@ -233,10 +248,34 @@ class Evaluate:
         if self.pixels:
             subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
         protocols = suite.tasks(self.by)
-        return [
+        results = [
             [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]
             for subject in subjects
         ]
+        which = self._finetuned(suite)
+        if not which:
+            return results
+        from selfray.cluster.finetuning import Carrying
+
+        settings = self.finetune
+        how = Carrying(settings.workers, settings.precision, devices, self.tracking, console)
+        return with_finetuning(results, settings, which, how)
+
+    def _finetuned(self, suite: "Suite") -> "list[Labels]":
+        """With which labels encoders are fine-tuned."""
+        if "finetune" not in (*self.by, *self.low_shot_by):
+            return []
+        from selfray.cluster.finetuning import Labels
+
+        found = []
+        if "finetune" in self.by:
+            found.append(Labels())
+        if "finetune" in self.low_shot_by:
+            few = [*(suite.few() if "low-shot" in self.by else ()), *suite.curve()]
+            found += [
+                Labels(f"{one.key}-finetune", one.share, one.labels, one.subsets) for one in few
+            ]
+        return found
 
     def _track(
         self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from selfray.data.columns import NO_LABEL
 from selfray.data.plan import ReadPlan, Share
 from selfray.data.reader import ShardSet, read_chosen, read_rows
 from selfray.pixels.augment import Augmented, allocate, augment_batch, evaluation_view
@@ -46,7 +47,8 @@ class Source:
         lie in `out`, which `allocate` made, if that is given.
 
         Each group of views as uint8 [count, V, C, H, W], its masks as bool [count, V, N]; with
-        `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
+        `position` int64, `label` int64 (-1 for none, and for broken images), `broken` bool and
+        `reason` text, all [count].
         A broken image's place is taken by a neighbour, so that counts stay what the plan says;
         `reason` says what is broken and why: "FILE row 7: truncated: ...", or the same
         "FILE: ..." for all rows of a shard that cannot be read. Empty for readable images.
@@ -75,7 +77,9 @@ class Source:
             shard = read.unreadable.get(row)
             name = self.name_of(int(chosen.positions[row]))
             reasons[row] = f"{name}: {reason}" if shard is None else str(shard)
-        return arrays | {POSITION: chosen.positions, LABEL: read.labels, REASON: reasons}
+        # What stands in for a broken image has another label, which nobody here knows.
+        labels = np.where(arrays[BROKEN], NO_LABEL, read.labels)
+        return arrays | {POSITION: chosen.positions, LABEL: labels, REASON: reasons}
 
     def _augment(
         self,
