@@ -21,6 +21,8 @@ from selfray.views import RGB, View
 Preset = Literal["auto", "finetune-mae-vit", "finetune-beit-vit", "finetune-resnet", "small"]
 SMALL_DATA = 20_000
 """Below so many train images `auto` takes the preset for small data."""
+NARROW = 192
+"""Width of the ViTs up to which the preset for small data has its highest learning rate."""
 POLICY = "rand-m9-mstd0.5-inc1"
 """RandAugment as MAE and BEiT have it, in timm's words."""
 
@@ -34,7 +36,7 @@ class FineTuning(Protocol):
     version: ClassVar[int] = 1
 
     preset: str = "small"
-    epochs: int = 30
+    epochs: int = 50
     batch_size: int = 64
     least_steps: int = 300
     """Few labels are seen so often that the run has at least so many steps."""
@@ -54,7 +56,7 @@ class FineTuning(Protocol):
     cutmix: float = 0.0
     rand_augment: str = ""
     erase: float = 0.0
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Literal["cls", "mean"] = "mean"
     head_std: float = 0.01
     smallest_crop: float = 0.35
     """Least share of an image's area that a crop has."""
@@ -186,7 +188,11 @@ def _preset_for(encoder: EncoderConfig, images: int) -> Preset:
 
 def _published(preset: str, encoder: EncoderConfig) -> FineTuning:
     if preset == "small":
-        return FineTuning()
+        if not encoder.is_vit:
+            return FineTuning()
+        # Wider networks bear less: 0.001 at ViT-B, 0.004 up to the width of ViT-Ti.
+        rate = FineTuning.base_learning_rate * min(1.0, NARROW / _width(encoder))
+        return FineTuning(base_learning_rate=rate)
     if preset == "finetune-resnet":
         # SimCLR (arXiv:2002.05709, appendix B.5): 0.05 * B / 256, no decay, no warm-up, crops and
         # flips alone; momentum without Nesterov's term.
