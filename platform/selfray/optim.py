@@ -75,11 +75,18 @@ class OptimizerConfig:
         factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[self.scaling]
         return self.base_learning_rate * factor
 
-    def build(self, module: nn.Module, is_decayed: IsDecayed | None = None) -> Optimizer:
-        """The optimizer of a module's trainable parameters; `is_decayed` is a method's own."""
+    def build(
+        self,
+        module: nn.Module,
+        is_decayed: IsDecayed | None = None,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ) -> Optimizer:
+        """The optimizer of a module's trainable parameters; `is_decayed` and `rate_of` are a
+        method's own."""
         if self.name == "lars":
             is_decayed = None  # in LARS's form of SimCLR and MoCo v3, vectors are left alone
-        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
+        rates = self.layer_decay, self.patch_embed_rate
+        groups = parameter_groups(module, *rates, is_decayed, rate_of)
         # One kernel for all weights. None leaves the choice to torch, which on a CPU takes none.
         fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
@@ -94,6 +101,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     patch_embed_rate: float = 1.0,
     is_decayed: IsDecayed | None = None,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters, by whether they are vectors (biases, norms, tokens: no LARS
     adaptation), whether weight decay applies (without `is_decayed`: to all but vectors), and the
@@ -108,7 +116,7 @@ def parameter_groups(
             continue
         is_vector = is_vector_like(parameter)
         decays = not is_vector if is_decayed is None else is_decayed(name, parameter)
-        rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1))
+        rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1)) * rate_of(name)
         if ".patch_embed." in name:
             rate *= patch_embed_rate
         groups.setdefault((is_vector, decays, rate), []).append(parameter)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers import experiment, start, train_for
 from selfray.cluster.evaluation import Split
-from selfray.cluster.finetuning import _copy, _places
+from selfray.cluster.finetuning import _copy, places_of
 from selfray.commands.evaluate import Evaluate
 from selfray.commands.finetune_flags import FineTuneFlags
 from selfray.console import Console
@@ -94,7 +94,7 @@ def test_a_subset_is_of_the_images_that_could_be_read(tmp_path):
     assert job.write(0, Location.of(tmp_path / "features")) == 3
     files = FeatureFiles(Location.of(tmp_path / "features"), job.blocks)
     split = Split(files, *files.labels_and_keys(), 1, "key")
-    places = _places(split, rows)
+    places = places_of(split, rows)
     assert places.tolist() == [0, 2, 3]
     written = _copy(rows, places[1:], np.array([1, 0]), 3, str(tmp_path / "copy"))
     copied = open_shards(written, "copy")

@@ -12,7 +12,7 @@ import torch
 
 from selfray import config
 from selfray.cluster.embedding_tasks import Devices, write_embeddings
-from selfray.cluster.evaluation import Judged, Split, Subject, keep, kept, place_of
+from selfray.cluster.evaluation import FEATURES, Judged, Split, Subject, keep, kept, place_of
 from selfray.cluster.launch import PartOf, launch
 from selfray.cluster.mlflow_store import tracking_uri
 from selfray.console import Console
@@ -21,7 +21,7 @@ from selfray.data.reader import read_rows
 from selfray.data.shard_set import ShardSet, open_shards
 from selfray.data.writer import write_arrays
 from selfray.experiment import DataConfig, Experiment
-from selfray.models.encoder import export_weights
+from selfray.models.encoder import EncoderConfig, export_weights
 from selfray.pace import Pace
 from selfray.probes.embedding import EMBEDDING, KEY, PATCH_MEAN, Contents, Embedding, Rows
 from selfray.probes.encoders import ENCODER_CONFIG, EncoderRef
@@ -93,12 +93,9 @@ def fine_tuned(
     predicted, used = [], []
     for seed in range(which.subsets):
         chosen = which.chosen(judged.features[0], judged.examined.train, seed)
-        data = _train_data(judged, chosen)
+        data = train_data(judged, chosen)
         experiment = _experiment(judged, encoder, replace(protocol, seed=seed), data, how)
-        title = f"{subject.title} on {judged.data.name}, {which.key}"
-        launch(experiment, how.console, *_tracked(subject, how, title, data))
-        found = latest(Location.of(experiment.output) / experiment.run_name)
-        assert found is not None
+        found = trained(judged, experiment, data, which.key, how)
         predicted.append(_predictions(judged, found, how))
         used.append(data.train.rows if chosen is None else len(chosen))
     judgement = of_predictions(which.key, str(protocol), np.stack(predicted), judged.examined.test)
@@ -110,40 +107,47 @@ def fine_tuned(
     return judgement
 
 
-def _tracked(subject: Subject, how: Carrying, title: str, data: DataSets) -> tuple[Any, ...]:
-    """launch's further arguments: a child of the MLflow run that trained the encoder."""
+def trained(
+    judged: Judged, experiment: Experiment, data: DataSets, what: str, how: Carrying
+) -> Checkpoint:
+    """The end of a run on labels: a child of the MLflow run that trained the encoder."""
+    subject = judged.subject
     run = read_object(subject.home / RUN_RECORD)
     recorded = str(run.get("tracking_uri", "***"))
     known = None if "***" in recorded else recorded
-    output = subject.home.parent if run else subject.home
-    uri = tracking_uri(output, how.tracking or known)
-    return uri, None, PartOf(run.get("run_id"), {}, title), data
+    uri = tracking_uri(subject.home.parent if run else subject.home, how.tracking or known)
+    part = PartOf(run.get("run_id"), {}, f"{subject.title} on {judged.data.name}, {what}")
+    launch(experiment, how.console, uri, None, part, data)
+    found = latest(Location.of(experiment.output) / experiment.run_name)
+    assert found is not None
+    return found
 
 
 def _experiment(
     judged: Judged, encoder: EncoderRef, protocol: FineTuning, data: DataSets, how: Carrying
 ) -> Experiment:
-    home = judged.subject.home / FOLDER
+    start = None if protocol.from_scratch else started_from(judged, encoder)
+    return protocol.experiment(*settings(judged, encoder, data, how), start)
+
+
+def settings(
+    judged: Judged, encoder: EncoderRef, data: DataSets, how: Carrying
+) -> tuple[EncoderConfig, DataConfig, tuple[int, ...], int, Placing]:
+    """What every run on labels is told: the encoder, the images and their labels, and where."""
     mean, std = encoder.normalization
     kind = replace(encoder.encoder_config, image_size=judged.subject.size)
     images = DataConfig(data.train.uri, mean=mean, std=std, channels=kind.in_channels)
-    start = None if protocol.from_scratch else _start(encoder, home)
-    labels = np.unique(_labels_in(judged, data))
-    run = Placing(home.uri, how.workers, how.precision)
-    rows = data.train.rows
-    return protocol.experiment(kind, images, tuple(map(int, labels)), rows, run, start)
-
-
-def _labels_in(judged: Judged, data: DataSets) -> np.ndarray:
-    """The labels of the train images, as the data has them."""
     labels = judged.features[0].labels
     is_copy = data.train.uri != judged.data.train.shards.uri
-    return judged.examined.train if is_copy else labels[labels >= 0]
+    known = np.unique(judged.examined.train if is_copy else labels[labels >= 0])
+    run = Placing((judged.subject.home / FOLDER).uri, how.workers, how.precision)
+    return kind, images, tuple(map(int, known)), data.train.rows, run
 
 
-def _start(encoder: EncoderRef, home: Location) -> str:
+def started_from(judged: Judged, encoder: EncoderRef) -> str:
     """The encoder's weights as a file that a run can start from."""
-    place = home / "start" / f"{encoder.digest[:16]}.safetensors"
+    name = f"{encoder.digest[:16]}.safetensors"
+    place = judged.subject.home / FOLDER / "start" / name
     if not place.exists():
         place.parent.make_folder()
         header = {"format": "pt", ENCODER_CONFIG: config.dumps(encoder.encoder_config)}
@@ -154,7 +158,7 @@ def _start(encoder: EncoderRef, home: Location) -> str:
 # Which images ------------------------------------------------------------------------------------
 
 
-def _train_data(judged: Judged, chosen: np.ndarray | None) -> DataSets:
+def train_data(judged: Judged, chosen: np.ndarray | None) -> DataSets:
     """The train images as a data set: the files as they are where all of them are wanted, else a
     copy of the chosen ones."""
     rows, train = judged.data.train, judged.features[0]
@@ -165,12 +169,12 @@ def _train_data(judged: Judged, chosen: np.ndarray | None) -> DataSets:
     labels = judged.examined.train if chosen is None else judged.examined.train[chosen]
     text = train.key.encode() + kept.astype("<i8").tobytes()
     folder = judged.subject.home / FOLDER / "data" / hashlib.sha256(text).hexdigest()[:16]
-    places = _places(train, rows)[kept]
+    places = places_of(train, rows)[kept]
     return DataSets(_copied(rows, places, labels, judged.examined.classes, folder), None)
 
 
-def _places(split: Split, rows: Rows) -> np.ndarray:
-    """int64 [n]: each image with features has its place among the rows; unreadable ones have none."""
+def places_of(split: Split, rows: Rows) -> np.ndarray:
+    """int64 [n]: where among the rows each image with features stands."""
     each = Embedding.block_rows
     found, first = [], 0
     for block, count in enumerate(split.files.counts()):
@@ -225,13 +229,10 @@ def _copy(
 
 def _predictions(judged: Judged, found: Checkpoint, how: Carrying) -> np.ndarray:
     """The class of each labelled test image, int64 [m], in the order of the judged ones."""
-    test = judged.features[1]
+    test, rows = judged.features[1], judged.data.test
     contents = Contents(key=True, patch_mean=True)
-    job = Embedding(judged.data.test, EncoderRef.of(found), judged.subject.size, contents)
-    folder = judged.subject.home / "features" / Embedding.key(job.plan())
-    title = f"{judged.subject.title}: predictions on {judged.data.name}"
-    write_embeddings(job, folder, how.devices, Pace(how.console, title, len(job.rows)).advance)
-    files = FeatureFiles(folder, job.blocks)
+    ref = EncoderRef.of(found)
+    files = embeddings(judged.subject, ref, rows, contents, how, "predictions")
     assert np.array_equal(files.labels_and_keys()[1], test.keys), KEY
     method = found.experiment().method
     pool = method.pool  # type: ignore[attr-defined]
@@ -247,3 +248,14 @@ def _predictions(judged: Judged, found: Checkpoint, how: Carrying) -> np.ndarray
     with torch.no_grad():
         logits = head.of_pooled(files.features((column,), test.labels >= 0))
     return logits.argmax(1).numpy()
+
+
+def embeddings(
+    subject: Subject, ref: EncoderRef, rows: Rows, contents: Contents, how: Carrying, what: str
+) -> FeatureFiles:
+    """Features of some rows, kept beside the subject's others."""
+    job = Embedding(rows, ref, subject.size, contents)
+    folder = subject.home / FEATURES / Embedding.key(job.plan())
+    pace = Pace(how.console, f"{subject.title}: {what}", len(rows))
+    write_embeddings(job, folder, how.devices, pace.advance)
+    return FeatureFiles(folder, job.blocks)

@@ -17,7 +17,12 @@ from selfray.commands.evaluation_text import (
     report,
     tags_of,
 )
-from selfray.commands.finetune_flags import FineTuneFlags, with_finetuning
+from selfray.commands.finetune_flags import (
+    FineTuneFlags,
+    LinearPaperFlags,
+    with_finetuning,
+    with_linear_paper,
+)
 from selfray.commands.flags import (
     DeviceGpusFlag,
     ImageColumnFlag,
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal["knn", "linear", "logistic", "retrieval", "low-shot", "finetune"]
+By = Literal["knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune"]
 Few = Literal["logistic", "finetune"]
 
 
@@ -106,6 +111,7 @@ class Evaluate:
     ] = (0.01, 0.1)
     subsets: Annotated[int, flag("Subsets of the labels of each size.", "N")] = 3
     finetune: FineTuneFlags = field(default_factory=FineTuneFlags)
+    linear_paper: LinearPaperFlags = field(default_factory=LinearPaperFlags)
     image_size: Annotated[
         int | None,
         flag("Side in pixels that images are brought to.", "PIXELS", "each encoder's own"),
@@ -253,13 +259,16 @@ class Evaluate:
             for subject in subjects
         ]
         which = self._finetuned(suite)
-        if not which:
+        if not (which or "linear-paper" in self.by):
             return results
         from selfray.cluster.finetuning import Carrying
 
         settings = self.finetune
         how = Carrying(settings.workers, settings.precision, devices, self.tracking, console)
-        return with_finetuning(results, settings, which, how)
+        if "linear-paper" in self.by:
+            alone = replace(how, workers=self.linear_paper.workers)
+            results = with_linear_paper(results, self.linear_paper, alone)
+        return with_finetuning(results, settings, which, how) if which else results
 
     def _finetuned(self, suite: "Suite") -> "list[Labels]":
         """With which labels encoders are fine-tuned."""

@@ -1,4 +1,4 @@
-"""How `selfray evaluate` fine-tunes: its flags, and what they make of judged encoders."""
+"""How `selfray evaluate` trains on labels: its flags, and what they make of judged encoders."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from selfray.cluster.finetuning import Carrying, Labels
     from selfray.probes.encoders import EncoderRef
     from selfray.probes.finetuning import FineTuning
+    from selfray.probes.judgement import Judgement
+    from selfray.probes.linear_paper import LinearOnViews
 
 Preset = Literal["auto", "finetune-mae-vit", "finetune-beit-vit", "finetune-resnet", "small"]
 
@@ -66,6 +68,76 @@ class FineTuneFlags:
         }
         found = FineTuning.of(self.preset, encoder.encoder_config, images)
         return replace(found, **{k: v for k, v in given.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class LinearPaperFlags:
+    """How `--by linear-paper` trains its linear layers."""
+
+    optimizer: Annotated[
+        Literal["auto", "sgd", "lars"],
+        flag(
+            """sgd: DINOv2's grid of learning rates. lars: MAE's, with a batch norm before it;
+            auto takes it for MAE and BEiT.""",
+        ),
+    ] = "auto"
+    epochs: Annotated[int | None, flag("Epochs.", "N", "10, lars 90, and at least 500 steps")] = (
+        None
+    )
+    batch_size: Annotated[int | None, flag("Images in a step.", "N", "1,024, lars 16,384")] = None
+    workers: Annotated[int, flag("Train workers.", "N")] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "workers"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0,
+                f"--linear-paper.{name.replace('_', '-')} must be positive, got {value}",
+            )
+
+    def settings(self, encoder: "EncoderRef") -> "LinearOnViews":
+        from selfray.probes.linear_paper import LinearOnViews
+
+        found = LinearOnViews.of(_method_of(encoder))
+        if self.optimizer != "auto":
+            found = LinearOnViews.of("mae" if self.optimizer == "lars" else None)
+        given = {
+            "epochs": self.epochs,
+            "least_steps": None if self.epochs is None else 1,
+            "batch_size": self.batch_size,
+            "flip": _pretraining_flip(encoder),
+        }
+        return replace(found, **{k: v for k, v in given.items() if v is not None})
+
+
+def with_linear_paper(
+    results: "Sequence[Sequence[Judged]]", flags: LinearPaperFlags, how: "Carrying"
+) -> "list[list[Judged]]":
+    """The same results with the numbers of the published linear evaluation."""
+    from selfray.cluster.endings import RunFailed
+    from selfray.cluster.linear_paper import on_views
+
+    def judged_by_it(judged: "Judged") -> "Judged":
+        encoder = judged.subject.encoder
+        if encoder is None:  # raw pixels
+            return judged
+        return _and(judged, [on_views(judged, encoder, flags.settings(encoder), how)])
+
+    try:
+        return [[judged_by_it(judged) for judged in of_encoder] for of_encoder in results]
+    except RunFailed as error:
+        raise RunFailed(f"linear-paper: {error}") from error
+
+
+def _and(judged: "Judged", numbers: "Sequence[Judgement]") -> "Judged":
+    seconds = judged.seconds + sum(judgement.seconds for judgement in numbers)
+    return replace(judged, judgements=judged.judgements + tuple(numbers), seconds=seconds)
+
+
+def _method_of(encoder: "EncoderRef") -> str | None:
+    from selfray import config
+
+    return None if encoder.experiment is None else config.loads(encoder.experiment).method.name
 
 
 def _pretraining_flip(encoder: "EncoderRef") -> float | None:
