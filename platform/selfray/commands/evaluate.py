@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal["knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune"]
+By = Literal[
+    "knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune", "segmentation"
+]
 Few = Literal["logistic", "finetune"]
 
 
@@ -90,6 +92,15 @@ class Evaluate:
             "Labelled test images, where the one --data holds none of its own.",
             "PATH",
             "a fifth of --data is held out",
+        ),
+    ] = None
+    masks: Annotated[
+        str | None,
+        flag(
+            """For `segmentation`: a folder of PNG masks with the names of --data's images; 255 is
+            the object and 0 the rest, or classes are 0, 1, 2, ... and 255 is none.""",
+            "PATH",
+            "none",
         ),
     ] = None
     by: Annotated[tuple[By, ...], flag("Protocols, see `selfray evaluate --help`.", "PROTOCOL")] = (
@@ -139,6 +150,10 @@ class Evaluate:
     def run(self, console: "Console") -> int:
         self._check()
         console.live("loading torch and ray")
+        if self.masks is not None:
+            from selfray.commands.segmentation import judge_segmentation
+
+            return judge_segmentation(self, self.masks, console)
         from selfray.cluster import runtime
         from selfray.data.data_sets import needs_build
 
@@ -197,6 +212,12 @@ class Evaluate:
             "--test is for one --data: put test images beside the train images of each, in a "
             "folder named test",
         )
+        if self.masks is not None or "segmentation" in self.by:
+            require(
+                self.masks is not None and self.by == ("segmentation",) and len(self.data) == 1,
+                "--by segmentation is of images with masks, and alone: give --by segmentation, "
+                "--data IMAGES and --masks MASKS",
+            )
         for name in ("train_limit", "test_limit", "image_size"):
             value = getattr(self, name)
             require(
