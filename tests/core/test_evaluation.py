@@ -299,6 +299,22 @@ def test_what_spoils_a_number_is_said():
     assert found.test.tolist() == [0, 2]
 
 
+# What is larger than the memory
+
+
+@pytest.mark.parametrize("name", ["linear", "retrieval"])
+def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkeypatch):
+    train, test = gallery(100, 0, 4.0), gallery(30, 1, 4.0)
+    protocol = getattr(FAST, name)
+    whole = judge(name, protocol, train, test)
+    for module in ("linear", "retrieval", "classifier"):
+        monkeypatch.setattr(f"selfray.probes.{module}.CHUNK_ROWS", 7)
+        monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
+    parts = judge(name, protocol, train, test)
+    assert np.allclose(parts.scores, whole.scores)
+    assert dict(parts.chosen) == dict(whole.chosen)
+
+
 # What a comparison shows of an evaluation
 
 
