@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.cluster.evaluation import Judged, Labelled, Subject
     from selfray.experiment import DataConfig
     from selfray.probes.judgement import Judgement
 
@@ -25,6 +25,7 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield from first.notes
         if unreadable := column[0].unreadable:
             yield f"{unreadable:,} images could not be read and are left out"
+        yield from map(sizes, (judged.subject for judged in column if judged.subject.encoder))
         yield ""
         yield from _table(column)
         yield ""
@@ -35,6 +36,14 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield from _ranks(results, sets)
         yield ""
     yield from _protocols(results)
+
+
+def sizes(subject: "Subject") -> str:
+    """At which size an encoder sees the images, and which one it is for."""
+    assert subject.encoder is not None
+    own = subject.encoder.encoder_config.image_size
+    other = "its own size" if own == subject.size else f"it was trained at {own}"
+    return f"{subject.title}: images at {subject.size} x {subject.size} pixels, {other}"
 
 
 def _protocols(results: "Sequence[Sequence[Judged]]") -> Iterator[str]:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from selfray.commands.evaluation_text import sizes
 from selfray.commands.labelled import devices_of, slug
 from selfray.commands.subjects import open_subjects
 from selfray.storage import Location
@@ -62,6 +63,7 @@ def _report(found: "Sequence[Segmented]", name: str) -> list[str]:
     lines = [
         f"{name}: {found[0].images:,} images with masks, {found[0].classes} classes; mIoU is of "
         "the half that the classifier did not see",
+        *(sizes(each.subject) for each in found),
         "",
     ]
     first = max(len(each.subject.title) for each in found)
