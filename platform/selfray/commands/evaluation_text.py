@@ -31,6 +31,7 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield ""
         found = {judged.subject.title: judged.judgements for judged in column}
         yield from verdicts(found, len(first.test))
+        yield from _label_efficiency(column)
         yield ""
     if len(sets) > 1:
         yield from _ranks(results, sets)
@@ -88,6 +89,38 @@ def _table(column: "Sequence[Judged]") -> Iterator[str]:
         cells = "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
         yield f"{title:{first}}{cells}".rstrip()
     yield "in %, with 95 % intervals over test images"
+
+
+def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
+    """Up to how many labels a fine-tuned encoder beats the same network from scratch."""
+    scratch = {j.key: j for judged in column for j in judged.judgements if _is_scratch(judged, j)}
+    for judged in column:
+        gaps = [
+            (judgement.more["labels"], judgement.against(scratch[judgement.key]))
+            for judgement in judged.judgements
+            if judgement.key in scratch
+            and "labels" in judgement.more
+            and not _is_scratch(judged, judgement)
+        ]
+        if not gaps:
+            continue
+        better = [(labels, gap) for labels, gap in sorted(gaps) if gap.low > 0]
+        worse = [labels for labels, gap in gaps if gap.high < 0]
+        if better:
+            labels, gap = better[-1]
+            text = (
+                f"pretraining pays up to {labels:,.0f} labels of those tried, there by "
+                f"{100 * gap.value:.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
+            )
+        else:
+            text = "pretraining gains nothing over training from scratch that these images can show"
+        if worse:
+            text += f"; from scratch is better at {', '.join(f'{n:,.0f}' for n in sorted(worse))}"
+        yield f"{judged.subject.title}, fine-tuned: {text}"
+
+
+def _is_scratch(judged: "Judged", judgement: "Judgement") -> bool:
+    return judgement.key.endswith("-finetune") and "from_scratch True" in judgement.protocol
 
 
 def _head(judgement: "Judgement") -> str:
