@@ -10,7 +10,6 @@ import pytest
 from helpers import MAE, experiment
 from selfray import config
 from selfray.commands import early, script
-from selfray.commands.config_file import as_yaml
 from selfray.recipes import NAMES, every
 
 RECIPES = {"recipe": experiment(MAE)}
@@ -31,8 +30,8 @@ def test_the_names_of_the_recipes_are_known_without_them():
         ("mae-imagnet", "there is no recipe mae-imagnet; did you mean mae-imagenet?"),
         ("zebra", "there is no recipe zebra$"),
         ("--epochs 3", "--epochs: the recipe comes first"),
-        ("mae-imagenet --bath-size 3", "is no flag of mae-imagenet; did you mean --batch-size?"),
-        ("mae-imagenet --method.temperatur 1", "--method.temperatur is no flag of mae-imagenet"),
+        ("mae-imagenet --bath-size 3", "is not a flag of mae-imagenet; did you mean --batch-size?"),
+        ("mae-imagenet --method.temperatur 1", "--method.temperatur is not a flag of mae-imagenet"),
         ("mae-imagenet --epochs ten", "--epochs takes a whole number, got ten"),
         ("mae-imagenet --epochs", "--epochs takes one number, got none"),
         ("mae-imagenet --data.max-broken-fraction=x", "takes a number, got x"),
@@ -122,12 +121,12 @@ def test_a_short_file_changes_a_recipe(tmp_path):
         ("recipe: recipe\nbath_size: 3", "there is no field bath_size; did you mean batch_size?"),
         ("recipe: recipe\nmethod: {mask: 1}", "there is no field method.mask"),
         ("recipe: recipe\nepochs: many", "epochs must be a whole number, got many"),
-        ("recipe: recipe\nepochs: true", "epochs must be no boolean, got True"),
-        ("recipe: recipe\nmethod: 3", "method has fields of its own, got 3"),
+        ("recipe: recipe\nepochs: true", "epochs must not be a boolean, got True"),
+        ("recipe: recipe\nmethod: 3", "method must be a mapping of fields, got 3"),
         ("recipe: recipe\nepochs: {a: 1}", "epochs is a single value, got a mapping"),
         ("recipe: recipe\nepochs: 0", "epochs must be positive, got 0"),
         ("type: os:system", "a config may only name types of selfray"),
-        ("type: selfray.views:View", "its type is no Experiment"),
+        ("type: selfray.views:View", "its type is not Experiment"),
         ("[1, 2]", "must hold fields such as epochs: 50"),
         ("a: [", "is neither YAML nor JSON"),
     ],
@@ -146,4 +145,4 @@ def test_a_file_that_is_not_there_is_named():
 
 
 def test_the_yaml_of_an_experiment_holds_its_types():
-    assert "type: selfray.methods.mae:MAEConfig" in as_yaml(RECIPES["recipe"])
+    assert "type: selfray.methods.mae:MAEConfig" in config.to_yaml(RECIPES["recipe"])

@@ -10,6 +10,7 @@ import torch
 
 from helpers import MAE, SIMCLR, VIT, experiment, start, tiny, train_for
 from selfray.cluster.endings import would_repeat
+from selfray.data.plan import even_steps
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
@@ -17,6 +18,7 @@ from selfray.methods.dino import DINOConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.recorder import Recorder
 from selfray.storage import Location
 from selfray.train import TrainState
@@ -141,7 +143,7 @@ class Tape:
         wanted = experiment(MAE, VIT, **{**settings, **changes})
         self.run = Location.of(folder)
         self.state: TrainState = start(wanted)
-        self.recorder = Recorder(wanted, self.run, 100, writes=True)
+        self.recorder = Recorder(wanted, self.run, even_steps(100, 50), writes=True)
         self.recorder.started(self.state, torch.device("cpu"))
         (self.step,) = train_for(self.state, wanted, 1)
         self.alive = self.norm.clone()
@@ -189,6 +191,9 @@ def test_features_that_are_not_finite_end_a_run_whose_loss_still_is(tmp_path):
     message = "the features are not finite at step 3; the checkpoint of step 2 is kept"
     with pytest.raises(FloatingPointError, match=message):
         tape.tell()
+    kept = Checkpoint.open(tape.run)
+    assert kept.step == 2
+    assert all(tensor.isfinite().all() for tensor in kept.state()["method"].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -101,8 +101,10 @@ def segmented(
     )
     shown = slice(0, SHOWN)
     views = np.stack([_view(*pair, subject.size) for pair in pairs[shown]])
-    best = np.take_along_axis(attended[shown], by_head[shown].argmax(1)[:, None, None], 1)[:, 0]
-    heads = enlarged((best / best.max(-1, keepdims=True)).astype(np.float32), subject.size)
+    best = np.take_along_axis(attended[shown], by_head[shown, :-1].argmax(1)[:, None, None], 1)
+    best = best[:, 0].astype(np.float32)
+    low, high = best.min(-1, keepdims=True), best.max(-1, keepdims=True)
+    heads = enlarged((best - low) / np.maximum(high - low, 1e-12), subject.size)
     colours = principal_colours(patches[shown]).transpose(0, 2, 1)
     seconds = time.monotonic() - started
     judgements = tuple(Judgement(**{**vars(j), "seconds": seconds}) for j in judgements)

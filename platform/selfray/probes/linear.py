@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, several learning rates in one pass."""
+"""A linear classifier on frozen features, trained with several learning rates in one pass."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LinearResult(NamedTuple):
     accuracy: float
     """On the test images, 0..1."""
     learning_rate: float
-    """The one that was best on the held-out part of train."""
+    """The learning rate that was best on held-out train images."""
     held_out_accuracy: float
 
 
@@ -38,7 +38,7 @@ class Linear(Classifier):
     steps: int = 2000
     batch_size: int = 256
     held_out: float = 0.1
-    """Share of train kept out to choose the learning rate."""
+    """Share of the train images held out to choose the learning rate."""
     seed: int = 0
 
     def accuracy(
@@ -63,7 +63,7 @@ class Linear(Classifier):
     def _predict(
         self, train: Tensor, train_labels: Tensor, test: Tensor, classes: int
     ) -> tuple[Tensor, float, float]:
-        """The classes of test [m], the learning rate, and its held-out accuracy."""
+        """(classes of test int64 [m], learning rate, its held-out accuracy)."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train), generator=generator)
         held = max(1, int(len(train) * self.held_out))
@@ -87,8 +87,10 @@ class Linear(Classifier):
         classes: int,
         generator: torch.Generator,
     ) -> list[Tensor]:
-        """One classifier for each of R learning rates: weight [D, R * C] and bias [R * C]. Batches
-        are read one by one: features may lie in a file that is larger than the memory."""
+        """Train one classifier for each of R learning rates: weights [D, R * C], biases [R * C].
+
+        Batches are read one by one: features may lie in a file that is larger than the memory.
+        """
         rates = torch.tensor(self.learning_rates).repeat_interleave(classes)  # [R * C]
         columns = len(rates)
         parameters = [torch.zeros(features.shape[1], columns), torch.zeros(columns)]
@@ -101,8 +103,8 @@ class Linear(Classifier):
             chosen, order = kept[order[:batch]], order[batch:]
             x = standard(features[chosen])
             wanted = F.one_hot(labels[chosen], classes).float()[:, None] / batch  # [b, 1, C]
-            # The gradient of softmax cross entropy, written out: all learning rates in one
-            # product and no autograd.
+            # The gradient of softmax cross entropy in closed form: one matrix product for all
+            # learning rates, without autograd.
             logits = torch.addmm(parameters[1], x, parameters[0]).unflatten(1, (-1, classes))
             error = logits.softmax(-1).div_(batch).sub_(wanted).flatten(1)  # [b, R * C]
             rate = rates * (0.5 * (1 + math.cos(math.pi * step / self.steps)))
