@@ -103,7 +103,14 @@ class Evaluate:
             "none",
         ),
     ] = None
-    by: Annotated[tuple[By, ...], flag("Protocols, see `selfray evaluate --help`.", "PROTOCOL")] = (
+    by: Annotated[
+        tuple[By, ...],
+        flag(
+            """Protocols: knn, linear, logistic, retrieval, low-shot, linear-paper, finetune, or
+            segmentation alone (docs/evaluation.md).""",
+            "PROTOCOL",
+        ),
+    ] = (
         "knn",
         "linear",
         "logistic",

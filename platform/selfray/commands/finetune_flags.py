@@ -42,10 +42,9 @@ class FineTuneFlags:
     precision: Annotated[Literal["float32", "tf32", "bf16"], flag("Precision of training.")] = (
         "float32"
     )
-    scratch: Annotated[
-        bool,
-        flag("Train the same networks from scratch, too: the supervised baseline.", default=""),
-    ] = True
+    no_scratch: Annotated[
+        bool, flag("Leave out the baseline: the same networks from scratch.", default="")
+    ] = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "workers"):
@@ -164,7 +163,7 @@ def with_finetuning(
             [_with(judged, flags, which, how, from_scratch=False) for judged in of_encoder]
             for of_encoder in results
         ]
-        rows = list(_from_scratch(results, flags, which, how)) if flags.scratch else []
+        rows = list(_from_scratch(results, flags, which, how)) if not flags.no_scratch else []
     except RunFailed as error:
         raise RunFailed(f"fine-tuning: {error}") from error
     return found + rows
