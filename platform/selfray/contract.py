@@ -164,7 +164,7 @@ def prepared(batch: Batch, wanted: Experiment) -> Batch:
     }
 
 
-class Enough(Exception):  # noqa: N818 - it is no error
+class Enough(Exception):  # noqa: N818 - a signal, not an error
     """Raised by on_step to leave the training loop."""
 
 

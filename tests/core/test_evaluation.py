@@ -295,7 +295,7 @@ def test_what_spoils_a_number_is_said():
     found = examined([0, 0, 1], [0, 5], train_keys=[1, 2, 3], test_keys=[2, 9])
     assert found.notes[0].startswith("warning: 1 of 2 test images of clinic are also in train")
     assert "1 class with one train image (1)" in found.notes[1]
-    assert found.notes[2].startswith("1 test images are of classes without train images")
+    assert found.notes[2].startswith("1 test images belong to classes without train images")
     assert found.test.tolist() == [0, 2]
 
 

@@ -130,7 +130,7 @@ def launch(
     started_from = starting.keep(experiment, run, console.say)
     if opened is None:
         console.live("opening the data")
-        with record.in_turn(output, console.say):
+        with record.exclusive(output, console.say):
             opened = open_data(experiment.data, output, console.say, build)
     data = opened
     if checkpoint.all_of(run):
@@ -207,7 +207,7 @@ def _carry_out(
         monitor.stop("FAILED")
 
     goal = part.until_step or plan.total_steps
-    watching = local_ray.told_when_lost(lost)
+    watching = local_ray.exit_when_lost(lost)
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
@@ -251,7 +251,7 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
-    console.say(f"again, with another seed: {_again(experiment, settings)}")
+    console.say(f"again, with another seed: {_repeat_command(experiment, settings)}")
     ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -317,7 +317,7 @@ def _fit(
     )
     console.live("starting the train workers, which load torch")
     try:
-        with waiting.told(resources, experiment.min_workers, console):
+        with waiting.reporting(resources, experiment.min_workers, console):
             trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
@@ -398,7 +398,7 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
 
 
-def _again(experiment: Experiment, settings: Location) -> str:
+def _repeat_command(experiment: Experiment, settings: Location) -> str:
     """The command that repeats a run from its file with the next seed."""
     command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
     words = ["selfray", command, "--config", settings.uri]

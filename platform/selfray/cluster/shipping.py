@@ -52,10 +52,10 @@ _KEY_TAG = "selfray.run_key"
 
 @dataclass(eq=False, repr=False)
 class Tracked:
-    """A run as MLflow is to have it."""
+    """A run's entry in MLflow: its store, names, parameters and tags."""
 
     uri: str
-    """Of the MLflow store."""
+    """URI of the MLflow store."""
     experiment_name: str
     run_name: str
     run_folder: Location

@@ -29,8 +29,9 @@ from selfray.views import View, Views
 LAYERS = 4
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 """At a batch of 256 images (DINOv2's evaluation)."""
-LARS_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Around MAE's 0.1, at a batch of 256 images."""
+LARS_RATES = (0.64, 2.0, 6.4, 20.0)
+"""Around MAE's 6.4, which is 0.1 * 16,384 / 256. A step of LARS is relative to the weights, so at
+another batch size it stays."""
 
 
 class Choice(NamedTuple):
@@ -41,7 +42,7 @@ class Choice(NamedTuple):
     patch_mean: bool
     """Whether it sees the mean of the last block's patch tokens, too."""
     rate: float
-    """Its learning rate at a batch of 256 images."""
+    """Its learning rate; of SGD, at a batch of 256 images."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,11 @@ class LinearOnViews(Protocol):
             method=LinearPaperConfig(labels, self.rates, is_lars, self.flip),
             encoder=replace(encoder, drop_path=0.0, drop_path_uniform=False),
             data=data,
-            # The rates of the grid are factors on 1 at a batch of 256.
+            # The rates of the grid are factors on 1.
             optimizer=OptimizerConfig(
                 self.optimizer,
                 1.0,
+                "none" if is_lars else "linear",
                 schedule=WarmupCosine(10 / 90 if is_lars else 0.0),
                 weight_decay=Constant(0.0),
             ),

@@ -48,7 +48,7 @@ MOST_COLUMNS = 24
 """Largest number of runs in the table of parameters that differ."""
 PAGE = "comparison.html"
 SCRIPTS = ("base", "charts", "tables", "start")
-"""Of web/, in this order: each uses what those before it define."""
+"""Scripts in web/, in this order: each uses functions of the earlier ones."""
 MARK = "<!-- made by selfray compare -->"
 """Contained in every page: a file with this mark may be overwritten."""
 KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
