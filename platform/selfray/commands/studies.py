@@ -196,9 +196,9 @@ class StudyLabels:
         with runtime.session(console.say):
             result = launch(experiment, console)
             return Evaluate(
-                (result.folder, "untrained"),
+                (result.folder,),
                 () if self.labelled is None else (self.labelled,),
-                by=("finetune",),
+                by=(),
                 labels=self.labels,
                 subsets=self.subsets,
                 low_shot_by=("logistic", "finetune"),
