@@ -193,7 +193,7 @@ class StudyLabels:
         }
         changes = {path: value for path, value in given.items() if value is not None}
         experiment = config.override(every()[self.recipe], **changes)
-        with runtime.session(console.say):
+        with runtime.session():
             result = launch(experiment, console)
             return Evaluate(
                 (result.folder,),
