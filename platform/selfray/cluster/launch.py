@@ -99,6 +99,7 @@ def launch(
     tracking: str | None = None,
     started: float | None = None,
     part_of: PartOf | None = None,
+    opened: DataSets | None = None,
 ) -> RunResult:
     """Run an experiment on the running Ray, or resume it where it stopped.
 
@@ -109,6 +110,7 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
+        opened: the data sets, where the caller has opened them; None opens experiment.data.
 
     Raises:
         ValueError, FileNotFoundError: bad input; no worker was started.
@@ -126,9 +128,11 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
-    console.live("opening the data")
-    with record.exclusive(output, console.say):
-        data = open_data(experiment.data, output, console.say, build)
+    if opened is None:
+        console.live("opening the data")
+        with record.exclusive(output, console.say):
+            opened = open_data(experiment.data, output, console.say, build)
+    data = opened
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
