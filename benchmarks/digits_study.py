@@ -221,7 +221,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int, seconds: float, output: Path) -
                 result = json.loads(job.file.read_text())
                 print(
                     f"[{done} of {len(jobs)}, {time.monotonic() - started:.0f} s] {job.name}: "
-                    f"{result['failure'] or told(result)}",
+                    f"{result['failure'] or summary(result)}",
                     flush=True,
                 )
                 collect(jobs, output)
@@ -246,7 +246,7 @@ def start(job: Job) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 
-def told(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     if "knn" not in result:
         return f"{result['seconds']:.0f} s"
     return (

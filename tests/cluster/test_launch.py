@@ -209,7 +209,7 @@ def test_two_workers_go_on_without_a_shard_that_was_lost_and_without_one_that_ca
     text = screen.text.getvalue()
     assert result.images_seen == 6 * 64, "as many as planned"
     assert "1 of the 4 shards at the start is gone, the first is 1.parquet: their 16" in text
-    assert "1 shard came after this run started, the first is 0-more.parquet" in text
+    assert "1 shard was added after this run started, the first is 0-more.parquet" in text
     assert f"{folder}/1.parquet: the file is gone" in text
 
     table = pa.table({"image": rows[:16]})

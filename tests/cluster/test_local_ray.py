@@ -114,6 +114,6 @@ def test_a_cluster_that_nobody_named_and_that_is_gone_is_no_reason_to_stop(
     from selfray.cluster import ray_internals
 
     assert ray_internals.current_cluster() == "127.0.0.1:9"
-    assert runtime._join("127.0.0.1:9", {}, is_named=False) is False
+    assert runtime._join("127.0.0.1:9", {}, is_named=False, say=print) is False
     with pytest.raises(ConnectionError, match="no Ray cluster answers"):
-        runtime._join("127.0.0.1:9", {}, is_named=True)
+        runtime._join("127.0.0.1:9", {}, is_named=True, say=print)
