@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers import BEIT, RESNET, VIT
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
+from selfray.models import names
 from selfray.models.encoder import (
     Encoder,
     EncoderConfig,
@@ -50,6 +51,19 @@ DINOV2 = replace(
 )
 
 ROTARY = replace(VIT, name="vit_small_patch16_dinov3", position="rotary")
+
+# Names
+
+
+def test_the_names_read_from_timms_source_are_timms_own():
+    assert set(names.known()) == set(timm.list_models())
+    for name in names.known():
+        assert timm.model_entrypoint(name).__module__ == names.built_by(name)
+    assert names.is_model("vit_small_patch14_dinov2.lvd142m")
+    assert names.is_model("adv_inception_v3"), "a name of old"
+    assert not names.is_model("vit_smal_patch16_224")
+    assert names.similar("vit_smal_patch16_224")[0] == "vit_small_patch16_224"
+
 
 # Features
 
@@ -150,7 +164,7 @@ def test_dinov2s_blocks_are_gated_and_skipped_alike():
             "give --encoder.position learned or s",
         ),
         ({"name": "vit_small_patch16_dinov3", "position": "learned"}, "--encoder.position rotary"),
-        ({"name": "beit_base_patch16_224"}, "position learned does not go with beit_base_patch16"),
+        ({"name": "beit_base_patch16_224"}, "position learned is not possible with beit_base_pa"),
     ],
 )
 def test_an_encoder_refuses_what_it_does_not_have(settings, message):
@@ -159,9 +173,11 @@ def test_an_encoder_refuses_what_it_does_not_have(settings, message):
 
 
 def test_backbones_of_an_unknown_shape_are_refused_by_name():
-    with pytest.raises(ValueError, match="vit_relpos_small_patch16_224 is a kind of ViT that is"):
+    with pytest.raises(
+        ValueError, match="vit_relpos_small_patch16_224 is a kind of ViT that selfray"
+    ):
         EncoderConfig("vit_relpos_small_patch16_224", 32, width=64, depth=1).build()
-    with pytest.raises(ValueError, match="cannot be had here: Token pooling needs the class token"):
+    with pytest.raises(ValueError, match="cannot be built: Token pooling needs the class token"):
         EncoderConfig("vit_medium_patch16_rope_reg1_gap_256", 32, position="rotary").build()
     swin = EncoderConfig("swin_tiny_patch4_window7_224", 224).build()
     with pytest.raises(ValueError, match="SwinTransformer does not end in a map"):
@@ -365,7 +381,7 @@ def test_stochastic_depth_acts_in_training_only():
         ),
         (
             EncoderConfig("vit_tiny_patch16_224", 32, width=50),
-            ["with encoder.width 50 cannot be had here", "divisible by num_heads"],
+            ["with encoder.width 50 cannot be built", "divisible by num_heads"],
         ),
         (
             EncoderConfig("resnet18", 32, layers=(1, 1, 1)),
@@ -374,7 +390,10 @@ def test_stochastic_depth_acts_in_training_only():
         (EncoderConfig("resnetv2_50", 32, small_stem=True), ["encoder.small_stem needs a ResNet"]),
         # Its head is wider than its map: a projector would be built for another width.
         (EncoderConfig("mobilenetv3_small_050", 32), ["features have the shape [2, 1024]"]),
-        (EncoderConfig("vit_relpos_small_patch16_224", 32), ["a kind of ViT that is not known"]),
+        (
+            EncoderConfig("vit_relpos_small_patch16_224", 32),
+            ["a kind of ViT that selfray does not"],
+        ),
     ],
 )
 def test_an_encoder_that_cannot_be_used_is_one_line(config, parts):

@@ -316,7 +316,7 @@ def test_a_table_may_be_as_other_programs_write_it(tmp_path, table, encoding, sl
     (tmp_path / "data" / "metadata.csv").write_text(table.format(*names), encoding=encoding)
     said: list[str] = []
     assert classes_of(opened(tmp_path / "data", tmp_path, said).train) in (["x", "y"], ["y", "x"])
-    assert not any("are not there" in line for line in said)
+    assert not any("do not exist" in line for line in said)
 
 
 def test_what_a_build_has_to_note_is_told_by_a_run_too(tmp_path):
@@ -324,7 +324,7 @@ def test_what_a_build_has_to_note_is_told_by_a_run_too(tmp_path):
     (tmp_path / "data" / "metadata.csv").write_text("file_name,label\n1.png,x\n3.png,y\n")
     said: list[str] = []
     opened(tmp_path / "data", tmp_path, said)
-    assert "1 images of metadata.csv are not there" in said
+    assert "1 images named in metadata.csv do not exist" in said
 
 
 def test_packed_archives_are_refused_with_the_way_out(tmp_path):
@@ -349,7 +349,7 @@ def test_every_layout_is_in_the_documented_table():
 
 def test_test_images_are_never_trained_on(tmp_path):
     images(tmp_path / "data", "test", "val")
-    with pytest.raises(ValueError, match=r"holds test images only \(val/ and test/\)"):
+    with pytest.raises(ValueError, match=r"holds only test images \(val/ and test/\)"):
         opened(tmp_path / "data", tmp_path / "runs")
     assert opened(tmp_path / "data" / "test", tmp_path / "runs").train.rows == 3
 
@@ -416,7 +416,7 @@ def test_train_and_test_have_one_set_of_classes(tmp_path):
 
 def test_what_makes_probes_say_nothing_is_said(tmp_path):
     parquet(tmp_path / "one" / "x.parquet", [4, 4, 4])
-    assert "there is one class, 4" in opened(tmp_path / "one", tmp_path).described()[1]
+    assert "there is only one class, 4" in opened(tmp_path / "one", tmp_path).described()[1]
 
 
 # Images
@@ -485,7 +485,7 @@ def test_features_of_another_kind_do_no_harm(tmp_path, features):
 def test_a_column_that_is_there_twice_is_not_used(tmp_path):
     table = pa.table([[picture(0)], [1], [2]], names=["image", "label", "label"])
     pq.write_table(table, tmp_path / "x.parquet")
-    assert "is there twice" in opened(tmp_path, tmp_path).described()[1]
+    assert "exists more than once" in opened(tmp_path, tmp_path).described()[1]
 
 
 # Names and folders
@@ -509,7 +509,7 @@ def test_names_in_other_encodings_are_passed_over_and_said(tmp_path):
     Path(os.fsdecode(bytes(tmp_path / "set") + b"/caf\xe9.parquet")).write_bytes(b"x")
     said: list[str] = []
     assert opened(tmp_path / "set", tmp_path, said).train.rows == 3
-    assert said[0].startswith("passed over: caf\\udce9.parquet (the file name is not UTF-8")
+    assert said[0].startswith("skipped: caf\\udce9.parquet (the file name is not UTF-8")
 
 
 def test_a_pattern_lists_what_it_matches_and_no_more(tmp_path):

@@ -73,7 +73,7 @@ def test_two_numbers_within_100_are_percentiles_unless_told_otherwise() -> None:
     assert only(tiff(values), Intake((10.0, 90.0))).done["window"][2] == "percentiles 10 90"
     fixed = only(tiff(values), Intake((10.0, 90.0), "fixed"))
     assert fixed.done["window"] == [10.0, 90.0, "fixed"]
-    with pytest.raises(ValueError, match="window -1000 400 are no percentiles"):
+    with pytest.raises(ValueError, match="window -1000 400 is not a pair of percentiles"):
         Intake((-1000, 400), "image")
     for window in ((5.0, 5.0), (9.0, 1.0), (0.0, float("nan"))):
         with pytest.raises(ValueError, match="two numbers, the lower first"):
@@ -143,7 +143,7 @@ def test_hostile_tiffs_are_refused_with_a_reason() -> None:
     with pytest.raises(BrokenImage, match="the limit is 15"):
         list(take(huge, Intake(), max_pixels=15))
     many = tiff(np.zeros((4, 4, 17), np.uint8), **contig)
-    with pytest.raises(BrokenImage, match="has 17; at most 16"):
+    with pytest.raises(BrokenImage, match="has 17 channels; the limit is 16"):
         list(take(many, Intake()))
 
 

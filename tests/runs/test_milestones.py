@@ -15,7 +15,9 @@ def test_a_recipe_on_few_steps_saves_and_probes_less_and_says_so():
     assert found.probes <= found.checkpoints
     assert len(found.checkpoints - found.probes) <= 9
     assert max(found.probes) == max(found.checkpoints) == 96
-    assert found.note.startswith("9 checkpoints and 4 probes in 96 steps, where the recipe has 100")
+    assert found.note.startswith(
+        "9 checkpoints and 4 probes in 96 steps, instead of the recipe's 100"
+    )
 
 
 @pytest.mark.parametrize("chosen", [["checkpoint.times", "probe.times"], None])
@@ -30,8 +32,8 @@ def test_one_of_both_may_be_chosen():
     found = milestones(WANTED, 96, chosen=["probe.times"])
     assert len(found.probes) == 10
     assert found.note == (
-        "9 checkpoints in 96 steps, where the recipe has 100 for longer runs (--checkpoint.times "
-        "chooses otherwise)"
+        "9 checkpoints in 96 steps, instead of the recipe's 100 for longer runs "
+        "(--checkpoint.times changes this)"
     )
 
 

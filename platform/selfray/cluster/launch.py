@@ -1,4 +1,4 @@
-"""Experiment -> TorchTrainer -> result: the life of a run as its driver sees it."""
+"""Launches a run: Experiment -> TorchTrainer -> result, from the driver's side."""
 
 import logging
 import os
@@ -30,10 +30,9 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import live_map, run_pictures
-from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.history import History
 from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
@@ -43,24 +42,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves, also in its run.json."""
+    """The result of a finished run, also stored in its run.json."""
 
     folder: str
     seconds: float
     """Wall time of all attempts, from the command to the last checkpoint."""
     images_per_second: float
-    """Images trained in a second, median over the run."""
+    """Images trained per second, median over the run."""
     first_step_seconds: float
     """From the command to the first optimizer step."""
     probes: dict[int, ProbeResult]
-    """By step; 0 is the untrained encoder."""
+    """Probes by step; 0 is the encoder before training."""
 
     history: History
     """The points of its curves."""
     images_seen: int = 0
-    """Up to the last checkpoint."""
+    """Images seen up to the last checkpoint."""
     stopped: str | None = None
-    """Why it was ended before its end, with a checkpoint to go on from; None where it was not."""
+    """Why the run was stopped early, with a checkpoint to resume from; None if it was not."""
 
     @property
     def final_probe(self) -> ProbeResult | None:
@@ -72,23 +71,23 @@ class PartOf:
     """The sweep that a run belongs to."""
 
     parent_run_id: str | None
-    """The sweep's MLflow run; None where the server was not reached."""
+    """The sweep's MLflow run; None if the server was not reached."""
     params: Mapping[str, str]
-    """More parameters of the run in MLflow: what the sweep varies, in its own words."""
+    """Further parameters for MLflow: the values that the sweep tries in this run."""
     title: str | None = None
-    """The run's name in MLflow; None takes its folder's."""
+    """The run's name in MLflow; None takes its folder's name."""
     folder: str | None = None
-    """The run's folder, where the sweep gives it one; None takes the run's own."""
+    """The run's folder, if the sweep chooses it; None takes the run's own."""
     until_step: int | None = None
-    """Where the run pauses, with a checkpoint; None goes to its end."""
+    """The step at which the run pauses, with a checkpoint; None trains to the end."""
     stop_file: str | None = None
     """The run ends, with a checkpoint, soon after this file appears; it holds {"reason": ...}."""
     on_probe: Callable[[int, ProbeResult], None] | None = None
-    """Told (images seen, result) of every probe, in the probes' thread; after a restart those of
-    before come again."""
+    """Called with (images seen, result) of every probe, in the probes' thread. On resume it is
+    first called for the probes already recorded."""
 
     def stop_reason(self) -> str | None:
-        """Why the run is to end; None while it may go on."""
+        """The reason in the stop file; None while there is no such file."""
         if self.stop_file is None or not Location.of(self.stop_file).exists():
             return None
         return str(Location.of(self.stop_file).read_json()["reason"])
@@ -100,8 +99,9 @@ def launch(
     tracking: str | None = None,
     started: float | None = None,
     part_of: PartOf | None = None,
+    opened: DataSets | None = None,
 ) -> RunResult:
-    """Carry out a run on the Ray that is running, or go on with it where it stopped.
+    """Run an experiment on the running Ray, or resume it where it stopped.
 
     Args:
         experiment: what to run.
@@ -110,10 +110,11 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
+        opened: the data sets, if the caller has opened them; None opens experiment.data.
 
     Raises:
-        ValueError, FileNotFoundError: bad input, before any worker is started.
-        RunFailed: the cause in one line; the last good checkpoint stays.
+        ValueError, FileNotFoundError: bad input; no worker was started.
+        RunFailed: the run failed, with the cause in one line; the last good checkpoint is kept.
     """
     started = started or time.time()
     experiment = located(experiment)
@@ -127,9 +128,11 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
-    console.live("opening the data")
-    with record.in_turn(output, console.say):
-        data = open_data(experiment.data, output, console.say, build_told)
+    if opened is None:
+        console.live("opening the data")
+        with record.exclusive(output, console.say):
+            opened = open_data(experiment.data, output, console.say, build_told)
+    data = opened
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -171,7 +174,7 @@ def _carry_out(
     record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
-    # A sweep compares its runs at the steps that it chose.
+    # Runs of a sweep are compared at fixed steps, so their milestones are not adapted.
     is_own = part.parent_run_id is None and not part.params
     events = milestones(experiment, plan.total_steps, chosen(experiment) if is_own else None)
     if events.note:
@@ -198,13 +201,13 @@ def _carry_out(
             tracker.set_tags({"failure": cause})
 
     def lost(cause: str) -> None:
-        """Ray is gone and will end this process in a moment: what is known is written down."""
+        """Record the cause: Ray has ended and will end this process in a moment."""
         failed(cause)
         console.say(f"error: {cause}")
         monitor.stop("FAILED")
 
     goal = part.until_step or plan.total_steps
-    watching = local_ray.told_when_lost(lost)
+    watching = local_ray.exit_when_lost(lost)
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
@@ -226,7 +229,7 @@ def _carry_out(
         tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
     except OSError as error:
-        cause = f"{error}; mend it and start the same command again"
+        cause = f"{error}; fix it and start the same command again"
         failed(cause)
         raise RunFailed(cause) from error
     except KeyboardInterrupt:
@@ -248,8 +251,8 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
-    console.say(f"again, with another seed: {_again(experiment, settings)}")
-    ending = stopped and f"ended before its time: {stopped}"
+    console.say(f"again, with another seed: {_repeat_command(experiment, settings)}")
+    ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
     return result
@@ -264,7 +267,7 @@ def _fit(
     part: PartOf,
     console: Console,
 ) -> None:
-    """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
+    """Train on Ray Train workers. Raises RunFailed with the cause if retrying is useless."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.v2.api.config import LoggingConfig
 
@@ -314,11 +317,11 @@ def _fit(
     )
     console.live("starting the train workers, which load torch")
     try:
-        with waiting.told(resources, experiment.min_workers, console):
+        with waiting.reporting(resources, experiment.min_workers, console):
             trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
-        # The worker that began it wrote its cause down; another one may have lost its peer first.
+        # The worker that failed first recorded its cause; others may only report a lost peer.
         raise RunFailed(recorded_failure(run / FAILURE, launch_id) or cause_of(error)) from error
     failure = recorded_failure(run / FAILURE, launch_id)
     if failure is not None:
@@ -334,7 +337,9 @@ def _log_pictures(
     tracker: Tracker,
     console: Console,
 ) -> None:
-    """Make the run's pictures and log them. They are no part of the result: a failure is told."""
+    """Make the run's pictures and log them. A failure is reported and does not fail the run."""
+    from selfray.report import live_map, run_pictures  # matplotlib takes a second
+
     newest = checkpoint.latest(run)
     assert newest is not None
     console.live("drawing pictures")
@@ -348,7 +353,7 @@ def _log_pictures(
         )
     except Exception as error:
         log.exception("the pictures failed")
-        console.say(f"the pictures could not be made ({error}): the run is not touched by it")
+        console.say(f"the pictures could not be made ({error}): the run itself is not affected")
         return
     for name, picture in made.items():
         if isinstance(picture, dict):
@@ -360,13 +365,13 @@ def _log_pictures(
 
 
 def ray_storage(run: Location) -> str:
-    """Where Ray Train keeps its own bookkeeping: beside the checkpoints, out of sight."""
+    """The folder for Ray Train's own bookkeeping, beside the checkpoints."""
     return (run / "ray").uri
 
 
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:
-    """The result of a run that has ended well before, or that its sweep stopped; None where there
-    is something left to do."""
+    """The result of a run that has already finished, or that its sweep stopped; None if there is
+    work left."""
     written = record.read(run)
     stays_stopped = written.get("status") == "stopped" and part.stop_reason() is not None
     if written.get("status") != "finished" and not stays_stopped:
@@ -378,7 +383,7 @@ def _finished_result(run: Location, part: PartOf) -> RunResult | None:
 
 
 def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = None) -> ProbeJob:
-    """Probes at the encoder's size, or at the `largest` side in pixels where that is less."""
+    """Probes at the encoder's image size, but at most at side `largest` in pixels."""
     side = min(experiment.encoder.image_size, largest or experiment.encoder.image_size)
     train, test = data.samples(side, experiment.probe.train_limit, experiment.probe.test_limit)
     labelled = train if data.can_probe else None
@@ -386,15 +391,15 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
 
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
-    """The probes on raw pixels: what an encoder has to beat."""
+    """Probe raw pixels, the baseline for encoders."""
     data = open_data(experiment.data, Location.of(experiment.output), console.say, build_told)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
 
 
-def _again(experiment: Experiment, settings: Location) -> str:
-    """The command that repeats a run by its file, with the next seed."""
+def _repeat_command(experiment: Experiment, settings: Location) -> str:
+    """The command that repeats a run from its file with the next seed."""
     command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
     words = ["selfray", command, "--config", settings.uri]
     words += [word for name in plugins.named() for word in (plugins.FLAG, name)]
@@ -412,7 +417,7 @@ def _say_plan(
     )
     if not data.can_probe and experiment.probe.times:
         console.say(
-            "the data has no labels: the encoder is judged by what needs none, RankMe, alignment "
-            "and uniformity"
+            "the data has no labels: the encoder is judged by label-free figures, RankMe, "
+            "alignment and uniformity"
         )
     console.say(f"folder: {run}")

@@ -1,10 +1,10 @@
-"""A run's spool -> its MLflow run, in a background thread.
+"""Sends a run's spool to its MLflow run, in a background thread.
 
-What has been sent is remembered in `<run folder>/shipped.json` after each success. A metric that is
-sent twice is stored once, since MLflow identifies a point by its name, value, step and time; so
-after any failure the answer is to send again from the last known offset.
+After each success the offsets are saved in `<run folder>/shipped.json`. MLflow identifies a point
+by name, value, step and time, so a metric that is sent twice is stored once. Therefore, after any
+failure, everything from the last saved offset is simply sent again.
 
-MLflow is imported by the thread, never by importing this module: that takes seconds.
+The thread imports MLflow, not this module, because that takes seconds.
 """
 
 import os
@@ -16,8 +16,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from selfray.check import require
 from selfray.cluster.mlflow_store import (
     QUIET_AND_QUICK,
     DataSetInput,
@@ -35,49 +37,56 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+Scalar = str | int | float
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _METRICS_PER_REQUEST = (50, 1000)
-"""Fewest and most; 1000 is MLflow's limit."""
+"""(fewest, most); 1000 is MLflow's limit."""
 _NAMES_PER_REQUEST = 100
 _READ_BYTES = 128 * 1024
-"""About 2000 points; what is sent is recorded after each such piece."""
+"""About 2000 points; offsets are saved after each piece of this size."""
 _LOCAL_POLL_SECONDS = 0.5
 _REMOTE_POLL_SECONDS = 5.0
 _KEY_TAG = "selfray.run_key"
 
 
-class Shipper:
-    """Sends what a run's spool holds, and what is added to it, until it is told to finish."""
+@dataclass(eq=False, repr=False)
+class Tracked:
+    """A run's entry in MLflow: its store, names, parameters and tags."""
 
-    def __init__(
-        self,
-        uri: str,
-        experiment_name: str,
-        run_name: str,
-        run_folder: Location,
-        params: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        parent_run_id: str | None,
-        say: Callable[[str], None],
-        retry_seconds: tuple[float, float],
-        data_set: DataSetInput | None = None,
-    ) -> None:
-        """As a Tracker's. `say` is called from the thread."""
-        self.uri = uri
-        self.shown_uri = masked(uri)
-        self.experiment_name = experiment_name
-        self.run_name = run_name
-        self.run_folder = run_folder
-        self.parent_run_id = parent_run_id
-        self.data_set = data_set
+    uri: str
+    """URI of the MLflow store."""
+    experiment_name: str
+    run_name: str
+    run_folder: Location
+    params: Mapping[str, Scalar]
+    tags: Mapping[str, str]
+    parent_run_id: str | None = None
+    say: Callable[[str], None] = print
+    """Called from the shipping thread."""
+    retry_seconds: tuple[float, float] = (1.0, 30.0)
+    """The first and the longest pause between attempts at a dead server."""
+    data_set: DataSetInput | None = None
+
+    def __post_init__(self) -> None:
+        require(self.experiment_name != "", "experiment_name must not be empty")
+        require(
+            0 < self.retry_seconds[0] <= self.retry_seconds[1],
+            f"retry_seconds must be 0 < first <= longest, got {self.retry_seconds}",
+        )
+
+
+class Shipper:
+    """Sends the records of a run's spool, also those added later, until `finish` is called."""
+
+    def __init__(self, tracked: Tracked) -> None:
+        self.tracked = tracked
+        self.shown_uri = masked(tracked.uri)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.run_is_open = threading.Event()
-        self._params = {accepted(key): masked(str(value)) for key, value in params.items()}
-        self._tags = {accepted(key): masked(str(value)) for key, value in tags.items()}
-        self._say = say
-        self._retry_seconds = retry_seconds
+        self._params = {accepted(key): masked(str(value)) for key, value in tracked.params.items()}
+        self._tags = {accepted(key): masked(str(value)) for key, value in tracked.tags.items()}
         self._thread = threading.Thread(
             target=self._ship_until_finished, name="mlflow", daemon=True
         )
@@ -86,8 +95,8 @@ class Shipper:
         self._finish_seconds = 0.0
         self._give_up_at = 0.0
         self._complete = False
-        # What follows is used by the thread alone.
-        self._reader = SpoolReader(run_folder / SPOOL)
+        # The following attributes are used only by the thread.
+        self._reader = SpoolReader(tracked.run_folder / SPOOL)
         self._client: MlflowClient | None = None
         self._shipped: dict[str, Any] = {}
         self._said: set[str] = set()
@@ -100,7 +109,7 @@ class Shipper:
         self._thread.start()
 
     def finish(self, status: Status, seconds: float) -> bool:
-        """Send what is left and close the MLflow run, within `seconds`; whether all was sent."""
+        """Send the rest and close the MLflow run within `seconds`; returns whether all was sent."""
         self._status = status
         self._finish_seconds = seconds
         self._give_up_at = time.monotonic() + seconds
@@ -111,8 +120,10 @@ class Shipper:
     # The thread.
 
     def _ship_until_finished(self) -> None:
-        poll_seconds = _LOCAL_POLL_SECONDS if self.run_folder.is_local else _REMOTE_POLL_SECONDS
-        first_pause, longest_pause = self._retry_seconds
+        poll_seconds = (
+            _LOCAL_POLL_SECONDS if self.tracked.run_folder.is_local else _REMOTE_POLL_SECONDS
+        )
+        first_pause, longest_pause = self.tracked.retry_seconds
         pause = first_pause
         away_since: float | None = None
         while True:
@@ -125,28 +136,28 @@ class Shipper:
                 artifacts_left = self._ship_artifacts(self._client, finishing)
                 self._metrics_per_request = _METRICS_PER_REQUEST[1]
                 if away_since is not None:
-                    self._say(f"{self.shown_uri} is back: all that was kept has been sent")
+                    self.tracked.say(f"{self.shown_uri} is back: everything kept has been sent")
                     away_since, pause = None, first_pause
                 if finishing:
                     self._close_run(self._client, self._status)
                     self._complete = not artifacts_left
                     return
             except Exception as error:
-                # Whatever fails, in MLflow, its database, the network or the run folder, the answer
-                # is the same: keep everything, and try again from a fresh connection.
+                # For any failure, in MLflow, its database, the network or the run folder: keep
+                # everything, and try again with a new connection.
                 self._client = None
-                # A slow server that timed out on a large request may manage a smaller one.
+                # A slow server that timed out on a large request may handle a smaller one.
                 self._metrics_per_request = max(
                     _METRICS_PER_REQUEST[0], self._metrics_per_request // 2
                 )
                 now = time.monotonic()
                 if away_since is None:
                     away_since = now
-                    self._say(
+                    self.tracked.say(
                         f"tracking server {self.shown_uri} cannot be reached or used "
-                        f"({self._cause(error)}): training goes on, everything is kept in "
-                        f"{self.run_folder / SPOOL} and is sent when it is back, or at the next "
-                        "start of the command"
+                        f"({self._cause(error)}): training continues, everything is kept in "
+                        f"{self.tracked.run_folder / SPOOL} and is sent when it is back, or at the "
+                        "next start of the command"
                     )
                 if finishing:
                     if now >= self._give_up_at or now - away_since >= self._finish_seconds:
@@ -165,13 +176,13 @@ class Shipper:
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
         quiet_logs()
-        self.run_folder.make_folder()
-        # Two processes that meet in a fresh SQLite file break each other's migrations.
-        with locked(database_file(self.uri)):
-            client = MlflowClient(tracking_uri=self.uri)
-            client.get_experiment_by_name(self.experiment_name)
+        self.tracked.run_folder.make_folder()
+        # Two processes that open a new SQLite file at once break each other's migrations.
+        with locked(database_file(self.tracked.uri)):
+            client = MlflowClient(tracking_uri=self.tracked.uri)
+            client.get_experiment_by_name(self.tracked.experiment_name)
 
-        self._shipped = read_object(self.run_folder / SHIPPED)
+        self._shipped = read_object(self.tracked.run_folder / SHIPPED)
         if "key" not in self._shipped:
             self._save_shipped(key=uuid.uuid4().hex)
         run = self._recorded_run(client) or self._new_run(client)
@@ -179,10 +190,10 @@ class Shipper:
         if info.lifecycle_stage != "active":
             raise _DeletedRunError(
                 f"run {info.run_id} was deleted in MLflow: restore it there, or remove "
-                f"{self.run_folder / RUN_RECORD} to begin another"
+                f"{self.tracked.run_folder / RUN_RECORD} to start a new one"
             )
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
-        (self.run_folder / RUN_RECORD).write_json(
+        (self.tracked.run_folder / RUN_RECORD).write_json(
             {
                 "tracking_uri": self.shown_uri,
                 "experiment_id": info.experiment_id,
@@ -190,7 +201,7 @@ class Shipper:
             }
         )
         if self._shipped.get("run_id") != info.run_id:
-            # Another store than last time, or the first time: it has nothing yet.
+            # A new store, which has nothing yet.
             self._save_shipped(run_id=info.run_id, offsets={}, artifacts=[], status=None)
         elif self._shipped.get("status") is not None:
             self._save_shipped(status=None)
@@ -201,7 +212,7 @@ class Shipper:
         known = run.data.params
         params = {key: _cut(value, MAX_PARAM_VAL_LENGTH) for key, value in self._params.items()}
         tags = dict(self._tags)
-        # MLflow never lets a parameter change, so what a restart was given instead is a tag.
+        # MLflow parameters cannot change, so different values of a restart become tags.
         tags |= {
             f"resumed_with.{key}": value
             for key, value in params.items()
@@ -217,14 +228,14 @@ class Shipper:
             "tags",
             [RunTag(key, _cut(value, MAX_TAG_VAL_LENGTH)) for key, value in tags.items()],
         )
-        if self.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
-            client.log_inputs(info.run_id, [as_input(self.data_set)])
+        if self.tracked.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
+            client.log_inputs(info.run_id, [as_input(self.tracked.data_set)])
         return client
 
     def _recorded_run(self, client: "MlflowClient") -> "Run | None":
         from mlflow.exceptions import MlflowException
 
-        run_id = read_object(self.run_folder / RUN_RECORD).get("run_id")
+        run_id = read_object(self.tracked.run_folder / RUN_RECORD).get("run_id")
         if run_id is None:
             return None
         try:
@@ -237,42 +248,43 @@ class Shipper:
     def _new_run(self, client: "MlflowClient") -> "Run":
         experiment_id = self._find_or_create_experiment(client)
         key = self._shipped["key"]
-        # A slow server may have created the run and its answer been lost: look before creating.
+        # A slow server may have created the run although its answer was lost: look first.
         found = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0]
         tags = {_KEY_TAG: key}
-        if self.parent_run_id is not None:
-            tags["mlflow.parentRunId"] = self.parent_run_id
-        return client.create_run(experiment_id, tags=tags, run_name=self.run_name)
+        if self.tracked.parent_run_id is not None:
+            tags["mlflow.parentRunId"] = self.tracked.parent_run_id
+        return client.create_run(experiment_id, tags=tags, run_name=self.tracked.run_name)
 
     def _find_or_create_experiment(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
 
-        # Not mlflow.set_experiment: losing the race to create, it leaves the run in "Default".
-        experiment = client.get_experiment_by_name(self.experiment_name)
+        # Not mlflow.set_experiment: if another process creates it first, that picks "Default".
+        experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         if experiment is not None:
             return experiment.experiment_id
         try:
             return client.create_experiment(
-                self.experiment_name,
+                self.tracked.experiment_name,
                 artifact_location=self._artifact_root(),
-                # Or MLflow's page opens it as one of language models, with the runs out of sight.
+                # Without it, MLflow shows a language-model page where the runs are not visible.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        experiment = client.get_experiment_by_name(self.experiment_name)
+        experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         assert experiment is not None
         return experiment.experiment_id
 
     def _artifact_root(self) -> str | None:
-        """Where MLflow keeps files: a server decides by itself; a database would take ./mlruns."""
-        if self.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-            database = database_file(self.uri)
+        """The folder for MLflow's files; None for a server, which decides itself. For a database,
+        MLflow would use ./mlruns."""
+        if self.tracked.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
+            database = database_file(self.tracked.uri)
             output = (
-                posixpath.dirname(self.run_folder.uri)
+                posixpath.dirname(self.tracked.run_folder.uri)
                 if database is None
                 else (os.path.dirname(database))
             )
@@ -280,7 +292,7 @@ class Shipper:
         return None
 
     def _ship_records(self, client: "MlflowClient") -> bool:
-        """Send the next piece of the spool; whether there was one."""
+        """Send the next piece of the spool; returns whether there was one."""
         from mlflow.entities import Metric, RunTag
         from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
@@ -320,8 +332,8 @@ class Shipper:
         what: Literal["metrics", "params", "tags"],
         items: Sequence[Any],
     ) -> None:
-        """Send in batches. An item that MLflow refuses is said once and left out: it must not
-        hold up the rest for ever."""
+        """Send items in batches. An item that MLflow refuses is reported once and left out, so that
+        it does not block the rest forever."""
         from mlflow.exceptions import MlflowException
 
         assert self.run_id is not None
@@ -352,10 +364,10 @@ class Shipper:
                     )
 
     def _ship_artifacts(self, client: "MlflowClient", finishing: bool) -> bool:
-        """Send files that wait; whether some had to stay.
+        """Send waiting files; returns whether some are left.
 
-        Apart from metrics, because an artifact store may be out of reach (no credentials, a path
-        of the server's machine) while the tracking server is well.
+        Separate from metrics, because an artifact store may be unreachable (no credentials, a path
+        on the server's machine) while the tracking server works.
         """
         assert self.run_id is not None
         waiting = self._shipped["artifacts"]
@@ -367,13 +379,13 @@ class Shipper:
             except FileNotFoundError as error:
                 self._say_once(waiting[0], f"{waiting[0]} was not sent to MLflow: {error}")
             except Exception as error:  # each artifact store's client raises its own
-                client.get_run(self.run_id)  # raises where it is the server that is away
+                client.get_run(self.run_id)  # raises if the tracking server itself is away
                 self._say_once(
                     "artifacts",
                     f"{self.shown_uri} takes metrics but no files ({self._cause(error)}): they "
-                    f"are kept in {self.run_folder / ARTIFACTS}",
+                    f"are kept in {self.tracked.run_folder / ARTIFACTS}",
                 )
-                self._artifacts_retry_at = time.monotonic() + self._retry_seconds[1]
+                self._artifacts_retry_at = time.monotonic() + self.tracked.retry_seconds[1]
                 return True
             waiting = waiting[1:]
             self._save_shipped(artifacts=waiting)
@@ -381,7 +393,7 @@ class Shipper:
 
     def _send_artifact(self, client: "MlflowClient", name: str) -> None:
         assert self.run_id is not None
-        source = self.run_folder / ARTIFACTS / name
+        source = self.tracked.run_folder / ARTIFACTS / name
         folder = posixpath.dirname(name) or None
         if source.is_local:
             if not source.exists():
@@ -404,16 +416,16 @@ class Shipper:
 
     def _save_shipped(self, **changes: Any) -> None:
         changed = {**self._shipped, **changes}
-        (self.run_folder / SHIPPED).write_json(changed)
+        (self.tracked.run_folder / SHIPPED).write_json(changed)
         self._shipped = changed
 
     def _say_once(self, subject: str, line: str) -> None:
         if subject not in self._said:
             self._said.add(subject)
-            self._say(line)
+            self.tracked.say(line)
 
     def _cause(self, error: Exception) -> str:
-        """The part of an error that tells a user something, on one line."""
+        """The part of an error that is useful for a user, in one line."""
         text = " ".join(str(error).split()) or type(error).__name__
         if caused_by := re.search(r"Caused by \w+\([\"']?(.*?)[\"']?\)\)?$", text):
             text = caused_by[1].rpartition("): ")[2]
@@ -423,11 +435,11 @@ class Shipper:
 
 
 class _DeletedRunError(Exception):
-    """The MLflow run was deleted by its user, who decides what happens next."""
+    """Raised if a user deleted the MLflow run; the user must decide what to do."""
 
 
 def accepted(name: str) -> str:
-    """A name that MLflow accepts: its letters, no path tricks, at most 250 characters."""
+    """Turn a name into one that MLflow accepts: allowed characters, no .., at most 250 long."""
     clean = posixpath.normpath(re.sub(r"[^\w\-. /:]", "_", name))
     return clean.lstrip("./")[:250] or "_"
 

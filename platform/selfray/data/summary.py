@@ -77,12 +77,12 @@ def odd(train: Part, test: Part | None) -> Iterator[str]:
     """What makes the numbers of probes say little, one line each."""
     if not train.has_labels:
         if test is not None and test.has_labels:
-            yield "the test images have labels and the train images have none: no probes"
+            yield "the test images have labels, but the train images have none: no probes"
         return
     count = train.labelled
     seen = train.classes
     if len(seen) == 1:
-        yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
+        yield f"there is only one class, {seen[0]}: accuracies of probes are meaningless"
     elif count is not None and len(seen) >= count:
         yield f"there are as many classes ({len(seen):,}) as labelled images ({count:,})"
     if test is not None and test.has_labels:

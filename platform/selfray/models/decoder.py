@@ -1,14 +1,14 @@
 """Patches of pixels, and the small transformer that predicts them (MAE, tokenizers)."""
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfray.models.vit import sincos_positions
 
 
 class PatchDecoder(nn.Module):
-    """Transformer blocks over all patches, and a linear layer to each patch's pixels."""
+    """Transformer blocks over all patches, then a linear layer that predicts each patch's
+    pixels."""
 
     def __init__(
         self,
@@ -21,6 +21,8 @@ class PatchDecoder(nn.Module):
         channels: int = 3,
     ) -> None:
         super().__init__()
+        from timm.models.vision_transformer import Block  # seconds
+
         self.embed = nn.Linear(inputs, width)
         blocks = [Block(width, heads, qkv_bias=True) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
@@ -36,8 +38,8 @@ class PatchDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, cls: Tensor | None = None) -> Tensor:
-        """Pixels [B, N, C * patch^2] from embedded tokens [B, N, W] of all patches in their order,
-        and an embedded class token [B, W] where there is one."""
+        """Pixels [B, N, C * patch^2] from embedded tokens [B, N, W] of all patches in row-major
+        order and, optionally, an embedded class token [B, W]."""
         tokens = tokens + self.get_buffer("positions")
         if cls is not None:
             tokens = torch.cat([cls.unsqueeze(1), tokens], dim=1)
@@ -54,7 +56,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of patchify, for square images."""
+    """The inverse of patchify, for square images: [B, N, patch * patch * C] -> [B, C, H, W]."""
     b, n, _ = patches.shape
     side = int(n**0.5)
     cells = patches.reshape(b, side, side, patch, patch, -1)

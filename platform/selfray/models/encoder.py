@@ -1,30 +1,27 @@
-"""EncoderConfig and Encoder: a timm backbone that answers with Features."""
+"""EncoderConfig and Encoder: a timm backbone whose output is always Features."""
 
-import difflib
 import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import timm
 import torch
-from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
 from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
-from selfray.models import resnet, vit
+from selfray.models import names, resnet, vit
 from selfray.views import MOST_CHANNELS
 
 
 class Features(NamedTuple):
-    """The one output of every encoder."""
+    """The output of every encoder."""
 
     cls: Tensor
-    """[B, D]: the image's feature: the class token, or the pooled map."""
+    """Features of the images [B, D]: the class token, or the pooled map."""
     patches: Tensor
-    """[B, N, D]: a feature for each patch (under a mask: for each visible one)."""
+    """Features of the patches [B, N, D]; [B, Nv, D] if only Nv patches were visible."""
 
 
 Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
@@ -32,13 +29,13 @@ Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A timm backbone by name, with the few changes that pretraining needs.
+    """The name of a timm backbone, and changes to it for pretraining.
 
-    Fields left at None keep timm's own value.
+    A field that is None keeps timm's value.
     """
 
     name: str = "vit_small_patch16_224"
-    """Name of a timm model that is like a ViT or a ResNet."""
+    """Name of a timm model: a ViT, a ResNet or similar."""
     image_size: int = 224
     """Side of the square images in pixels."""
     patch_size: int | None = None
@@ -50,20 +47,23 @@ class EncoderConfig:
     heads: int | None = None
     """A ViT's number of attention heads."""
     position: Position = "learned"
-    """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3), `relative` is a bias on the
-    attention that all blocks share (BEiT; for the names beit_*), `relative_each` one of each block
-    (fine-tuned BEiT), `rotary` turns queries and keys by their place (DINOv3, EVA-02)."""
+    """A ViT's position embedding: `learned`; `sincos`, fixed (MAE, MoCo v3); `relative`, an
+    attention bias shared by all blocks (BEiT; for names beit_*); `relative_each`, an attention bias
+    of each block (fine-tuned BEiT); `rotary`, which rotates queries and keys by position (DINOv3,
+    EVA-02)."""
     layer_scale: float | None = None
-    """Start of a ViT's factors on the channels of each residual branch (BEiT, DINOv2)."""
+    """Initial value of a ViT's per-channel factors on each residual branch (BEiT, DINOv2)."""
     registers: int = 0
-    """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
+    """A ViT's number of register tokens beside the class token (arXiv:2309.16588)."""
     swiglu: bool = False
-    """A ViT's feed-forward layers are gated, with two thirds of the hidden width, rounded up to a
-    multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
+    """Gate a ViT's feed-forward layers; the hidden width is two thirds of the usual one, rounded up
+    to a multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
     drop_path: float = 0.0
-    """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
+    """Stochastic depth: the probability to skip the last block; it falls linearly to 0 at the
+    first.
+    """
     drop_path_uniform: bool = False
-    """Skip every block of a ViT with the probability `drop_path` (DINOv2)."""
+    """Skip every block of a ViT with the same probability `drop_path` (DINOv2)."""
     small_stem: bool = False
     """A ResNet's stem for small images: 3 x 3, stride 1, no max-pool (SimCLR, appendix B.9)."""
     layers: tuple[int, ...] | None = None
@@ -71,19 +71,19 @@ class EncoderConfig:
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
     norm: Literal["batch", "ghost", "group"] = added("batch")
-    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
-    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
+    """A ResNet's norms. batch: statistics of the whole batch, without --accumulate; ghost: of each
+    micro-batch; group: of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
     recompute: bool = added(False)
-    """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
-    more time, a fraction of the memory, the same numbers."""
+    """Keep only the inputs of a ViT's blocks and compute the blocks again in the backward pass: a
+    third more time, a fraction of the memory, the same numbers."""
     in_channels: int = added(3)
-    """Channels of the images: those of data.channels."""
+    """Channels of the images; must equal data.channels."""
 
     def __post_init__(self) -> None:
-        if not timm.is_model(self.name):
-            close = difflib.get_close_matches(self.name, timm.list_models(), n=3)
+        if not names.is_model(self.name):
+            close = names.similar(self.name)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"encoder.name {self.name!r} is no timm model{hint}")
+            raise ValueError(f"encoder.name {self.name!r} is not a timm model{hint}")
         require(self.image_size > 0, f"encoder.image_size must be positive, got {self.image_size}")
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
@@ -101,19 +101,17 @@ class EncoderConfig:
         for name, wanted in self._vit_choices().items():
             require(
                 self.is_vit or not wanted,
-                f"encoder.{name} {getattr(self, name)} is for ViTs, not for {self.name}: take a "
+                f"encoder.{name} {getattr(self, name)} is for ViTs, not for {self.name}: give a "
                 f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
                 "out",
             )
         fitting = positions_of(self.name)
         require(
             self.position in fitting,
-            f"encoder.position {self.position} does not go with {self.name}: give "
+            f"encoder.position {self.position} is not possible with {self.name}: give "
             f"--encoder.position {' or '.join(fitting)}",
         )
-        require(
-            not (self.is_beit and self.registers), "encoder.registers are not for BEiT's encoders"
-        )
+        require(not (self.is_beit and self.registers), "encoder.registers is not for BEiT encoders")
         if self.is_vit:
             require(self.patch > 0, f"encoder.patch_size must be positive, got {self.patch}")
             require(
@@ -155,7 +153,7 @@ class EncoderConfig:
 
     @property
     def is_rotary(self) -> bool:
-        """Whether timm builds it as an `Eva` whose attention has rotary positions."""
+        """Whether timm builds the model as an `Eva` with rotary positions."""
         return _is_rotary(self.name)
 
     @property
@@ -176,7 +174,7 @@ class EncoderConfig:
 
     @property
     def grid(self) -> int | None:
-        """Patches along a side, for a ViT; None for others."""
+        """Patches along a side for a ViT; None for other models."""
         return self.image_size // self.patch if self.is_vit else None
 
     @property
@@ -192,7 +190,7 @@ class EncoderConfig:
         return " with ".join([f"encoder.name {self.name}", *filter(None, [", ".join(changed)])])
 
     def _vit_choices(self) -> dict[str, bool]:
-        """Whether each field that only ViTs have was given a value."""
+        """For each field that is only for ViTs, whether it was given a value."""
         return {
             "position": self.position != "learned",
             "layer_scale": self.layer_scale is not None,
@@ -204,7 +202,7 @@ class EncoderConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that make this backbone from timm's name."""
+        """The keyword arguments with which timm.create_model builds this backbone."""
         options: dict[str, Any] = {"num_classes": 0}
         if self.is_vit:
             options["img_size"] = self.image_size
@@ -218,30 +216,30 @@ class EncoderConfig:
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
             "num_reg_tokens" if self.is_rotary else "reg_tokens": self.registers or None,
-            "norm_layer": GroupNorm if self.norm == "group" else None,
+            "norm_layer": _layer("GroupNorm") if self.norm == "group" else None,
             "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
-            # timm's names are of fine-tuned models: a bias for each block, averaged patches.
+            # timm's defaults are those of fine-tuned models: a bias per block, averaged patches.
             shared = self.position == "relative"
             options |= {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
         if self.is_beit or self.is_rotary:
             options["global_pool"] = "token"
         if self.swiglu:
             flag = self.is_beit or self.is_rotary
-            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": SwiGLU}
+            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": _layer("SwiGLU")}
             options |= {"mlp_ratio": self._gated_ratio, **kind}
             options |= {} if flag else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
 
     @property
     def _gated_ratio(self) -> float:
-        """timm's `mlp_ratio` that gives the gated layers their hidden width."""
+        """The `mlp_ratio` with which timm gives the gated layers the right hidden width."""
         width = self.width or _width_of(self.name)
         wanted = 4 * width * 2 // 3
         rounded = -(-wanted // 8) * 8
         ratio = 8 / 3 if rounded == wanted else rounded / width
-        # timm cuts the product off.
+        # timm truncates the product to an integer.
         return ratio if int(width * ratio) == rounded else (rounded + 0.5) / width
 
     def build(self) -> "Encoder":
@@ -250,13 +248,12 @@ class EncoderConfig:
 
 @lru_cache
 def _is_rotary(name: str) -> bool:
-    # The names eva_* are of the first EVA, whose positions are learned alone.
-    built_by = timm.model_entrypoint(name).__module__
-    return built_by == "timm.models.eva" and not name.startswith("eva_")
+    # Names eva_* are models of the first EVA, which has learned positions only.
+    return names.built_by(name) == "timm.models.eva" and not name.startswith("eva_")
 
 
 def positions_of(name: str) -> tuple[Position, ...]:
-    """The kinds of position embedding that timm's model of a name can have here."""
+    """The position embeddings that a timm model of this name can have."""
     if name.startswith(("beit_", "beitv2_")):
         return ("relative", "relative_each")
     return ("rotary",) if _is_rotary(name) else ("learned", "sincos")
@@ -265,8 +262,16 @@ def positions_of(name: str) -> tuple[Position, ...]:
 @lru_cache
 def _width_of(name: str) -> int:
     """A timm model's own embedding dimension."""
+    import timm
+
     with torch.device("meta"):
         return cast(int, timm.create_model(name).num_features)
+
+
+def _layer(name: str) -> Any:
+    from timm import layers
+
+    return getattr(layers, name)
 
 
 def _largest_divisor(size: int, most: int) -> int:
@@ -274,13 +279,15 @@ def _largest_divisor(size: int, most: int) -> int:
 
 
 class Encoder(nn.Module):
-    """What is pretrained, probed and exported. `backbone` is a plain timm model."""
+    """The module that is pretrained, probed and exported. `backbone` is a plain timm model."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        import timm  # takes seconds, and most processes that read a config build no encoder
+
         self.config = config
         try:
-            # Crops of several sizes go through one ViT: its positions are interpolated for them.
+            # A ViT takes crops of several sizes: its positions are interpolated for each.
             any_size = config.is_vit and not config.is_beit
             sizes: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
             self.backbone = timm.create_model(config.name, **config.options, **sizes)
@@ -290,9 +297,9 @@ class Encoder(nn.Module):
             if what == "dynamic_img_size":
                 raise self._unknown_kind() from None
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
-        except AssertionError as error:  # timm's own mistakes are ValueErrors and TypeErrors
-            raise ValueError(f"{config.given} cannot be had here: {error}") from None
-        if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
+        except AssertionError as error:  # how timm refuses some combinations of arguments
+            raise ValueError(f"{config.given} cannot be built: {error}") from None
+        if config.is_vit and not isinstance(self.backbone, vit.kinds()):
             raise self._unknown_kind()
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
@@ -305,8 +312,8 @@ class Encoder(nn.Module):
 
     def _unknown_kind(self) -> ValueError:
         return ValueError(
-            f"encoder.name {self.config.name} is a kind of ViT that is not known here: take a "
-            "vit_*, deit_* or beit_* model of learned or rotary positions"
+            f"encoder.name {self.config.name} is a kind of ViT that selfray does not support: "
+            "give a vit_*, deit_* or beit_* model with learned or rotary positions"
         )
 
     def forward(
@@ -320,10 +327,10 @@ class Encoder(nn.Module):
 
         Args:
             images: float [B, C, H, W], normalised.
-            visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
-                reach nothing (MAE). Only for ViTs. None shows all.
+            visible: int64 [B, Nv], indices of the patches to encode; the others are dropped before
+                the first block and cost no time (MAE). Only for ViTs. None encodes all.
             mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
-            mask_token: [D].
+            mask_token: [D]; needed with `mask`.
 
         Returns:
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
@@ -337,12 +344,11 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+    """The backbone's weights on the CPU under timm's names, so that plain timm loads them strictly.
 
-    At the encoder's image size its features are ours. At others, where timm is asked for them
-    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
-    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
-    the weights, all must ask.
+    At the encoder's image size timm computes the same features. At other sizes (`dynamic_img_size`)
+    they differ: timm resizes a ViT's positions with antialiasing, selfray without, as for local
+    crops (vit.resized_positions). Collective if weights are sharded: every rank must call it.
     """
     tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -352,7 +358,7 @@ def export_weights(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
-    """The inverse of export_weights. ValueError where the weights are of another encoder."""
+    """The inverse of export_weights. Raises ValueError if the weights do not fit the encoder."""
     weights = dict(weights)
     if encoder.config.small_stem and "conv1.weight" in weights:
         weights["conv1.weight"] = resnet.narrow_stem(weights["conv1.weight"])
@@ -365,15 +371,16 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
 
 
 def _hint(config: EncoderConfig) -> str:
-    """Why weights that an earlier version wrote may not fit."""
-    return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
+    """Why weights written by an earlier version may not fit."""
+    older = " (written before gated layers were rounded to multiples of 8?)"
+    return older if config.swiglu else ""
 
 
 @torch.no_grad()
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Features:
-    """Features of uint8 images [B, C, H, W], normalised here."""
+    """Normalise uint8 images [B, C, H, W] and return their features, without gradient."""
     return encoder(normalize(images, mean, std))
 
 
@@ -385,5 +392,5 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    """float32 [C, 1, 1] in 0..255; cached, because a copy to the GPU in every step would block."""
     return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""Retrieval: do an image's nearest neighbours show the same thing?"""
+"""Retrieval: whether the nearest neighbours of an image have the same label."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -7,25 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.classifier import Gallery
+from selfray.probes.classifier import CHUNK_ROWS, WHOLE, Gallery
 from selfray.probes.protocol import Protocol
 
 _CELLS = 2**24
-"""Similarities held at a time."""
+"""Largest number of similarities held at a time."""
 
 
 class Retrieved(NamedTuple):
     average_precision: Tensor
-    """float [m]: of each test image's ranking of all train images; 0 where none is relevant."""
+    """float [m]: average precision of each test image's ranking of all train images; 0 if none is
+    relevant."""
     found_at: dict[int, Tensor]
-    """For each k, float [m]: 1 where one of the k nearest is relevant, else 0."""
+    """For each k, float [m]: 1 if one of the k nearest is relevant, else 0."""
 
 
 @dataclass(frozen=True)
 class Retrieval(Protocol):
-    """Each test image asks for train images by cosine similarity of class tokens; relevant is what
-    has its label. mAP is the mean over test images of the average precision of the whole ranking,
-    recall@k the share of them with a relevant image among the k nearest."""
+    """Each test image ranks the train images by cosine similarity of class tokens; images with its
+    label are relevant. mAP is the mean over test images of the average precision of the whole
+    ranking; recall@k is the share of test images with a relevant image among the k nearest."""
 
     name: ClassVar[str] = "retrieval"
     version: ClassVar[int] = 1
@@ -35,14 +36,21 @@ class Retrieval(Protocol):
     @torch.no_grad()
     def rank(self, train: Gallery, test: Tensor, test_labels: Tensor) -> Retrieved:
         """Rank the gallery for each test feature [m, D or 2D] with labels int64 [m]."""
-        unit = F.normalize(train.features[:, : train.cls_width].float(), dim=1)
-        count = torch.arange(1, len(unit) + 1, dtype=torch.float32)
+        images, width = len(train.features), train.cls_width or train.features.shape[1]
+        is_small = images * width <= WHOLE
+        unit = _units(train.features[:, :width]) if is_small else None
+        count = torch.arange(1, images + 1, dtype=torch.float32)
         precision, hits = [], {k: [] for k in self.ks}
-        step = max(1, _CELLS // len(unit))
+        step = max(1, _CELLS // images)
         for first in range(0, len(test), step):
-            queries = F.normalize(test[first : first + step, : train.cls_width].float(), dim=1)
+            queries = _units(test[first : first + step, :width])
             wanted = test_labels[first : first + step, None]
-            order = (queries @ unit.T).argsort(dim=1, descending=True, stable=True)  # [c, n]
+            if unit is not None:
+                cosines = queries @ unit.T  # [c, n]
+            else:  # the gallery lies in a file and is read in parts
+                parts = train.features.split(CHUNK_ROWS)
+                cosines = torch.cat([queries @ _units(p[:, :width]).T for p in parts], dim=1)
+            order = cosines.argsort(dim=1, descending=True, stable=True)  # [c, n]
             relevant = (train.labels[order] == wanted).float()
             so_far = relevant.cumsum(1)
             total = so_far[:, -1]
@@ -51,3 +59,7 @@ class Retrieval(Protocol):
             for k in self.ks:
                 hits[k].append((relevant[:, :k].sum(1) > 0).float())
         return Retrieved(torch.cat(precision), {k: torch.cat(v) for k, v in hits.items()})
+
+
+def _units(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1)

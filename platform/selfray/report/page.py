@@ -1,7 +1,7 @@
 """A comparison of runs as one HTML file that needs no network.
 
-page.html and page.js are filled with a table for readers without scripts and with the data of the
-charts as JSON; there is no address in them.
+web/page.html is filled with a table, for readers without scripts, with the charts' data as JSON and
+with the scripts of web/, as one. It contains no external address.
 """
 
 import base64
@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from selfray import __version__
-from selfray.metrics import ACCURACIES, METRICS, probe_name
+from selfray.metrics import ACCURACIES, METRICS, Metric, evaluation, probe_name
 from selfray.report import live_map
 from selfray.runs.ranking import (
     ComparedRun,
@@ -38,19 +38,21 @@ from selfray.runs.ranking import (
 from selfray.storage import Location, one_line
 
 MOST_POINTS = 150_000
-"""Of all curves of a page together: about 3 MB."""
+"""Largest number of points of all curves on a page together: about 3 MB."""
 POINTS_OF_A_CURVE = (40, 600)
-"""Fewest and most."""
+"""Fewest and most points of one curve."""
 LARGEST_PICTURE_PIXELS = 50_000_000
 LARGEST_PICTURE_BYTES = 300_000
-"""A larger one is packed anew."""
+"""Larger pictures are compressed again."""
 MOST_COLUMNS = 24
-"""Runs in the table of all parameters that differ."""
+"""Largest number of runs in the table of parameters that differ."""
 PAGE = "comparison.html"
+SCRIPTS = ("base", "charts", "tables", "start")
+"""Scripts in web/, in this order: each uses functions of the earlier ones."""
 MARK = "<!-- made by selfray compare -->"
-"""Stands in every page: such a file may be written over."""
+"""Contained in every page: a file with this mark may be overwritten."""
 KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
-"""The order in which kinds of pictures are offered where as many runs have them; others follow."""
+"""The order of kinds of pictures that equally many runs have; other kinds follow."""
 
 
 def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12) -> str:
@@ -59,7 +61,7 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
     Args:
         runs: in any order; the page ranks them.
         title: shown above everything.
-        most_pictures: pictures are embedded of that many of the best runs.
+        most_pictures: the number of best runs whose pictures are embedded.
     """
     runs = ranked(runs)
     order = featured(runs)
@@ -74,7 +76,9 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "varied": found.varied,
         "loss": told.get("loss", ""),
         "maps": live_map.aligned(_maps(runs, with_pictures)),
-        "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
+        "metrics": {
+            name: asdict(metric) for name, metric in (METRICS | _evaluations(runs)).items()
+        },
     }
     values = {
         "MARK": MARK,
@@ -91,19 +95,26 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "DATA": as_script(data),
         "VERSION": html.escape(__version__),
     }
-    files = resources.files("selfray.report")
-    values["SCRIPT"] = files.joinpath("page.js").read_text("utf-8")
+    files = resources.files("selfray.report").joinpath("web")
+    parts = [files.joinpath(f"{name}.js").read_text("utf-8") for name in SCRIPTS]
+    values["SCRIPT"] = "\n".join(['"use strict";', "(() => {", *parts, "})();", ""])
     template = files.joinpath("page.html").read_text("utf-8")
-    # In one pass: a run that is called {{DATA}} stays what it is.
+    # In one pass, so that a run named {{DATA}} is not replaced.
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)
-    # A file's name may hold half a character, which UTF-8 cannot write.
+    # A file's name may hold a lone surrogate, which UTF-8 cannot encode.
     return page.encode("utf-8", "backslashreplace").decode()
 
 
 def as_script(value: Any) -> str:
-    """JSON that may stand inside a <script>: nothing in it ends the element or opens a comment."""
+    """JSON that is safe inside a <script> element: it cannot end the element or open a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _evaluations(runs: Sequence[ComparedRun]) -> dict[str, Metric]:
+    """Name -> metric of the figures that `selfray evaluate` logged for any of the runs."""
+    names = sorted({name for run in runs for name in run.curves})
+    return {name: metric for name in names if (metric := evaluation(name)) is not None}
 
 
 def _summary(runs: Sequence[ComparedRun]) -> str:
@@ -143,7 +154,8 @@ def _chart_data(run: ComparedRun, curves: Mapping[str, Points]) -> dict[str, Any
 
 
 def _pairs(points: Points) -> list[list[float | None]]:
-    """Two lists, which are shorter than many pairs; what is not finite is a gap."""
+    """[x values, y values], which is shorter than a list of pairs; non-finite values become
+    null."""
     return [[seen for seen, _ in points], [_finite(value) for _, value in points]]
 
 
@@ -154,7 +166,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _thinned(runs: Sequence[ComparedRun]) -> list[dict[str, Points]]:
-    """The curves with so few points that a page of many runs can be opened."""
+    """The curves, thinned so that a browser can open a page of many runs."""
     curves = sum(len(run.curves) for run in runs)
     fewest, most = POINTS_OF_A_CURVE
     limit = max(fewest, min(most, MOST_POINTS // max(1, curves)))
@@ -210,7 +222,7 @@ _FACTS = (
     ("started", "UTC", ""),
     ("MLflow", "the run's page on its tracking server", ""),
 )
-"""(head, hint, parameter) of the columns that tell of a run what any reader asks."""
+"""(head, hint, parameter) of the general columns of a run."""
 
 
 def _fact(run: ComparedRun, name: str, parameter: str) -> str:
@@ -243,6 +255,8 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
     heads += [("status", "")]
     for name in map(probe_name, ACCURACIES):
         heads.append((name, f"accuracy of the {name} probe at the end, in %"))
+    evaluated = _evaluations(runs)
+    heads += [(metric.name, f"{metric.title}, in %") for metric in evaluated.values()]
     heads += [
         ("gain", "points of the judging probe above the untrained encoder"),
         ("RankMe", "effective rank of the features, label-free"),
@@ -250,7 +264,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         ("images/s", "images trained in a second, median"),
     ]
     varied = list(found.varied.items())
-    # What was varied has a column of its own.
+    # Varied parameters have their own columns.
     facts = [fact for fact in _FACTS if fact[2] not in found.varied]
     heads += [(name, "") for name in found.varied]
     heads += [(name, hint) for name, hint, _ in facts]
@@ -275,6 +289,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         for probe in ACCURACIES:
             judges = " judges" if probe == run.judged_by and run.score is not None else ""
             cells.append(_figure(run.last(f"probe/{probe}"), ".1%", f"number{judges}"))
+        cells += [_figure(run.last(name), ".1%") for name in evaluated]
         judged = f"probe/{run.judged_by}"
         now, before = run.score, run.untrained(judged)
         gain = None if now is None or before is None else 100 * (now - before)
@@ -291,12 +306,13 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
 
 
 def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
-    """Every parameter that differs, a line each; a column for each of the best runs."""
+    """A table with one row for each parameter that differs and one column for each of the best
+    runs."""
     everything = {**found.varied, **found.of_recipes}
     columns = sorted(featured(runs)[:MOST_COLUMNS])
     if not everything:
         told = (
-            "The runs have the same settings, but for where and how they were carried out "
+            "The runs have the same settings, except for where and how they were carried out "
             "(workers, output and the like)."
         )
         return f"<p>{told}</p>" if len(runs) > 1 else ""
@@ -313,8 +329,8 @@ def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
         )
         rows.append(f"<tr{kind}><th scope=row>{html.escape(name)}</th>{cells}</tr>")
     limit = (
-        f"<p class=hint>Of the best {len(columns)} runs; the table of the runs has what was varied "
-        "for all.</p>"
+        f"<p class=hint>Of the best {len(columns)} runs; the table of runs shows varied parameters "
+        "of all.</p>"
         if len(columns) < len(runs)
         else ""
     )
@@ -332,7 +348,7 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
     counts = Counter(kind for index in chosen for kind in runs[index].pictures)
 
     def place(kind: str) -> tuple[int, int, str]:
-        # What most runs have is shown first.
+        # Kinds that most runs have come first.
         return -counts[kind], KINDS.index(kind) if kind in KINDS else len(KINDS), kind
 
     ordered = sorted(counts, key=place)
@@ -341,7 +357,7 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
         for kind in ordered
     )
     limit = (
-        f" Shown of the best {len(chosen)} of {having} runs that have some; --pictures changes it."
+        f" Shown for the best {len(chosen)} of {having} runs with pictures; --pictures changes it."
         if having > len(chosen)
         else ""
     )
@@ -366,10 +382,11 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
 
 
 def _picture(file: Location, alternative: str) -> str:
-    """An image with its bytes in it. One that cannot be read is said, not raised."""
+    """An <img> element with the image's bytes inside; for an unreadable file, a sentence
+    instead."""
     try:
         kind, data = _packed(file.read_bytes())
-    except Exception as error:  # Pillow's readers raise all kinds for a file that is no picture
+    except Exception as error:  # Pillow's readers raise many types for bad files
         told = f"{file} cannot be read: {one_line(error)}"
         return f"<p class=missing>{html.escape(told)}</p>"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
@@ -377,8 +394,8 @@ def _picture(file: Location, alternative: str) -> str:
 
 
 def _packed(data: bytes) -> tuple[str, bytes]:
-    """(format, bytes) of a picture of any format that Pillow reads, made small where it is large.
-    OSError where it is no picture."""
+    """(format, bytes) of a picture in any format that Pillow reads; large ones are compressed.
+    Raises OSError for other files and ValueError for too many pixels."""
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > LARGEST_PICTURE_PIXELS:
             raise ValueError(f"it has {image.width:,} x {image.height:,} pixels")

@@ -1,7 +1,7 @@
-"""At which steps a run writes checkpoints and probes its encoder.
+"""The steps at which a run writes checkpoints and probes its encoder.
 
-A recipe says how often, for a run of its own length. On few images the same recipe has few steps:
-100 checkpoints in 96 steps, and probes that take the processor from training, are nobody's wish.
+A recipe gives their number for a run of its own length. With few images the same recipe has few
+steps: 100 checkpoints in 96 steps, or probes that slow down training, make no sense.
 """
 
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from selfray.experiment import Experiment
 
 CHECKPOINT_APART = 10
 PROBE_APART = 20
-"""Steps from one to the next, at least, where the user did not say how many."""
+"""Least number of steps between two, unless the user gave their number."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Milestones:
     """The steps of a run's events; the last step is among them."""
 
     checkpoints: frozenset[int]
-    """Those before probes included."""
+    """Steps of checkpoints, those for probes included."""
     probes: frozenset[int]
     note: str = ""
-    """What was changed of the recipe's wish, in one line; empty where nothing was."""
+    """What was changed from the recipe, in one line; empty if nothing."""
 
 
 def milestones(
@@ -32,9 +32,11 @@ def milestones(
     """The milestones of a run.
 
     Args:
-        chosen: dotted names of the fields that the user set. `checkpoint.times` and `probe.times`
-            outside of it are a recipe's defaults, and are lowered where steps are few. None takes
-            the experiment at its word.
+        experiment: the run.
+        total_steps: the number of its steps.
+        chosen: dotted names of the fields that the user set. If `checkpoint.times` or `probe.times`
+            is not among them, it is a recipe's default and is lowered for short runs. None changes
+            nothing.
     """
     wanted = {
         "checkpoint.times": (experiment.checkpoint.times, CHECKPOINT_APART),
@@ -54,8 +56,8 @@ def milestones(
         recipes = " and ".join(str(wanted[name][0]) for name in lowered)
         flags = " and ".join(f"--{name}" for name in lowered)
         note = (
-            f"{counts} in {_counted(total_steps, 'step')}, where the recipe has {recipes} for "
-            f"longer runs ({flags} choose{'s' if len(lowered) == 1 else ''} otherwise)"
+            f"{counts} in {_counted(total_steps, 'step')}, instead of the recipe's {recipes} for "
+            f"longer runs ({flags} change{'s' if len(lowered) == 1 else ''} this)"
         )
     probes = even_steps(total_steps, times["probe.times"])
     checkpoints = even_steps(total_steps, times["checkpoint.times"]) | probes

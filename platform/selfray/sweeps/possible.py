@@ -3,18 +3,19 @@
 from selfray.experiment import Experiment
 from selfray.models import on_meta
 from selfray.sweeps.population import first_generation
-from selfray.sweeps.question import Choice, Question, Range
+from selfray.sweeps.question import Question, Range
+from selfray.sweeps.searches import SEARCHES, Choice
 
 
 def refuse_impossible(base: Experiment, question: Question) -> None:
     """ValueError in the experiment's own words where a run could not have what is asked, or its
     encoder cannot be used."""
-    if question.search == "population":
+    if SEARCHES[question.search].is_population:
         for member in first_generation(question):
             on_meta.require_encoder_of(member.experiment(base, question))
         return
     choices = question.choices
-    if question.search == "optuna":  # what will be asked is not known, but its bounds are
+    if SEARCHES[question.search].ask:  # what will be asked is not known, but its bounds are
         choices = [_end(question, place) for place in (0.0, 1.0)]
     for choice in choices:
         for trial in question.trials(choice):
