@@ -31,7 +31,9 @@ from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards
 from selfray.data.tables import labels_in_tables
 from selfray.data.tar import read_tar
 from selfray.pixels import codecs
+from selfray.pixels.deep import Intake, WindowOf
 from selfray.storage import Location, one_line
+from selfray.views import MOST_CHANNELS
 
 TAR_SAMPLE_BYTES = 1024
 """No member of a tar takes less: 512 bytes of header, and its content in blocks of 512."""
@@ -58,6 +60,14 @@ class BuildOptions:
     """Parquet sources only: the column that holds the images; None finds it."""
     label_column: str | None = None
     """Of Parquet, of a metadata table beside images, or of `.json` members; None finds it."""
+    window: tuple[float, float] | None = None
+    window_of: WindowOf | None = None
+    keep_depth: bool = False
+    page: int | None = None
+    """These four say how deep, multispectral and several-paged files are stored: see Intake."""
+    channels: int | None = None
+    """Images of other channels are quarantined; None keeps those that most images have. Gray and
+    colour images count as one."""
 
     def __post_init__(self) -> None:
         require(
@@ -70,12 +80,24 @@ class BuildOptions:
             self.labels in ("auto", "folders", "none"),
             f"labels must be auto, folders or none, got {self.labels!r}",
         )
+        require(
+            self.channels is None or 1 <= self.channels <= MOST_CHANNELS,
+            f"channels must lie in [1, {MOST_CHANNELS}], got {self.channels}",
+        )
+        _ = self.intake  # refuses what cannot be meant
+
+    @property
+    def intake(self) -> Intake:
+        return Intake(self.window, self.window_of, self.keep_depth, self.page)
 
     def to_json(self) -> dict[str, Any]:
         """As manifests hold it; a field that came later is left out while it has its default."""
         values = dataclasses.asdict(self)
-        if self.label_column is None:
-            del values["label_column"]
+        for name in ("label_column", "window", "window_of", "keep_depth", "page", "channels"):
+            if values[name] is None or values[name] is False:
+                del values[name]
+        if self.window is not None:
+            values["window"] = list(self.window)  # as a file gives it back
         return values
 
 

@@ -10,6 +10,8 @@ import numpy as np
 class Raw:
     values: np.ndarray
     """[H, W, C] of any integers or floats."""
+    format: str
+    """Such as PNG, TIFF or DICOM."""
     window: tuple[float, float] | None = None
     """The values that the file itself calls black and white."""
     is_inverted: bool = False
