@@ -152,9 +152,7 @@ def batches(
 def prepared(batch: Batch, wanted: Experiment) -> Batch:
     """A batch as a method sees it: views as float, normalised."""
     return {
-        name: normalize(values, wanted.data.mean, wanted.data.std)
-        if name in wanted.views
-        else values
+        name: normalize(values, *wanted.data.normalization) if name in wanted.views else values
         for name, values in batch.items()
     }
 

@@ -150,6 +150,14 @@ class Manifest:
             ) from None
 
 
+def statistics_in(folder: Location) -> Statistics | None:
+    """What the build of these shards measured; shards without a manifest can be read, too."""
+    try:
+        return Manifest.load(folder).statistics
+    except (ValueError, OSError):
+        return None
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """What a finished shard adds to the manifest; stored beside it until the build is complete."""
