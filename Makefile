@@ -77,7 +77,9 @@ ui: $(READY)
 	@test -f $(RUNS)/mlflow.db || { echo "there is no $(RUNS)/mlflow.db yet: run make quickstart first"; exit 2; }
 	@echo "the runs and their curves, in some seconds (Ctrl-C ends MLflow):"
 	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(BIN)/mlflow ui \
+		--backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db \
+		--host 127.0.0.1 --allowed-hosts localhost:5000,127.0.0.1:5000
 
 clean:
 	rm -rf $(VENV)

@@ -1,24 +1,21 @@
-"""How far work is and how long it will take, on the console."""
+"""Progress, speed and remaining time of long work, on the console."""
 
 import threading
 import time
 
 from selfray.console import Console
 
-LINE_SECONDS = 30.0
-"""Where nobody watches a terminal, a line this often."""
-
 
 class Pace:
-    """Counts what is done; threads may share it."""
+    """Counts finished images and shows the progress. Thread-safe."""
 
     def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
-        """`done` was done by an earlier start, and does not count for the speed."""
+        """`done` images were finished by an earlier start; they do not count for the speed."""
         self._console = console
         self._title = title
         self._total = total
         self._before = self._done = done
-        self._started = self._said = time.monotonic()
+        self._started = time.monotonic()
         self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
@@ -27,18 +24,14 @@ class Pace:
             now = time.monotonic()
             speed = (self._done - self._before) / max(now - self._started, 1e-6)
             left = (self._total - self._done) / max(speed, 1e-6)
-            line = (
+            self._console.live(
                 f"{self._title}: {self._done:,} of {self._total:,} images, {speed:,.0f} images/s, "
-                f"{_clock(left)} left"
+                f"{clock(left)} left"
             )
-            self._console.live(line)
-            is_late = now - self._said >= LINE_SECONDS and self._done < self._total
-            if is_late and not self._console.is_terminal:
-                self._console.say(line)
-                self._said = now
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as 1:02:03 or 2:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

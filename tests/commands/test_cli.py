@@ -415,7 +415,7 @@ def test_the_printed_lines_load_the_exported_encoder(typed, trained, tmp_path, n
     said = typed("export", trained / name, "--to", "timm", "--output", "encoder")
     assert said.code == 0, said.text
     assert said.lines[0].startswith(f"{tmp_path}/encoder: ")
-    assert said.lines[1].startswith("verified: timm opens it, with num_classes=10 too, and gives")
+    assert said.lines[1].startswith("verified: timm opens it, also with num_classes=10, and comp")
     scope: dict[str, torch.nn.Module] = {}
     exec(printed_code(said), scope)
     batch = torch.randn(3, 3, 16, 16)
@@ -561,7 +561,7 @@ def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
     assert_one_line_error(export(f"mlruns:/{stranger}", uri), "no tag run.folder")
     assert_one_line_error(export("mlruns:/", uri), "needs the id of a run")
     dead = export(f"mlruns:/{run_id}", f"http://{DEAD}")
-    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "start or mend it")
+    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "start or repair it")
     Path("junk.db").write_text("junk")
     broken = export(f"mlruns:/{run_id}", "sqlite:///junk.db")
     assert_one_line_error(broken, "cannot be used", "file is not a database")
@@ -780,7 +780,7 @@ def test_embeddings_are_the_same_bytes_after_an_interruption(
     assert sorted(set(table["label"].to_pylist())) == [0, 1]
     another = typed(*command, "one", "--normalize")
     assert another.code == 2
-    assert f"{tmp_path}/one holds embeddings of something else (another contents)" in another.text
+    assert f"{tmp_path}/one holds embeddings of something else (different contents)" in another.text
     foreign = typed(*command, trained)
     assert foreign.code == 2
     assert f"{trained} is not empty and holds no embeddings" in foreign.text
@@ -825,5 +825,5 @@ def test_doctor_looks_at_everything_and_starts_ray_by_itself(tmp_path):
     assert found["Ray"][0] in ("ok", "warn")
     assert re.match(r"starts on this machine in [\d.]+ s: \d+ CPUs, 0 GPUs", found["Ray"][1])
     assert found["MLflow"][0] == "fail"
-    assert "start or mend it" in found["MLflow"][1]
+    assert "start or repair it" in found["MLflow"][1]
     assert done.returncode == 1

@@ -10,7 +10,6 @@ import pytest
 from helpers import MAE, experiment
 from selfray import config
 from selfray.commands import early, script
-from selfray.commands.config_file import as_yaml
 from selfray.recipes import NAMES, every
 
 RECIPES = {"recipe": experiment(MAE)}
@@ -146,4 +145,4 @@ def test_a_file_that_is_not_there_is_named():
 
 
 def test_the_yaml_of_an_experiment_holds_its_types():
-    assert "type: selfray.methods.mae:MAEConfig" in as_yaml(RECIPES["recipe"])
+    assert "type: selfray.methods.mae:MAEConfig" in config.to_yaml(RECIPES["recipe"])

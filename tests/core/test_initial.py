@@ -127,7 +127,9 @@ def test_prototypes_start_as_a_linear_layer_of_pytorch_s():
     head = PrototypeHead(32, hidden=64, bottleneck=256, prototypes=512)
     # Uniform within 1 / sqrt(256): rows of length sqrt(1 / 3).
     assert is_uniform(head.prototypes.weight, 1 / 16)
-    assert float(head.prototypes.weight.detach().norm(dim=1).mean()) == pytest.approx(0.577, rel=0.01)
+    assert float(head.prototypes.weight.detach().norm(dim=1).mean()) == pytest.approx(
+        0.577, rel=0.01
+    )
     linear = head.mlp[2]
     assert isinstance(linear, nn.Linear)
     assert std(linear.weight) == pytest.approx(0.02, rel=0.05)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_data_layouts import images, picture
 
 from selfray.data.data_sets import as_started, remember
 from selfray.data.destination import open_destination, read_records, start
@@ -25,7 +26,6 @@ from selfray.data.shard_set import open_shards
 from selfray.data.tar import read_tar
 from selfray.data.writer import write_arrays
 from selfray.storage import Location
-from test_data_layouts import images, picture
 
 MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", "500"))
 COUNT = 24

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from selfray import caches
 from selfray.pixels import compiled
 
 SERVER = """
@@ -98,6 +99,7 @@ def sources(folder: Path) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
+    shutil.copyfile(caches.__file__, package.parent / "caches.py")
     for name in compiled.SOURCES:
         # Without the file's times, as a clone or an upload has it.
         shutil.copyfile(Path(compiled.__file__).with_name(name), package / name)
@@ -121,6 +123,8 @@ def test_all_that_is_compiled_and_what_it_imports_is_among_the_sources() -> None
         for node in ast.walk(ast.parse((package / name).read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "selfray.pixels":
                 imported |= {f"{alias.name}.py" for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module == "selfray":
+                assert [alias.name for alias in node.names] == ["caches"]  # called by Python alone
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfray."):
                 imported.add(f"{node.module}.py".removeprefix("selfray.pixels."))
             elif isinstance(node, ast.Import):
@@ -166,6 +170,36 @@ def test_where_no_cache_can_be_written_kernels_still_run(tmp_path: Path, run: Ru
     # A folder that others may write to could have anybody's code.
     private.chmod(0o777)
     assert run(tmp_path / "one", tmp_path / "caches", **blocked) == (0, 1, Path("None"))
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize("attack", ["shared above", "shared", "another's"])
+def test_code_that_others_may_have_put_there_is_not_run(
+    tmp_path: Path, monkeypatch, variable: str, attack: str
+) -> None:
+    named = tmp_path / "named"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(variable, str(named))
+    if variable == "NUMBA_CACHE_DIR":
+        monkeypatch.setattr(compiled.config, "CACHE_DIR", str(named))
+    folder = compiled.cache_folder.__wrapped__()
+    assert folder is not None
+    assert folder.is_relative_to(named)
+    (folder / "kernel.nbi").write_bytes(b"a pickle of anybody's")
+    if attack == "shared above":
+        named.chmod(0o777)
+    elif attack == "shared":
+        folder.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(folder, 12345, 12345)
+    else:
+        pytest.skip("gives a folder to another user")
+    found = compiled.cache_folder.__wrapped__()
+    assert found is not None
+    assert not found.is_relative_to(named)
 
 
 def test_a_user_without_a_home_has_a_cache_too(monkeypatch, tmp_path: Path) -> None:

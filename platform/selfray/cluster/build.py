@@ -1,9 +1,9 @@
 """Images of any origin -> Parquet shards with a manifest, in parallel on Ray.
 
 Sources are a folder of images, WebDataset tars or Parquet files; local, s3:// or gs://. A build is
-planned as data first (data/listing.py), and a work item's shards follow from its inputs and the
-seed alone (data/writer.py). So any worker can build any shard, the same source and options give
-the same bytes, and an interrupted build goes on where it stopped.
+first planned as data (data/listing.py), and a work item's shards follow only from its inputs and
+the seed (data/writer.py). So any worker can build any shard, the same source and options give the
+same bytes, and an interrupted build continues where it stopped.
 
 While a build runs, DST/_build holds the plan and one record for each finished shard; manifest.json
 is written last and marks the build complete. Broken images are listed in quarantine.jsonl.
@@ -76,15 +76,19 @@ def build(
 ) -> Manifest:
     """Convert images to Parquet shards on the running Ray; on a second call, finish the build.
 
-    Shards are named by numbers, which may have gaps: a shard of broken images only is not written.
+    Shards are named by numbers, which may have gaps: a shard with only broken images is not
+        written.
+    Broken images are listed in DST/quarantine.jsonl and do not stop the build. A complete build of
+    the same plan is returned at once; its missing shards are built again.
 
-    Broken images go to DST/quarantine.jsonl and stop nothing. A complete build of the same plan is
-    returned at once; shards missing from it are built again. FileNotFoundError where the source
-    does not exist; ValueError where there is nothing to build, or where the destination cannot be
-    written or holds something else; OSError where storage fails on the way (run it again to go on).
+    `on_progress` is first called after planning and before any Ray task, so that a caller can start
+    Ray there.
 
-    `on_progress` is first called when the plan is made and before any Ray task, so that a caller
-    may start Ray there.
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: there is nothing to build, or the destination cannot be written or holds
+            something else.
+        OSError: storage failed during the build; the same call continues it.
     """
     options = options or BuildOptions()
     source, destination = Location.of(source), Location.of(destination)
@@ -106,7 +110,7 @@ def build(
     tally.quarantined = len(plan.quarantined)
     for record in records.values():
         tally.add(record)
-    going_on = f"going on: {len(records)} of {len(numbers)} shards are there" if records else ""
+    going_on = f"continuing: {len(records)} of {len(numbers)} shards exist" if records else ""
     for note in filter(None, (state.damage, *plan.notes)):
         tally.report(note)
     tally.report(going_on)
@@ -120,15 +124,15 @@ def build(
 def _mend(
     destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: Tally
 ) -> Manifest:
-    """Build again what is lost from a complete build; the manifest changes only where another
-    version of a library writes the same rows as other bytes."""
+    """Build missing shards of a complete build again. The manifest changes only if another version
+    of a library writes the same rows as different bytes."""
     shards = {shard_number(shard.name): shard for shard in manifest.shards}
     kept = intact(destination, shards)
     lost = set(shards) - set(kept)
     tally.quarantined = manifest.quarantined.count
     for shard in kept.values():
         tally.add(shard)
-    tally.shards_done = len(numbers) - len(lost)  # some numbers have no shard: nothing was sound
+    tally.shards_done = len(numbers) - len(lost)  # numbers without sound images have no shard
     note = f"{destination} is complete: nothing to do"
     if lost:
         note = f"{destination} has lost {len(lost)} of {len(shards)} shards: building them again"
@@ -236,6 +240,6 @@ def _build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[i
     except OSError as error:
         raise OSError(
             f"the build of {destination} stopped: {error}; finished shards are kept, run the same "
-            "build again to go on"
+            "build again to continue"
         ) from error
     return built

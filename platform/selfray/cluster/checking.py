@@ -26,7 +26,7 @@ class CheckReport:
     images: int
     bytes: int
     problems: tuple[str, ...]
-    """One line each: the file, what is wrong with it, and the way out."""
+    """One line for each: the file, its fault, and the way out."""
 
     @property
     def ok(self) -> bool:
@@ -40,7 +40,7 @@ def check(
 ) -> CheckReport:
     """Compare every shard with the manifest: existence, size, sha256, Parquet structure, rows.
 
-    `deep` also decodes every image. FileNotFoundError where there is no such folder.
+    `deep` also decodes every image. Raises FileNotFoundError if the folder does not exist.
     """
     destination = Location.of(destination)
     if not destination.is_folder():
@@ -80,11 +80,11 @@ def check(
     )
 
 
-_WAY_OUT = "delete it and run the same build again: only lost shards are built anew"
+_WAY_OUT = "delete it and run the same build again: only missing shards are built"
 
 
 def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
-    """Problems of what lies around the shards."""
+    """Problems with other files beside the shards."""
     names = {posixpath.basename(info.path) for info in destination.list()}
     known = {shard.name for shard in manifest.shards}
     problems = []
@@ -93,7 +93,7 @@ def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
         if name.endswith(".tmp"):
             problems.append(f"{path}: left by a killed task; delete it")
         elif name.endswith(".parquet"):
-            problems.append(f"{path}: not in the manifest, but readers would take it; delete it")
+            problems.append(f"{path}: not in the manifest, but readers would use it; delete it")
         elif name == BUILD_FOLDER:
             problems.append(f"{path}: left by a killed build; run the same build again")
     path = destination / QUARANTINE
@@ -109,13 +109,11 @@ def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
 def _check_shard(
     destination: Location, shard: Shard, has_labels: bool, max_pixels: int | None
 ) -> tuple[Shard, list[str]]:
-    """The problems of one shard; decodes its images where max_pixels is given. A Ray task."""
+    """The problems of one shard; decodes its images if max_pixels is given. Runs as a Ray task."""
     path = destination / shard.name
     info = path.info()
     if info.type == fs.FileType.NotFound:
-        return shard, [
-            f"{path}: missing; run the same build again: only lost shards are built anew"
-        ]
+        return shard, [f"{path}: missing; run the same build again: only missing shards are built"]
     if info.size != shard.bytes:
         return shard, [f"{path}: {info.size} bytes instead of {shard.bytes}; {_WAY_OUT}"]
     try:

@@ -16,9 +16,9 @@ from selfray.storage import one_line
 @dataclass(frozen=True)
 class Progress:
     images_done: int
-    """Images that lie in finished shards."""
+    """Images in finished shards."""
     images_total: int | None
-    """How many there may be at most; None for tars, which have no table of contents."""
+    """Largest possible number of images; None for tars, which have no table of contents."""
     quarantined: int
     shards_done: int
     shards_total: int
@@ -26,7 +26,7 @@ class Progress:
     bytes: int
     """Size of the finished shards."""
     note: str = ""
-    """A line for the user when there is something to say, such as that a build is continued."""
+    """A line for the user, such as that a build is continued; empty for none."""
 
 
 class Tally:
@@ -79,10 +79,11 @@ Result = TypeVar("Result")
 def in_parallel(
     function: Callable[..., Result], work: Iterable[tuple[str, tuple[Any, ...]]]
 ) -> Iterator[Result]:
-    """Results of function(*arguments) for each (name, arguments), in the order they are ready.
+    """Results of function(*arguments) for each (name, arguments), in order of completion.
 
-    One CPU for each task. Few more tasks than CPUs are in flight, since the arguments of all would
-    fill the object store; more than CPUs, so that an autoscaler sees demand.
+    Each task takes one CPU. About twice as many tasks as CPUs are submitted: more than CPUs, so
+    that an autoscaler sees demand, but not all, because their arguments would fill the object
+    store.
     """
     task = ray.remote(num_cpus=1)(function)
     waiting = iter(work)
@@ -99,7 +100,7 @@ def in_parallel(
             try:
                 result = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, OSError):  # storage: the traceback tells users nothing
+                if isinstance(error.cause, OSError):  # storage: a traceback does not help users
                     raise error.cause from None
                 raise
             except ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""An Experiment as a file that people write and read: YAML, or a run's own experiment.json.
+"""An Experiment as a file that people write and read: YAML, or a run's own experiment.yaml.
 
     recipe: mae-imagenet        # what is not said here is the recipe's
     epochs: 50
@@ -23,11 +23,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment
 
 RECIPE = "recipe"
-
-
-def as_yaml(experiment: "Experiment") -> str:
-    """The whole experiment, from which `read_config` makes the same one."""
-    return yaml.safe_dump(config.to_json(experiment), sort_keys=False, allow_unicode=True)
 
 
 def read_config(

@@ -43,7 +43,7 @@ def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
     known = flags_of(recipe)
     if known is None:
         return
-    given = _given(arguments[1:])
+    given = given_flags(arguments[1:])
     for flag, values in given:
         if flag in BEFORE_FLAGS:
             continue
@@ -61,7 +61,7 @@ def flags_of(recipe: str) -> Mapping[str, str] | None:
     return None if own is None else table["flags"][OF_ALL] | table["flags"][own]
 
 
-def _given(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+def given_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Flags with their values; a word that begins with two dashes is a flag."""
     found: list[tuple[str, list[str]]] = []
     for word in words:

@@ -5,7 +5,6 @@ Only tyro is imported at the top: torch, timm, ray and mlflow take seconds, and 
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
-from selfray import __version__, plugins, signals
+from selfray import __version__, caches, plugins, signals
 from selfray.check import require
 from selfray.commands.check_method import CheckMethod
 from selfray.commands.compare import Compare
@@ -165,12 +164,12 @@ def _quietly(command: Any) -> int:
 
 
 def _log_folder() -> Path:
-    """runs/logs, or a temporary folder where that cannot be written: an export needs no runs."""
+    """runs/logs, or a temporary folder where that cannot be made: an export needs no runs."""
     folder = Path("runs/logs").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.gettempdir()) / "selfray-logs"
+        return caches.private(iter([caches.temporary()])) / "logs"
     return folder
 
 

@@ -14,6 +14,7 @@ PRETRAIN = """Pretrain an encoder by a recipe; every field of the recipe is a fl
 
   $ selfray pretrain mae-imagenet --data.path s3://bucket/scans --workers 8
   $ selfray pretrain simclr-cifar10 --data.path cifar10/ --method.temperature 0.5
+  $ selfray pretrain auto --data.path scans/          proposes recipe and settings, with reasons
   $ selfray pretrain --config runs/mae-imagenet-1a2b3c4d/experiment.yaml --epochs 200
 
 The same command started again continues where it stopped. --print-config shows the whole
@@ -29,6 +30,10 @@ The result is a version of the model of the recipe's name in MLflow's registry."
 
 def pretrain(arguments: Sequence[str], description: str = PRETRAIN, prog: str = "pretrain") -> int:
     """Read a command line and carry its run out. Returns the exit code."""
+    if arguments[:1] == ["auto"]:
+        from selfray.commands import auto
+
+        return auto.run(arguments[1:], prog)
     return run_pretrain(arguments, description, prog, time.time())
 
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfray import plugins, signals
+from selfray import config, plugins, signals
 from selfray.cluster import runtime
 from selfray.commands import early
-from selfray.commands.config_file import as_yaml, read_config
+from selfray.commands.config_file import read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
 from selfray.commands.words import nearest
@@ -121,7 +121,7 @@ def parse(
     )
     experiment = replace(experiment, output=runtime.lasting(experiment.output))
     if shows:
-        print(as_yaml(experiment), end="")
+        print(config.to_yaml(experiment), end="")
         raise SystemExit(0)
     return experiment
 
@@ -167,6 +167,7 @@ def _launch(
 ) -> int:
     from selfray.cluster.launch import launch
 
+    console.live("starting Ray")
     with ray.session(console.say):
         result = launch(experiment, console, started=started)
     if then is not None:

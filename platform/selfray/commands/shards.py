@@ -222,8 +222,8 @@ class BuildLine:
         if self.first is None:
             self.first, self._started = progress, time.monotonic()
         line = self._line(progress, self.first)
+        self._console.live(line)
         if self._console.is_terminal:
-            self._console.live(line)
             return
         tenth = progress.shards_done * LINES_WITHOUT_TERMINAL // max(1, progress.shards_total)
         if tenth > self._shown:

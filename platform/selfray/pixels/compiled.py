@@ -11,16 +11,21 @@ bounds numba's version, and tests/test_compiled.py says what is expected of them
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+from selfray import caches
+
+log = logging.getLogger(__name__)
 
 config: Any = numba.config
 SOURCES = (
@@ -99,16 +104,21 @@ class _Cache(FunctionCache):
 def cache_folder() -> Path | None:
     """The first of these folders that can be used, or None.
 
-    NUMBA_CACHE_DIR if it is set; `selfray` in XDG_CACHE_HOME or ~/.cache; a folder in the temporary
-    one that only this user may write to.
+    NUMBA_CACHE_DIR if it is set, then what `caches.choices` names. numba unpickles what lies there:
+    never one in which somebody else may have put anything.
     """
     name = f"kernels-{digest()}"
-    for folder in (choice / name for choice in _choices()):
+    for folder in (choice / name for choice in caches.choices(config.CACHE_DIR)):
         try:
             # Filled already: it may be read-only, such as part of a container's image.
-            if next(folder.glob("*.nbi"), None):
+            is_filled = next(folder.glob("*.nbi"), None) is not None
+            if not is_filled:
+                caches.make(folder)
+            if (cause := caches.why_not_private(folder)) is not None:
+                log.info("compiled kernels are not kept in %s: %s", folder, cause)
+                continue
+            if is_filled:
                 return folder
-            folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             if shutil.disk_usage(folder).free > ROOM:
                 return folder
@@ -117,25 +127,9 @@ def cache_folder() -> Path | None:
     return None
 
 
-def _choices() -> Iterator[Path]:
-    if config.CACHE_DIR:
-        yield Path(config.CACHE_DIR)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        yield Path(caches) / "selfray"
-    with contextlib.suppress(RuntimeError):  # this user has no home folder
-        yield Path.home() / ".cache" / "selfray"
-    # Everybody may write to the temporary folder: never run code that somebody else put there.
-    folder = Path(tempfile.gettempdir()) / f"selfray-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid == os.getuid() and found.st_mode & 0o077 == 0:
-            yield folder
-
-
 @functools.cache
 def digest() -> str:
-    """A hash of what the machine code depends on, as 16 hexadecimal digits.
+    """A hash of everything the machine code depends on, as 16 hexadecimal digits.
 
     SOURCES, numba's version and settings, and the processor: nodes of two kinds may share a home
     folder, and numba's index allows one writer at a time.

@@ -20,7 +20,7 @@ from selfray.pixels.other_formats import open_with_pillow
 from selfray.pixels.raw import Raw
 
 PERCENTILES = (0.5, 99.5)
-"""The window of deep images for which none is given and the file names none."""
+"""The window of deep images if neither the user nor the file gives one."""
 _VALUES_OF_A_WINDOW = 1 << 24
 """At most so many values of an image give its percentiles."""
 _VALUES_AT_A_TIME = 1 << 20
@@ -34,20 +34,21 @@ WindowOf = Literal["image", "set", "fixed"]
 
 @dataclass(frozen=True)
 class Intake:
-    """How image files become what is stored."""
+    """How image files are converted for storage."""
 
     window: tuple[float, float] | None = None
     """The values that become black and white: percentiles such as 0.5 99.5, or fixed values such as
-    -1000 400. None takes a DICOM's own window, and percentiles 0.5 99.5 of others that have more
+    -1000 400. None takes a DICOM's own window, and percentiles 0.5 99.5 for other images of more
     than 8 bits."""
     window_of: WindowOf | None = None
-    """What `window` means: percentiles of each image, of all images of the data set together, or
-    fixed values. None takes two numbers within 0..100 for percentiles of each image, and others for
-    values."""
+    """The meaning of `window`: percentiles of each image (image), percentiles over all images
+    (set) or values (fixed). None takes two numbers within 0..100 as percentiles of each
+    image and others as values."""
     keep_depth: bool = False
-    """Store 16 bits where there are more than 8."""
+    """Store images of more than 8 bits with 16 bits."""
     page: int | None = None
-    """Only this page of files that have several, counted from 0; None takes each as an image."""
+    """Take only this page of files with several pages, counted from 0; None takes every page as an
+    image."""
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -58,8 +59,8 @@ class Intake:
             )
             require(
                 not self.by_percentiles or 0 <= low < high <= 100,
-                f"window {low:g} {high:g} are no percentiles: give two numbers within 0..100, or "
-                "--window-of fixed",
+                f"window {low:g} {high:g} is not a pair of percentiles: give two numbers within "
+                "0..100, or --window-of fixed",
             )
         require(self.page is None or self.page >= 0, f"page must be at least 0, got {self.page}")
 

@@ -1,8 +1,8 @@
-"""Image files as people have them -> what shards store: 8-bit images of 1 to 16 channels.
+"""Converts users' image files to what shards store: 8-bit images of 1 to 16 channels.
 
-What every decoder reads alike is kept byte for byte. Deep images (16 bits, signed or float values,
-DICOM), multispectral ones and files of several pages are converted: a window of values is mapped to
-0..255, or to 0..65535 to keep the depth. What was done is told, for the manifest.
+Files that all decoders read in the same way are kept byte for byte. Deep images (16 bits, signed or
+float values, DICOM), multispectral images and files of several pages are converted: a window of
+values is mapped to 0..255, or to 0..65535 to keep the depth. The manifest records the conversion.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ class Taken:
 
     data: bytes
     channels: int
-    """1 for gray, 3 for RGB (and for what is kept as it is), others for multispectral images."""
+    """1 for gray, 3 for RGB (and for files kept byte for byte), others for multispectral images."""
     page: int | None = None
-    """Its page or frame, in a file of several."""
+    """The page or frame, for a file of several."""
     done: dict[str, Any] = field(default_factory=dict)
-    """What was done, for the manifest: depth, window, modality. Empty for the file's own bytes."""
+    """The conversion, for the manifest: depth, window, modality. Empty for the file's own bytes."""
 
     @property
     def described(self) -> str:
