@@ -1,14 +1,15 @@
 """What a change of the methods did: the same runs on several checkouts of the code, seeds and all.
 
     python benchmarks/digits_study.py --source before=../old after=. --seeds 3 --jobs 16
-    python benchmarks/digits_study.py --studies cifar10 leak --data cifar10/ --device cuda
+    python benchmarks/digits_study.py --studies cifar10 --data cifar10/ --device cuda
+    python benchmarks/digits_study.py --studies leak --seeds 3
     python benchmarks/digits_study.py --methods beit --seeds 2 --epochs 2       # a try
 
 Three studies, the core alone (neither ray nor mlflow nor tyro), one process of one thread a run:
 
     digits   the nine digits recipes as they are; BEiT trains its tokenizer first
     cifar10  SimCLR, BYOL, MoCo v2, DINO and MAE at one small setting, the same images seen by each
-    leak     MoCo v2 with batch norm over the whole batch and over shuffled groups of it
+    leak     MoCo v2 on digits, batch norm over the whole batch and over shuffled groups of it
 
 Every run is judged by kNN and by the linear probe, untrained and trained, and writes a JSON file
 of its own as soon as it is done, with the losses and metrics on the way. results.json and table.md
@@ -100,9 +101,9 @@ def parse() -> argparse.Namespace:
     add("--studies", nargs="+", default=["digits"], choices=["digits", "cifar10", "leak"])
     add("--methods", nargs="+", help="only these")
     add("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
-    add("--cifar-seeds", type=int, default=1, help="the same for the other two studies")
+    add("--cifar-seeds", type=int, default=1, help="the same for CIFAR-10")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    add("--device", default="cpu", help="cpu or cuda, of the other two studies' runs")
+    add("--device", default="cpu", help="cpu or cuda, of the runs on CIFAR-10")
     add("--digits-device", default="cpu", help="cpu or cuda: small runs, a GPU can share many")
     add("--precision", default="float32", choices=["float32", "bf16"], help="not of digits' ViTs")
     add("--epochs", type=int, help="of the digits; the recipes' own without it")
@@ -112,7 +113,7 @@ def parse() -> argparse.Namespace:
     add("--minutes", type=float, default=60.0, help="what is not done by then is ended")
     add("--output", default="runs/study")
     settings = parser.parse_args()
-    if set(settings.studies) - {"digits"} and not settings.data:
+    if "cifar10" in settings.studies and not settings.data:
         parser.error("--data is missing: give a folder of CIFAR-10's Parquet files")
     for source in settings.source:
         name, _, folder = source.partition("=")
@@ -130,7 +131,7 @@ def parse() -> argparse.Namespace:
 def plan(settings: argparse.Namespace, output: Path) -> list[Job]:
     """All runs, those with the first seed first, and of these the slow ones first."""
     images = str(output / "cifar10")
-    if set(settings.studies) - {"digits"}:
+    if "cifar10" in settings.studies:
         decode_cifar10(Path(settings.data), Path(images))
     jobs = []
     for source in settings.source:
@@ -148,19 +149,22 @@ def plan(settings: argparse.Namespace, output: Path) -> list[Job]:
             "epochs": settings.cifar_epochs,
             "limit": settings.limit,
         }
-        if "digits" in settings.studies:
+        if set(settings.studies) - {"cifar10"}:
             jobs.append(Job(WARM_UP, method="mae", seed=0, **common))
         for seed in range(settings.seeds if "digits" in settings.studies else 0):
             jobs += [
                 Job("digits", method=method, seed=seed, epochs=settings.epochs, **common)
                 for method in DIGITS
             ]
-        for seed in range(settings.cifar_seeds):
-            if "cifar10" in settings.studies:
-                jobs += [Job("cifar10", method=m, seed=seed, **small) for m in CIFAR10]
-            # An older checkout has one arm: its batch norms know no groups.
-            if "leak" in settings.studies and source == settings.source[-1]:
-                jobs += [Job("leak", method="mocov2", seed=seed, arm=a, **small) for a in ARMS]
+        for seed in range(settings.cifar_seeds if "cifar10" in settings.studies else 0):
+            jobs += [Job("cifar10", method=m, seed=seed, **small) for m in CIFAR10]
+        # An older checkout has one arm: its batch norms know no groups.
+        if "leak" in settings.studies and source == settings.source[-1]:
+            for seed in range(settings.seeds):
+                jobs += [
+                    Job("leak", method="mocov2", seed=seed, arm=a, epochs=settings.epochs, **common)
+                    for a in ARMS
+                ]
     if settings.methods:
         jobs = [job for job in jobs if job.study == WARM_UP or job.method in settings.methods]
     return sorted(
@@ -266,7 +270,7 @@ def run_job(job: Job) -> int:
         import torch
 
         torch.set_num_threads(1)
-        result = digits_run(job) if job.study in ("digits", WARM_UP) else cifar10_run(job)
+        result = cifar10_run(job) if job.study == "cifar10" else digits_run(job)
     except Exception as error:  # whatever it is, the other runs go on, and the table shows it
         traceback.print_exc()
         lines = str(error).splitlines() or [""]
@@ -296,6 +300,8 @@ class Images:
 def digits_run(job: Job) -> dict[str, Any]:
     import torch
 
+    from selfray import config
+
     recipes = moved("selfray.recipes.digits", "recipes.digits").RECIPES
     augment = moved("selfray.pixels.augment", "selfray.augment")
     codecs = moved("selfray.pixels.codecs", "selfray.images")
@@ -308,7 +314,8 @@ def digits_run(job: Job) -> dict[str, Any]:
         # The platform's own comparison trains ResNets in bf16 where it may.
         precision = job.precision if recipe.encoder.is_resnet else "float32"
         epochs = min(job.epochs or recipe.epochs, recipe.epochs)
-        return replace(recipe, seed=job.seed, precision=precision, epochs=epochs)
+        changed = replace(recipe, seed=job.seed, precision=precision, epochs=epochs)
+        return config.override(changed, **ARMS[job.arm]) if job.arm else changed
 
     def stream(experiment: Any) -> Iterator[Any]:
         training = [encoded[i] for i in parts["train"]]
@@ -376,12 +383,8 @@ def with_tokenizer(experiment: Any, tokenizer: Any, stream: Any, job: Job) -> An
 def cifar10_run(job: Job) -> dict[str, Any]:
     import torch
 
-    from selfray import config
-
     device_augment = moved("selfray.pixels.device", "selfray.device_augment")
     experiment = small_setting(job)
-    if job.arm:
-        experiment = config.override(experiment, **ARMS[job.arm])
     folder = Path(job.images)
     pixels, labels = (np.load(folder / f"train-{what}.npy") for what in ("images", "labels"))
     pixels, labels = pixels[: job.limit], labels[: job.limit]

@@ -24,6 +24,11 @@ COMMAND = "import sys; from selfray.commands.main import main; sys.exit(main())"
 FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.times", "0")
 
 
+def _heed_interrupts() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and so would this test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Run:
     """`selfray pretrain` on the digits, in a process of its own, and what Ray starts for it."""
@@ -41,6 +46,7 @@ class Run:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
         return self
 
@@ -64,6 +70,15 @@ class Run:
     def trains(self) -> None:
         self.waits_for("training", lambda: "images/s" in self.said)
 
+    def only(self, name: str) -> psutil.Process:
+        """The process of this name. Others of the family may end while they are asked."""
+        found = []
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if process.name() == name else []
+        (one,) = found
+        return one
+
     def ended(self) -> int:
         """Its exit code, once nothing of it is left."""
         code = self.process.wait(300)
@@ -82,32 +97,9 @@ class Run:
 
 
 @pytest.mark.long
-def test_a_terminated_run_is_killed_in_mlflow_and_goes_on_and_a_lost_raylet_is_told(
+def test_two_interrupts_at_the_start_and_a_lost_raylet_are_one_line_and_leave_nothing(
     tmp_path: Path,
 ) -> None:
-    with Run(tmp_path) as run:
-        run.trains()
-        run.process.send_signal(signal.SIGTERM)
-        assert run.ended() == 143
-    assert run.said.endswith("interrupted: the same command continues from the last checkpoint\n")
-    assert run.status == "KILLED"
-
-    with Run(tmp_path) as run:
-        run.trains()
-        (raylet,) = (process for process in run.family if process.name() == "raylet")
-        raylet.kill()
-        assert run.ended() == 1
-    assert "continuing from step" in run.said
-    assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
-    assert run.status == "FAILED"
-    (written,) = tmp_path.glob("mae-digits-*/run.json")
-    told = json.loads(written.read_text())
-    assert told["status"] == "failed"
-    assert "raylet" in told["failure"]
-
-
-@pytest.mark.long
-def test_two_interrupts_while_ray_starts_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.waits_for("Ray's start", lambda: bool(run.family))
         for _ in range(2):
@@ -116,6 +108,17 @@ def test_two_interrupts_while_ray_starts_are_one_line_and_leave_nothing(tmp_path
         assert run.ended() == 130
     assert [line for line in run.said.splitlines() if "interrupted" in line]
     assert "Traceback" not in run.said
+
+    with Run(tmp_path) as run:
+        run.trains()
+        run.only("raylet").kill()
+        assert run.ended() == 1
+    assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
+    assert run.status == "FAILED"
+    (written,) = tmp_path.glob("mae-digits-*/run.json")
+    told = json.loads(written.read_text())
+    assert told["status"] == "failed"
+    assert "raylet" in told["failure"]
 
 
 def test_a_failure_is_written_into_the_room_that_was_kept_for_it(tmp_path: Path) -> None:

@@ -25,12 +25,14 @@ from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for, writ
 from selfray import config
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
-from selfray.commands import main, script, shards
+from selfray.commands import main, probe, script, shards
 from selfray.commands.flags import BadSetting
 from selfray.config import override
+from selfray.console import Console
 from selfray.data import writer
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
+from selfray.probes.features import ProbeResult
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader
@@ -245,7 +247,10 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes():
         (["--encoder.patch-size", "5"], "patch_size 5 does not divide encoder.image_size"),
         (["--epochs", "0"], "epochs must be positive, got 0"),
         (["--epochs", "ten"], "--epochs: invalid literal"),
-        (["--method.mask-ration", "0.5"], "is no flag of pretrain recipe; did you mean --method.m"),
+        (
+            ["--method.mask-ration", "0.5"],
+            "is not a flag of pretrain recipe; did you mean --method.",
+        ),
         (["--precision", "fp8"], "--precision must be one of float32, tf32, bf16, got fp8"),
     ],
 )
@@ -282,7 +287,7 @@ def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) 
             "--to must be one of timm, huggingface, onnx, got elsewhere",
         ),
         ("probe", "CHECKPOINT is missing: see selfray probe --help"),
-        ("probe run --datta x", "--datta is no flag of selfray probe; did you mean --data?"),
+        ("probe run --datta x", "--datta is not a flag of selfray probe; did you mean --data?"),
         ("prob run", "selfray has no prob; did you mean probe?"),
         ("shards bild a b", "selfray shards has no bild; did you mean build?"),
     ],
@@ -521,7 +526,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_gives_the_one_before(typed, ru
     flip_a_byte(run_folder / "checkpoints" / "step-00000002" / "encoder.safetensors")
     said = typed("export", run_folder, "--to", "timm")
     assert said.code == 0
-    assert "step-00000002 is damaged: taking the one before, step 1" in said.lines[0]
+    assert "step-00000002 is damaged: using an earlier one, step 1" in said.lines[0]
     assert "step 1" in said.lines[1]
 
 
@@ -602,7 +607,7 @@ def test_missing_data_is_told_by_the_flag_of_this_command(typed_without_ray, tra
 def test_more_gpus_than_the_cluster_has_are_refused(ray_address, typed, trained):
     said = typed("probe", trained / "mae", "--device-gpus", 99)
     assert said.code == 2
-    assert said.lines[-1].startswith("error: --device-gpus 99 is asked for")
+    assert said.lines[-1].startswith("error: --device-gpus must be between 0 and")
     assert "give less" in said.lines[-1]
 
 
@@ -612,7 +617,8 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     uri, run_id, _ = store
     done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    understood, *lines = done.stdout.splitlines()
+    # A slow machine says how far it is.
+    understood, *lines = (line for line in done.stdout.splitlines() if not line.endswith(" left"))
     assert understood == "40 train images of 2 classes (0, 1), 20 test images from test/"
     assert lines[:2] == [
         "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
@@ -663,7 +669,7 @@ def test_numbers_of_other_data_do_not_continue_the_curve_of_the_run(
     )  # fmt: skip
     assert said.code == 0, said.text
     assert said.lines[0] == "30 train images of 2 classes (0, 1)"
-    assert "24 train and 6 test images" in said.lines[2]
+    assert any("24 train and 6 test images" in line for line in said.lines)
     assert said.lines[-2].startswith("logged as probe/clinic/knn, probe/clinic/linear, probe/clin")
 
 
@@ -673,29 +679,35 @@ def kept_in(run_folder: Path) -> list[dict[str, float]]:
     return [record["values"] for record in records if record["kind"] == "metrics"]
 
 
-def test_numbers_wait_in_the_run_folder_where_mlflow_does_not_answer(
-    ray_address, typed, store, run_folder
-):
-    said = typed("probe", run_folder, "--no-baselines", "--tracking", f"http://{DEAD}")
-    assert said.code == 0
-    assert said.lines[-1].startswith(f"not logged, but kept in {run_folder}/spool: the MLflow")
-    assert "(Connection refused)" in said.lines[-1].replace("[Errno 111] ", "")
-    assert "probe/knn" in kept_in(run_folder)[-1]
+def logged(run: Path, tracking: str | None = None) -> str:
+    """The last line of what the console shows where numbers of a run's checkpoint are logged."""
+    found = ProbeResult(0.5, 0.6, 40, 20, {"knn": "knn-v1", "linear": "linear-v1"}, rankme=3.0)
+    judged = [probe.Judged("checkpoint", "step 2", found, 1.0)]
+    text = io.StringIO()
+    probe._track(judged, "probe/", Checkpoint.open(str(run)), tracking, Console(text, None))
+    return text.getvalue().splitlines()[-1]
 
 
-def test_a_run_that_still_trains_sends_the_numbers_by_itself(ray_address, typed, store, run_folder):
+def test_numbers_wait_in_the_run_folder_where_mlflow_does_not_answer(store, run_folder):
+    told = logged(run_folder, f"http://{DEAD}")
+    assert told.startswith(f"not logged, but kept in {run_folder}/spool: the MLflow")
+    assert "(Connection refused)" in told.replace("[Errno 111] ", "")
+    assert kept_in(run_folder)[-1] == {"probe/knn": 0.5, "probe/linear": 0.6, "probe/rankme": 3.0}
+
+
+def test_a_run_that_still_trains_sends_the_numbers_by_itself(store, run_folder):
     before = (run_folder / "shipped.json").read_bytes()
     with open(run_folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = typed("probe", run_folder, "--no-baselines")
-    assert said.lines[-1].startswith("the run is still training: it sends these numbers")
+        told = logged(run_folder)
+    assert told.startswith("the run is still training: it sends these numbers")
     assert "probe/knn" in kept_in(run_folder)[-1]
     assert (run_folder / "shipped.json").read_bytes() == before
 
 
-def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(ray_address, typed, trained):
-    said = typed("probe", trained / "simclr", "--no-baselines")
-    assert said.lines[-1] == "not logged: no MLflow run belongs to this checkpoint"
+def test_nothing_is_logged_for_a_checkpoint_that_no_mlflow_run_made(trained):
+    told = logged(trained / "simclr")
+    assert told == "not logged: no MLflow run belongs to this checkpoint"
     assert not (trained / "simclr" / "spool").exists()
 
 
@@ -742,13 +754,13 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("untrained",), "name a run, too"),
+        (("untrained",), "name a run as well"),
         (("timm:no_such_model",), "timm has no model no_such_model"),
         (("nowhere.safetensors",), "there is no file"),
-        (("RUN", "--image-size", 18), "--image-size 18 is no multiple of the 4 pixels"),
+        (("RUN", "--image-size", 18), "--image-size 18 is not a multiple of the 4 pixels"),
         (("RUN", "--shares", 2), "--shares must lie in (0, 1), got 2.0"),
         (("RUN", "RUN"), "is named twice"),
-        (("RUN", "--data", "a", "--data", "b", "--test", "c"), "--test is for one --data"),
+        (("RUN", "--data", "a", "--data", "b", "--test", "c"), "--test takes one --data"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_one_line(typed_without_ray, trained, arguments, reason):
@@ -771,7 +783,7 @@ def test_embeddings_are_the_same_bytes_after_an_interruption(
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "part-000001.parquet").unlink()
     said = typed(*command, "two")
-    assert said.lines[-1] == f"{tmp_path}/two: 60 embeddings in 4 files, 3 of them from before"
+    assert said.lines[-1] == f"{tmp_path}/two: 60 embeddings in 4 files, 3 of them written earlier"
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     table = pq.read_table(tmp_path / "one")

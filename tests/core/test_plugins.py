@@ -115,7 +115,7 @@ def test_check_method_passes_the_guides_method_and_says_what_a_broken_one_owes(
     assert parse(["check-method", "my_package.broken"]).run(said) == 1
     assert any("an unused parameter breaks DDP: unused.weight" in line for line in said.lines)
     (package / "my_package" / "empty.py").touch()
-    with pytest.raises(ValueError, match=r"is to hold one subclass of selfray.method.Met"):
+    with pytest.raises(ValueError, match=r"must define one subclass of selfray.method.Met"):
         parse(["check-method", "my_package.empty"]).run(Said())
 
 

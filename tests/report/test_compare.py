@@ -259,7 +259,7 @@ def test_a_sweep_is_compared_in_its_own_words_also_after_it_was_moved(tmp_path: 
         ("sweep", ("no trial of the sweep", "has ended")),
         ("mlruns:/", ("mlruns:/RUN_ID needs the id",)),
         ("mlruns:/0123", ("there is no MLflow run 0123",)),
-        ("", ("empty word",)),
+        ("", ("name of a run is empty",)),
     ],
 )
 def test_what_names_no_run_is_told_in_one_line(
@@ -835,7 +835,7 @@ def test_another_s_file_is_not_written_over(typed: Type, tmp_path: Path) -> None
     (folder,) = temperatures(tmp_path / "runs", 0.1)
     (tmp_path / "thesis.html").write_text("<p>precious")
     said = typed("compare", folder, "--page", "thesis.html")
-    assert_one_line_error(said, "thesis.html exists and is no page of selfray's")
+    assert_one_line_error(said, "thesis.html exists and is not a page that selfray wrote")
     assert (tmp_path / "thesis.html").read_text() == "<p>precious"
     assert typed("compare", folder, "--no-track").code == 0
     assert typed("compare", folder, "--no-track").code == 0

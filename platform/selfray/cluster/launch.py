@@ -30,10 +30,9 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import live_map, run_pictures
-from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.history import History
 from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
@@ -335,6 +334,8 @@ def _log_pictures(
     console: Console,
 ) -> None:
     """Make the run's pictures and log them. A failure is reported and does not fail the run."""
+    from selfray.report import live_map, run_pictures  # matplotlib takes a second
+
     newest = checkpoint.latest(run)
     assert newest is not None
     console.live("drawing pictures")

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfray import signals
 from selfray.cluster import ray_internals
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def start(options: Mapping[str, Any], say: Say = lambda _: None) -> None:
             _start(options, say)
             return
         except Exception as error:
+            if signals.were_received():  # Ctrl-C ended Ray's processes, too: nothing is to be said
+                raise
             log.exception("Ray did not start")
             stop()
             if attempt == 2:

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 AUTO = """Propose a recipe and its settings for these images and these machines.
 
-  $ selfray pretrain auto --data.path scans/            # what would be run, and why
-  $ selfray pretrain auto --data.path scans/ --yes      # and run it
+  $ selfray pretrain auto --data.path scans/            # print the proposal with its reasons
+  $ selfray pretrain auto --data.path scans/ --yes      # print it and run it
 
-Flags of the recipe may follow, such as --epochs 20: they win over what is proposed."""
+Flags of the recipe may follow, such as --epochs 20: they override the proposal."""
 
 LOOKED_AT = 64
-"""Images whose sizes are read."""
+"""How many images are sampled for the median side."""
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Carry `auto` out. Returns the exit code."""
+    """Run `auto`. Returns the exit code."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"usage: {prog} auto --data.path PATH [--yes] [--flag value ...]\n\n{AUTO}")
         return 0
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
                 console.say("add --yes to run it, or run the proposed command, changed as you like")
             return 0
 
-        # One Ray for both: the run joins the one that is here.
+        # The proposal and the run share one Ray session.
         with runtime.session():
             code = with_console(log_folder(runtime.lasting(output)), look)
             if code or "--yes" not in arguments:
@@ -63,7 +63,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def proposal(path: str, test_path: str | None, output: str, console: "Console") -> Proposal:
-    """What to run on the images at a path, on the Ray that is running; says what was found."""
+    """The proposal for the images at a path and the running Ray cluster. Prints the image size and
+    the CPUs and GPUs that it found."""
     from selfray.cluster.build import build
     from selfray.data.data_sets import open_data
     from selfray.experiment import DataConfig
@@ -82,7 +83,7 @@ def proposal(path: str, test_path: str | None, output: str, console: "Console") 
 
 
 def _side(data: "DataSets") -> int:
-    """The median of the shorter sides of some images, in pixels."""
+    """The median of the shorter sides of LOOKED_AT sampled images, in pixels."""
     from selfray.data.reader import read_rows, sample_rows
     from selfray.pixels.codecs import check
 
@@ -90,7 +91,7 @@ def _side(data: "DataSets") -> int:
     for image in read_rows(data.train, *sample_rows(data.train, LOOKED_AT))[0]:
         try:
             info = check(image)
-        except ValueError:  # a broken image: the run names it
+        except ValueError:  # a broken image, which the run will report
             continue
         sides.append(min(info.width, info.height))
     if not sides:

@@ -21,6 +21,7 @@ from selfray.method import (
     MethodConfig,
     fitted,
     follow,
+    of_both_views,
     teacher_of,
 )
 from selfray.models import initial
@@ -80,16 +81,11 @@ class BYOL(ComparingMethod):
         self.target_encoder = teacher_of(self.encoder)
         self.target_projector = teacher_of(self.projector)
 
-    # One view after the other: batch norm must not mix the two views' statistics.
-
     def embed(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
-        return {"first": self.encoder(first).cls, "second": self.encoder(second).cls}  # [b, D]
+        return of_both_views(self.encoder, batch, ("first", "second"))
 
     def targets(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)
-        encoder = self.target_encoder
-        return {"second": encoder(second).cls, "first": encoder(first).cls}  # [b, D]
+        return of_both_views(self.target_encoder, batch, ("second", "first"))
 
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress

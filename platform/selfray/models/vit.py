@@ -1,20 +1,36 @@
 """ViT-like timm backbones: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, resample_abs_pos_embed, resize_rel_pos_bias_table
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KNOWN = (VisionTransformer, Beit, Eva)
-"""The timm classes that `encode` supports."""
+if TYPE_CHECKING:  # timm takes seconds to import
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+
+@lru_cache
+def kinds() -> "tuple[type[VisionTransformer], type[Beit], type[Eva]]":
+    """The timm classes that `encode` supports: VisionTransformer, Beit and Eva."""
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer, Beit, Eva
+
+
+@lru_cache
+def block_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of the blocks of ViTs and BEiT's encoders."""
+    from timm.models import beit, vision_transformer
+
+    return vision_transformer.Block, beit.Block
 
 
 def encode(
@@ -31,15 +47,16 @@ def encode(
     makes MAE fast. Embeddings of patches in `mask`, bool [B, N], are replaced by `mask_token` [D]
     before positions are added. With `recompute`, the backward pass computes each block again.
     """
+    _, beit, eva = kinds()
     embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
     if mask is not None:
         assert mask_token is not None
         hidden = mask.view(*embedded.shape[:-1], 1)
         embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
-    if isinstance(backbone, Beit):
+    if isinstance(backbone, beit):
         assert visible is None, "a relative position bias needs all patches"
         tokens = _beit_blocks(backbone, embedded, recompute)
-    elif isinstance(backbone, Eva):
+    elif isinstance(backbone, eva):
         tokens = _rotary_blocks(backbone, embedded, visible, recompute)
     else:
         tokens = _vit_blocks(backbone, embedded, visible, recompute)
@@ -133,6 +150,8 @@ def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
 
 def skip_blocks_alike(backbone: Any, probability: float) -> None:
     """Set the same stochastic-depth probability in all blocks; timm's grows with depth."""
+    from timm.layers import DropPath
+
     for block in backbone.blocks:
         block.drop_path1 = DropPath(probability)
         block.drop_path2 = DropPath(probability)
@@ -191,6 +210,8 @@ def fit_positions(
         own: the state dict of the method that will load them.
         backbone: its ViT.
     """
+    from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     fitted = dict(weights)
     for name in weights.keys() & own.keys():

@@ -27,6 +27,14 @@ class LabelFree(Protocol):
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of the crop that alignment compares with the whole central view."""
 
+    def figures(self, features: Tensor, of_crops: Tensor | None = None) -> dict[str, float]:
+        """All of them by name, of class tokens [n, D] of images and, if they were embedded, of
+        their crops."""
+        found = {"rankme": self.rankme(features), "uniformity": self.uniformity(features)}
+        if of_crops is not None:
+            found["alignment"] = self.alignment(features, of_crops)
+        return found
+
     @torch.no_grad()
     def rankme(self, features: Tensor) -> float:
         """exp of the entropy of the normalised singular values of [n, D]: 1 to min(n, D), higher is

@@ -1,8 +1,8 @@
-"""What to run on a data set of which nothing is known but its images: a recipe, flags and reasons.
+"""Proposes a recipe and flags, with reasons, from the images' number and size and the machines.
 
-The rules are few and said: small images or no GPU -> SimCLR on a ResNet, which learns most from few
-steps; large images on a GPU -> DINO on a ViT, whose features serve kNN and linear probes as they
-are, from 20,000 images on; fewer images than that -> SimCLR on a ResNet-50.
+The rules: small images or no GPU -> SimCLR on a ResNet, which learns most in few steps; 20,000 or
+more large images on a GPU -> DINO on a ViT, whose features suit kNN and linear probes without
+fine-tuning; fewer large images on a GPU -> SimCLR on a ResNet-50.
 """
 
 import math
@@ -10,23 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SMALL_SIDE = 96
-"""Pixels up to which images are small: the CIFAR-10 recipes are made for them."""
+"""Images of at most this many pixels a side are small: the CIFAR-10 recipes suit them."""
 MANY_IMAGES = 20_000
-"""From so many on, a ViT is worth its hunger."""
+"""A ViT is proposed from this number of images on: it needs more data than a ResNet."""
 FEW_IMAGES = 1_000
+"""Below this number, public weights or more images are recommended."""
 
 CPU_SECONDS = 1800
+"""Training time on one core that the number of epochs aims at."""
 CPU_RATE = 115
 """SimCLR's images/s on one core with the small ResNet below (benchmarks/README.md)."""
 SMALL_RESNET = "1 1 1 1", "32 64 128 256"
 """Blocks and channels of the small ResNet's four stages."""
 IMAGES_SEEN = 20_000_000
-"""On a GPU: 100 epochs of 200,000 images, 400 of CIFAR-10."""
+"""Images seen that the number of epochs on a GPU aims at: 100 epochs of 200,000 images, or 400 of
+CIFAR-10."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the images and of the machines."""
+    """The images' number and size, and the cluster's CPUs and GPUs."""
 
     images: int
     side: int
@@ -37,34 +40,36 @@ class Facts:
 
 @dataclass(frozen=True)
 class Proposal:
+    """A recipe, the flags to give it, and why."""
+
     recipe: str
     flags: Mapping[str, str]
-    """Flag -> its values, as typed."""
+    """Flag -> its values as typed, separated by spaces."""
     reasons: tuple[str, ...]
     """One line each."""
 
     def without(self, given: set[str]) -> "Proposal":
-        """The proposal without flags that the user gives."""
+        """The proposal without the flags in `given`, which the user sets."""
         flags = {flag: value for flag, value in self.flags.items() if flag not in given}
         return Proposal(self.recipe, flags, self.reasons)
 
     @property
     def words(self) -> list[str]:
-        """As `selfray pretrain` takes them."""
+        """The arguments of `selfray pretrain`."""
         flags = (word for flag, values in self.flags.items() for word in (flag, *values.split()))
         return [self.recipe, *flags]
 
 
 def propose(facts: Facts) -> Proposal:
-    """A recipe, flags and reasons for these facts. ValueError where there are too few images."""
+    """The proposal for these facts. ValueError for fewer than two images."""
     if facts.images < 2:
-        raise ValueError(f"--data.path holds {facts.images} images: nothing can be learned of them")
+        raise ValueError(f"--data.path holds {facts.images} images: pretraining needs at least 2")
     found = _on_cpu(facts) if facts.gpus == 0 else _on_gpu(facts)
     reasons = found.reasons
     if facts.images < FEW_IMAGES:
         reasons += (
-            f"{facts.images:,} images are few: going on from public weights (--init-from) or more "
-            "unlabelled images will be worth more than any setting",
+            f"{facts.images:,} images are few: starting from public weights (--init-from) or "
+            "adding unlabelled images helps more than any setting",
         )
     return Proposal(found.recipe, found.flags, reasons)
 
@@ -85,14 +90,14 @@ def _on_cpu(facts: Facts) -> Proposal:
         "--batch-size": f"{batch}",
         "--epochs": f"{epochs}",
     }
-    if size > 32:  # the usual stem makes more pixels no dearer than 32 with the small one
+    if size > 32:  # with the usual stem, 64 or 96 pixels cost no more than 32 with the small one
         flags["--encoder.no-small-stem"] = ""
     reasons = (
-        "SimCLR: no GPU is here, and of nine methods it learns most in few steps",
-        f"a small ResNet at {size} pixels: what a CPU trains in minutes; a GPU allows ten times "
-        "the encoder",
+        "SimCLR: without a GPU, it learns most in few steps among nine methods",
+        f"a small ResNet at {size} pixels: a CPU trains it in minutes; a GPU allows an encoder ten "
+        "times the size",
         f"batch {batch}: " + _why(batch, facts.images),
-        f"{epochs} epochs: about {minutes:,} min on one core, an estimate from another machine",
+        f"{epochs} epochs: about {minutes:,} min on one core, estimated on another machine",
     )
     return Proposal("simclr-cifar10", flags, reasons)
 
@@ -122,13 +127,14 @@ def _on_gpu(facts: Facts) -> Proposal:
 
 
 def _batch(images: int, wanted: int, parts: int = 1) -> int:
-    """The largest power of two, times `parts`, up to what is wanted and an eighth of the images."""
+    """The largest batch size `parts` * 2**k that exceeds neither `wanted` nor an eighth of the
+    images."""
     most = max(parts, min(wanted, images // 8 or 1))
     return parts * 2 ** int(math.log2(max(1, most // parts)))
 
 
 def _why(batch: int, images: int) -> str:
-    return f"{images // batch:,} steps an epoch; the learning rate follows it"
+    return f"{images // batch:,} steps an epoch; the learning rate scales with the batch size"
 
 
 def _between(value: int, least: int, most: int) -> int:

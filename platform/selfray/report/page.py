@@ -1,7 +1,7 @@
 """A comparison of runs as one HTML file that needs no network.
 
-page.html and page.js are filled with a table, for readers without scripts, and with the charts'
-data as JSON. They contain no external address.
+web/page.html is filled with a table, for readers without scripts, with the charts' data as JSON and
+with the scripts of web/, as one. It contains no external address.
 """
 
 import base64
@@ -47,6 +47,8 @@ LARGEST_PICTURE_BYTES = 300_000
 MOST_COLUMNS = 24
 """Largest number of runs in the table of parameters that differ."""
 PAGE = "comparison.html"
+SCRIPTS = ("base", "charts", "tables", "start")
+"""Of web/, in this order: each uses what those before it define."""
 MARK = "<!-- made by selfray compare -->"
 """Contained in every page: a file with this mark may be overwritten."""
 KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
@@ -91,8 +93,9 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "DATA": as_script(data),
         "VERSION": html.escape(__version__),
     }
-    files = resources.files("selfray.report")
-    values["SCRIPT"] = files.joinpath("page.js").read_text("utf-8")
+    files = resources.files("selfray.report").joinpath("web")
+    parts = [files.joinpath(f"{name}.js").read_text("utf-8") for name in SCRIPTS]
+    values["SCRIPT"] = "\n".join(['"use strict";', "(() => {", *parts, "})();", ""])
     template = files.joinpath("page.html").read_text("utf-8")
     # In one pass, so that a run named {{DATA}} is not replaced.
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)

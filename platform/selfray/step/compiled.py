@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import DropPath
-from timm.models.beit import Block as BeitBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfray import caches
 from selfray.models.encoder import Encoder
+from selfray.models.vit import block_kinds
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def parts(method: nn.Module) -> Iterator[nn.Module]:
     because they read schedules that change in every step, and patch heads, because the number of
     patches changes."""
     for module in method.modules():
-        is_block = isinstance(module, Block | BeitBlock)
+        is_block = isinstance(module, block_kinds())
         is_whole = isinstance(module, Encoder) and not module.config.is_vit
         if is_block or is_whole:
             yield module
@@ -70,6 +68,8 @@ class SkippedPath(nn.Module):
 
 
 def _probabilities_as_tensors(part: nn.Module, device: torch.device) -> None:
+    from timm.layers import DropPath
+
     for module in part.modules():
         for name, child in module.named_children():
             if isinstance(child, DropPath) and child.drop_prob:
