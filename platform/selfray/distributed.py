@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-if TYPE_CHECKING:  # a second, and most processes are no rank
+if TYPE_CHECKING:  # takes a second to import, and most processes are not a rank
     from torch.distributed.tensor import DTensor
 
 
@@ -112,9 +112,9 @@ def sum_over_ranks(local: Tensor) -> Tensor:
     return cast(Tensor, _SumOverRanks.apply(local)) if is_distributed() else local
 
 
-def _is_shared_out(values: Any) -> "TypeGuard[DTensor]":
+def _is_dtensor(values: Any) -> "TypeGuard[DTensor]":
     if not (dist.is_available() and dist.is_initialized()):
-        return False  # without ranks there is nobody to share with
+        return False  # a single process has no sharded tensors
     from torch.distributed.tensor import DTensor
 
     return isinstance(values, DTensor)
@@ -123,18 +123,18 @@ def _is_shared_out(values: Any) -> "TypeGuard[DTensor]":
 def whole(values: Tensor) -> Tensor:
     """The full tensor of a DTensor (sharded or partial); other tensors unchanged. Collective: every
     rank must call it."""
-    return values.full_tensor() if _is_shared_out(values) else values
+    return values.full_tensor() if _is_dtensor(values) else values
 
 
 def own_part(values: Tensor) -> Tensor:
     """This rank's shard of a DTensor; other tensors unchanged."""
-    return values.to_local() if _is_shared_out(values) else values
+    return values.to_local() if _is_dtensor(values) else values
 
 
 def gathered(state: Any) -> Any:
     """A nested state with full tensors; those that were sharded lie in the host's memory.
     Collective: every rank must call it."""
-    if _is_shared_out(state):
+    if _is_dtensor(state):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
         return {name: gathered(item) for name, item in state.items()}
@@ -146,7 +146,7 @@ def gathered(state: Any) -> Any:
 def shared_out(values: Tensor, like: Tensor) -> Tensor:
     """Shard a full tensor, the same on all ranks, in the way `like` is sharded; unchanged if `like`
     is not sharded."""
-    if not _is_shared_out(like) or values.shape != like.shape:
+    if not _is_dtensor(like) or values.shape != like.shape:
         return values
     from torch.distributed.tensor import distribute_tensor
 

@@ -96,6 +96,10 @@ class Method(nn.Module, ABC):
         default it applies to all but vectors, which are biases, norms and tokens (SimCLR, BYOL)."""
         return max(parameter.shape, default=1) < parameter.numel()
 
+    def rate_of(self, name: str) -> float:
+        """Factor on the learning rate of a trainable parameter, by its name in this module."""
+        return 1.0
+
     def before_step(self, progress: Progress) -> None:
         """Called when the gradients are complete, before the optimizer's step."""
 

@@ -136,7 +136,7 @@ def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -
     said: list[str] = []
     code = (
         "import sys, time; from selfray.runs import record; from selfray.storage import Location\n"
-        "with record.in_turn(Location.of(sys.argv[1]), print):\n"
+        "with record.exclusive(Location.of(sys.argv[1]), print):\n"
         "    print('mine', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(
@@ -153,6 +153,6 @@ def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -
         said.append(text)
         first.stdin.close()  # type: ignore[union-attr]
 
-    with record.in_turn(Location.of(tmp_path), tell):
+    with record.exclusive(Location.of(tmp_path), tell):
         assert first.wait(60) == 0
     assert said == [f"another command is preparing its data in {tmp_path / 'data'}: waiting for it"]

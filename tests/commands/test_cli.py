@@ -32,7 +32,7 @@ from selfray.console import Console
 from selfray.data import writer
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
-from selfray.probes.features import ProbeResult
+from selfray.probes.features import ProbeResult, embed
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.spool import SpoolReader
@@ -220,7 +220,7 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
     with pytest.raises(SystemExit):
         script.parse({"recipe": experiment(method)}, ["recipe", "--help"], "", "pretrain")
     said = capsys.readouterr().out
-    assert "Weight decay over the run, of the parameters" in said
+    assert "Weight decay over the run. It applies to the" in said
     lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
     indent = " " * 6
     for line, following in itertools.pairwise(lines):
@@ -284,7 +284,7 @@ def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) 
     [
         (
             "export somewhere --to elsewhere",
-            "--to must be one of timm, huggingface, onnx, got elsewhere",
+            "--to must be one of timm, huggingface, onnx, mlflow, got elsewhere",
         ),
         ("probe", "CHECKPOINT is missing: see selfray probe --help"),
         ("probe run --datta x", "--datta is not a flag of selfray probe; did you mean --data?"),
@@ -511,7 +511,7 @@ def test_what_is_no_checkpoint_is_one_line(typed, tmp_path):
     assert_one_line_error(typed("export", "nowhere", "--to", "timm"), "there is no checkpoint at")
     for name in ("folder", "weights.pth"):
         said = typed("export", name, "--to", "timm")
-        assert_one_line_error(said, f"{name} is no checkpoint", "give a run's folder")
+        assert_one_line_error(said, f"{name} is not a checkpoint", "give a run's folder")
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_file_that_is_damaged(typed, run_folder, tmp_path):
@@ -554,6 +554,43 @@ def test_an_mlflow_run_is_exported_from_its_folder(typed, store, tmp_path):
     said = typed("export", f"mlruns:/{run_id}", "--to", "timm", "--tracking", uri)
     assert said.code == 0, said.text
     assert (tmp_path / "mae-step-00000002").is_dir()
+
+
+def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
+    typed, trained, store, monkeypatch
+):
+    import mlflow
+    from mlflow import MlflowClient
+
+    uri, run_id, _ = store
+    words = ("--to", "mlflow", "--tracking", uri, "--register", "horses")
+    for _ in range(2):
+        said = typed("export", trained / "mae", *words)
+        assert said.code == 0, said.text
+        assert said.lines[-1] == "registered as horses, version 1"
+    client = MlflowClient(tracking_uri=uri)
+    (logged,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert logged.source_run_id == run_id
+    assert f"models:/{logged.model_id}" in said.lines[-2]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    names = (f"models:/{logged.model_id}", "models:/horses/1")
+    model, registered = (mlflow.pyfunc.load_model(name) for name in names)
+    signature = model.metadata.signature
+    assert signature is not None
+    assert signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    encoder = Checkpoint.open(f"{trained}/mae").encoder()
+    views = np.random.default_rng(1).integers(0, 256, (1, 3, 16, 16), np.uint8)
+    data = Checkpoint.open(f"{trained}/mae").experiment().data
+    ours = embed(encoder, views, data.mean, data.std)
+    for loaded in (model, registered):
+        theirs = loaded.predict(views.astype(np.float32) / 255)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_registry_is_for_mlflow_alone(typed, trained):
+    said = typed("export", trained / "mae", "--to", "timm", "--register", "horses")
+    assert_one_line_error(said, "--register needs --to mlflow")
 
 
 def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):

@@ -151,18 +151,24 @@ def test_an_experiment_has_the_same_identity_in_every_process(trained_without_th
     assert identities["simclr"] != experiment(SIMCLR).identity
 
 
-def test_data_tasks_start_without_torch():
-    code = "import sys, selfray.data.source; print('torch' in sys.modules, 'ray' in sys.modules)"
-    assert run_python(code, [SOURCE_ROOT]) == "False False"
+STARTS = """
+import sys
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+import selfray.data.source
+assert not loaded("torch", "ray"), "a data task"
+import selfray.cluster.worker
+assert not loaded("torch"), "Ray Train's controller, and a worker before it has its task"
+import selfray.cluster.launch, selfray.cluster.training, selfray.recipes
+assert selfray.recipes.every()
+# timm builds encoders, which workers and probes do; its torchvision loads torch's compiler, and
+# sympy comes with what shares weights out among ranks.
+print(loaded("timm", "torchvision", "torch._dynamo", "sympy", "matplotlib", "mlflow"))
+"""
 
 
-def test_a_run_is_launched_without_what_its_driver_does_not_use():
-    """Each of them takes a second or more: timm builds encoders, which workers and probes do; its
-    torchvision loads torch's compiler, and sympy comes with what shares weights among ranks."""
-    unused = ("timm", "torchvision", "torch._dynamo", "sympy", "matplotlib", "mlflow")
-    code = (
-        "import sys, selfray.cluster.launch, selfray.cluster.training, selfray.recipes\n"
-        "assert selfray.recipes.every()\n"
-        f"print([name for name in {unused} if name in sys.modules])"
-    )
-    assert run_python(code, [SOURCE_ROOT], OMP_NUM_THREADS="1") == "[]"
+def test_no_process_of_a_run_imports_what_it_does_not_use():
+    """Each of these takes a second or more."""
+    assert run_python(STARTS, [SOURCE_ROOT], OMP_NUM_THREADS="1") == "[]"

@@ -19,7 +19,8 @@ def test_the_quickstart_beats_untrained_encoders_and_its_runs_are_compared_witho
     tmp_path,
 ):
     output, lines = quickstart(tmp_path)
-    assert len(lines) < MOST_LINES
+    # A slow machine says more often how far it is.
+    assert len([line for line in lines if not line.endswith(" left")]) < MOST_LINES
     assert not [line for line in lines if "warning" in line.lower() or "INFO" in line]
 
     table = json.loads((output / "quickstart" / "table.json").read_text())

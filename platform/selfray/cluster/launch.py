@@ -99,6 +99,7 @@ def launch(
     tracking: str | None = None,
     started: float | None = None,
     part_of: PartOf | None = None,
+    opened: DataSets | None = None,
 ) -> RunResult:
     """Run an experiment on the running Ray, or resume it where it stopped.
 
@@ -109,6 +110,7 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
+        opened: the data sets, if the caller has opened them; None opens experiment.data.
 
     Raises:
         ValueError, FileNotFoundError: bad input; no worker was started.
@@ -124,9 +126,11 @@ def launch(
     check_init_from(experiment)
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
-    console.live("opening the data")
-    with record.in_turn(output, console.say):
-        data = open_data(experiment.data, output, console.say, build)
+    if opened is None:
+        console.live("opening the data")
+        with record.exclusive(output, console.say):
+            opened = open_data(experiment.data, output, console.say, build)
+    data = opened
     experiment = starting.normalized(experiment, data.statistics, run, console.say)
     used = experiment.method.provenance(experiment.encoder, experiment.data.normalization)
     if checkpoint.all_of(run):
@@ -203,7 +207,7 @@ def _carry_out(
         monitor.stop("FAILED")
 
     goal = part.until_step or plan.total_steps
-    watching = local_ray.told_when_lost(lost)
+    watching = local_ray.exit_when_lost(lost)
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
@@ -247,7 +251,7 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
-    console.say(f"again, with another seed: {_again(experiment, settings)}")
+    console.say(f"again, with another seed: {_repeat_command(experiment, settings)}")
     ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -313,7 +317,7 @@ def _fit(
     )
     console.live("starting the train workers, which load torch")
     try:
-        with waiting.told(resources, experiment.min_workers, console):
+        with waiting.reporting(resources, experiment.min_workers, console):
             trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
@@ -397,7 +401,7 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
 
 
-def _again(experiment: Experiment, settings: Location) -> str:
+def _repeat_command(experiment: Experiment, settings: Location) -> str:
     """The command that repeats a run from its file with the next seed."""
     command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
     words = ["selfray", command, "--config", settings.uri]

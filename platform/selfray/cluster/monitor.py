@@ -284,7 +284,7 @@ class Monitor:
         """Run requested probes one after the other; a None in the queue ends it."""
         images = self.experiment.batch_size
         for step in sorted(self.probes):  # an earlier start may have ended before it reported them
-            self._tell(step * images, self.probes[step])
+            self._notify(step * images, self.probes[step])
         while (asked := self._to_probe.get()) is not None:
             self._probe(*asked)
 
@@ -316,7 +316,7 @@ class Monitor:
         self.console.say(
             f"epoch {epoch:g}: {result.described}" + (f" ({self._start})" if step == 0 else "")
         )
-        self._tell(images_seen, result)
+        self._notify(images_seen, result)
         self._retain()
         self._end_where_worse()
 
@@ -335,6 +335,6 @@ class Monitor:
             )
             Location.of(self._stop_file).write_json({"reason": reason})
 
-    def _tell(self, images_seen: int, result: ProbeResult) -> None:
+    def _notify(self, images_seen: int, result: ProbeResult) -> None:
         if self._on_probe is not None:
             self._on_probe(images_seen, result)

@@ -24,7 +24,7 @@ SHORT_EPOCHS = 20
 """Default epochs of each run of a sweep over the embedded digits; the sweep then takes minutes."""
 
 
-_SEARCHES = "; ".join(f"{name}: {search.told}" for name, search in SEARCHES.items())
+_SEARCHES = "; ".join(f"{name}: {search.summary}" for name, search in SEARCHES.items())
 
 
 @dataclass(frozen=True)

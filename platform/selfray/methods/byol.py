@@ -90,9 +90,9 @@ class BYOL(ComparingMethod):
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        aim = self._aim(targets["second"])  # [b, P]
+        aim = self._target(targets["second"])  # [b, P]
         loss = regression_to_target(self._predict(embedded["first"]), aim)
-        other = self._aim(targets["first"])
+        other = self._target(targets["first"])
         loss = loss + regression_to_target(self._predict(embedded["second"]), other)
         # Collapse shows only in projections: batch norms keep the encoder's features apart.
         return loss, {"projection_std": deviation(aim)}
@@ -101,7 +101,7 @@ class BYOL(ComparingMethod):
         return self.predictor(self.projector(features))  # [b, D] -> [b, P]
 
     @torch.no_grad()
-    def _aim(self, features: Tensor) -> Tensor:
+    def _target(self, features: Tensor) -> Tensor:
         return self.target_projector(features)  # [b, D] -> [b, P]
 
     def after_step(self, progress: Progress) -> None:

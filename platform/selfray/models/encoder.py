@@ -271,7 +271,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        import timm  # seconds, and most who read a config build no encoder
+        import timm  # takes seconds, and most processes that read a config build no encoder
 
         self.config = config
         try:

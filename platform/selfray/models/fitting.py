@@ -117,11 +117,11 @@ def fit(weights: PublicWeights, encoder: Encoder) -> Fitted:
         tuple(changes),
         sum(t.numel() for t in taken.values()) / size,
         size,
-        _heads(weights, backbone),
+        _head_counts(weights, backbone),
     )
 
 
-def _heads(weights: PublicWeights, backbone: Any) -> tuple[int, int]:
+def _head_counts(weights: PublicWeights, backbone: Any) -> tuple[int, int]:
     blocks = getattr(backbone, "blocks", None)
     ours = blocks[0].attn.num_heads if blocks is not None and hasattr(blocks[0], "attn") else 0
     return int(weights.named.facts.get("heads", ours)), ours

@@ -1,5 +1,5 @@
-"""Which models timm has, read from its source: importing timm takes seconds, and a config is to
-know in a moment whether its encoder exists."""
+"""The names of timm's models, read from its source without importing it, which takes seconds: a
+config checks its encoder's name."""
 
 import difflib
 import importlib.util
@@ -12,8 +12,7 @@ _REGISTERED = re.compile(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)\(", re.MULT
 
 @lru_cache
 def known() -> dict[str, str]:
-    """The name of each model, and the file of timm.models that builds it. Empty where timm's source
-    cannot be read."""
+    """Model name -> module of timm.models that builds it. Empty if timm's source cannot be read."""
     found = importlib.util.find_spec("timm")
     places = found.submodule_search_locations if found is not None else None
     names: dict[str, str] = {}
@@ -26,7 +25,7 @@ def is_model(name: str) -> bool:
     """Whether timm builds a model of this name, with or without the tag of its weights."""
     if name.partition(".")[0] in known():
         return True
-    import timm  # names of old, and models that the user registered
+    import timm  # deprecated names, and models that the user registered
 
     return timm.is_model(name)
 
@@ -42,5 +41,5 @@ def built_by(name: str) -> str:
 
 
 def similar(name: str) -> list[str]:
-    """At most three names that are written much like this one."""
+    """At most three known names with a similar spelling."""
     return difflib.get_close_matches(name, sorted(known()), n=3)

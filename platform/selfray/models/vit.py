@@ -68,7 +68,7 @@ def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompu
     tokens = _with_positions(backbone, embedded)  # [B, P + N, D]
     tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
     for block in backbone.blocks:
-        tokens = _through(block, recompute, tokens)
+        tokens = _run_block(block, recompute, tokens)
     return backbone.norm(tokens)
 
 
@@ -92,7 +92,7 @@ def _rotary_blocks(
     for number, block in enumerate(backbone.blocks):
         mixed = backbone.rope_mixed and angles is not None  # each block has its own angles
         rope = angles[number] if mixed and angles is not None else angles
-        tokens = _through(block, recompute, tokens, rope=rope)
+        tokens = _run_block(block, recompute, tokens, rope=rope)
     return backbone.norm(tokens)
 
 
@@ -133,7 +133,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     return resized
 
 
-def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
+def _run_block(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(partial(block, **named), tokens, use_reentrant=False)
     return block(tokens, **named)
@@ -144,7 +144,7 @@ def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
     tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
     bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     for block in backbone.blocks:
-        tokens = _through(block, recompute, tokens, shared_rel_pos_bias=bias)
+        tokens = _run_block(block, recompute, tokens, shared_rel_pos_bias=bias)
     return backbone.norm(tokens)
 
 

@@ -108,7 +108,7 @@ def read(reference: str) -> PublicWeights:
     else:
         content = _pickled(data, reference)
     found = layouts.named(content, reference)
-    name, known = _told(metadata) or (None, {})
+    name, known = _recorded_encoder(metadata) or (None, {})
     if name is None:
         name, known = architecture(found)
         known = {**known, **found.facts}
@@ -191,13 +191,13 @@ _OPTIONS = {
 }
 
 
-def _told(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+def _recorded_encoder(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """(name, fields) of the encoder recorded by `selfray export`; None for other files."""
     if "encoder_config" in metadata:
-        told: EncoderConfig = config.loads(metadata["encoder_config"])
+        recorded: EncoderConfig = config.loads(metadata["encoder_config"])
         kept = ("name", "image_size", "drop_path", "drop_path_uniform")
-        return told.name, {
-            f.name: getattr(told, f.name) for f in fields(told) if f.name not in kept
+        return recorded.name, {
+            f.name: getattr(recorded, f.name) for f in fields(recorded) if f.name not in kept
         }
     if "selfray_version" not in metadata or "options" not in metadata:
         return None

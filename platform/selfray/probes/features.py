@@ -54,7 +54,7 @@ class ProbeResult:
     """For each probe, one bit per test image, 1 if it was classified correctly: packed, in hex."""
 
     more: Mapping[str, float] = field(default_factory=dict)
-    """Figures that have no field here, by name."""
+    """Name -> value of figures without a field of their own."""
 
     @classmethod
     def of(
@@ -65,7 +65,7 @@ class ProbeResult:
         protocols: dict[str, str],
         hits: Mapping[str, str],
     ) -> "ProbeResult":
-        """A result from figures by name; those that are missing are None."""
+        """A result with the figures in `values`, by name; missing ones are None."""
         own = {name: values.get(name) for name in _FIELDS}
         more = {n: v for n, v in values.items() if n not in _FIELDS and v is not None}
         return cls(
@@ -84,10 +84,9 @@ class ProbeResult:
             name: getattr(self, name) if name in _FIELDS else self.more.get(name) for name in PROBES
         }
 
-    def told_right(self, probe: str) -> np.ndarray | None:
-        """float64 [m]: 1 for each test image that a probe classified correctly; None if not
-        recorded.
-        """
+    def correct(self, probe: str) -> np.ndarray | None:
+        """float64 [m]: 1 for each test image that a probe classified correctly, else 0; None if not
+        recorded."""
         if probe not in self.hits:
             return None
         packed = np.frombuffer(bytes.fromhex(self.hits[probe]), np.uint8)
@@ -100,7 +99,8 @@ class ProbeResult:
 
 
 _FIELDS = ("knn", "linear", "rankme", "uniformity", "alignment")
-"""The figures that are fields of a ProbeResult, as files had them first."""
+"""Figures that are fields of a ProbeResult. Later ones are in `more`, which keeps old files
+valid."""
 
 
 def described(found: Mapping[str, Any]) -> str:

@@ -28,8 +28,13 @@ class LabelFree(Protocol):
     """Area range of the crop that alignment compares with the whole central view."""
 
     def figures(self, features: Tensor, of_crops: Tensor | None = None) -> dict[str, float]:
-        """All of them by name, of class tokens [n, D] of images and, if they were embedded, of
-        their crops."""
+        """Name -> value of all label-free figures.
+
+        Args:
+            features: class tokens of the images, float32 [n, D].
+            of_crops: class tokens of their crops, float32 [n, D]; without them, alignment is left
+                out.
+        """
         found = {"rankme": self.rankme(features), "uniformity": self.uniformity(features)}
         if of_crops is not None:
             found["alignment"] = self.alignment(features, of_crops)

@@ -170,7 +170,7 @@ class Recorder:
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        self._obituary(f"the {name} is {value}", step.progress)
+                        self._failed_at(f"the {name} is {value}", step.progress)
                     )
 
     def _check_weights(self, state: TrainState) -> None:
@@ -178,19 +178,19 @@ class Recorder:
         tensors = [*state.method.parameters(), *state.method.buffers()]
         tensors = [distributed.own_part(tensor) for tensor in tensors]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise FloatingPointError(self._obituary("the weights are not finite", state.progress))
+            raise FloatingPointError(self._failed_at("the weights are not finite", state.progress))
 
     def _check_features(self, values: dict[str, float], progress: Progress) -> None:
         """Raise CollapsedError if features have been collapsed for too long or at the end, and
         FloatingPointError if this step's update made features non-finite."""
         if math.isnan(values["health/effective_rank"]):
-            raise FloatingPointError(self._obituary("the features are not finite", progress))
+            raise FloatingPointError(self._failed_at("the features are not finite", progress))
         self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
-            cause = self._obituary(self.guard.verdict, progress)
+            cause = self._failed_at(self.guard.verdict, progress)
             raise CollapsedError(f"{cause} (--guard.patience 0 switches this check off)")
 
-    def _obituary(self, cause: str, progress: Progress) -> str:
+    def _failed_at(self, cause: str, progress: Progress) -> str:
         """One line: what ended the run, which checkpoint is left, and what may help."""
         left = (
             "there is no checkpoint yet"

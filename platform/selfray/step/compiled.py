@@ -26,7 +26,7 @@ def in_place(method: nn.Module, device: torch.device, backend: str = "inductor")
     _keep_code_privately()
     cause = _why_not(device, backend)
     if cause is not None:
-        log.warning("compile: impossible on this machine, the run goes on uncompiled: %s", cause)
+        log.warning("compile: impossible on this machine, the run continues uncompiled: %s", cause)
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for module in parts(method):
@@ -98,8 +98,9 @@ def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
 
 
 def _keep_code_privately() -> None:
-    """By itself torch keeps compiled code, and runs what it finds, in a folder of the temporary one
-    whose name everybody knows. Triton's code goes with it."""
+    """Make torch cache compiled code, and Triton's, in a folder that only this user can write to.
+    Its default is a folder with a predictable name in the temporary folder, where another user
+    could place code."""
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     folders = [Path(named)] if named else []
     folders += [choice / "torch" for choice in caches.choices()]

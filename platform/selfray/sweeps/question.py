@@ -14,7 +14,7 @@ from selfray.check import require, require_one_of
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
 from selfray.schedules import Constant
-from selfray.sweeps.searches import SEARCHES, Choice, SearchName, those
+from selfray.sweeps.searches import SEARCHES, Choice, SearchName, names_of
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Question:
                 require(
                     isinstance(axis, Axis),
                     f"a {self.search} needs a list of values of {axis.name}, not two bounds: give "
-                    f"--search {those(lambda search: not search.needs_lists)}",
+                    f"--search {names_of(lambda search: not search.needs_lists)}",
                 )
 
     @property

@@ -1,6 +1,6 @@
-"""The searches of a sweep: how each chooses the combinations that are tried.
+"""The searches of a sweep, as a table: how each chooses the combinations to try.
 
-This is the only such table. A new search needs its own file and one row here.
+A new search needs its own file and one row here.
 """
 
 import itertools
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from selfray.sweeps.question import Known, Question
 
 Choice = Mapping[str, float | str]
-"""For each axis by name: an option's label, or a place in [0, 1] within a range."""
+"""Axis name -> an option's label, or a position in [0, 1] within a range."""
 
 
 @dataclass(frozen=True)
 class Search:
     """One row of the table."""
 
-    told: str
-    """What it tries, for the help of --search."""
+    summary: str
+    """The combinations that it tries, for the help of --search."""
     draw: "Callable[[Question], list[Choice]] | None" = None
     """All combinations at once: a pure function of the question."""
     ask: "Callable[[Question, Sequence[Known]], Choice] | None" = None
     """The next combination: a pure function of the question and of the known combinations."""
     is_population: bool = False
-    """Whether runs copy one another (population.py), and there are no combinations."""
+    """Whether runs copy one another (population.py) instead of trying combinations."""
     needs_lists: bool = False
-    """Whether it cannot draw between two bounds."""
+    """Whether it needs lists of values and cannot draw between two bounds."""
 
 
 def _grid(question: "Question") -> list[Choice]:
@@ -38,7 +38,7 @@ def _grid(question: "Question") -> list[Choice]:
 
 
 def _at_random(question: "Question") -> list[Choice]:
-    """Some of all combinations, without repetition, or as many draws if an axis is a range."""
+    """A random subset of all combinations; if an axis is a range, `samples` random draws."""
     import numpy as np
 
     rng = np.random.default_rng(question.first_seed)
@@ -49,7 +49,7 @@ def _at_random(question: "Question") -> list[Choice]:
         return [grid[index] for index in drawn]
 
     def draw(labels: Sequence[str] | None) -> float | str:
-        return float(rng.random()) if labels is None else labels[rng.integers(len(labels))]
+        return float(rng.random()) if labels is None else labels[int(rng.integers(len(labels)))]
 
     return [
         {axis.name: draw(axis.labels) for axis in question.axes} for _ in range(question.samples)
@@ -79,7 +79,7 @@ else:  # the command line reads a flag's choices from its annotation
     SearchName = Literal[tuple(SEARCHES)]
 
 
-def those(fitting: Callable[[Search], Any]) -> str:
-    """The names of the searches that fit, such as random, optuna or population."""
+def names_of(fitting: Callable[[Search], Any]) -> str:
+    """The names of the searches for which `fitting` is true, such as `random or optuna`."""
     *most, last = [name for name, search in SEARCHES.items() if fitting(search)]
     return f"{', '.join(most)} or {last}" if most else last
