@@ -121,12 +121,11 @@ class Grid(nn.Module):
         self.norm: nn.Module = nn.Identity()
         if config.normalize:
             self.norm = GlobalBatchNorm(total, eps=1e-6, affine=False)
-        self.layers = nn.ModuleList(
-            nn.Linear(width * (choice.layers + choice.patch_mean), classes) for choice in choices
-        )
-        for layer in self.layers:
+        layers = [nn.Linear(width * (c.layers + c.patch_mean), classes) for c in choices]
+        for layer in layers:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [R, n, C] of features [n, 5 D] (a ResNet's: [n, D])."""
