@@ -5,7 +5,8 @@
     python experiments/study_data.py --recipe mae-cifar10 --data cifar10/ --shares 0.1 0.3 1
 
 Each share is pretrained on twice: for as many epochs as the whole, and for as many images seen. All
-are judged by the same labelled images. The same command goes on where it stopped.
+are probed by the labels of the smallest share and by the same test images. The same command goes
+on where it stopped.
 """
 
 import sys

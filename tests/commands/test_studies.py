@@ -46,6 +46,14 @@ def images_of(wanted: DataConfig, output: str) -> tuple[set[bytes], set[bytes]]:
     return found[0], found[1]
 
 
+def labelled_of(wanted: DataConfig, output: str) -> set[bytes]:
+    """The train images that probes learn from."""
+    opened = open_data(wanted, Location.of(output), print, None, describe=False)  # type: ignore[arg-type]
+    shards = opened.train.labelled
+    rows = Rows.all_of(shards)
+    return set(read_rows(shards, rows.groups, rows.rows)[0])
+
+
 def test_shares_of_the_images_are_nested_and_judged_by_the_same_ones(base):
     axis = StudyData(shares=(0.3, 1.0, 0.1), recipe="mae-digits").axis(base)
     assert isinstance(axis, Axis)
@@ -62,6 +70,8 @@ def test_shares_of_the_images_are_nested_and_judged_by_the_same_ones(base):
     tenth, third, whole = sets[0][0], sets[2][0], sets[4][0]
     assert tenth < third < whole
     assert len(whole) == 40
+    probed = [labelled_of(option.changes["data"], base.output) for option in axis.options]
+    assert probed == [tenth] * 5
     assert all(test == sets[0][1] and len(test) == 20 for _, test in sets)
 
 

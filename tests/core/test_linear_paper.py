@@ -27,7 +27,7 @@ NOW = Progress(0, 100, 0)
 
 
 def state_of(encoder, optimizer: Literal["sgd", "lars"] = "sgd", images=40):
-    protocol = LinearOnViews(optimizer, epochs=2, batch_size=8, least_steps=1)
+    protocol = LinearOnViews(optimizer, optimizer == "lars", epochs=2, batch_size=8, least_steps=1)
     data, run = DataConfig("x"), Placing("runs")
     experiment = protocol.experiment(encoder, data, (3, 7), images, run, "w.safetensors")
     return TrainState.start(experiment, images)
@@ -95,7 +95,9 @@ def test_a_layer_has_the_gradient_that_it_has_alone():
 
 
 def test_mae_is_judged_as_its_paper_does():
-    of_mae, of_dino = LinearOnViews.of("mae"), LinearOnViews.of("dino")
+    of_mae, of_dino = LinearOnViews.of("mae", 10**6), LinearOnViews.of("dino", 10**6)
+    small = LinearOnViews.of("mae", 1_000)
+    assert (small.optimizer, small.normalize) == ("sgd", True)
     assert (of_mae.optimizer, of_mae.epochs, of_mae.batch_size) == ("lars", 90, 16_384)
     assert (of_dino.optimizer, of_dino.epochs) == ("sgd", 10)
 
