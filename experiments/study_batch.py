@@ -1,11 +1,12 @@
-"""Who needs large batches? A method is pretrained with several batch sizes, probed and ranked.
+"""Does a method need large batches? Pretrains it with several batch sizes, probes and ranks them.
 
     python experiments/study_batch.py                                # SimCLR on the digits
     python experiments/study_batch.py --recipe mocov2-digits --sizes 32 64 128 256 --seeds 3
     python experiments/study_batch.py --recipe simclr-cifar10 --data cifar10/ --epochs 100
 
-All see the same number of images; the learning rate follows the batch by the recipe's rule. SimCLR
-finds its negatives in the batch, MoCo in a queue. The same command goes on where it stopped.
+All runs see the same number of images; the learning rate scales with the batch by the recipe's
+rule. SimCLR takes its negatives from the batch, MoCo from a queue. The same command, given again,
+resumes the study where it stopped.
 """
 
 import sys

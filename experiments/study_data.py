@@ -1,12 +1,12 @@
-"""Does more unlabelled data still help? Nested shares of the images are pretrained on and ranked.
+"""Does more unlabelled data still help? Pretrains on nested subsets of the images and ranks them.
 
     python experiments/study_data.py                                 # MAE on the digits
     python experiments/study_data.py --recipe simclr-digits --batch-size 64 --seeds 3
     python experiments/study_data.py --recipe mae-cifar10 --data cifar10/ --shares 0.1 0.3 1
 
-Each share is pretrained on twice: for as many epochs as the whole, and for as many images seen. All
-are probed by the labels of the smallest share and by the same test images. The same command goes
-on where it stopped.
+Each subset has two runs: one with as many epochs as the whole data, one with as many images seen.
+All are probed with the labels of the smallest subset, on the same test images. The same command,
+given again, resumes the study where it stopped.
 """
 
 import sys

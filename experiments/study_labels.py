@@ -1,4 +1,4 @@
-"""How many labels does pretraining save? Fine-tuning with few and many, beside from scratch.
+"""How many labels does pretraining save? Compares fine-tuning with training from scratch.
 
     python experiments/study_labels.py                               # MAE on the digits
     python experiments/study_labels.py --recipe simclr-digits --labels 20 100 500 --subsets 1
@@ -6,7 +6,7 @@
 
 The encoder is pretrained without labels; then it, and the same network from random weights, learn
 from the same labels by the same settings. A curve, a table and a sentence tell up to how many
-labels pretraining pays. The same command goes on where it stopped.
+labels pretraining pays. The same command, given again, resumes the study where it stopped.
 """
 
 import sys

@@ -249,7 +249,7 @@ class Experiment:
         if not self.is_elastic:
             Share(0, most, self.accumulate).micro_batch(self.batch_size)
             return
-        require(least <= most, f"workers {self.workers} must be from the fewest to the most")
+        require(least <= most, f"workers {self.workers} must be a range such as 1:4")
         parts = [size * self.accumulate for size in (least, most)]
         possible = [n for n in range(1, 2 * most + 1) if self._divides_among(n)]
         require(

@@ -60,7 +60,7 @@ _SHARES: dict[str, Any] = {"unit": "%", "sign": 1, "is_accuracy": True}
 EVALUATIONS = {
     "knn": Metric("kNN", "kNN accuracy, k chosen", **_SHARES),
     "linear": Metric("linear", "linear probe's accuracy", **_SHARES),
-    "linear-paper": Metric("linear-paper", "published linear evaluation's accuracy", **_SHARES),
+    "linear-paper": Metric("linear-paper", "accuracy of the papers' linear evaluation", **_SHARES),
     "logistic": Metric("logistic", "logistic regression's accuracy", **_SHARES),
     "retrieval": Metric("mAP", "retrieval's mAP", **_SHARES),
     "finetune": Metric("fine-tuned", "accuracy after fine-tuning", **_SHARES),
@@ -98,8 +98,8 @@ else:  # the command line reads a flag's choices from its annotation
 
 
 def evaluation(name: str) -> Metric | None:
-    """The row of a metric such as `eval/digits/low-shot-1pct-finetune`; None for other metrics and
-    for what belongs to such a number, such as the ends of its interval."""
+    """The row of EVALUATIONS for a metric such as `eval/digits/low-shot-1pct-finetune`; None for
+    other metrics, and for secondary figures such as the ends of an interval."""
     parts = name.split("/")
     if len(parts) != 3 or f"{parts[0]}/" != EVALUATION:
         return None

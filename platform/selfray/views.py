@@ -185,8 +185,8 @@ class View:
     """Probability of a rotation by 90, 180 or 270 degrees, equally likely; 0.75 makes all four
     orientations equally likely."""
     rand_augment: str = added("")
-    """RandAugment (arXiv:1909.13719) after all else, in timm's words, such as
-    rand-m9-mstd0.5-inc1; for RGB images, and for fine-tuning. Empty for none."""
+    """RandAugment (arXiv:1909.13719) after all other operations, as timm writes it, such as
+    rand-m9-mstd0.5-inc1. For fine-tuning on RGB images; empty for none."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -199,7 +199,7 @@ class View:
         require(self.size is None or self.size > 0, f"view size must be positive, got {self.size}")
         require(
             not self.rand_augment or _RAND_AUGMENT.fullmatch(self.rand_augment) is not None,
-            f"rand_augment {self.rand_augment!r} is no policy: give one such as "
+            f"rand_augment {self.rand_augment!r} is not a policy: give one such as "
             "rand-m9-mstd0.5-inc1, or leave it out",
         )
 

@@ -139,6 +139,7 @@ def test_two_workers_leave_checkpoints_probes_pictures_an_mlflow_run_and_name_a_
         history = client.get_metric_history(run.info.run_id, name)
         assert [point.step for point in history] == [32 * step for step in range(1, 19)], name
     assert [p.step for p in client.get_metric_history(run.info.run_id, "probe/knn")] == [0, 576]
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
     pictures = {info.path for info in client.list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {
         f"pictures/{name}.png"
@@ -208,7 +209,7 @@ def test_two_workers_go_on_without_a_shard_that_was_lost_and_without_one_that_ca
     text = screen.text.getvalue()
     assert result.images_seen == 6 * 64, "as many as planned"
     assert "1 of the 4 shards at the start is gone, the first is 1.parquet: their 16" in text
-    assert "1 shard came after this run started, the first is 0-more.parquet" in text
+    assert "1 shard was added after this run started, the first is 0-more.parquet" in text
     assert f"{folder}/1.parquet: the file is gone" in text
 
     table = pa.table({"image": rows[:16]})

@@ -117,3 +117,17 @@ def test_a_cluster_that_nobody_named_and_that_is_gone_is_no_reason_to_stop(
     assert runtime._join("127.0.0.1:9", {}, is_named=False, say=print) is False
     with pytest.raises(ConnectionError, match="no Ray cluster answers"):
         runtime._join("127.0.0.1:9", {}, is_named=True, say=print)
+
+
+def test_an_empty_ray_address_names_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "ray_current_cluster"
+    note.write_text("127.0.0.1:9")  # of a cluster that is gone
+    monkeypatch.setattr("ray._common.utils.get_ray_address_file", lambda _: str(note))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    started = []
+    monkeypatch.setattr(local_ray, "start", lambda *_: started.append("here"))
+    assert runtime.start() is True
+    assert started == ["here"]

@@ -242,7 +242,7 @@ def test_a_sweep_goes_on_by_the_data_that_it_started_with(
         screen = Screen()
         with pytest.raises(KeyboardInterrupt):
             sweep(base, Question("mask", (ratio,)), "Which ratio?", screen)
-        said.append([line for line in screen.lines if "1 shard came since" in line])
+        said.append([line for line in screen.lines if "1 shard was added after this run" in line])
         shutil.copytree(shards, data / "more", dirs_exist_ok=True)
     assert steps[0] == steps[1] > 0
     assert [len(lines) for lines in said] == [0, 1]

@@ -217,7 +217,7 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_when_it_is_up(
 
         wait_for("a second line", lambda: len(said) == 2)
         # One line for all the attempts that were refused while the server was starting.
-        assert said[1] == f"{server_uri} is back: all that was kept has been sent"
+        assert said[1] == f"{server_uri} is back: everything kept has been sent"
         writer.metrics(2000, {"loss": 0.25})
         assert tracker.finish("FINISHED")
         assert tracker.run_id is not None

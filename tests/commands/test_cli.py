@@ -220,7 +220,7 @@ def test_every_flag_of_a_recipe_says_what_it_is_in_lines_as_long_as_fit(
     with pytest.raises(SystemExit):
         script.parse({"recipe": experiment(method)}, ["recipe", "--help"], "", "pretrain")
     said = capsys.readouterr().out
-    assert "Weight decay over the run, of the parameters" in said
+    assert "Weight decay over the run. It applies to the" in said
     lines = [line[2:-2] for line in said.splitlines()]  # without the boxes' sides
     indent = " " * 6
     for line, following in itertools.pairwise(lines):
@@ -529,7 +529,7 @@ def test_what_is_no_checkpoint_is_one_line(typed, tmp_path):
     assert_one_line_error(typed("export", "nowhere", "--to", "timm"), "there is no checkpoint at")
     for name in ("folder", "weights.pth"):
         said = typed("export", name, "--to", "timm")
-        assert_one_line_error(said, f"{name} is no checkpoint", "give a run's folder")
+        assert_one_line_error(said, f"{name} is not a checkpoint", "give a run's folder")
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_file_that_is_damaged(typed, run_folder, tmp_path):
@@ -608,7 +608,7 @@ def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
 
 def test_a_registry_is_for_mlflow_alone(typed, trained):
     said = typed("export", trained / "mae", "--to", "timm", "--register", "horses")
-    assert_one_line_error(said, "--register is for --to mlflow")
+    assert_one_line_error(said, "--register needs --to mlflow")
 
 
 def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):

@@ -131,8 +131,10 @@ def test_the_sentence_says_up_to_how_many_labels_pretraining_pays():
     tuned = Found("mae", {20: 0.8, 50: 0.9, 100: 0.95}, "finetune-v1 (epochs 1)")
     scratch = Found("s", {20: 0.4, 50: 0.7, 100: 0.99}, "finetune-v1 (from_scratch True)")
     (line,) = _label_efficiency([tuned, scratch])  # type: ignore[list-item]
-    assert line.startswith("mae, fine-tuned: pretraining pays up to 50 labels of those tried")
+    assert line.startswith(
+        "mae, fine-tuned: pretraining pays up to 50 of the tried numbers of labels"
+    )
     assert "there by 20.0 points [" in line
     assert line.endswith("; from scratch is better at 100")
     (line,) = _label_efficiency([scratch, Found("mae", {20: 0.4}, "finetune-v1")])  # type: ignore[list-item]
-    assert "gains nothing over training from scratch" in line
+    assert "no gain of pretraining over training from scratch" in line

@@ -83,7 +83,7 @@ def test_what_values_mean_in_masks():
     assert classes_of([0, 255]) == {0: 0, 255: 1}
     assert classes_of([0, 3, 255]) == {0: 0, 3: 1}
     assert recoded(np.array([0, 3, 255]), {0: 0, 3: 1}).tolist() == [0, 1, -1]
-    with pytest.raises(ValueError, match="one class alone"):
+    with pytest.raises(ValueError, match="only one class"):
         classes_of([0])
 
 
@@ -96,7 +96,7 @@ def test_a_mask_is_cut_as_its_image_is():
 
 
 def test_a_mask_of_another_size_is_named():
-    with pytest.raises(ValueError, match=r"m.png is of 4 x 4 pixels and its image of 8 x 8"):
+    with pytest.raises(ValueError, match=r"m.png has 4 x 4 pixels, but its image has 8 x 8"):
         views_of(png(np.zeros((8, 8, 3))), png(np.zeros((4, 4))), 8, ("a.png", "m.png"))
 
 

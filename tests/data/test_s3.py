@@ -273,7 +273,7 @@ def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shard
     store(second, 20)
     chosen = read_chosen(shards, groups, rows, cache)
     assert sorted(chosen.unreadable) == list(range(10, 20))
-    assert all("not those of the start" in str(error) for error in chosen.unreadable.values())
+    assert all("have changed since the start" in str(error) for error in chosen.unreadable.values())
 
 
 def test_settings_behind_a_question_mark_are_refused_with_the_way_out():

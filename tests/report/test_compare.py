@@ -659,7 +659,7 @@ def test_the_page_of_any_other_choice_adds_nothing_to_mlflow(tracked: dict[str, 
     runs = read_runs([tracked["trial-0-folder"], tracked["alone-folder"]])
     experiment_id = client.get_run(tracked["alone"]).info.experiment_id
     before = len(client.search_runs([experiment_id]))
-    assert "not of one sweep" in log_page("page", runs, uri)
+    assert "do not form one sweep" in log_page("page", runs, uri)
     assert len(client.search_runs([experiment_id])) == before
 
 

@@ -1,4 +1,5 @@
-"""Encoders fine-tuned on labelled images: each a run of its own, launched as pretraining is."""
+"""Fine-tunes encoders on labelled images; each fine-tuning is launched as a run, like
+pretraining."""
 
 import hashlib
 import time
@@ -35,27 +36,31 @@ from selfray.runs.folder import RUN_RECORD, read_object
 from selfray.storage import Location
 
 FOLDER = "finetune"
-"""In the folder that a subject's features lie in: its fine-tuning runs, and their data."""
+"""Folder of a subject's fine-tuning runs and their data, beside its features."""
 ROWS_EACH = 2048
 """Images that one task copies into a file of a subset."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labels a fine-tuning sees."""
+    """The labels that a fine-tuning sees; all if neither `share` nor `count` is given."""
 
     key: str = "finetune"
-    """The name of its number."""
+    """The judgement's name."""
     share: float | None = None
-    """Share of the train labels; None with no `count` for all."""
+    """Share of the train labels."""
     count: int | None = None
+    """Number of train labels."""
     subsets: int = 1
+    """Random subsets of this size, each with a fine-tuning."""
 
     def chosen(self, train: Split, labels: np.ndarray, seed: int) -> np.ndarray | None:
-        """Indices among the labelled train images; None for all of them.
+        """Indices int64 [k] of the chosen ones among the labelled train images; None for all.
 
         Args:
-            labels: int64 [n], the labelled train images' classes, from 0.
+            train: all train images.
+            labels: int64 [n], the classes of the labelled train images, from 0.
+            seed: of the subset.
         """
         if self.share is None and self.count is None:
             return None
@@ -65,7 +70,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Carrying:
-    """How fine-tunings are carried out."""
+    """Settings of fine-tunings that do not change what they compute, except for `precision`."""
 
     workers: int
     precision: Any
@@ -77,12 +82,16 @@ class Carrying:
 def fine_tuned(
     judged: Judged, encoder: EncoderRef, protocol: FineTuning, which: Labels, how: Carrying
 ) -> Judgement:
-    """Fine-tune an encoder on its data's train labels and judge it on the test images; what an
-    earlier call has trained or judged is taken as it is.
+    """Fine-tune an encoder on its data's train labels and judge it on the test images. Runs and
+    judgements of an earlier call are reused.
 
     Args:
-        judged: the encoder's features and numbers on this data.
-        encoder: what is fine-tuned; where `protocol.from_scratch`, only its kind.
+        judged: the encoder's features and figures on this data.
+        encoder: the encoder to fine-tune; with `protocol.from_scratch` only its architecture is
+            used.
+        protocol: the settings.
+        which: the labels to train on.
+        how: workers, precision, devices and MLflow.
     """
     started = time.monotonic()
     subject = judged.subject
@@ -110,7 +119,8 @@ def fine_tuned(
 def trained(
     judged: Judged, experiment: Experiment, data: DataSets, what: str, how: Carrying
 ) -> Checkpoint:
-    """The end of a run on labels: a child of the MLflow run that trained the encoder."""
+    """Train a run on labels to its end, as a child of the MLflow run that trained the encoder.
+    Returns its last checkpoint."""
     subject = judged.subject
     run = read_object(subject.home / RUN_RECORD)
     recorded = str(run.get("tracking_uri", "***"))
@@ -133,7 +143,8 @@ def _experiment(
 def settings(
     judged: Judged, encoder: EncoderRef, data: DataSets, how: Carrying
 ) -> tuple[EncoderConfig, DataConfig, tuple[int, ...], int, Placing]:
-    """What every run on labels is told: the encoder, the images and their labels, and where."""
+    """(encoder, images, labels of the classes in ascending order, number of images, output and
+    workers) for a run on labels."""
     mean, std = encoder.normalization
     kind = replace(encoder.encoder_config, image_size=judged.subject.size)
     images = DataConfig(data.train.uri, mean=mean, std=std, channels=kind.in_channels)
@@ -145,7 +156,8 @@ def settings(
 
 
 def started_from(judged: Judged, encoder: EncoderRef) -> str:
-    """The encoder's weights as a file that a run can start from."""
+    """Write the encoder's weights, unless done before, as a file for `init_from`. Returns its
+    URI."""
     name = f"{encoder.digest[:16]}.safetensors"
     place = judged.subject.home / FOLDER / "start" / name
     if not place.exists():
@@ -159,8 +171,8 @@ def started_from(judged: Judged, encoder: EncoderRef) -> str:
 
 
 def train_data(judged: Judged, chosen: np.ndarray | None) -> DataSets:
-    """The train images as a data set: the files as they are where all of them are wanted, else a
-    copy of the chosen ones."""
+    """The train images as a data set: the original files if all images are used, else a copy of the
+    chosen images."""
     rows, train = judged.data.train, judged.features[0]
     if chosen is None and len(rows) == rows.shards.rows:
         return DataSets(rows.shards, None)
@@ -174,7 +186,8 @@ def train_data(judged: Judged, chosen: np.ndarray | None) -> DataSets:
 
 
 def places_of(split: Split, rows: Rows) -> np.ndarray:
-    """int64 [n]: where among the rows each image with features stands."""
+    """int64 [n]: for each image with features, its index among the rows. Unreadable images have no
+    features, so the two orders differ."""
     each = Embedding.block_rows
     found, first = [], 0
     for block, count in enumerate(split.files.counts()):
@@ -196,7 +209,8 @@ def places_of(split: Split, rows: Rows) -> np.ndarray:
 def _copied(
     rows: Rows, places: np.ndarray, labels: np.ndarray, classes: int, folder: Location
 ) -> ShardSet:
-    """Parquet files of some images with their classes, written by Ray tasks."""
+    """Write the images at `places`, int64 [k], with their classes `labels`, int64 [k], to Parquet
+    files, by Ray tasks."""
     task: Any = ray.remote(num_cpus=1)(_copy)
     shared = ray.put(rows)
     files = ray.get(
@@ -224,11 +238,11 @@ def _copy(
     return [(place / shard.name).uri for shard in written.shards]
 
 
-# What it says ------------------------------------------------------------------------------------
+# Predictions -------------------------------------------------------------------------------------
 
 
 def _predictions(judged: Judged, found: Checkpoint, how: Carrying) -> np.ndarray:
-    """The class of each labelled test image, int64 [m], in the order of the judged ones."""
+    """The predicted class of each labelled test image, int64 [m], in the order of `judged`."""
     test, rows = judged.features[1], judged.data.test
     contents = Contents(key=True, patch_mean=True)
     ref = EncoderRef.of(found)
@@ -253,7 +267,7 @@ def _predictions(judged: Judged, found: Checkpoint, how: Carrying) -> np.ndarray
 def embeddings(
     subject: Subject, ref: EncoderRef, rows: Rows, contents: Contents, how: Carrying, what: str
 ) -> FeatureFiles:
-    """Features of some rows, kept beside the subject's others."""
+    """Features of some rows, cached in the folder of the subject's features."""
     job = Embedding(rows, ref, subject.size, contents)
     folder = subject.home / FEATURES / Embedding.key(job.plan())
     pace = Pace(how.console, f"{subject.title}: {what}", len(rows))

@@ -110,7 +110,7 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
-        opened: the data sets, where the caller has opened them; None opens experiment.data.
+        opened: the data sets, if the caller has opened them; None opens experiment.data.
 
     Raises:
         ValueError, FileNotFoundError: bad input; no worker was started.

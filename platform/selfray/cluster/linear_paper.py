@@ -1,4 +1,4 @@
-"""The published linear evaluation, trained by a run on Ray Train workers."""
+"""The linear evaluation of the papers, trained by a run on Ray Train workers."""
 
 import time
 from dataclasses import replace
@@ -25,16 +25,16 @@ from selfray.runs.checkpoint import Checkpoint
 
 KEY = "linear-paper"
 CHUNK = 1024
-"""Images whose logits are computed at a time."""
+"""Images per forward pass of the linear layers."""
 COLUMNS = (EARLIER, EMBEDDING, PATCH_MEAN)
-"""In the order of `probes.linear_paper.tokens`."""
+"""Columns of features, in the order of `probes.linear_paper.tokens`."""
 
 
 def on_views(
     judged: Judged, encoder: EncoderRef, protocol: LinearOnViews, how: Carrying
 ) -> Judgement:
-    """Train the grid on all but the held-out train images, choose by these, judge the choice on the
-    test images; what an earlier call has trained or judged is taken as it is."""
+    """Train the grid on all train images except the held-out ones, choose a layer on these, and
+    judge it on the test images. Runs and judgements of an earlier call are reused."""
     started = time.monotonic()
     place = place_of(judged.subject, KEY, protocol, judged.features)
     known = kept(place)
@@ -45,7 +45,7 @@ def on_views(
     away = held_out(train.keys[labelled], labels, protocol.held_out, protocol.seed)
     if not away.any():
         raise ValueError(
-            f"{judged.data.name} has too few train images to hold any out, by which linear-paper "
+            f"{judged.data.name} has too few train images to hold some out, on which linear-paper "
             "chooses its layer: give --by logistic"
         )
     data = train_data(judged, np.flatnonzero(~away))
@@ -74,7 +74,7 @@ def on_views(
 
 
 def grid_of(found: Checkpoint) -> Grid:
-    """The trained layers, in eval mode."""
+    """The trained layers of a run's checkpoint, in eval mode."""
     method = found.experiment().method
     state = {
         name.removeprefix("heads."): values
@@ -91,5 +91,6 @@ def grid_of(found: Checkpoint) -> Grid:
 
 @torch.no_grad()
 def predictions(grid: Grid, features: torch.Tensor) -> torch.Tensor:
-    """int64 [R, n]: the class of each image by each layer."""
+    """int64 [R, n]: the class of each image predicted by each of the R layers, from features
+    float32 [n, 5 D] (of a ResNet [n, D])."""
     return torch.cat([grid(chunk).argmax(-1) for chunk in features.split(CHUNK)], dim=1)

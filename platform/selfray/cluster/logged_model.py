@@ -1,7 +1,7 @@
-"""The encoder of a run as a logged model in MLflow, with its signature and an example.
+"""Logs the encoder of a run as a model in MLflow, with its signature and an example.
 
-It is written as torch's exported program (.pt2): whoever loads it needs torch and mlflow, neither
-timm nor selfray, and unpickles nothing.
+The model is a torch exported program (.pt2): loading it needs torch and mlflow, but neither timm
+nor selfray, and unpickles nothing.
 """
 
 import logging
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 NAME = "encoder"
 DIGEST = "selfray.encoder.sha256"
-"""The run's tag that says of which weights a model was logged."""
+"""Tag of the run with the digest of the weights that were logged."""
 MODEL = "selfray.encoder.model"
-"""The tag, of the run and of registered versions, with the logged model's id."""
+"""Tag of the run and of registered versions with the logged model's id."""
 
 
 class FromPixels(nn.Module):
-    """An encoder with its normalisation: what a user of the logged model calls."""
+    """The logged module: an encoder that normalises its images."""
 
     def __init__(self, encoder: Encoder, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FromPixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of float32 images [n, C, H, W] in 0..1: [n, D]; for a ViT [n, 2D], the class
-        token and the mean of the patch tokens, as the linear probe sees them."""
+        token and the mean of the patch tokens, which are the inputs of the linear probe."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
         features = self.encoder((images - mean) / std)
         if not self.encoder.config.is_vit:
@@ -57,13 +57,14 @@ def log_encoder(
 ) -> bool:
     """Log the encoder with the best probe to the MLflow run that trained it, once.
 
-    Whatever fails is said in one line and costs the model, not the run. Returns whether the model
-    is in MLflow.
+    A failure is reported in one line and does not affect the run. Returns whether the model is in
+    MLflow.
 
     Args:
         run: the run's folder.
-        tracking: the MLflow store; None takes the one that the run's command takes.
-        register: a name in MLflow's registry that gets a version.
+        console: where the model or the failure is reported.
+        tracking: the MLflow store; None takes the one that the run's command uses.
+        register: the name of a registered model that gets a new version; None registers nothing.
     """
     record = read_object(run / RUN_RECORD)
     if "run_id" not in record:
@@ -91,7 +92,7 @@ def log_encoder(
 
 
 def _log(client: "MlflowClient", run_id: str, found: Checkpoint) -> str:
-    """Log a checkpoint's encoder as a model of its run; returns the model's id."""
+    """Log a checkpoint's encoder as a model of its run. Returns the model's id."""
     from mlflow.entities import LoggedModelOutput
 
     experiment = found.experiment()
@@ -118,7 +119,7 @@ def _log(client: "MlflowClient", run_id: str, found: Checkpoint) -> str:
 
 @torch.no_grad()
 def save(model: FromPixels, folder: Path) -> None:
-    """Write MLflow's folder of a model: the exported program, its signature and an example."""
+    """Write a model in MLflow's format: the exported program, its signature and an example."""
     import mlflow.pytorch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -143,7 +144,7 @@ def save(model: FromPixels, folder: Path) -> None:
 
 
 def _register(client: "MlflowClient", run_id: str, model_id: str, name: str) -> str:
-    """A version of a registered model for a logged one, made once; returns its number."""
+    """Register a logged model as a version of `name`, unless done before. Returns its number."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -154,7 +155,7 @@ def _register(client: "MlflowClient", run_id: str, model_id: str, name: str) -> 
     versions = client.search_model_versions(f"name = '{name}'")
     same = [version for version in versions if version.tags.get(MODEL) == model_id]
     if not same:
-        # Its files' place, since MLflow would look for models:/ID in the process's own store.
+        # The location of its files, since MLflow would look up models:/ID in the default store.
         source = client.get_logged_model(model_id).artifact_location
         tags = {MODEL: model_id}
         same = [client.create_model_version(name, source, run_id, tags, model_id=model_id)]

@@ -292,7 +292,7 @@ def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> st
         with asking_mlflow(uri) as (client, where):
             target = _target(client, known)
             if target is None:
-                return "not logged: these runs are not of one sweep, so the page is only a file"
+                return "not logged: these runs do not form one sweep, so the page is only a file"
             client.log_text(target.info.run_id, page, PAGE)
     except Exception as error:  # each artifact store's client raises its own
         log.exception("the page was not logged")

@@ -168,7 +168,7 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
 
     if ray.is_initialized():
         return False
-    named = address or os.environ.get("RAY_ADDRESS")
+    named = address or os.environ.get("RAY_ADDRESS") or None  # an empty one names none
     address = named or ray_internals.current_cluster()
     options: dict[str, Any] = {
         "log_to_driver": False,

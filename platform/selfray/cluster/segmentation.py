@@ -1,4 +1,4 @@
-"""Images with masks -> how well encoders find objects, by Ray tasks."""
+"""Judges encoders on images with masks, by Ray tasks: how well they locate objects."""
 
 import hashlib
 import json
@@ -39,28 +39,29 @@ from selfray.probes.subsets import image_digest, ranks
 from selfray.storage import Location
 
 BLOCK = 32
-"""Images of one task."""
+"""Images per task."""
 SHOWN = 8
-"""Images in pictures."""
+"""Images shown in the picture."""
 
 
 class Seen(NamedTuple):
-    """What a task finds in its images."""
+    """The result of a task for its b images."""
 
     values: list[int]
-    """That the masks hold."""
+    """Distinct values in the masks."""
     keys: list[int]
+    """Digests of the images' bytes."""
     attention: np.ndarray
-    """float16 [b, heads, N]"""
+    """float16 [b, heads, N]: attention of the class token to the patches."""
     patches: np.ndarray
-    """float16 [b, N, D]"""
+    """float16 [b, N, D]: patch tokens."""
     labels: np.ndarray
     """uint8 [b, size, size]: the masks' values."""
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """An encoder's numbers on images with masks, and some of them to look at."""
+    """An encoder's judgements on images with masks, and some images to show."""
 
     subject: Subject
     judgements: tuple[Judgement, ...]
@@ -135,8 +136,8 @@ def _view(image: str, mask: str, size: int) -> np.ndarray:
 
 
 def _by_head(attended: np.ndarray, labels: np.ndarray, classes: dict[int, int]) -> np.ndarray:
-    """float [n, heads + 1]: each head's Jaccard index with all that is no background, and, last,
-    that of the heads' mean."""
+    """float [n, heads + 1]: the Jaccard index of each head with the foreground of each image, and
+    in the last column that of the heads' mean attention."""
     found, protocol = [], Attention()
     for weights, values in zip(attended.astype(np.float32), labels, strict=True):
         both = np.concatenate([weights, weights.mean(0, keepdims=True)])

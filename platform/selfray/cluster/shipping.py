@@ -136,7 +136,7 @@ class Shipper:
                 artifacts_left = self._ship_artifacts(self._client, finishing)
                 self._metrics_per_request = _METRICS_PER_REQUEST[1]
                 if away_since is not None:
-                    self.tracked.say(f"{self.shown_uri} is back: all that was kept has been sent")
+                    self.tracked.say(f"{self.shown_uri} is back: everything kept has been sent")
                     away_since, pause = None, first_pause
                 if finishing:
                     self._close_run(self._client, self._status)

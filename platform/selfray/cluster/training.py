@@ -18,7 +18,7 @@ from selfray.data.plan import Share
 from selfray.data.source import BROKEN, REASON, source_of
 from selfray.experiment import Experiment
 from selfray.method import Batch
-from selfray.runs import checkpoint, starting
+from selfray.runs import checkpoint, machine, starting
 from selfray.runs.recorder import EndedEarly, Recorder
 from selfray.storage import Location
 from selfray.train import TrainState, train
@@ -60,16 +60,24 @@ def run(task: WorkerTask) -> None:
         state.load_state_dict(found.state())
     recorder.started(state, device)
 
+    local, everywhere = context.get_local_world_size(), context.get_world_size()
     batches = Stream(
         source,
         share,
         state.progress.step,
         task.data_cpus,
         task.until_step,
-        stream.chunk_room(context.get_local_world_size(), context.get_world_size()),
+        stream.chunk_room(local, everywhere),
     )
     checked = _checked(batches, experiment, recorder)
-    with contextlib.suppress(EndedEarly):
+    watching = machine.watched(
+        recorder.spool,
+        lambda: state.progress.images_seen,
+        node="" if local == everywhere else socket.gethostname(),
+        with_cpu=context.get_local_rank() == 0,
+        gpu=context.get_local_rank() if device.type == "cuda" else None,
+    )
+    with watching, contextlib.suppress(EndedEarly):
         train(state, checked, mine, lambda step: recorder.on_step(state, step), device)
     recorder.finished(state)
 

@@ -58,7 +58,7 @@ Few = Literal["logistic", "finetune"]
 class Evaluate:
     """Judge encoders on labelled images: accuracies with 95 % intervals, and which differences are
     significant. Features are computed once and cached in the run's folder; `--by finetune` trains
-    the encoder itself, beside the same network from scratch.
+    the encoder itself, and for comparison the same network from scratch.
     $ selfray evaluate runs/mae-imagenet-1a2b3c4d untrained --data s3://bucket/labelled
     $ selfray evaluate runs/dino-1a2b3c4d timm:resnet50.a1_in1k --by knn logistic --labels 10 50 200
     $ selfray evaluate runs/mae-imagenet-1a2b3c4d --data labelled/ --by finetune low-shot \\
@@ -97,8 +97,8 @@ class Evaluate:
     masks: Annotated[
         str | None,
         flag(
-            """For `segmentation`: a folder of PNG masks with the names of --data's images; 255 is
-            the object and 0 the rest, or classes are 0, 1, 2, ... and 255 is none.""",
+            """For `segmentation`: a folder of PNG masks with the names of --data's images. Either
+            255 is the object and 0 the background, or 0, 1, 2, ... are classes and 255 is none.""",
             "PATH",
             "none",
         ),
@@ -122,7 +122,7 @@ class Evaluate:
     ] = ()
     low_shot_by: Annotated[
         tuple[Few, ...],
-        flag("What learns from few labels, in `low-shot` and the curve.", "LEARNER"),
+        flag("Learners for few labels, in `low-shot` and the curve.", "LEARNER"),
     ] = ("logistic",)
     shares: Annotated[
         tuple[float, ...], flag("Shares of the labels that `low-shot` uses.", "SHARE")
@@ -222,8 +222,8 @@ class Evaluate:
         if self.masks is not None or "segmentation" in self.by:
             require(
                 self.masks is not None and self.by == ("segmentation",) and len(self.data) == 1,
-                "--by segmentation is of images with masks, and alone: give --by segmentation, "
-                "--data IMAGES and --masks MASKS",
+                "--by segmentation needs images with masks and excludes other protocols: give --by "
+                "segmentation, --data IMAGES and --masks MASKS",
             )
         for name in ("train_limit", "test_limit", "image_size"):
             value = getattr(self, name)
@@ -299,7 +299,7 @@ class Evaluate:
         return with_finetuning(results, settings, which, how) if which else results
 
     def _finetuned(self, suite: "Suite") -> "list[Labels]":
-        """With which labels encoders are fine-tuned."""
+        """The sets of labels on which encoders are fine-tuned; empty without fine-tuning."""
         if "finetune" not in (*self.by, *self.low_shot_by):
             return []
         from selfray.cluster.finetuning import Labels

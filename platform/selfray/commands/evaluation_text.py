@@ -41,15 +41,16 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
 
 
 def sizes(subject: "Subject") -> str:
-    """At which size an encoder sees the images, and which one it is for."""
+    """A line with the image size at which an encoder is judged, and the size of its training."""
     assert subject.encoder is not None
     own = subject.encoder.encoder_config.image_size
-    other = "its own size" if own == subject.size else f"it was trained at {own}"
+    other = "its own size" if own == subject.size else f"trained at {own}"
     return f"{subject.title}: images at {subject.size} x {subject.size} pixels, {other}"
 
 
 def _protocols(results: "Sequence[Sequence[Judged]]") -> Iterator[str]:
-    """Each protocol with its settings, once; where they differ by encoder, each by its own."""
+    """A line with the settings of each protocol; if they differ between encoders, a line for each
+    setting, with the encoders' names."""
     found: dict[str, dict[str, list[str]]] = {}
     for judged in results:
         for judgement in judged[0].judgements:
@@ -62,7 +63,7 @@ def _protocols(results: "Sequence[Sequence[Judged]]") -> Iterator[str]:
 
 
 def _table(column: "Sequence[Judged]") -> Iterator[str]:
-    """A row for each encoder, a column for each protocol that any of them was judged by."""
+    """A row for each encoder, a column for each protocol by which any of them was judged."""
     from selfray.probes.judgement import is_uneven
 
     uneven = is_uneven(column[0].examined.test)
@@ -93,7 +94,8 @@ def _table(column: "Sequence[Judged]") -> Iterator[str]:
 
 
 def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
-    """Up to how many labels a fine-tuned encoder beats the same network from scratch."""
+    """A line for each fine-tuned encoder: the largest number of labels with which it beats the same
+    network from scratch."""
     scratch = {j.key: j for judged in column for j in judged.judgements if _is_scratch(judged, j)}
     for judged in column:
         gaps = [
@@ -110,11 +112,11 @@ def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
         if better:
             labels, gap = better[-1]
             text = (
-                f"pretraining pays up to {labels:,.0f} labels of those tried, there by "
+                f"pretraining pays up to {labels:,.0f} of the tried numbers of labels, there by "
                 f"{100 * gap.value:.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
             )
         else:
-            text = "pretraining gains nothing over training from scratch that these images can show"
+            text = "these images show no gain of pretraining over training from scratch"
         if worse:
             text += f"; from scratch is better at {', '.join(f'{n:,.0f}' for n in sorted(worse))}"
         yield f"{judged.subject.title}, fine-tuned: {text}"

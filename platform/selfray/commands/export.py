@@ -58,7 +58,7 @@ class Export:
     def run(self, console: "Console") -> int:
         require(
             self.register is None or self.to == "mlflow",
-            "--register is for --to mlflow: a folder or file has no registry",
+            "--register needs --to mlflow: only MLflow has a registry",
         )
         require(
             not self.any_size or self.to == "onnx",
@@ -116,7 +116,7 @@ class Export:
         from selfray.commands.script import FAILED
 
         run = run_folder(open_checkpoint(self.checkpoint, self.tracking, console))
-        require(run is not None, f"{self.checkpoint} is in no run's folder: give a run")
+        require(run is not None, f"{self.checkpoint} lies outside a run's folder: give a run")
         assert run is not None
         return 0 if log_encoder(run, console, self.tracking, self.register) else FAILED
 

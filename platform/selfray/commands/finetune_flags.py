@@ -1,4 +1,4 @@
-"""How `selfray evaluate` trains on labels: its flags, and what they make of judged encoders."""
+"""Training on labels in `selfray evaluate`: the flags, and adding its figures to other results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ Preset = Literal["auto", "finetune-mae-vit", "finetune-beit-vit", "finetune-resn
 
 @dataclass(frozen=True)
 class FineTuneFlags:
-    """How `--by finetune` trains, and low-shot with it."""
+    """Settings of `--by finetune`, and of low-shot evaluation by fine-tuning."""
 
     preset: Annotated[
         Preset,
         flag(
-            """Published settings (docs/evaluation.md), or those for small data. auto: small below
-            20,000 train images, else by the encoder.""",
+            """Settings of a paper (docs/evaluation.md), or for small data. auto: small below 20,000
+            train images, else the paper that fits the encoder.""",
         ),
     ] = "auto"
     epochs: Annotated[int | None, flag("Epochs.", "N", "the preset's")] = None
@@ -43,7 +43,7 @@ class FineTuneFlags:
         "float32"
     )
     no_scratch: Annotated[
-        bool, flag("Leave out the baseline: the same networks from scratch.", default="")
+        bool, flag("Skip the baseline, the same network trained from scratch.", default="")
     ] = False
 
     def __post_init__(self) -> None:
@@ -55,12 +55,13 @@ class FineTuneFlags:
             )
 
     def settings(self, encoder: "EncoderRef", images: int) -> "FineTuning":
+        """The preset for an encoder and this many images, with the given flags applied."""
         from selfray.probes.finetuning import FineTuning
 
         flips = _pretraining_flip(encoder) if self.flip is None else self.flip
         given = {
             "epochs": self.epochs,
-            "least_steps": None if self.epochs is None else 1,  # who gives a number means it
+            "least_steps": None if self.epochs is None else 1,  # keep the user's number of epochs
             "batch_size": self.batch_size,
             "base_learning_rate": self.learning_rate,
             "flip": flips,
@@ -71,13 +72,14 @@ class FineTuneFlags:
 
 @dataclass(frozen=True)
 class LinearPaperFlags:
-    """How `--by linear-paper` trains its linear layers."""
+    """Settings of `--by linear-paper`."""
 
     optimizer: Annotated[
         Literal["auto", "sgd", "lars"],
         flag(
-            """sgd: DINOv2's grid of learning rates. lars: MAE's, with a batch norm before it. auto:
-            lars for MAE and BEiT, and sgd with that batch norm below 20,000 train images.""",
+            """sgd: DINOv2's grid of learning rates. lars: MAE's optimizer, with a batch norm before
+            the linear layer. auto: lars for MAE and BEiT, sgd with that batch norm
+            for them below 20,000 train images, else sgd.""",
         ),
     ] = "auto"
     epochs: Annotated[int | None, flag("Epochs.", "N", "10, lars 90, and at least 500 steps")] = (
@@ -112,7 +114,7 @@ class LinearPaperFlags:
 def with_linear_paper(
     results: "Sequence[Sequence[Judged]]", flags: LinearPaperFlags, how: "Carrying"
 ) -> "list[list[Judged]]":
-    """The same results with the numbers of the published linear evaluation."""
+    """The results with the figures of the papers' linear evaluation added."""
     from selfray.cluster.endings import RunFailed
     from selfray.cluster.linear_paper import on_views
 
@@ -141,7 +143,7 @@ def _method_of(encoder: "EncoderRef") -> str | None:
 
 
 def _pretraining_flip(encoder: "EncoderRef") -> float | None:
-    """Whether mirrored images mean the same, as whoever pretrained the encoder saw it."""
+    """The probability of a horizontal flip in the encoder's pretraining; None if it is unknown."""
     from selfray import config
 
     if encoder.experiment is None:
@@ -156,7 +158,7 @@ def with_finetuning(
     which: "Sequence[Labels]",
     how: "Carrying",
 ) -> "list[list[Judged]]":
-    """The same results with fine-tuning's numbers, and a row for each network from scratch."""
+    """The results with fine-tuning's figures added, and a row for each network from scratch."""
     from selfray.cluster.endings import RunFailed
 
     try:
@@ -196,7 +198,7 @@ def _from_scratch(
     which: "Sequence[Labels]",
     how: "Carrying",
 ) -> "Iterator[list[Judged]]":
-    """For each kind of network its row: the same settings, from random weights."""
+    """A row for each architecture, trained with the same settings from random weights."""
     from selfray import config
 
     done: set[str] = set()

@@ -1,4 +1,4 @@
-"""`selfray evaluate --by segmentation`: attention and patch tokens against masks."""
+"""`selfray evaluate --by segmentation`: compares attention and patch tokens with masks."""
 
 import io
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def judge_segmentation(command: "Evaluate", masks: str, console: "Console") -> int:
-    """Judge the command's encoders on images with masks: a table, sentences, pictures, JSON, and
-    the numbers in MLflow."""
+    """Judge the command's encoders on images with masks: print a table, write pictures and JSON,
+    and log the figures to MLflow. Returns the exit code."""
     from selfray.cluster import runtime
     from selfray.cluster.endings import root_cause
     from selfray.probes.segmentation import pairs_of, require_attention
@@ -61,8 +61,8 @@ def _report(found: "Sequence[Segmented]", name: str) -> list[str]:
     from selfray.probes.judgement import verdicts
 
     lines = [
-        f"{name}: {found[0].images:,} images with masks, {found[0].classes} classes; mIoU is of "
-        "the half that the classifier did not see",
+        f"{name}: {found[0].images:,} images with masks, {found[0].classes} classes; mIoU is "
+        "measured on the half that the classifier did not see",
         *(sizes(each.subject) for each in found),
         "",
     ]

@@ -1,5 +1,4 @@
-"""The three studies of experiments/: labels, data and batch size, each a question to one's own
-images."""
+"""The three studies of experiments/: how labels, data and batch size matter for a set of images."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -26,12 +25,13 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.sweeps.question import Axis, Range
 
 ROWS_EACH = 2048
-"""Images in memory while a subset is copied."""
+"""Images held in memory while a subset is copied."""
 
 
 @dataclass(frozen=True)
 class StudyBatch(SweepFlags):
-    """Vary the batch size at equal images seen; the learning rate follows by the recipe's rule."""
+    """Vary the batch size at the same number of images seen; the learning rate scales with it by
+    the recipe's rule."""
 
     title: ClassVar[str] = "study-batch"
     asks: ClassVar[str] = "Does this method need large batches on these images?"
@@ -50,7 +50,8 @@ class StudyBatch(SweepFlags):
 
 @dataclass(frozen=True)
 class StudyData(SweepFlags):
-    """Pretrain on nested shares of the images, for as many epochs, and for as many images seen."""
+    """Pretrain on nested subsets of the images, once with the same number of epochs and once with
+    the same number of images seen."""
 
     title: ClassVar[str] = "study-data"
     asks: ClassVar[str] = "Does more unlabelled data still help?"
@@ -65,9 +66,9 @@ class StudyData(SweepFlags):
     )
 
     shares: tuple[float, ...] = (0.1, 0.3, 1.0)
-    """Shares of the train images; a smaller one lies inside of each larger one."""
+    """Shares of the train images; each is a subset of the larger ones."""
     recipe: str = "mae-digits"
-    """Any recipe but a tokenizer's or BEiT's."""
+    """Any recipe except those of tokenizers and BEiT."""
 
     def axis(self, base: "Experiment") -> "Axis | Range":
         from selfray.sweeps.question import Axis, Option
@@ -88,11 +89,11 @@ class StudyData(SweepFlags):
 
 
 def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tuple[float, str]]:
-    """(share, folder) of nested shares, growing, of an experiment's train images, each beside its
-    test images; the labels of the smallest are kept, by which all are probed.
+    """Write nested subsets of an experiment's train images, each with all its test images. The
+    images' bytes and the seed decide which images are in a subset. Only the images of the first,
+    smallest share keep their labels: all shares are probed by these. Yields (share, folder).
 
-    Which images are in a share follows from their bytes and the seed. ValueError if the data has no
-    labels or no test images, or is no shards yet.
+    ValueError if the data has no labels or no test images, or is not in shards.
     """
     from selfray.cluster.build import build
     from selfray.data.data_sets import needs_build, open_data
@@ -100,14 +101,14 @@ def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tupl
 
     require(
         not any(needs_build(p) for p in (base.data.path, base.data.test_path) if p),
-        f"--data {base.data.path} is no shards: make them first, with `selfray shards build`",
+        f"--data {base.data.path} is not in shards: make them first, with `selfray shards build`",
     )
     output = Location.of(base.output)
     opened = open_data(base.data, output, lambda line: None, build, describe=False)
     require(
         opened.can_probe and opened.test is not None,
-        f"--data {base.data.path} needs labelled train and test images, by which the encoders of "
-        "all shares are judged alike: give --test-data",
+        f"--data {base.data.path} needs labelled train and test images, on which the encoders of "
+        "all shares are judged: give --test-data",
     )
     assert opened.test is not None
     known = f"{Rows.all_of(opened.train).digest()} {Rows.all_of(opened.test).digest()}"
@@ -123,8 +124,8 @@ def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tupl
 def _copy_share(
     shards: "ShardSet", folder: Location, share: float, labelled: float, seed: int
 ) -> None:
-    """Copy a share of the images, some thousand at a time. A `labelled` share of all, inside of it,
-    keeps its labels: the probes of every share learn from the same images."""
+    """Copy a share of the images, in their order, to files of at most ROWS_EACH images. Only the
+    share `labelled` of all images keeps its labels."""
     import numpy as np
 
     from selfray.data.columns import NO_LABEL
@@ -154,31 +155,32 @@ def _copy_share(
 
 
 def _is_in(order: "np.ndarray", share: float) -> "np.ndarray":
-    """bool [n]: whether random numbers uint64 [n] lie in the first share of their range, so that a
-    smaller share lies inside of a larger one."""
+    """bool [n]: whether each random number, uint64 [n], lies in the lowest `share` of the range, so
+    that smaller subsets are contained in larger ones."""
     return order.astype(float) < share * 2.0**64
 
 
 @dataclass(frozen=True)
 class StudyLabels:
-    """Pretrain, then fine-tune with few labels and many, beside the same network from scratch."""
+    """Pretrain, then fine-tune with various numbers of labels, and compare with the same network
+    trained from scratch."""
 
     recipe: str = "mae-digits"
     """Any recipe."""
     data: str | None = None
-    """Images: as --data.path of pretrain.py; None takes the recipe's."""
+    """Images, as in --data.path of `selfray pretrain`; None takes the recipe's."""
     labelled: str | None = None
     """Labelled images; None takes `data`."""
     epochs: int | None = None
     """Epochs of pretraining; None takes the recipe's."""
     labels: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)
-    """Numbers of labels."""
+    """Numbers of labels to fine-tune with."""
     subsets: int = 3
-    """Subsets of the labels of each size."""
+    """Random subsets of labels for each number."""
     finetune_epochs: int | None = None
     """Epochs of each fine-tuning; None takes the preset's, and at least 300 steps."""
     output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://."""
+    """Folder of all output; local, s3:// or gs://."""
 
     def check_early(self) -> None:
         require(
@@ -219,7 +221,7 @@ class StudyLabels:
 
 
 def run_labels(arguments: Sequence[str], description: str) -> int:
-    """The life of experiments/study_labels.py. Returns the exit code."""
+    """Parse the command line of experiments/study_labels.py and run it. Returns the exit code."""
 
     def main() -> int:
         study = read(StudyLabels, arguments, "study_labels.py", description=description)

@@ -269,7 +269,7 @@ class RowGroupCache:
             opened = _opened(location)
         rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
         if rows != list(file.group_rows):
-            raise pa.ArrowInvalid("its row groups are not those of the start")
+            raise pa.ArrowInvalid("its row groups have changed since the start")
         return opened
 
     @staticmethod

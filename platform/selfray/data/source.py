@@ -78,7 +78,7 @@ class Source:
             shard = read.unreadable.get(row)
             name = self.name_of(int(chosen.positions[row]))
             reasons[row] = f"{name}: {reason}" if shard is None else str(shard)
-        # What stands in for a broken image has another label, which nobody here knows.
+        # The label of the image that replaces a broken one is not known here.
         labels = np.where(arrays[BROKEN], NO_LABEL, read.labels)
         return arrays | {POSITION: chosen.positions, LABEL: labels, REASON: reasons}
 

@@ -1,4 +1,4 @@
-"""RandAugment on views, by timm's implementation: a pure function of (seed, epoch, image)."""
+"""Applies timm's RandAugment to views, as a pure function of (seed, epoch, image)."""
 
 import hashlib
 import random
@@ -11,19 +11,22 @@ import numpy as np
 from selfray.views import Views
 
 FILL = (124, 116, 104)
-"""What lies outside of an image that was moved: ImageNet's mean colour, as timm's recipes have."""
+"""Colour outside a moved image: ImageNet's mean, as in timm's recipes."""
 REACH = 0.45
-"""Share of a side by which an image is moved at most, as timm's recipes have it."""
+"""Largest translation as a share of the side, as in timm's recipes."""
 
 
 def rand_augment(
     arrays: Mapping[str, np.ndarray], views: Views, seed: int, epoch: int, key: int
 ) -> None:
-    """Apply each view's policy in place; views without one are left alone.
+    """Apply each view's policy in place; views without one are not changed.
 
     Args:
-        arrays: by group, uint8 [V, 3, size, size] of one image.
-        key: the image's, from `image_key`.
+        arrays: group -> the views of one image, uint8 [V, 3, size, size].
+        views: group -> the views' settings.
+        seed: of the run.
+        epoch: the present epoch.
+        key: the image's key, from `image_key`.
     """
     for name, group in views.items():
         for index, view in enumerate(group):
@@ -33,13 +36,13 @@ def rand_augment(
 
 
 def _augmented(image: np.ndarray, policy: str, known: str) -> np.ndarray:
-    """The image uint8 [3, H, W] by a policy; `known` decides all that is random in it."""
+    """The image uint8 [3, H, W] after a policy; `known` seeds all its random choices."""
     from PIL import Image
 
     transform = _transform(policy, image.shape[1])
     words = hashlib.blake2b(known.encode(), digest_size=4).digest()
     number = int.from_bytes(words, "little")
-    # timm draws from the generators of the process; they are given back as they were.
+    # timm draws from the process's global generators; their states are restored afterwards.
     python, numpy = random.getstate(), np.random.get_state()
     try:
         random.seed(number)
@@ -53,7 +56,7 @@ def _augmented(image: np.ndarray, policy: str, known: str) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _transform(policy: str, size: int) -> Any:
-    # Here, since timm imports torch, which data tasks do without.
+    # Imported here, since timm imports torch, which data tasks do not need.
     from timm.data.auto_augment import rand_augment_transform
 
     settings = {"translate_const": int(size * REACH), "img_mean": FILL}

@@ -15,7 +15,7 @@ CHUNK_ROWS = 16_384
 
 
 WHOLE = 2**26
-"""Up to so many numbers of a gallery are held in memory at once."""
+"""Largest gallery, in numbers, that is held in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor, rows: Tensor | None = None) -> "Moments":
-        """Of features [n, D], or of some of their rows."""
+        """The moments of features [n, D], or of the given rows, int64 [k], of them."""
         width = features.shape[1]
         found = cls(0, torch.zeros(width).double(), torch.zeros(width).double())
         parts = range(0, len(features if rows is None else rows), CHUNK_ROWS)

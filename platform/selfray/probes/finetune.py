@@ -1,7 +1,7 @@
 """Fine-tuning as a method: a pretrained encoder and a new linear layer learn classes together.
 
-So it is trained as any other method is, by the same loop, streams, checkpoints and tracking. It
-lies outside of `selfray.methods`, since it is no pretraining: it reads labels.
+As a Method it is trained by the same loop, streams, checkpoints and tracking as pretraining. It
+lies outside `selfray.methods`, because it reads labels.
 """
 
 import random
@@ -28,29 +28,29 @@ LABEL = "label"
 
 @dataclass(frozen=True)
 class FineTuneConfig(MethodConfig):
-    """Cross entropy over the classes of labelled images, with the published regularisation."""
+    """Cross entropy over the classes of labelled images, with the regularisation of the papers."""
 
     labels: tuple[int, ...] = ()
-    """The data's label of each class, growing."""
+    """The label of each class in the data, in ascending order."""
     pool: Literal["cls", "mean"] = "cls"
-    """What the linear layer sees: the class token (of a ResNet, the pooled map), or the norm of the
-    mean of a ViT's patch tokens (MAE, BEiT)."""
+    """Input of the linear layer: the class token (of a ResNet, the pooled map), or the layer norm
+    of the mean of a ViT's patch tokens (MAE, BEiT)."""
     smoothing: float = 0.1
-    """Share of the target that is spread over all classes (arXiv:1512.00567)."""
+    """Share of the target that is spread over all classes: label smoothing (arXiv:1512.00567)."""
     mixup: float = 0.0
     """Mixup's alpha (arXiv:1710.09412); 0 for none."""
     cutmix: float = 0.0
-    """CutMix's alpha (arXiv:1905.04899); where both are given, each batch takes one of them."""
+    """CutMix's alpha (arXiv:1905.04899); if both are given, each batch uses one of them."""
     erase: float = 0.0
-    """Probability that a rectangle of an image becomes noise (arXiv:1708.04896)."""
+    """Probability that a rectangle of an image becomes noise: random erasing (arXiv:1708.04896)."""
     head_std: float = 0.01
-    """Standard deviation of the linear layer's first weights."""
+    """Standard deviation of the linear layer's initial weights."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.08, 1.0)))
 
     def __post_init__(self) -> None:
         require(
             len(self.labels) > 1 and list(self.labels) == sorted(set(self.labels)),
-            f"method.labels must be at least two labels, growing, got {self.labels}",
+            f"method.labels must be at least two labels in ascending order, got {self.labels}",
         )
         require_one_of("method.pool", self.pool, ("cls", "mean"))
         require_number("method.smoothing", self.smoothing, least=0, below=1)
@@ -71,7 +71,7 @@ class FineTuneConfig(MethodConfig):
 
 
 class FineTune(Method):
-    """The encoder, and a linear layer on what it says of an image."""
+    """The encoder and a linear layer on its features."""
 
     def __init__(self, config: FineTuneConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class FineTune(Method):
     def _augmented(
         self, images: Tensor, places: Tensor, has_label: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, H, W], targets [B, C] and whether each counts, bool [B]; the batch stays as
-        it is."""
+        """(images float [B, 3, H, W], targets float [B, C], whether each counts in the loss, bool
+        [B]) after mixing and erasing. The batch itself is not changed."""
         config, classes, count = self.config, len(self.config.labels), len(images)
         with _by_torchs_generator():
             if config.erase:
@@ -99,18 +99,18 @@ class FineTune(Method):
                 images = eraser(images.clone())
             if not (config.mixup or config.cutmix):
                 return images, mixup_target(places, classes, 1.0, config.smoothing), has_label
-            # timm mixes an even number of images, the first with the last and so on.
+            # timm needs an even number of images: it mixes the first with the last, and so on.
             kept = torch.arange(count + count % 2, device=images.device).clamp(max=count - 1)
             mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes
             )
             images, targets = mix(images[kept], places[kept])
-        # A mixture with an image of no label is of no use.
+        # A mixture counts only if both of its images have a label.
         counts = has_label[kept] & has_label[kept].flip(0)
         return images[:count], targets[:count], counts[:count]
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All but biases, norms, tokens and positions (MAE, BEiT)."""
+        """True for all parameters except biases, norms, tokens and positions (MAE, BEiT)."""
         is_vector = max(parameter.shape, default=1) == parameter.numel()
         return not (is_vector or name.endswith(("pos_embed", "cls_token", "reg_token")))
 
@@ -127,18 +127,19 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Features) -> Tensor:
-        """Logits [B, C]."""
+        """Logits [B, C] of an encoder's features."""
         return self.of_pooled(features.cls if self.pool == "cls" else features.patches.mean(1))
 
     def of_pooled(self, pooled: Tensor) -> Tensor:
-        """Logits [B, C] of class tokens or patch means [B, D]."""
+        """Logits [B, C] of class tokens or means of patch tokens, [B, D]."""
         return self.linear(self.norm(pooled))
 
 
 @contextmanager
 def _by_torchs_generator() -> Iterator[None]:
-    """timm's augmentations draw from Python's and numpy's generators. Here these follow torch's,
-    which every step seeds, so that a resumed run draws the same; then they are as they were."""
+    """Inside, Python's and numpy's generators, from which timm's augmentations draw, are seeded
+    from torch's. Every step seeds torch's, so that a resumed run draws the same. Their states are
+    restored afterwards."""
     number = int(torch.randint(2**31, (1,)))
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(number)

@@ -1,4 +1,5 @@
-"""How encoders are fine-tuned: the published presets, one for small data, and the run of each."""
+"""Settings of fine-tuning: presets of the papers, one for small data, and the experiment of
+each."""
 
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
@@ -20,17 +21,16 @@ from selfray.views import RGB, View
 
 Preset = Literal["auto", "finetune-mae-vit", "finetune-beit-vit", "finetune-resnet", "small"]
 SMALL_DATA = 20_000
-"""Below so many train images `auto` takes the preset for small data."""
+"""With fewer train images, `auto` takes the preset for small data."""
 NARROW = 192
-"""Width of the ViTs up to which the preset for small data has its highest learning rate."""
+"""Up to this width of a ViT, the preset for small data has its highest learning rate."""
 POLICY = "rand-m9-mstd0.5-inc1"
-"""RandAugment as MAE and BEiT have it, in timm's words."""
+"""RandAugment of MAE and BEiT, as timm writes it."""
 
 
 @dataclass(frozen=True)
 class FineTuning(Protocol):
-    """All weights learn from labels, and the last step is the one that is judged: nothing is chosen
-    by any image."""
+    """All weights are trained on labels. The last step is judged, so no image chooses anything."""
 
     name: ClassVar[str] = "finetune"
     version: ClassVar[int] = 1
@@ -39,16 +39,16 @@ class FineTuning(Protocol):
     epochs: int = 50
     batch_size: int = 64
     least_steps: int = 300
-    """Few labels are seen so often that the run has at least so many steps."""
+    """Least number of steps; with few labels, the number of epochs is raised to reach it."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     base_learning_rate: float = 4e-3
-    """At a batch of 256; it grows in proportion to the batch."""
+    """Learning rate at a batch of 256; proportional to the batch size."""
     layer_decay: float = 0.75
-    """A ViT's block learns at this times the rate of the next one; 1 from scratch, where no layer
-    knows anything yet."""
+    """Ratio of a ViT block's learning rate to that of the next block; 1 for training from
+    scratch."""
     weight_decay: float = 0.05
     warmup: float = 0.1
-    """Share of the run in which the learning rate rises."""
+    """Share of the run during which the learning rate rises."""
     clip_norm: float | None = None
     drop_path: float = 0.1
     smoothing: float = 0.1
@@ -59,10 +59,10 @@ class FineTuning(Protocol):
     pool: Literal["cls", "mean"] = "mean"
     head_std: float = 0.01
     smallest_crop: float = 0.35
-    """Least share of an image's area that a crop has."""
+    """Smallest share of an image's area in a crop."""
     flip: float = 0.5
     from_scratch: bool = False
-    """Whether it starts from random weights: the baseline that pretraining has to beat."""
+    """Whether it starts from random weights, as the baseline for pretraining."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class FineTuning(Protocol):
 
     @classmethod
     def of(cls, preset: Preset, encoder: EncoderConfig, images: int) -> "FineTuning":
-        """The settings of a preset for an encoder. ValueError where it is for another kind."""
+        """The settings of a preset for an encoder. ValueError if it is for other architectures."""
         require_one_of("--finetune.preset", preset, get_args(Preset))
         if preset == "auto":
             preset = _preset_for(encoder, images)
@@ -102,7 +102,7 @@ class FineTuning(Protocol):
         return found
 
     def as_baseline(self) -> "FineTuning":
-        """The same network and budget from scratch."""
+        """The settings for the same network and number of steps from random weights."""
         return replace(self, from_scratch=True, layer_decay=1.0)
 
     def experiment(
@@ -114,7 +114,19 @@ class FineTuning(Protocol):
         run: "Placing",
         init_from: str | None,
     ) -> Experiment:
-        """The run on so many labelled images. ValueError where they are too few."""
+        """The experiment that fine-tunes `encoder`.
+
+        Args:
+            encoder: its architecture.
+            data: the labelled images.
+            labels: the label of each class, in ascending order.
+            images: the number of labelled images.
+            run: output folder, workers and precision.
+            init_from: file with the encoder's weights; None for random weights.
+
+        Raises:
+            ValueError: there are too few images for the workers.
+        """
         batch_size = self._batch_size(images, run.workers)
         steps = images // batch_size
         epochs = max(self.epochs, -(-self.least_steps // steps))
@@ -152,15 +164,15 @@ class FineTuning(Protocol):
             init_from=init_from,
             probe=ProbeConfig(times=0),
             checkpoint=CheckpointConfig(times=4, keep=1),
-            # Images of a class may well come to have one feature here; weights that are not finite
-            # end a run all the same.
+            # No collapse guard: features of a class may converge here. Weights that are not finite
+            # still end the run.
             guard=GuardConfig(patience=0),
             workers=run.workers,
             output=run.output,
         )
 
     def _batch_size(self, images: int, workers: int) -> int:
-        """The preset's, or what so many images allow; it divides among the workers."""
+        """The preset's batch size, or less for few images, rounded to a multiple of the workers."""
         most = min(self.batch_size, images) // workers * workers
         require(
             most > 0,
@@ -171,7 +183,7 @@ class FineTuning(Protocol):
 
 @dataclass(frozen=True)
 class Placing:
-    """Where and how a fine-tuning is carried out."""
+    """Output folder, number of workers and precision of a fine-tuning."""
 
     output: str
     workers: int = 1
@@ -190,12 +202,12 @@ def _published(preset: str, encoder: EncoderConfig) -> FineTuning:
     if preset == "small":
         if not encoder.is_vit:
             return FineTuning()
-        # Wider networks bear less: 0.001 at ViT-B, 0.004 up to the width of ViT-Ti.
+        # Wider networks need a lower rate: 0.001 at ViT-B, 0.004 up to the width of ViT-Ti.
         rate = FineTuning.base_learning_rate * min(1.0, NARROW / _width(encoder))
         return FineTuning(base_learning_rate=rate)
     if preset == "finetune-resnet":
-        # SimCLR (arXiv:2002.05709, appendix B.5): 0.05 * B / 256, no decay, no warm-up, crops and
-        # flips alone; momentum without Nesterov's term.
+        # SimCLR (arXiv:2002.05709, appendix B.5): 0.05 * B / 256, no decay, no warm-up, only crops
+        # and flips; but momentum without Nesterov's term.
         return FineTuning(
             preset,
             epochs=60,

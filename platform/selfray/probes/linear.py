@@ -118,14 +118,14 @@ class Linear(Classifier):
 
 @dataclass(frozen=True)
 class Standard:
-    """Mean 0 and deviation 1 for each feature."""
+    """Standardises features to mean 0 and deviation 1 in each of D dimensions."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, features: Tensor, rows: Tensor) -> "Standard":
-        """By some rows of features [n, D]."""
+        """The standardisation by the given rows, int64 [k], of features [n, D]."""
         if len(rows) * features.shape[1] <= WHOLE:
             chosen = features[rows].float()
             return cls(chosen.mean(0), chosen.std(0, correction=0) + 1e-6)
@@ -139,8 +139,8 @@ class Standard:
 def _predictions(
     parameters: list[Tensor], standard: Standard, features: Tensor, rows: Tensor, rates: int
 ) -> Tensor:
-    """int64 [n, R]: the class of some rows of the features by the classifiers of R learning
-    rates."""
+    """int64 [k, R]: the classes predicted for the given rows, int64 [k], of the features by the
+    classifiers of R learning rates."""
     found = []
     for chosen in rows.split(CHUNK_ROWS):
         logits = torch.addmm(parameters[1], standard(features[chosen]), parameters[0])

@@ -1,8 +1,8 @@
-"""The published linear evaluation: many linear layers at once on augmented views.
+"""The linear evaluation of the papers: trains many linear layers at once on augmented views.
 
-DINOv2's grid (arXiv:2304.07193, appendix B.3): learning rates, the class token of the last block or
-of the last four, with the patch mean or without. MAE's form (arXiv:2111.06377, appendix A.1): LARS,
-and a batch norm without affine before the layer.
+DINOv2's grid (arXiv:2304.07193, appendix B.3) varies the learning rate and the input: the class
+token of the last block or of the last four, with or without the mean patch token. MAE's version
+(arXiv:2111.06377, appendix A.1) uses LARS and a batch norm without affine before the layer.
 """
 
 import itertools
@@ -30,19 +30,19 @@ LAYERS = 4
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 """At a batch of 256 images (DINOv2's evaluation)."""
 LARS_RATES = (0.64, 2.0, 6.4, 20.0, 64.0)
-"""Around MAE's 6.4, which is 0.1 * 16,384 / 256. A step of LARS is relative to the weights, so at
-another batch size it stays."""
+"""Around MAE's 6.4, which is 0.1 * 16,384 / 256. They do not scale with the batch size, because a
+step of LARS is relative to the weights."""
 
 
 class Choice(NamedTuple):
     """One linear layer of the grid."""
 
     layers: int
-    """Blocks whose class tokens it sees."""
+    """Number of last blocks whose class tokens are its input."""
     patch_mean: bool
-    """Whether it sees the mean of the last block's patch tokens, too."""
+    """Whether the mean of the last block's patch tokens is part of its input."""
     rate: float
-    """Its learning rate; of SGD, at a batch of 256 images."""
+    """Its learning rate; for SGD, at a batch of 256 images."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class LinearPaperConfig(MethodConfig):
     """Linear layers on a frozen encoder, each with its own learning rate and input."""
 
     labels: tuple[int, ...] = ()
-    """The data's label of each class, growing."""
+    """The label of each class in the data, in ascending order."""
     rates: tuple[float, ...] = DINOV2_RATES
-    """Learning rates, as factors on the optimizer's own."""
+    """Learning rates, as factors on that of the optimizer."""
     normalize: bool = False
-    """A batch norm without affine before the linear layers (MAE)."""
+    """Whether a batch norm without affine precedes the linear layers (MAE)."""
     flip: float = 0.5
     smallest_crop: float = 0.08
 
     def __post_init__(self) -> None:
         require(
             len(self.labels) > 1 and list(self.labels) == sorted(set(self.labels)),
-            f"method.labels must be at least two labels, growing, got {self.labels}",
+            f"method.labels must be at least two labels in ascending order, got {self.labels}",
         )
         require(len(self.rates) > 0, "method.rates must name at least one learning rate")
         for rate in self.rates:
@@ -82,7 +82,7 @@ class LinearPaperConfig(MethodConfig):
 
 
 class LinearPaper(Method):
-    """Every layer of the grid learns from the same features of the same views."""
+    """A frozen encoder and the grid's linear layers, which all learn from the same features."""
 
     def __init__(self, config: LinearPaperConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class LinearPaper(Method):
             logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none"
         ).view(len(logits), -1)  # [R, B]
         losses = (each * has_label).sum(1) / has_label.sum().clamp(min=1)  # [R]
-        # Each layer has the gradient of its own loss, as if it were trained alone.
+        # The sum gives each layer the gradient of its own loss, as if it were trained alone.
         return losses.sum(), {"best_loss": losses.min().detach()}
 
     def rate_of(self, name: str) -> float:
@@ -110,7 +110,7 @@ class LinearPaper(Method):
 
 
 class Grid(nn.Module):
-    """The linear layers, on features as `tokens` gives them."""
+    """R linear layers, one for each choice, whose inputs are parts of the features of `tokens`."""
 
     def __init__(
         self, width: int, classes: int, choices: Sequence[Choice], config: LinearPaperConfig
@@ -128,7 +128,7 @@ class Grid(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits [R, n, C] of features [n, 5 D] (a ResNet's: [n, D])."""
+        """Logits [R, n, C] of features [n, 5 D] (of a ResNet [n, D])."""
         features = self.norm(features)
         return torch.stack(
             [
@@ -146,13 +146,14 @@ class Grid(nn.Module):
 
 
 def tokens(encoder: Encoder, images: Tensor) -> Tensor:
-    """Of a ViT: the class tokens of the last four blocks, the last at the end, then the mean of the
-    last block's patch tokens, all normed: [B, 5 D]. Of a ResNet: the pooled map, [B, D]."""
+    """Features of normalised images [B, C, H, W]. For a ViT [B, 5 D]: the class tokens of the last
+    four blocks, in order, then the mean of the last block's patch tokens, all after the final norm.
+    For a ResNet [B, D]: the pooled map."""
     if not encoder.config.is_vit:
         return encoder(images).cls
     require(
         len(encoder.backbone.blocks) >= LAYERS,  # type: ignore[arg-type]
-        f"linear-paper looks at the last {LAYERS} blocks, and {encoder.config.name} has "
+        f"linear-paper needs {LAYERS} blocks, but {encoder.config.name} has "
         f"{len(encoder.backbone.blocks)} here: give --by linear",  # type: ignore[arg-type]
     )
     backbone: Any = encoder.backbone
@@ -170,22 +171,22 @@ def tokens(encoder: Encoder, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearOnViews(Protocol):
-    """The grid trained at once; the layer that is reported is chosen on held-out train images,
-    which none of them has seen."""
+    """Trains the whole grid at once. The reported layer is chosen on held-out train images, which
+    no layer has seen."""
 
     name: ClassVar[str] = "linear-paper"
     version: ClassVar[int] = 1
 
     optimizer: Literal["sgd", "lars"] = "sgd"
-    """sgd: DINOv2's. lars: MAE's."""
+    """sgd: as in DINOv2. lars: as in MAE."""
     normalize: bool = False
-    """MAE's batch norm without affine."""
+    """Whether a batch norm without affine comes before the layers (MAE)."""
     epochs: int = 10
     batch_size: int = 1024
     least_steps: int = 500
-    """Small data is seen so often that there are at least so many steps."""
+    """Least number of steps; on small data, the number of epochs is raised to reach it."""
     held_out: float = 0.1
-    """Share of each class's train images by which the layer is chosen."""
+    """Share of each class's train images that are held out to choose the layer."""
     flip: float = 0.5
     seed: int = 0
 
@@ -223,7 +224,8 @@ class LinearOnViews(Protocol):
         run: Placing,
         init_from: str,
     ) -> Experiment:
-        """The run on so many labelled images, which are without the held-out ones."""
+        """The experiment that trains the grid; `images` is the number of labelled images without
+        the held-out ones. The other arguments are those of `FineTuning.experiment`."""
         most = min(self.batch_size, max(1, images // 4)) // run.workers * run.workers
         require(most > 0, f"{images} images are too few for --linear-paper.workers {run.workers}")
         epochs = max(self.epochs, -(-self.least_steps // (images // most)))
@@ -233,7 +235,7 @@ class LinearOnViews(Protocol):
             method=LinearPaperConfig(labels, self.rates, self.normalize, self.flip),
             encoder=replace(encoder, drop_path=0.0, drop_path_uniform=False),
             data=data,
-            # The rates of the grid are factors on 1.
+            # 1, since the grid's rates are factors on the optimizer's.
             optimizer=OptimizerConfig(
                 self.optimizer,
                 1.0,

@@ -47,7 +47,7 @@ class Retrieval(Protocol):
             wanted = test_labels[first : first + step, None]
             if unit is not None:
                 cosines = queries @ unit.T  # [c, n]
-            else:  # the gallery lies in a file: parts of it come and go
+            else:  # the gallery lies in a file and is read in parts
                 parts = train.features.split(CHUNK_ROWS)
                 cosines = torch.cat([queries @ _units(p[:, :width]).T for p in parts], dim=1)
             order = cosines.argsort(dim=1, descending=True, stable=True)  # [c, n]

@@ -1,8 +1,9 @@
-"""Does a ViT find objects? The class token's attention and its patch tokens, against masks.
+"""Measures how well a ViT locates objects: compares attention and patch tokens with masks.
 
-Attention as DINO judges it (arXiv:2104.14294, section 4.2.2): each head of the last block, cut to
-the patches that hold 60 % of its mass, and the Jaccard index with the mask. Patch tokens by a
-linear classifier: mIoU (DINOv2, arXiv:2304.07193, section 7.4, here on one scale).
+Attention is judged as in DINO (arXiv:2104.14294, section 4.2.2): for each head of the last block,
+the patches that hold 60 % of the class token's attention are compared with the mask by the Jaccard
+index. Patch tokens are judged by the mIoU of a linear classifier (DINOv2, arXiv:2304.07193, section
+7.4; here at a single scale).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,23 +25,24 @@ from selfray.storage import Location
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MOST_CLASSES = 256
 VOID = 255
-"""In a mask of several classes: a pixel of none, which is not judged."""
+"""Value, in masks of several classes, of pixels that belong to no class and are not judged."""
 
 
 @dataclass(frozen=True)
 class Attention(Protocol):
-    """The best head's Jaccard index by image, its mean over images."""
+    """The Jaccard index of each image's best head, as a mean over images."""
 
     name: ClassVar[str] = "attention"
     version: ClassVar[int] = 1
 
     mass: float = 0.6
-    """Share of a head's attention that its patches hold."""
+    """Share of a head's attention that the selected patches hold."""
 
 
 @dataclass(frozen=True)
 class Patches(Protocol):
-    """Logistic regression on patch tokens; the images are halved by their keys."""
+    """Logistic regression on patch tokens; the images' keys split them into train and test
+    halves."""
 
     name: ClassVar[str] = "patches"
     version: ClassVar[int] = 1
@@ -53,8 +55,8 @@ class Patches(Protocol):
 
 
 def pairs_of(images: Location, masks: Location) -> list[tuple[str, str]]:
-    """(image, mask) by their names without suffix, sorted; ValueError where there are none, or an
-    image has no mask."""
+    """(URI of an image, URI of its mask), sorted by name. A mask has its image's name, apart from
+    the suffix. ValueError if there are no images or masks, or an image has no mask."""
     found = {side: _by_stem(place) for side, place in (("--data", images), ("--masks", masks))}
     ours, theirs = found["--data"], found["--masks"]
     require(len(ours) > 0, f"--data {images} holds no images: give a folder of image files")
@@ -78,7 +80,7 @@ def _by_stem(place: Location) -> dict[str, str]:
 def views_of(data: bytes, mask: bytes, size: int, names: tuple[str, str]) -> tuple[Any, Any]:
     """The central view uint8 [3, size, size] of an image and of its mask, int64 [size, size].
 
-    ValueError names a file that cannot be read, or a mask that does not lie on its image.
+    ValueError names a file that cannot be read, or a mask whose size is not that of its image.
     """
     try:
         image = decode(data)
@@ -90,12 +92,12 @@ def views_of(data: bytes, mask: bytes, size: int, names: tuple[str, str]) -> tup
         raise ValueError(f"{names[1]}: {error}") from None
     require(
         labels.shape[:2] == image.shape[:2],
-        f"{names[1]} is of {labels.shape[1]} x {labels.shape[0]} pixels and its image of "
+        f"{names[1]} has {labels.shape[1]} x {labels.shape[0]} pixels, but its image has "
         f"{image.shape[1]} x {image.shape[0]}: give masks of their images' size",
     )
     view = evaluation_view(image, size).transpose(2, 0, 1)
     height, width = labels.shape[:2]
-    # Where each pixel of the view comes from, by the same geometry: labels are never mixed.
+    # Transform the pixels' coordinates like the image, and look labels up: they are never averaged.
     ruler = np.zeros((height, width, 2), np.float32)
     ruler[..., 0] = np.arange(height, dtype=np.float32)[:, None]
     ruler[..., 1] = np.arange(width, dtype=np.float32)
@@ -106,14 +108,14 @@ def views_of(data: bytes, mask: bytes, size: int, names: tuple[str, str]) -> tup
 
 
 def classes_of(values: Sequence[int]) -> dict[int, int]:
-    """The class of each value that masks hold. With values of 0 and 255 alone, 255 is the object;
-    otherwise 255 is void. ValueError where there is one class."""
+    """Value in masks -> class, from 0. If the only values are 0 and 255, 255 is the object;
+    otherwise 255 means no class. ValueError if there is only one class."""
     known = sorted(set(values))
     if known != [0, VOID]:
         known = [value for value in known if value != VOID]
     require(
         len(known) > 1,
-        f"the masks hold one class alone ({known[0] if known else VOID}): mark an object by 255, "
+        f"the masks hold only one class ({known[0] if known else VOID}): mark an object by 255, "
         "or classes by 0, 1, 2, ...",
     )
     return {value: place for place, value in enumerate(known)}
@@ -132,8 +134,8 @@ def require_attention(config: EncoderConfig, title: str) -> None:
 
 @torch.no_grad()
 def attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(the class token's attention to the patches in the last block, float [B, heads, N]; patch
-    tokens [B, N, D]) of normalised images [B, C, H, W]."""
+    """For normalised images [B, C, H, W]: (attention of the class token to the patches in the last
+    block, float [B, heads, N]; patch tokens [B, N, D])."""
     backbone: Any = encoder.backbone
     seen: list[Tensor] = []
     last = backbone.blocks[-1].attn
@@ -145,8 +147,8 @@ def attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _unfused(module: Any, seen: list[Tensor]) -> Iterator[None]:
-    """The attention matrix [B, heads, T, T] goes through the dropout of timm's attention, unless a
-    fused kernel computes the output alone."""
+    """Inside, timm's attention computes its matrix [B, heads, T, T] without a fused kernel, and
+    each forward pass appends it to `seen`, as the input of the attention's dropout."""
     was_fused, module.fused_attn = module.fused_attn, False
     hook = module.attn_drop.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
@@ -157,7 +159,8 @@ def _unfused(module: Any, seen: list[Tensor]) -> Iterator[None]:
 
 
 def of_most_mass(attention: np.ndarray, mass: float) -> np.ndarray:
-    """bool [..., N]: the fewest patches that hold a share of the attention [..., N]."""
+    """bool [..., N]: the smallest set of patches that holds the share `mass` of the attention,
+    float [..., N]."""
     order = np.argsort(-attention, axis=-1, kind="stable")
     sorted_ = np.take_along_axis(attention, order, -1)
     before = np.cumsum(sorted_, -1) - sorted_
@@ -168,7 +171,7 @@ def of_most_mass(attention: np.ndarray, mass: float) -> np.ndarray:
 
 
 def enlarged(patches: np.ndarray, size: int) -> np.ndarray:
-    """Patches [..., N] as pixels [..., size, size], each its value."""
+    """Patch values [..., N] as pixels [..., size, size]: each pixel has its patch's value."""
     grid = round(patches.shape[-1] ** 0.5)
     side = size // grid
     square = patches.reshape(*patches.shape[:-1], grid, grid)
@@ -176,8 +179,8 @@ def enlarged(patches: np.ndarray, size: int) -> np.ndarray:
 
 
 def jaccard(found: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[...]: intersection over union of bool [..., H, W] with a mask [H, W]; 1 where both are
-    empty."""
+    """float [...]: intersection over union of bool [..., H, W] with a mask, bool [H, W]; 1 if both
+    are empty."""
     union = (found | mask).sum((-2, -1))
     return np.where(union > 0, (found & mask).sum((-2, -1)) / np.maximum(union, 1), 1.0)
 
@@ -186,7 +189,8 @@ def jaccard(found: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def patch_classes(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
-    """int64 [N]: the commonest class of each patch of labels [H, W]; -1 where it has none."""
+    """int64 [N]: the most frequent class in each patch of labels, int64 [H, W]; -1 for a patch
+    without any."""
     grid = labels.shape[0] // patch
     cut = labels.reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid**2, -1)
     counts = np.stack([(cut == c).sum(1) for c in range(classes)], 1)
@@ -194,8 +198,8 @@ def patch_classes(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
 
 
 def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """float [C, 2]: pixels in the intersection and in the union of predicted and true [H, W]; those
-    of no class (-1) do not count."""
+    """float [C, 2]: for each class the number of pixels in the intersection and in the union of
+    predicted and true classes, int64 [H, W]; pixels without a true class (-1) do not count."""
     judged = labels >= 0
     found = []
     for c in range(classes):
@@ -211,7 +215,7 @@ def principal_colours(patches: np.ndarray) -> np.ndarray:
     centred = flat - flat.mean(0)
     _, vectors = np.linalg.eigh(centred.T @ centred)
     components = centred @ vectors[:, ::-1][:, :3]
-    # A component's sign is arbitrary: its largest value in size is positive.
+    # A component's sign is arbitrary: make the value of largest magnitude positive.
     components *= np.sign(components[np.abs(components).argmax(0), range(3)])
     low, high = np.quantile(components, (0.01, 0.99), axis=0)
     scaled = (components - low) / np.maximum(high - low, 1e-12)
@@ -219,7 +223,7 @@ def principal_colours(patches: np.ndarray) -> np.ndarray:
 
 
 def recoded(labels: np.ndarray, classes: Mapping[int, int]) -> np.ndarray:
-    """Values of masks as classes; -1 for what is none."""
+    """Masks' values, int [...], as classes, int64 [...]; -1 for values that are not a class."""
     table = np.full(MOST_CLASSES, -1, np.int64)
     for value, place in classes.items():
         table[value] = place

@@ -80,7 +80,8 @@ class Suite:
     subsets: int = 3
     """Number of subsets of the labels for each size."""
     logistic_of_few: bool = True
-    """Whether logistic regression judges these; fine-tuning is none of these tasks."""
+    """Whether logistic regression judges subsets of labels; fine-tuning is not among these
+    tasks."""
 
     def __post_init__(self) -> None:
         require(

@@ -112,7 +112,7 @@ def as_script(value: Any) -> str:
 
 
 def _evaluations(runs: Sequence[ComparedRun]) -> dict[str, Metric]:
-    """What `selfray evaluate` logged of any of the runs, by the name of the metric."""
+    """Name -> metric of the figures that `selfray evaluate` logged for any of the runs."""
     names = sorted({name for run in runs for name in run.curves})
     return {name: metric for name in names if (metric := evaluation(name)) is not None}
 

@@ -144,14 +144,14 @@ def tokens(
 def segmentation(
     originals: np.ndarray, attention: np.ndarray, colours: np.ndarray, title: str
 ) -> Image.Image:
-    """Each image, where the class token looks, and its patch tokens as colours.
+    """A row for each image: the image, the attention of the class token, the patch tokens' colours.
 
     Args:
         originals: uint8 [n, 3, H, W].
         attention: float [n, H, W] in 0..1.
         colours: uint8 [n, 3, H, W], principal components.
 
-    Raises ValueError where a shape or type is another.
+    Raises ValueError for other shapes or types.
     """
     originals = as_rgb(originals)
     _require_images("originals", originals, "n 3 H W")
@@ -164,7 +164,7 @@ def segmentation(
     rows = zip(originals, maps, colours, strict=True)
     return _sheet(
         title,
-        "attention of the class token, the head that fits best; patch tokens by their first three "
+        "attention of the class token in the best head; patch tokens coloured by their first three "
         "principal components",
         ["original", "attention", "patches"],
         [[_Tile(image) for image in row] for row in rows],

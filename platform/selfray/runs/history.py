@@ -1,4 +1,4 @@
-"""The curves of a run, as run.json keeps them and its pictures draw them."""
+"""The curves of a run, as they are stored in run.json and drawn in its pictures."""
 
 from dataclasses import dataclass, field
 
