@@ -360,3 +360,20 @@ def test_stochastic_depth_acts_in_training_only():
     with torch.no_grad():
         assert torch.equal(encoder.eval()(images()).cls, encoder(images()).cls)
         assert not torch.equal(encoder.train()(images(64)).cls, encoder(images(64)).cls)
+
+
+@pytest.mark.parametrize("grid", [(6, 9), (14, 20), (28, 5)])
+def test_the_matrices_of_an_exported_graph_resize_positions_as_the_encoder_does(grid):
+    from selfray.models.vit import cubic_matrices, resized_positions
+
+    own = torch.randn(1, 4, 14, 14, generator=torch.Generator().manual_seed(0))
+    rows, columns = (matrix.float() for matrix in cubic_matrices(*grid, 14, 14))
+    assert torch.allclose(rows @ own @ columns.T, resized_positions(own, grid), atol=1e-4)
+
+
+def test_the_matrices_leave_positions_of_the_encoders_own_size_as_they_are():
+    from selfray.models.vit import cubic_matrices
+
+    rows, columns = cubic_matrices(14, 7, 14, 7)
+    assert torch.equal(rows, torch.eye(14).double())
+    assert torch.equal(columns, torch.eye(7).double())

@@ -49,12 +49,20 @@ class Export:
         str | None, flag("With mlflow: a registered model that gets a new version.", "NAME")
     ] = None
     force: Annotated[bool, flag("Overwrite existing files.", default="")] = False
+    any_size: Annotated[
+        bool,
+        flag("With onnx, for ViTs: images of any size in whole patches.", default=""),
+    ] = False
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
         require(
             self.register is None or self.to == "mlflow",
             "--register needs --to mlflow: only MLflow has a registry",
+        )
+        require(
+            not self.any_size or self.to == "onnx",
+            f"--any-size is for --to onnx; what --to {self.to} writes takes other sizes already",
         )
         if self.to == "mlflow":
             return self._to_mlflow(console)
@@ -83,7 +91,7 @@ class Export:
         experiment = checkpoint.experiment()
         console.live("writing and checking")
         if self.to == "onnx":
-            verdict, lines = _write_onnx(target, checkpoint, experiment)
+            verdict, lines = _write_onnx(target, checkpoint, experiment, self.any_size)
         else:
             verdict, lines = _write_folder(target, checkpoint, experiment, self.to)
         total = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
@@ -193,7 +201,7 @@ def _write_folder(
 
 
 def _write_onnx(
-    target: Path, checkpoint: "Checkpoint", experiment: "Experiment"
+    target: Path, checkpoint: "Checkpoint", experiment: "Experiment", any_size: bool
 ) -> tuple[str, str]:
     from selfray.models.onnx import OPSET, check_onnx, save_onnx
 
@@ -202,11 +210,12 @@ def _write_onnx(
 
     def fill(scratch: Path) -> str:
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        save_onnx(encoder, scratch)
-        worst = check_onnx(encoder, scratch, images)
+        save_onnx(encoder, scratch, any_size)
+        worst = check_onnx(encoder, scratch, images, any_size)
+        sizes = " and size" if any_size else ""
         return (
             f"verified: onnxruntime gives torch's features of {len(images)} {what} at every tested "
-            f"batch size (largest difference {worst:.1e}); opset {OPSET}, dynamic batch"
+            f"batch size (largest difference {worst:.1e}); opset {OPSET}, dynamic batch{sizes}"
         )
 
     verdict = _under_its_name(target, fill)
