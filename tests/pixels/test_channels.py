@@ -219,3 +219,13 @@ def test_settings_that_do_not_fit_the_channels_name_the_flag() -> None:
         replace(right, encoder=replace(right.encoder, in_channels=3))
     with pytest.raises(ValueError, match=r"data.channels must lie in \[1, 16\], got 17"):
         replace(right.data, channels=17)
+
+
+@pytest.mark.parametrize("channels", [5, 8, 13])
+def test_a_view_for_evaluation_shrinks_each_channel_as_if_it_were_alone(channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (48, 60, channels), np.uint8)
+    for size in (16, 32, 44):
+        whole = evaluation_view(values, size)
+        alone = [evaluation_view(values[:, :, c : c + 1], size) for c in range(channels)]
+        assert whole.shape == (size, size, channels)
+        assert np.abs(whole.astype(int) - np.dstack(alone)).max() <= 1

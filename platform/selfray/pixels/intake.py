@@ -82,5 +82,8 @@ def _shrunk(values: np.ndarray, max_side: int) -> np.ndarray:
     if factor >= 1:
         return values
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    resized = cv2.resize(values, size, interpolation=cv2.INTER_AREA)
-    return resized.reshape(size[1], size[0], channels)  # OpenCV drops a single channel
+    parts = [  # OpenCV shrinks at most four channels at once
+        cv2.resize(values[:, :, first : first + 4], size, interpolation=cv2.INTER_AREA)
+        for first in range(0, channels, 4)
+    ]
+    return np.dstack(parts).reshape(size[1], size[0], channels)
