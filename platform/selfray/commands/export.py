@@ -139,7 +139,7 @@ def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Check
 
 
 def _normalization(experiment: "Experiment") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return experiment.data.mean, experiment.data.std
+    return experiment.data.normalization
 
 
 def _require_onnx() -> None:
@@ -164,8 +164,8 @@ def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, st
         "encoder": experiment.encoder.name,
         ENCODER_CONFIG: config.dumps(experiment.encoder),
         "image_size": str(experiment.encoder.image_size),
-        "mean": json.dumps(experiment.data.mean),
-        "std": json.dumps(experiment.data.std),
+        "mean": json.dumps(experiment.data.normalization[0]),
+        "std": json.dumps(experiment.data.normalization[1]),
         "step": str(checkpoint.step),
         "images_seen": str(checkpoint.images_seen),
         "run": experiment.run_name,
@@ -248,7 +248,7 @@ def _images(experiment: "Experiment"):
             train, _ = opened.samples(side, 8, 8)
             views = torch.from_numpy(train.read(0)[VIEWS][:8])
             if len(views):
-                return normalize(views, data.mean, data.std), "images of its own data"
+                return normalize(views, *data.normalization), "images of its own data"
     except (ValueError, OSError):
         pass  # the data is not reachable; noise verifies an exporter as well
     shape = (4, experiment.encoder.in_channels, side, side)

@@ -43,7 +43,7 @@ from selfray.views import (
     check_channels,
 )
 
-BACKEND = f"selfray-5/opencv-{cv2.__version__}"
+BACKEND = f"selfray-6/opencv-{cv2.__version__}"
 """Recorded with a run: another version, or another OpenCV's JPEG decoder, may round differently."""
 
 BROKEN = "broken"
