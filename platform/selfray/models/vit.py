@@ -129,7 +129,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     """
     if torch.compiler.is_exporting():
         height, width = positions.shape[2:]
-        rows, columns = cubic_matrices(*grid, height, width)
+        rows, columns = cubic_matrices(grid[0], grid[1], height, width)
         return rows.to(positions) @ positions @ columns.to(positions).T
     scale = [(new + 0.1) / old for new, old in zip(grid, positions.shape[2:], strict=True)]
     resized = F.interpolate(positions, scale_factor=scale, mode="bicubic")
