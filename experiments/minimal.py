@@ -27,9 +27,9 @@ def batches(source: Source, experiment: Experiment) -> Iterator[dict[str, torch.
 
 
 def features(state: TrainState, experiment: Experiment, sample: Sample) -> LabelledFeatures:
-    encoder, data = state.method.encoder.eval(), experiment.data
+    encoder, normalization = state.method.encoder.eval(), experiment.data.normalization
     rows = [sample.read(block) for block in range(sample.blocks)]
-    values = [embed(encoder, block["views"], data.mean, data.std) for block in rows]
+    values = [embed(encoder, block["views"], *normalization) for block in rows]
     labels = [torch.from_numpy(block["label"]) for block in rows]
     return LabelledFeatures(torch.cat([torch.from_numpy(v) for v in values]), torch.cat(labels))
 

@@ -5,8 +5,8 @@
     python experiments/study_data.py --recipe mae-cifar10 --data cifar10/ --shares 0.1 0.3 1
 
 Each subset has two runs: one with as many epochs as the whole data, one with as many images seen.
-All are judged on the same labelled images. The same command, given again, resumes the study where
-it stopped.
+All are probed with the labels of the smallest subset, on the same test images. The same command,
+given again, resumes the study where it stopped.
 """
 
 import sys

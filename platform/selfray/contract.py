@@ -157,9 +157,7 @@ def batches(
 def prepared(batch: Batch, wanted: Experiment) -> Batch:
     """A batch as a method receives it: views normalised to float32."""
     return {
-        name: normalize(values, wanted.data.mean, wanted.data.std)
-        if name in wanted.views
-        else values
+        name: normalize(values, *wanted.data.normalization) if name in wanted.views else values
         for name, values in batch.items()
     }
 

@@ -11,10 +11,10 @@ from selfray.check import named_amounts, require, require_number, require_one_of
 from selfray.data.plan import Share
 from selfray.health import GuardConfig
 from selfray.limits import require_possible
-from selfray.method import MethodConfig
+from selfray.method import MethodConfig, Normalization
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.views import MOST_CHANNELS, Photometric, Views, check_channels
+from selfray.views import MOST_CHANNELS, RGB, Photometric, Views, check_channels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,9 +31,10 @@ class DataConfig:
     image_column: str | None = None
     """The Parquet column of the images; None finds it."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Channel means of the data, in 0..1."""
+    """Channel means of the data, in 0..1: used as a flag, or where no `selfray shards build` has
+    measured them, or by a run that starts from other weights, which keep their own."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Channel standard deviations of the data, in 0..1."""
+    """Channel standard deviations of the data, in 0..1, as `mean`."""
     window_rows: int = 65_536
     """Shuffle window: in each epoch this many rows are mixed with one another. With 10^6 rows
     sorted by 1,000 classes, 6 % of the order leaks into batches at 65,536 rows and 23 % at
@@ -49,6 +50,11 @@ class DataConfig:
     channels: int = config.added(3)
     """Channels of the images: 1 for gray, 3 for RGB, up to 16 for multispectral images. With 1,
     colour images are read as gray."""
+    statistics: Literal["measured", "given"] = config.added("measured")
+    """measured: mean and std as the build of the shards has measured them, where it has. given:
+    data.mean and data.std; a flag that sets one of them asks for it."""
+    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = config.added(None)
+    """What a run has found measured when it started; never given."""
 
     def __post_init__(self) -> None:
         require(
@@ -57,11 +63,13 @@ class DataConfig:
         )
         for name in ("mean", "std"):
             count = len(getattr(self, name))
+            # Those of a recipe are of RGB, and what was measured takes their place.
             require(
-                count == self.channels,
+                count == self.channels or (count == RGB and self.statistics == "measured"),
                 f"data.{name} has {count} values and data.channels is {self.channels}: give "
                 f"--data.{name} and as many values, in 0..1",
             )
+        require_one_of("data.statistics", self.statistics, ("measured", "given"))
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
         require_one_of("data.photometric", self.photometric, ("cpu", "device"))
         require(self.window_rows > 0, f"data.window_rows must be positive, got {self.window_rows}")
@@ -69,6 +77,20 @@ class DataConfig:
             0 <= self.max_broken_fraction <= 1,
             f"data.max_broken_fraction must lie in [0, 1], got {self.max_broken_fraction}",
         )
+
+    @property
+    def normalization(self) -> Normalization:
+        """(mean, std) of each channel in 0..1, as a run uses them. ValueError where there are none
+        for these channels."""
+        if self.measured is not None:
+            return self.measured
+        require(
+            len(self.mean) == len(self.std) == self.channels,
+            f"data.mean and data.std are of {len(self.mean)} channels, data.channels is "
+            f"{self.channels}, and nothing was measured: make shards with `selfray shards build`, "
+            f"or give --data.mean and --data.std with {self.channels} values in 0..1",
+        )
+        return self.mean, self.std
 
 
 @dataclass(frozen=True)
@@ -327,6 +349,8 @@ class Experiment:
         }
         # `recompute` changes how the encoder is computed, not its result.
         computed["encoder"] = {k: v for k, v in computed["encoder"].items() if k != "recompute"}
+        # It follows from the data.
+        computed["data"] = {k: v for k, v in computed["data"].items() if k != "measured"}
         text = json.dumps(computed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -271,7 +271,7 @@ def _prepare(batch: Batch, experiment: Experiment) -> Batch:
             rows = batch.get(name + PARAMETERS_SUFFIX)
             if rows is not None:
                 values = recolour(values, rows, experiment.views[name])
-            values = normalize(values, experiment.data.mean, experiment.data.std)
+            values = normalize(values, *experiment.data.normalization)
         prepared[name] = values
     return prepared
 

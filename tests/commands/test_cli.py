@@ -471,6 +471,24 @@ def test_an_export_for_onnx_gives_the_same_features(typed, trained, tmp_path, na
         torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_an_export_for_onnx_of_any_size_resizes_positions_as_torch_does(typed, trained, tmp_path):
+    import onnxruntime
+
+    words = ("export", trained / "mae", "--to", "onnx", "--any-size", "--output", "e.onnx")
+    said = typed(*words)
+    assert said.code == 0, said.text
+    assert "dynamic batch and size" in said.text
+    session = onnxruntime.InferenceSession(tmp_path / "e.onnx")
+    encoder = Checkpoint.open(trained / "mae").encoder()
+    for shape in ((1, 3, 8, 24), (3, 3, 32, 20)):
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = encoder(batch)
+        found = session.run(None, {"images": batch.numpy()})
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_an_export_is_named_after_its_run_and_step(typed, trained, tmp_path):
     first = trained / "mae" / "checkpoints" / "step-00000001"
     assert typed("export", first, "--to", "timm").code == 0

@@ -20,6 +20,7 @@ from selfray.probes.embedding import Rows
 from selfray.probes.judgement import Judgement
 from selfray.probes.subsets import ranks
 from selfray.storage import Location
+from selfray.sweeps.question import Axis
 
 
 @pytest.fixture
@@ -45,8 +46,17 @@ def images_of(wanted: DataConfig, output: str) -> tuple[set[bytes], set[bytes]]:
     return found[0], found[1]
 
 
+def labelled_of(wanted: DataConfig, output: str) -> set[bytes]:
+    """The train images that probes learn from."""
+    opened = open_data(wanted, Location.of(output), print, None, describe=False)  # type: ignore[arg-type]
+    shards = opened.train.labelled
+    rows = Rows.all_of(shards)
+    return set(read_rows(shards, rows.groups, rows.rows)[0])
+
+
 def test_shares_of_the_images_are_nested_and_judged_by_the_same_ones(base):
     axis = StudyData(shares=(0.3, 1.0, 0.1), recipe="mae-digits").axis(base)
+    assert isinstance(axis, Axis)
     labels = [option.label for option in axis.options]
     assert labels == [
         "10%, 3 epochs",
@@ -60,6 +70,8 @@ def test_shares_of_the_images_are_nested_and_judged_by_the_same_ones(base):
     tenth, third, whole = sets[0][0], sets[2][0], sets[4][0]
     assert tenth < third < whole
     assert len(whole) == 40
+    probed = [labelled_of(option.changes["data"], base.output) for option in axis.options]
+    assert probed == [tenth] * 5
     assert all(test == sets[0][1] and len(test) == 20 for _, test in sets)
 
 
@@ -76,8 +88,12 @@ def test_data_without_test_images_is_refused_by_the_flag(base):
 
 
 def test_batch_sizes_are_varied_at_equal_images_seen(base):
-    options = StudyBatch(sizes=(8, 16)).axis(base).options
-    assert [dict(option.changes) for option in options] == [{"batch_size": 8}, {"batch_size": 16}]
+    axis = StudyBatch(sizes=(8, 16)).axis(base)
+    assert isinstance(axis, Axis)
+    assert [dict(option.changes) for option in axis.options] == [
+        {"batch_size": 8},
+        {"batch_size": 16},
+    ]
 
 
 def test_a_recipe_that_does_not_exist_is_one_line():

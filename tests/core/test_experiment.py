@@ -10,6 +10,7 @@ from selfray.optim import OptimizerConfig
 
 WANTED = experiment(MAE)
 PLACEMENT = {
+    "log_model": False,
     "workers": 2,
     "gpus_per_worker": 0.5,
     "cpus_per_worker": 2.0,

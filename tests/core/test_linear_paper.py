@@ -1,6 +1,7 @@
 """The published linear evaluation: its grid, each layer's own learning, and what it sees."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ DEEP = replace(VIT, depth=4)
 NOW = Progress(0, 100, 0)
 
 
-def state_of(encoder, optimizer="sgd", images=40):
-    protocol = LinearOnViews(optimizer, epochs=2, batch_size=8, least_steps=1)
+def state_of(encoder, optimizer: Literal["sgd", "lars"] = "sgd", images=40):
+    protocol = LinearOnViews(optimizer, optimizer == "lars", epochs=2, batch_size=8, least_steps=1)
     data, run = DataConfig("x"), Placing("runs")
     experiment = protocol.experiment(encoder, data, (3, 7), images, run, "w.safetensors")
     return TrainState.start(experiment, images)
@@ -81,22 +82,27 @@ def test_a_layer_has_the_gradient_that_it_has_alone():
     method({"global": images, "label": labels}, NOW)[0].backward()
     place = 5
     layer, choice = method.heads.layers[place], method.heads.choices[place]
+    assert isinstance(layer, torch.nn.Linear)
     with torch.no_grad():
         features = tokens(method.encoder, images[:, 0])
     weight = layer.weight.detach().clone().requires_grad_(True)
     seen = method.heads._seen(features, choice)[labels >= 0]
     logits = seen @ weight.T + layer.bias.detach()
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1])).backward()
+    assert layer.weight.grad is not None
+    assert weight.grad is not None
     assert torch.allclose(layer.weight.grad, weight.grad, atol=1e-6)
 
 
 def test_mae_is_judged_as_its_paper_does():
-    of_mae, of_dino = LinearOnViews.of("mae"), LinearOnViews.of("dino")
+    of_mae, of_dino = LinearOnViews.of("mae", 10**6), LinearOnViews.of("dino", 10**6)
+    small = LinearOnViews.of("mae", 1_000)
+    assert (small.optimizer, small.normalize) == ("sgd", True)
     assert (of_mae.optimizer, of_mae.epochs, of_mae.batch_size) == ("lars", 90, 16_384)
     assert (of_dino.optimizer, of_dino.epochs) == ("sgd", 10)
 
 
 def test_a_shallow_vit_is_refused_by_name():
     encoder = replace(VIT, depth=2).build()
-    with pytest.raises(ValueError, match="last 4 blocks"):
+    with pytest.raises(ValueError, match="linear-paper needs 4 blocks"):
         tokens(encoder, torch.zeros(1, 3, 16, 16))

@@ -414,3 +414,20 @@ def test_a_view_that_the_encoder_cannot_take_is_told_by_its_size():
 @pytest.mark.parametrize("config", [VIT, BEIT, RESNET, DINOV2, ROTARY])
 def test_an_encoder_that_can_be_used_passes(config):
     require_encoder(replace(config, recompute=config.is_vit), [config.image_size])
+
+
+@pytest.mark.parametrize("grid", [(6, 9), (14, 20), (28, 5)])
+def test_the_matrices_of_an_exported_graph_resize_positions_as_the_encoder_does(grid):
+    from selfray.models.vit import cubic_matrices, resized_positions
+
+    own = torch.randn(1, 4, 14, 14, generator=torch.Generator().manual_seed(0))
+    rows, columns = (matrix.float() for matrix in cubic_matrices(*grid, 14, 14))
+    assert torch.allclose(rows @ own @ columns.T, resized_positions(own, grid), atol=1e-4)
+
+
+def test_the_matrices_leave_positions_of_the_encoders_own_size_as_they_are():
+    from selfray.models.vit import cubic_matrices
+
+    rows, columns = cubic_matrices(14, 7, 14, 7)
+    assert torch.equal(rows, torch.eye(14).double())
+    assert torch.equal(columns, torch.eye(7).double())

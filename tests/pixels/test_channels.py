@@ -212,8 +212,20 @@ def test_an_encoder_is_trained_and_answers_on_any_channels(channels: int, method
 def test_settings_that_do_not_fit_the_channels_name_the_flag() -> None:
     right = experiment(1, MAEConfig(decoder_width=16, decoder_depth=1, decoder_heads=2))
     with pytest.raises(ValueError, match=r"data.mean has 3 values and data.channels is 1"):
-        replace(right.data, mean=(0.1, 0.2, 0.3))
+        replace(right.data, mean=(0.1, 0.2, 0.3), statistics="given")
+    with pytest.raises(ValueError, match=r"of 3 channels, data.channels is 13, and nothing was"):
+        _ = DataConfig(channels=13).normalization
     with pytest.raises(ValueError, match=r"give --encoder.in-channels 1"):
         replace(right, encoder=replace(right.encoder, in_channels=3))
     with pytest.raises(ValueError, match=r"data.channels must lie in \[1, 16\], got 17"):
         replace(right.data, channels=17)
+
+
+@pytest.mark.parametrize("channels", [5, 8, 13])
+def test_a_view_for_evaluation_shrinks_each_channel_as_if_it_were_alone(channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (48, 60, channels), np.uint8)
+    for size in (16, 32, 44):
+        whole = evaluation_view(values, size)
+        alone = [evaluation_view(values[:, :, c : c + 1], size) for c in range(channels)]
+        assert whole.shape == (size, size, channels)
+        assert np.abs(whole.astype(int) - np.dstack(alone)).max() <= 1

@@ -22,11 +22,13 @@ from selfray.pixels.codecs import (
     ImageInfo,
     check,
     decode,
+    encode_channels,
     encode_jpeg,
     encode_png,
     open_image,
     shrink,
 )
+from selfray.pixels.intake import Intake, take
 
 
 def picture(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
@@ -144,23 +146,29 @@ def test_a_transparent_colour_becomes_white(mode):
     assert check(data).width == 4
 
 
-def test_16_bits_are_scaled_to_8():
-    values = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
-    expected = np.round(values / 257).astype(np.uint8)
-    for image_format in ("PNG", "TIFF", "PPM"):
-        pixels = decode(encoded(Image.fromarray(values), image_format))
-        assert difference(pixels, np.repeat(expected[..., None], 3, 2)) == 0
-    colour = np.stack([values, values[::-1], values.T.reshape(48, 64)], axis=2)
+def test_deep_values_fill_the_range_as_a_build_stores_them():
+    values = np.linspace(500, 3000, 48 * 64).reshape(48, 64)
+    low, high = np.percentile(values, (0.5, 99.5))
+    expected = np.clip(np.round((values - low) / (high - low) * 255), 0, 255).astype(np.uint8)
+    for image_format, kind in (("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.float32)):
+        data = encoded(Image.fromarray(values.astype(kind)), image_format)
+        assert difference(decode(data), np.repeat(expected[..., None], 3, 2)) <= 1
+        (taken,) = take(data, Intake())
+        assert difference(decode(data, channels=1), decode(taken.data, channels=1)) == 0
+    colour = np.stack([values, values[::-1], values.T.reshape(48, 64)], axis=2).astype(np.uint16)
     done, data = cv2.imencode(".png", colour[..., ::-1])
     assert done
-    assert difference(decode(data.tobytes()), np.round(colour / 257)) <= 1
+    expected = np.clip(np.round((colour - low) / (high - low) * 255), 0, 255)
+    assert difference(decode(data.tobytes()), expected) <= 1
 
 
-def test_32_bit_pixels_are_refused_by_name():
-    for mode in ("F", "I"):
-        with pytest.raises(BrokenImage, match="convert to 8 or 16") as caught:
-            decode(encoded(Image.new(mode, (4, 4)), "TIFF"))
-        assert caught.value.reason == "unsupported"
+def test_a_depth_that_was_kept_is_not_windowed_again():
+    values = np.linspace(0, 20_000, 48 * 64).reshape(48, 64, 1).astype(np.uint16)
+    for stored in (values, np.repeat(values, 3, axis=2)):
+        pixels = decode(encode_channels(stored))
+        assert difference(pixels, np.round(np.repeat(values, 3, axis=2) / 257)) <= 1
+        (again,) = take(encode_channels(stored), Intake())
+        assert again.data == encode_channels(stored)
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])

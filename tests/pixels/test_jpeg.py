@@ -478,7 +478,7 @@ def test_a_marker_that_no_header_has_hides_no_second_image():
 
 def test_an_image_that_decodes_to_another_size_than_declared_is_broken():
     opened = open_image(saved(photograph(40, 120), progressive=True))
-    with pytest.raises(BrokenImage, match="declares 121 x 40 pixels, and 120 x 40 were decoded"):
+    with pytest.raises(BrokenImage, match="declares 121 x 40 pixels, but 120 x 40 were decoded"):
         replace(opened, stored=(0, 40, 121)).decode(40, 1.0)
     with pytest.raises(BrokenImage, match="declares 120 x 41 pixels"):
         replace(opened, stored=(0, 41, 120)).decode(41, 1.0)

@@ -9,22 +9,16 @@ While a build runs, DST/_build holds the plan and one record for each finished s
 is written last and marks the build complete. Broken images are listed in quarantine.jsonl.
 """
 
+import collections
 import dataclasses
-import hashlib
-import itertools
-import posixpath
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.exceptions
-from pyarrow import fs
 
+from selfray.cluster.checking import CheckReport, check
+from selfray.cluster.parallel import Progress, Tally, in_parallel
 from selfray.data.destination import (
     QUARANTINE,
     delete_temporary_files,
@@ -37,11 +31,10 @@ from selfray.data.destination import (
     start,
 )
 from selfray.data.files import Quarantined
-from selfray.data.listing import BuildOptions, Plan, make_plan
+from selfray.data.listing import BuildOptions, Plan, WorkItem, make_plan
 from selfray.data.manifest import (
     BUILD_FOLDER,
     MANIFEST,
-    PLAN,
     Labels,
     Manifest,
     Shard,
@@ -50,10 +43,13 @@ from selfray.data.manifest import (
     shard_name,
     shard_number,
 )
-from selfray.data.rows import MIB, Layout
-from selfray.data.writer import Job, build_item, schema_of
-from selfray.pixels import codecs
-from selfray.storage import Location, one_line
+from selfray.data.measured import are_alike, kind_of_most
+from selfray.data.writer import Job, build_item, values_of_item
+from selfray.pixels.deep import ValueCounts
+from selfray.storage import Location
+
+WINDOW = "window.json"
+"""In DST/_build: the window that percentiles of all images gave."""
 
 __all__ = [
     "MANIFEST",
@@ -70,36 +66,6 @@ __all__ = [
     "check",
     "make_plan",
 ]
-
-
-@dataclass(frozen=True)
-class Progress:
-    images_done: int
-    """Images in finished shards."""
-    images_total: int | None
-    """Largest possible number of images; None for tars, which have no table of contents."""
-    quarantined: int
-    shards_done: int
-    shards_total: int
-    seconds: float
-    bytes: int
-    """Size of the finished shards."""
-    note: str = ""
-    """A line for the user, such as that a build is continued; empty for none."""
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    destination: str
-    shards: int
-    images: int
-    bytes: int
-    problems: tuple[str, ...]
-    """One line for each: the file, its fault, and the way out."""
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
 
 
 def build(
@@ -133,7 +99,7 @@ def build(
         refuse_other_plan(destination, state, plan)
 
     numbers = {number for item in plan.items for number in item.shard_numbers}
-    tally = _Tally(on_progress, plan.images_total, len(numbers))
+    tally = Tally(on_progress, plan.images_total, len(numbers))
     if state.manifest is not None:
         return _rebuild_missing(destination, plan, state.manifest, numbers, tally)
     if state.damage:
@@ -148,8 +114,11 @@ def build(
     for note in filter(None, (state.damage, *plan.notes)):
         tally.report(note)
     tally.report(going_on)
-    records |= _build_missing(destination, plan, set(records), tally)
-    return finish(destination, plan, [records[number] for number in sorted(records)])
+    window = _window_of_all(destination, plan, tally)
+    job = Job(plan.source, destination, plan.layout, options, window, options.channels)
+    records |= _build_missing(job, plan, set(records), tally)
+    records |= _without_other_channels(job, plan, records, tally)
+    return finish(destination, plan, [records[number] for number in sorted(records)], window)
 
 
 def build_told(
@@ -164,55 +133,8 @@ def build_told(
     return build(source, destination, options, on_progress)
 
 
-def check(
-    destination: str | Path | Location,
-    on_progress: Callable[[Progress], None] | None = None,
-    deep: bool = False,
-) -> CheckReport:
-    """Compare every shard with the manifest: existence, size, sha256, Parquet structure, rows.
-
-    `deep` also decodes every image. Raises FileNotFoundError if the folder does not exist.
-    """
-    destination = Location.of(destination)
-    if not destination.is_folder():
-        raise FileNotFoundError(f"{destination} does not exist: give a folder of shards")
-    if not (destination / MANIFEST).exists():
-        unfinished = (destination / BUILD_FOLDER / PLAN).exists()
-        problem = (
-            "the build was interrupted: run the same `selfray shards build` again to finish it"
-            if unfinished
-            else "there is no manifest: make shards with `selfray shards build`"
-        )
-        return CheckReport(destination.uri, 0, 0, 0, (f"{destination / MANIFEST}: {problem}",))
-    try:
-        manifest = Manifest.load(destination)
-    except ValueError as error:
-        return CheckReport(destination.uri, 0, 0, 0, (str(error),))
-
-    problems = _leftovers(destination, manifest)
-    max_pixels = manifest.options.get("max_pixels", codecs.MAX_PIXELS)
-    tally = _Tally(on_progress, manifest.images, len(manifest.shards))
-    tally.quarantined = manifest.quarantined.count
-    has_labels = manifest.labels is not None
-    work = [
-        (shard.name, (destination, shard, has_labels, max_pixels if deep else None))
-        for shard in manifest.shards
-    ]
-    for shard, found in _in_parallel(_check_shard, work):
-        problems += found
-        tally.add(shard)
-        tally.report()
-    return CheckReport(
-        destination.uri,
-        len(manifest.shards),
-        manifest.images,
-        manifest.bytes,
-        tuple(sorted(problems)),
-    )
-
-
 def _rebuild_missing(
-    destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: "_Tally"
+    destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: Tally
 ) -> Manifest:
     """Build missing shards of a complete build again. The manifest changes only if another version
     of a library writes the same rows as different bytes."""
@@ -228,7 +150,16 @@ def _rebuild_missing(
         note = f"{destination} has lost {len(lost)} of {len(shards)} shards: building them again"
         start(destination, plan)
     tally.report(note)
-    for number, record in _build_missing(destination, plan, numbers - lost, tally).items():
+    known = manifest.statistics
+    job = Job(
+        plan.source,
+        destination,
+        plan.layout,
+        plan.options,
+        known and known.window,
+        known and kind_of_most(known.channels),
+    )
+    for number, record in _build_missing(job, plan, numbers - lost, tally).items():
         shards[number] = Shard(
             record.name, record.rows, record.bytes, record.sha256, record.row_groups
         )
@@ -244,147 +175,76 @@ def _rebuild_missing(
     return mended
 
 
-# Checking ---------------------------------------------------------------------------------------
-
-_WAY_OUT = "delete it and run the same build again: only missing shards are built"
-
-
-def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
-    """Problems with other files beside the shards."""
-    names = {posixpath.basename(info.path) for info in destination.list()}
-    known = {shard.name for shard in manifest.shards}
-    problems = []
-    for name in sorted(names - known):
-        path = destination / name
-        if name.endswith(".tmp"):
-            problems.append(f"{path}: left by a killed task; delete it")
-        elif name.endswith(".parquet"):
-            problems.append(f"{path}: not in the manifest, but readers would use it; delete it")
-        elif name == BUILD_FOLDER:
-            problems.append(f"{path}: left by a killed build; run the same build again")
-    path = destination / QUARANTINE
-    lines = path.read_bytes().count(b"\n") if path.exists() else 0
-    if lines != manifest.quarantined.count:
-        problems.append(
-            f"{path}: {lines} entries instead of {manifest.quarantined.count}; restore it from a "
-            f"copy, or delete {destination} and build again"
-        )
-    return problems
+def _window_of_all(destination: Location, plan: Plan, tally: Tally) -> tuple[float, float] | None:
+    """The window that percentiles of all images give, where it is asked for: they are read once
+    more than else. An interrupted build finds it again."""
+    intake = plan.options.intake
+    if intake.window_of != "set":
+        return None
+    known = destination / BUILD_FOLDER / WINDOW
+    if known.exists():
+        low, high = known.read_strict_json()["window"]
+        return float(low), float(high)
+    tally.report("reading the values of all images for one window")
+    job = ray.put(Job(plan.source, destination, plan.layout, plan.options))
+    counts = ValueCounts()
+    for codes, found in in_parallel(
+        values_of_item, [(_named(item), (job, item)) for item in plan.items]
+    ):
+        counts.add_pairs(codes, found)
+    window = counts.window(intake.shares)
+    if window is not None:
+        known.write_json({"window": window})
+        tally.report(f"the window of all images is {window[0]:g} to {window[1]:g}")
+    return window
 
 
-def _check_shard(
-    destination: Location, shard: Shard, has_labels: bool, max_pixels: int | None
-) -> tuple[Shard, list[str]]:
-    """The problems of one shard; decodes its images if max_pixels is given. Runs as a Ray task."""
-    path = destination / shard.name
-    info = path.info()
-    if info.type == fs.FileType.NotFound:
-        return shard, [f"{path}: missing; run the same build again: only missing shards are built"]
-    if info.size != shard.bytes:
-        return shard, [f"{path}: {info.size} bytes instead of {shard.bytes}; {_WAY_OUT}"]
-    try:
-        with path.filesystem.open_input_stream(path.path) as stream:
-            digest = hashlib.sha256()
-            while chunk := stream.read(4 * MIB):
-                digest.update(chunk)
-        if digest.hexdigest() != shard.sha256:
-            return shard, [f"{path}: its sha256 is not the manifest's; {_WAY_OUT}"]
-        with path.filesystem.open_input_file(path.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            problems = _check_structure(path, parquet, shard, has_labels)
-            if max_pixels is not None and not problems:
-                problems = _check_images(path, parquet, max_pixels)
-    except (OSError, pa.ArrowException) as error:
-        problems = [f"{path}: cannot be read ({one_line(error)}); {_WAY_OUT}"]
-    return shard, problems
-
-
-def _check_structure(
-    path: Location, parquet: pq.ParquetFile, shard: Shard, has_labels: bool
-) -> list[str]:
-    metadata = parquet.metadata
-    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    if groups != shard.row_groups or sum(groups) != shard.rows:
-        return [f"{path}: row groups of {groups} rows instead of {shard.row_groups}; {_WAY_OUT}"]
-    schema = schema_of(Layout("images", has_labels))
-    if not parquet.schema_arrow.equals(schema):
-        found = ", ".join(f"{f.name}: {f.type}" for f in parquet.schema_arrow)
-        return [f"{path}: its columns are {found}; {_WAY_OUT}"]
-    return []
-
-
-def _check_images(path: Location, parquet: pq.ParquetFile, max_pixels: int) -> list[str]:
-    problems, row = [], 0
-    for group in range(parquet.metadata.num_row_groups):
-        for picture in parquet.read_row_group(group, columns=["image"]).column(0).to_pylist():
-            try:
-                codecs.check(picture["bytes"] or b"", max_pixels)
-            except codecs.BrokenImage as error:
-                problems.append(f"{path}#row {row}: {one_line(error)}; {_WAY_OUT}")
-            row += 1
-    return problems
-
-
-# Ray --------------------------------------------------------------------------------------------
-
-
-class _Tally:
-    """Counts for the user's progress line."""
-
-    def __init__(
-        self,
-        on_progress: Callable[[Progress], None] | None,
-        images_total: int | None,
-        shards_total: int,
-    ) -> None:
-        self._on_progress = on_progress
-        self._images_total = images_total
-        self._shards_total = shards_total
-        self._started = time.monotonic()
-        self.images_done = self.quarantined = self.shards_done = self.bytes = 0
-
-    def add(self, shard: Shard | ShardRecord) -> None:
-        self.images_done += shard.rows
-        self.bytes += shard.bytes
-        self.shards_done += 1
-        if isinstance(shard, ShardRecord):
-            self.quarantined += len(shard.quarantined)
-
-    def report(self, note: str = "") -> None:
-        if self._on_progress is not None:
-            self._on_progress(
-                Progress(
-                    images_done=self.images_done,
-                    images_total=self._images_total,
-                    quarantined=self.quarantined,
-                    shards_done=self.shards_done,
-                    shards_total=self._shards_total,
-                    seconds=time.monotonic() - self._started,
-                    bytes=self.bytes,
-                    note=note,
-                )
-            )
-
-
-def _build_missing(
-    destination: Location, plan: Plan, done: set[int], tally: _Tally
+def _without_other_channels(
+    job: Job, plan: Plan, records: dict[int, ShardRecord], tally: Tally
 ) -> dict[int, ShardRecord]:
-    """Build every shard that is not finished, in parallel."""
+    """Build the shards again that hold images of other channels than most have, without those."""
+    counts: collections.Counter[str] = collections.Counter()
+    for record in records.values():
+        counts.update(record.measured.channels)
+    most = kind_of_most(counts)
+    mixed = {
+        number
+        for number, record in records.items()
+        if not all(are_alike(int(n), most) for n in record.measured.channels)
+    }
+    if not mixed:
+        return {}
+    others = sum(count for n, count in counts.items() if not are_alike(int(n), most))
+    tally.report(
+        f"{others:,} of {counts.total():,} images have other channels than {most}: quarantined "
+        "(--channels chooses)"
+    )
+    for number in mixed:
+        tally.remove(records[number])
+    job = dataclasses.replace(job, channels=most)
+    return _build_missing(job, plan, set(records) - mixed, tally)
+
+
+def _named(item: WorkItem) -> str:
+    return (
+        f"{shard_name(item.first_shard, item.split)} "
+        f"({item.inputs[0].name} to {item.inputs[-1].name})"
+    )
+
+
+def _build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[int, ShardRecord]:
+    """Build every shard that is not done, in parallel."""
+    destination = job.destination
     items = [item for item in plan.items if not done.issuperset(item.shard_numbers)]
     if not items:
         return {}
-    job = ray.put(Job(plan.source, destination, plan.layout, plan.options))
+    shared = ray.put(job)
     work = [
-        (
-            f"{shard_name(item.first_shard, item.split)} "
-            f"({item.inputs[0].name} to {item.inputs[-1].name})",
-            (job, item, frozenset(done & set(item.shard_numbers))),
-        )
-        for item in items
+        (_named(item), (shared, item, frozenset(done & set(item.shard_numbers)))) for item in items
     ]
     built: dict[int, ShardRecord] = {}
     try:
-        for records in _in_parallel(build_item, work):
+        for records in in_parallel(build_item, work):
             for record in records:
                 built[record.number] = record
                 tally.add(record)
@@ -395,41 +255,3 @@ def _build_missing(
             "build again to continue"
         ) from error
     return built
-
-
-_Result = TypeVar("_Result")
-
-
-def _in_parallel(
-    function: Callable[..., _Result], work: Iterable[tuple[str, tuple[Any, ...]]]
-) -> Iterator[_Result]:
-    """Results of function(*arguments) for each (name, arguments), in order of completion.
-
-    Each task takes one CPU. About twice as many tasks as CPUs are submitted: more than CPUs, so
-    that an autoscaler sees demand, but not all, because their arguments would fill the object
-    store.
-    """
-    task = ray.remote(num_cpus=1)(function)
-    waiting = iter(work)
-    running: dict[ray.ObjectRef, str] = {}
-    try:
-        while True:
-            free = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(running)
-            for name, arguments in itertools.islice(waiting, free):
-                running[task.remote(*arguments)] = name
-            if not running:
-                return
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            name = running.pop(ready)
-            try:
-                result = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, OSError):  # storage: a traceback does not help users
-                    raise error.cause from None
-                raise
-            except ray.exceptions.RayError as error:
-                raise OSError(f"the worker of {name} died: {one_line(error)}") from None
-            yield result
-    finally:
-        for reference in running:
-            ray.cancel(reference)

@@ -124,8 +124,6 @@ def launch(
     if experiment.guard.worse_than_start and part.stop_file is None:
         part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
-    data_config = experiment.data
-    used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
     if opened is None:
@@ -133,6 +131,8 @@ def launch(
         with record.exclusive(output, console.say):
             opened = open_data(experiment.data, output, console.say, build_told)
     data = opened
+    experiment = starting.normalized(experiment, data.statistics, run, console.say)
+    used = experiment.method.provenance(experiment.encoder, experiment.data.normalization)
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -387,12 +387,15 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
     side = min(experiment.encoder.image_size, largest or experiment.encoder.image_size)
     train, test = data.samples(side, experiment.probe.train_limit, experiment.probe.test_limit)
     labelled = train if data.can_probe else None
-    return ProbeJob(labelled, test, experiment.data.mean, experiment.data.std, cpus=PROBE_CPUS)
+    return ProbeJob(labelled, test, *experiment.data.normalization, cpus=PROBE_CPUS)
 
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     """Probe raw pixels, the baseline for encoders."""
-    data = open_data(experiment.data, Location.of(experiment.output), console.say, build_told)
+    output = Location.of(experiment.output)
+    data = open_data(experiment.data, output, console.say, build_told)
+    run = output / experiment.run_name
+    experiment = starting.normalized(experiment, data.statistics, run, console.say)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)

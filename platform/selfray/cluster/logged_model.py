@@ -99,7 +99,7 @@ def _log(client: "MlflowClient", run_id: str, found: Checkpoint) -> str:
     info = client.get_run(run_id).info
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / NAME
-        save(FromPixels(found.encoder(), experiment.data.mean, experiment.data.std), folder)
+        save(FromPixels(found.encoder(), *experiment.data.normalization), folder)
         params = {
             "method": experiment.method.name,
             "encoder": experiment.encoder.name,

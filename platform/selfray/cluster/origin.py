@@ -83,7 +83,11 @@ def given_by_user(experiment: Experiment) -> list[str]:
     if recipe is None:
         return []
     theirs, ours = (config.flatten(config.to_json(one)) for one in (recipe, experiment))
-    return sorted(name for name in ours if name != "name" and ours[name] != theirs.get(name))
+    return sorted(
+        name
+        for name in ours
+        if name not in ("name", "data.measured") and ours[name] != theirs.get(name)
+    )
 
 
 def chosen(experiment: Experiment) -> list[str] | None:

@@ -80,7 +80,8 @@ class Embed:
             if needs_build(self.data):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
-            shards = self._shards(named.output, console)
+            channels = subject.encoder.encoder_config.in_channels
+            shards = self._shards(named.output, channels, console)
             stack.enter_context(runtime.session())
             block = BLOCK_WITH_PATCHES if self.patches else BLOCK
             job = Embedding(Rows.all_of(shards), subject.encoder, subject.size, contents, block)
@@ -100,13 +101,13 @@ class Embed:
             console.say(f"{written.unreadable:,} images could not be read and are left out")
         return 0
 
-    def _shards(self, output: Location, console: "Console") -> "ShardSet":
+    def _shards(self, output: Location, channels: int, console: "Console") -> "ShardSet":
         """All images of --data, including those of its test split."""
         from selfray.cluster.build import build_told
         from selfray.data.data_sets import open_data
         from selfray.experiment import DataConfig
 
-        config = DataConfig(self.data, image_column=self.image_column)
+        config = DataConfig(self.data, image_column=self.image_column, channels=channels)
         opened = open_data(config, output, console.say, build_told)
         train, test = opened.train, opened.test
         if test is None:

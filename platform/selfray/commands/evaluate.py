@@ -252,7 +252,9 @@ class Evaluate:
             assert own is not None
             chosen = [own]
         else:
-            chosen = [DataConfig(path) for path in self.data]
+            encoders = (n.subject.encoder for n in named)
+            channels = next((e.encoder_config.in_channels for e in encoders if e is not None), 3)
+            chosen = [DataConfig(path, channels=channels) for path in self.data]
         if self.test is not None:
             chosen = [replace(data, test_path=self.test) for data in chosen]
         if self.image_column is not None:

@@ -49,12 +49,20 @@ class Export:
         str | None, flag("With mlflow: a registered model that gets a new version.", "NAME")
     ] = None
     force: Annotated[bool, flag("Overwrite existing files.", default="")] = False
+    any_size: Annotated[
+        bool,
+        flag("With onnx, for ViTs: images of any size in whole patches.", default=""),
+    ] = False
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
         require(
             self.register is None or self.to == "mlflow",
             "--register needs --to mlflow: only MLflow has a registry",
+        )
+        require(
+            not self.any_size or self.to == "onnx",
+            f"--any-size is for --to onnx; what --to {self.to} writes takes other sizes already",
         )
         if self.to == "mlflow":
             return self._to_mlflow(console)
@@ -83,7 +91,7 @@ class Export:
         experiment = checkpoint.experiment()
         console.live("writing and checking")
         if self.to == "onnx":
-            verdict, lines = _write_onnx(target, checkpoint, experiment)
+            verdict, lines = _write_onnx(target, checkpoint, experiment, self.any_size)
         else:
             verdict, lines = _write_folder(target, checkpoint, experiment, self.to)
         total = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
@@ -131,7 +139,7 @@ def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Check
 
 
 def _normalization(experiment: "Experiment") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return experiment.data.mean, experiment.data.std
+    return experiment.data.normalization
 
 
 def _require_onnx() -> None:
@@ -156,8 +164,8 @@ def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, st
         "encoder": experiment.encoder.name,
         ENCODER_CONFIG: config.dumps(experiment.encoder),
         "image_size": str(experiment.encoder.image_size),
-        "mean": json.dumps(experiment.data.mean),
-        "std": json.dumps(experiment.data.std),
+        "mean": json.dumps(experiment.data.normalization[0]),
+        "std": json.dumps(experiment.data.normalization[1]),
         "step": str(checkpoint.step),
         "images_seen": str(checkpoint.images_seen),
         "run": experiment.run_name,
@@ -193,7 +201,7 @@ def _write_folder(
 
 
 def _write_onnx(
-    target: Path, checkpoint: "Checkpoint", experiment: "Experiment"
+    target: Path, checkpoint: "Checkpoint", experiment: "Experiment", any_size: bool
 ) -> tuple[str, str]:
     from selfray.models.onnx import OPSET, check_onnx, save_onnx
 
@@ -202,11 +210,12 @@ def _write_onnx(
 
     def fill(scratch: Path) -> str:
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        save_onnx(encoder, scratch)
-        worst = check_onnx(encoder, scratch, images)
+        save_onnx(encoder, scratch, any_size)
+        worst = check_onnx(encoder, scratch, images, any_size)
+        sizes = " and size" if any_size else ""
         return (
             f"verified: onnxruntime gives torch's features of {len(images)} {what} at every tested "
-            f"batch size (largest difference {worst:.1e}); opset {OPSET}, dynamic batch"
+            f"batch size (largest difference {worst:.1e}); opset {OPSET}, dynamic batch{sizes}"
         )
 
     verdict = _under_its_name(target, fill)
@@ -239,7 +248,7 @@ def _images(experiment: "Experiment"):
             train, _ = opened.samples(side, 8, 8)
             views = torch.from_numpy(train.read(0)[VIEWS][:8])
             if len(views):
-                return normalize(views, data.mean, data.std), "images of its own data"
+                return normalize(views, *data.normalization), "images of its own data"
     except (ValueError, OSError):
         pass  # the data is not reachable; noise verifies an exporter as well
     shape = (4, experiment.encoder.in_channels, side, side)

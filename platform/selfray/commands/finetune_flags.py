@@ -78,7 +78,8 @@ class LinearPaperFlags:
         Literal["auto", "sgd", "lars"],
         flag(
             """sgd: DINOv2's grid of learning rates. lars: MAE's optimizer, with a batch norm before
-            the linear layer. auto: lars for MAE and BEiT, else sgd.""",
+            the linear layer. auto: lars for MAE and BEiT, sgd with that batch norm
+            for them below 20,000 train images, else sgd.""",
         ),
     ] = "auto"
     epochs: Annotated[int | None, flag("Epochs.", "N", "10, lars 90, and at least 500 steps")] = (
@@ -95,12 +96,12 @@ class LinearPaperFlags:
                 f"--linear-paper.{name.replace('_', '-')} must be positive, got {value}",
             )
 
-    def settings(self, encoder: "EncoderRef") -> "LinearOnViews":
+    def settings(self, encoder: "EncoderRef", images: int) -> "LinearOnViews":
         from selfray.probes.linear_paper import LinearOnViews
 
-        found = LinearOnViews.of(_method_of(encoder))
+        found = LinearOnViews.of(_method_of(encoder), images)
         if self.optimizer != "auto":
-            found = LinearOnViews.of("mae" if self.optimizer == "lars" else None)
+            found = LinearOnViews.lars() if self.optimizer == "lars" else LinearOnViews()
         given = {
             "epochs": self.epochs,
             "least_steps": None if self.epochs is None else 1,
@@ -121,7 +122,8 @@ def with_linear_paper(
         encoder = judged.subject.encoder
         if encoder is None:  # raw pixels
             return judged
-        return _and(judged, [on_views(judged, encoder, flags.settings(encoder), how)])
+        images = len(judged.examined.train)
+        return _and(judged, [on_views(judged, encoder, flags.settings(encoder, images), how)])
 
     try:
         return [[judged_by_it(judged) for judged in of_encoder] for of_encoder in results]

@@ -65,12 +65,12 @@ class Trained:
 
         data = self.experiment.data
         encoded = [_bytes_of(image) for image in images]
-        views, readable = evaluation_views(encoded, self.encoder.config.image_size)
+        views, readable = evaluation_views(encoded, self.encoder.config.image_size, data.channels)
         broken = [n for n, is_readable in enumerate(readable) if not is_readable]
         if broken:
             shown = images[broken[0]] if isinstance(images[broken[0]], str | Path) else broken[0]
             raise ValueError(f"{len(broken)} of {len(images)} are not images, such as {shown}")
-        return embed(self.encoder, views, data.mean, data.std)
+        return embed(self.encoder, views, *data.normalization)
 
 
 def load(run: str | Path) -> Trained:

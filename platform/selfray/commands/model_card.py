@@ -34,7 +34,7 @@ def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
         f"| epochs | {experiment.epochs:,} |",
         f"| images seen | {checkpoint.images_seen:,} |",
         f"| batch size | {experiment.batch_size:,} |",
-        f"| mean, std | {data.mean}, {data.std} |",
+        "| mean, std | {}, {} |".format(*data.normalization),
         f"| seed | {experiment.seed} |",
         "",
     ]

@@ -103,6 +103,7 @@ def parse(
     """
     words, file, shows = _own_flags(arguments, prog)
     recipes = {name: replace(recipe, name=name) for name, recipe in recipes.items()}
+    words = _with_given_statistics(words)
     base = None
     if words and not words[0].startswith("-"):
         name = words.pop(0)
@@ -129,6 +130,14 @@ def parse(
         print(config.to_yaml(experiment), end="")
         raise SystemExit(0)
     return experiment
+
+
+def _with_given_statistics(words: list[str]) -> list[str]:
+    """With the flag that a mean or deviation of the user's own means."""
+    flags = {word.partition("=")[0].replace("_", "-") for word in words}
+    if flags & {"--data.mean", "--data.std"} and "--data.statistics" not in flags:
+        return [*words, "--data.statistics", "given"]
+    return words
 
 
 def _own_flags(arguments: Sequence[str], prog: str) -> tuple[list[str], str | None, bool]:

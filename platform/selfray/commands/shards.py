@@ -18,6 +18,7 @@ from selfray.storage import Location
 if TYPE_CHECKING:
     from selfray.cluster.build import Manifest, Progress
     from selfray.console import Console
+    from selfray.data.measured import Statistics
 
 
 LINES_WITHOUT_TERMINAL = 10
@@ -66,6 +67,42 @@ class BuildShards:
     shard_mib: Annotated[
         float, flag("Size of a shard in MiB; a task needs about three times this memory.", "MIB")
     ] = 128
+    window: Annotated[
+        tuple[float, float] | None,
+        flag(
+            """The values of deep images (16 bits, floats, DICOM) that become black and white:
+            percentiles such as 0.5 99.5, or fixed values such as -1000 400.""",
+            "LOW HIGH",
+            "a DICOM's own, else percentiles 0.5 99.5 of each image",
+        ),
+    ] = None
+    window_of: Annotated[
+        Literal["image", "set", "fixed"] | None,
+        flag(
+            """What --window means: percentiles of each image, percentiles of all images together,
+            which are read twice for it, or fixed values.""",
+            default="image for two numbers within 0..100, else fixed",
+        ),
+    ] = None
+    keep_depth: Annotated[
+        bool, flag("Store deep images as PNGs of 16 bits instead of 8.", default="")
+    ] = False
+    page: Annotated[
+        int | None,
+        flag(
+            "Take this page or frame of files that have several, counted from 0.",
+            "N",
+            "each is an image",
+        ),
+    ] = None
+    channels: Annotated[
+        int | None,
+        flag(
+            """Images of other channels are quarantined; gray and colour images count as one.""",
+            "N",
+            "those that most images have",
+        ),
+    ] = None
     max_pixels: Annotated[
         int | None,
         flag(
@@ -99,6 +136,11 @@ class BuildShards:
             seed=self.seed,
             image_column=self.image_column,
             label_column=self.label_column,
+            window=self.window,
+            window_of=self.window_of,
+            keep_depth=self.keep_depth,
+            page=self.page,
+            channels=self.channels,
         )
         if self.max_pixels is not None:
             options = replace(options, max_pixels=self.max_pixels)
@@ -216,6 +258,8 @@ def _summary(manifest: "Manifest", destination: Location, seconds: float) -> Ite
         f"pixels (min / median / max): width {width.min} / {width.median} / {width.max}, "
         f"height {height.min} / {height.median} / {height.max}"
     )
+    if manifest.statistics is not None:
+        yield from statistics_lines(manifest.statistics)
     if manifest.labels is None:
         yield "labels: none, so the encoder cannot be probed on these images"
     else:
@@ -231,7 +275,32 @@ def _summary(manifest: "Manifest", destination: Location, seconds: float) -> Ite
         yield f"quarantined: {reasons}; see {destination / QUARANTINE}"
     else:
         yield "quarantined: none"
-    yield (
-        "next: python experiments/pretrain.py mae-imagenet --data.path "
-        f"{shlex.quote(destination.uri)}"
-    )
+    kind = manifest.statistics.kind if manifest.statistics is not None else 3
+    flags = "" if kind == 3 else f" --data.channels {kind} --encoder.in-channels {kind}"
+    yield (f"next: selfray pretrain mae-imagenet --data.path {shlex.quote(destination.uri)}{flags}")
+
+
+def statistics_lines(found: "Statistics") -> Iterator[str]:
+    """What was measured of the images, for a person."""
+    kind = found.kind
+    words = {1: "1 (gray)", 3: "3 (RGB)"}.get(kind, str(kind))
+    gray = found.channels.get("1", 0)
+    some = f", {gray:,} images of them gray" if kind == 3 and gray else ""
+    normalization = found.normalization(kind)
+    if normalization is not None:
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in normalization)
+        yield f"channels: {words}{some}; mean {mean}, std {std} (of 0..1)"
+    least, median, most = found.aspect_ratio
+    yield f"aspect ratio (min / median / max): {least:g} / {median:g} / {most:g}"
+    for done, count in found.converted.items():
+        yield f"converted: {count:,} images, {done}"
+    if found.duplicates:
+        across = (
+            f", {found.of_test:,} train images among them are in the test" if found.of_test else ""
+        )
+        yield (
+            f"duplicates: {found.duplicates:,} images have the pixels of another{across}: see "
+            "`selfray shards dedup`"
+        )
+    else:
+        yield "duplicates: none"

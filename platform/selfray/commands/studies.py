@@ -90,7 +90,8 @@ class StudyData(SweepFlags):
 
 def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tuple[float, str]]:
     """Write nested subsets of an experiment's train images, each with all its test images. The
-    images' bytes and the seed decide which images are in a subset. Yields (share, folder).
+    images' bytes and the seed decide which images are in a subset. Only the images of the first,
+    smallest share keep their labels: all shares are probed by these. Yields (share, folder).
 
     ValueError if the data has no labels or no test images, or is not in shards.
     """
@@ -112,18 +113,22 @@ def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tupl
     assert opened.test is not None
     known = f"{Rows.all_of(opened.train).digest()} {Rows.all_of(opened.test).digest()}"
     for share in shares:
-        text = f"{known} {share} {base.seed} {base.probe.test_limit}"
+        text = f"{known} {share} {shares[0]} {base.seed}"
         name = f"share-{share:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         folder = output / "data" / name
-        _copy_share(opened.train, folder / "train", share, base.seed)
-        _copy_share(opened.test, folder / "test", 1.0, base.seed)
+        _copy_share(opened.train, folder / "train", share, shares[0], base.seed)
+        _copy_share(opened.test, folder / "test", 1.0, 1.0, base.seed)
         yield share, folder.uri
 
 
-def _copy_share(shards: "ShardSet", folder: Location, share: float, seed: int) -> None:
-    """Copy a share of the images, in their order, to files of at most ROWS_EACH images."""
+def _copy_share(
+    shards: "ShardSet", folder: Location, share: float, labelled: float, seed: int
+) -> None:
+    """Copy a share of the images, in their order, to files of at most ROWS_EACH images. Only the
+    share `labelled` of all images keeps its labels."""
     import numpy as np
 
+    from selfray.data.columns import NO_LABEL
     from selfray.data.reader import read_rows
     from selfray.data.writer import write_arrays
     from selfray.probes.embedding import Rows
@@ -134,15 +139,19 @@ def _copy_share(shards: "ShardSet", folder: Location, share: float, seed: int) -
         part = slice(first, first + ROWS_EACH)
         images, labels = read_rows(shards, rows.groups[part], rows.rows[part])
         keys = np.array([image_digest(image) for image in images], np.uint64)
-        chosen = [i for i in np.flatnonzero(_is_in(ranks(keys, seed), share)) if images[i]]
-        if chosen:
-            write_arrays(
-                folder / f"{first:09d}",
-                [images[i] for i in chosen],
-                [int(labels[i]) for i in chosen],
-                label_names=shards.label_names,
-                source=shards.uri,
-            )
+        order = ranks(keys, seed)
+        is_known = _is_in(order, labelled)
+        parts = {"labelled": is_known, "rest": _is_in(order, share) & ~is_known}
+        for name, mask in parts.items():
+            chosen = [i for i in np.flatnonzero(mask) if images[i]]
+            if chosen:
+                write_arrays(
+                    folder / f"{first:09d}-{name}",
+                    [images[i] for i in chosen],
+                    [int(labels[i]) if name == "labelled" else NO_LABEL for i in chosen],
+                    label_names=shards.label_names,
+                    source=shards.uri,
+                )
 
 
 def _is_in(order: "np.ndarray", share: float) -> "np.ndarray":

@@ -12,7 +12,8 @@ from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
 from selfray.data.listing import BuildOptions, says_more
-from selfray.data.manifest import MANIFEST, Manifest
+from selfray.data.manifest import MANIFEST, Manifest, statistics_in
+from selfray.data.measured import PICTURES, Statistics, are_alike
 from selfray.data.reader import sample_rows
 from selfray.data.shard_set import (
     ShardFile,
@@ -51,6 +52,8 @@ class DataSets:
     """Number of files at the end of `train` that come from a split of unlabelled images."""
     channels: int = 3
     """data.channels."""
+    statistics: Statistics | None = None
+    """Statistics of the train images, measured by `selfray shards build`; None without."""
 
     @property
     def unlabeled(self) -> int:
@@ -128,10 +131,22 @@ def open_data(
             "files, local, s3:// or gs://"
         )
     opened = replace(_open_data(data, _Opener(data, output, say, build)), channels=data.channels)
+    _refuse_other_channels(data, opened.statistics)
     if describe:
         for line in opened.described():
             say(line)
     return opened
+
+
+def _refuse_other_channels(data: DataConfig, found: Statistics | None) -> None:
+    if found is None or are_alike(found.kind, data.channels):
+        return
+    channels = 3 if found.kind in PICTURES else found.kind
+    raise ValueError(
+        f"--data.path {data.path} holds images of {found.kind} channel"
+        f"{'s' if found.kind > 1 else ''}, and data.channels is {data.channels}: give "
+        f"--data.channels {channels} and --encoder.in-channels {channels}"
+    )
 
 
 def needs_build(path: str) -> bool:
@@ -155,18 +170,20 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
             "images itself to train on it"
         )
     train = opener.open(found, found.train)
+    known = found.statistics
     if not data.test_path:
         if not found.test:
-            return DataSets(train, None, "", found.left_out, found.unlabeled)
+            return DataSets(train, None, "", found.left_out, found.unlabeled, statistics=known)
         test = _with_labels_first(opener.open(found, found.test), opener.say)
         both = with_common_classes(train, test)
-        return DataSets(*both, found.origin, found.left_out, found.unlabeled)
+        return DataSets(*both, found.origin, found.left_out, found.unlabeled, statistics=known)
     own = opener.find(data.test_path, "data.test_path")
     test = opener.open(own, own.test or own.train)
     left_out = dict(found.left_out)
     if found.test:
         left_out[found.origin] = rows_of(found.test)
-    return DataSets(*with_common_classes(train, test), data.test_path, left_out, found.unlabeled)
+    both = with_common_classes(train, test)
+    return DataSets(*both, data.test_path, left_out, found.unlabeled, statistics=known)
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
@@ -192,6 +209,7 @@ class _Found:
     left_out: Mapping[str, int] = field(default_factory=dict)
     unlabeled: int = 0
     """Number of files at the end of `train` that come from a split of unlabelled images."""
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +250,8 @@ class _Opener:
             listing = list_source(location)
             kind, files, tables = select(location, listing.files)
             if kind == "parquet":
-                return self._sorted(replace(listing, files=files), location)
+                found = self._sorted(replace(listing, files=files), location)
+                return replace(found, statistics=statistics_in(location))
             names = [file.name for file in files]
             more = says_more(names, understand(names, kind), kind, bool(tables))
             more = more or (kind == "tar" and have_folders(listing.root, files))
@@ -246,6 +265,7 @@ class _Opener:
             found,
             origin=" and ".join(filter(None, origins)) or found.origin,
             left_out=understood.get("left_out", {}),
+            statistics=manifest.statistics,
         )
 
     def _sorted(self, listing: Listing, source: Location | None = None) -> _Found:

@@ -165,7 +165,12 @@ def intact(destination: Location, shards: dict[int, _Stored]) -> dict[int, _Stor
     }
 
 
-def finish(destination: Location, plan: Plan, records: Sequence[ShardRecord]) -> Manifest:
+def finish(
+    destination: Location,
+    plan: Plan,
+    records: Sequence[ShardRecord],
+    window: tuple[float, float] | None = None,
+) -> Manifest:
     quarantined = [*plan.quarantined, *(entry for r in records for entry in r.quarantined)]
     if not any(record.rows for record in records):
         (destination / BUILD_FOLDER).delete_folder()
@@ -174,7 +179,7 @@ def finish(destination: Location, plan: Plan, records: Sequence[ShardRecord]) ->
             f"{plan.source_uri} holds no readable image: all {len(quarantined)} files were refused "
             f"({examples}); give a folder that holds images"
         )
-    manifest = manifest_of(plan, records, quarantined)
+    manifest = manifest_of(plan, records, quarantined, window)
     lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in quarantined)
     (destination / QUARANTINE).write_bytes(lines.encode())
     delete_temporary_files(destination)

@@ -21,8 +21,8 @@ LabelRule = Literal["auto", "folders", "none"]
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset({
-    "avif", "bmp", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg",
-    "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
+    "avif", "bmp", "dcm", "dicom", "gif", "gtif", "gtiff", "heic", "jfif", "jp2", "jpe", "jpeg",
+    "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
 })
 # fmt: on
 

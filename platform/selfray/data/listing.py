@@ -42,7 +42,9 @@ from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards, r
 from selfray.data.tables import labels_in_tables
 from selfray.data.tar_listing import plan_tars
 from selfray.pixels import codecs
+from selfray.pixels.deep import Intake, WindowOf
 from selfray.storage import Location, one_line
+from selfray.views import MOST_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class BuildOptions:
     label_column: str | None = None
     """The label column of Parquet files, of a metadata table beside images, or the label's key in
     `.json` members of tars; None finds it."""
+    window: tuple[float, float] | None = None
+    window_of: WindowOf | None = None
+    keep_depth: bool = False
+    page: int | None = None
+    """How deep images, multispectral images and files of several pages are stored, with the three
+    fields before: see Intake."""
+    channels: int | None = None
+    """Quarantine images of any other number of channels; None keeps the number that most images
+    have. Gray and colour images count as the same."""
 
     def __post_init__(self) -> None:
         require(
@@ -77,12 +88,24 @@ class BuildOptions:
             self.labels in ("auto", "folders", "none"),
             f"labels must be auto, folders or none, got {self.labels!r}",
         )
+        require(
+            self.channels is None or 1 <= self.channels <= MOST_CHANNELS,
+            f"channels must lie in [1, {MOST_CHANNELS}], got {self.channels}",
+        )
+        _ = self.intake  # refuses what cannot be meant
+
+    @property
+    def intake(self) -> Intake:
+        return Intake(self.window, self.window_of, self.keep_depth, self.page)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON stored in manifests; a field added later is left out at its default."""
         values = dataclasses.asdict(self)
-        if self.label_column is None:
-            del values["label_column"]
+        for name in ("label_column", "window", "window_of", "keep_depth", "page", "channels"):
+            if values[name] is None or values[name] is False:
+                del values[name]
+        if self.window is not None:
+            values["window"] = list(self.window)  # as a file gives it back
         return values
 
 

@@ -11,13 +11,15 @@ from typing import Any
 from selfray.check import require
 from selfray.data.columns import NO_LABEL
 from selfray.data.files import Quarantined
-from selfray.data.layout import SPLITS
+from selfray.data.layout import SPLITS, TEST, VALIDATION
 from selfray.data.listing import Plan
+from selfray.data.measured import Measured, Statistics, summed
 from selfray.storage import Location, one_line
 
 MANIFEST = "manifest.json"
 BUILD_FOLDER = "_build"  # readers of Parquet folders skip names that start with _
 PLAN = "plan.json"
+_STATISTICS = "statistics"
 SHARD_NAME = rf"(({'|'.join(SPLITS)})-)?shard-\d{{5,}}\.parquet"
 
 
@@ -80,12 +82,17 @@ class Manifest:
     max_side: int | None
     plan: dict[str, Any]
     """Number of files, bytes and fingerprint of the source's listing, which identify the build."""
+    statistics: Statistics | None = None
+    """What the build measured of the images; None in manifests of earlier versions."""
 
     FORMAT = "selfray-shards"
     VERSION = 1
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if self.statistics is None:
+            del values["statistics"]
+        return {"format": self.FORMAT, "version": self.VERSION, **values}
 
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
@@ -99,7 +106,9 @@ class Manifest:
             f"the manifest has version {value.get('version')}, this selfray reads version "
             f"{cls.VERSION}: use the selfray that built the shards, or build them again",
         )
-        fields = {f.name: value[f.name] for f in dataclasses.fields(cls)}
+        fields = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name != _STATISTICS}
+        if value.get(_STATISTICS) is not None:
+            fields[_STATISTICS] = Statistics.from_json(value[_STATISTICS])
         if (labels := fields["labels"]) is not None:
             names = None if labels["names"] is None else tuple(labels["names"])
             fields["labels"] = Labels(names, labels["counts"], labels["unlabelled"])
@@ -142,6 +151,14 @@ class Manifest:
             ) from None
 
 
+def statistics_in(folder: Location) -> Statistics | None:
+    """The statistics of a folder of shards; None without a manifest, or with a damaged one."""
+    try:
+        return Manifest.load(folder).statistics
+    except (ValueError, OSError):
+        return None
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """The contribution of one finished shard to the manifest; kept until the build is complete."""
@@ -157,6 +174,7 @@ class ShardRecord:
     widths: dict[str, int]
     heights: dict[str, int]
     formats: dict[str, int]
+    measured: Measured
     quarantined: tuple[Quarantined, ...]
 
     @classmethod
@@ -164,6 +182,7 @@ class ShardRecord:
         """Parse and check a record. Raises ValueError, TypeError or KeyError for anything else."""
         value["row_groups"] = tuple(value["row_groups"])
         value["quarantined"] = tuple(Quarantined(*entry) for entry in value["quarantined"])
+        value["measured"] = Measured.from_json(value["measured"])
         record = cls(**value)
         _require_shard(record.name, record.rows, record.bytes, record.sha256, record.row_groups)
         require(shard_number(record.name) == record.number, f"it has the number {record.number}")
@@ -202,7 +221,10 @@ def shard_number(name: str) -> int:
 
 
 def manifest_of(
-    plan: Plan, records: Sequence[ShardRecord], quarantined: Sequence[Quarantined]
+    plan: Plan,
+    records: Sequence[ShardRecord],
+    quarantined: Sequence[Quarantined],
+    window: tuple[float, float] | None = None,
 ) -> Manifest:
     def merged(name: str) -> dict[str, int]:
         total: collections.Counter[str] = collections.Counter()
@@ -238,7 +260,12 @@ def manifest_of(
         ),
         max_side=plan.options.max_side,
         plan=identity,
+        statistics=summed([(_is_test(r.name), r.measured) for r in records if r.rows], window),
     )
+
+
+def _is_test(name: str) -> bool:
+    return name.startswith((f"{TEST}-", f"{VALIDATION}-"))
 
 
 def _spread(counts: dict[str, int]) -> Spread:

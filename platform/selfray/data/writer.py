@@ -4,6 +4,7 @@ A shard's record lies in DST/_build until the build is complete; all records add
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from selfray.check import require
 from selfray.data.checksums import checksum, labels_written, write_footer_checksum, written
@@ -26,10 +27,13 @@ from selfray.data.destination import finish, intact, open_destination, refuse_ot
 from selfray.data.files import Quarantined
 from selfray.data.listing import BuildOptions, Plan, WorkItem
 from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest, ShardRecord, shard_name
+from selfray.data.measured import Measuring, are_alike, channels_of
 from selfray.data.rows import MIB, Layout, Row, Sample
 from selfray.data.samples import read_samples
 from selfray.data.shard_set import NO_LABEL
 from selfray.pixels import codecs
+from selfray.pixels.deep import ValueCounts, raws_of
+from selfray.pixels.intake import Taken, take
 from selfray.storage import Location, one_line
 
 ROW_GROUP_BYTES = 4 * MIB
@@ -110,9 +114,20 @@ class ShardBuilder:
     """Verifies samples, shrinks them if asked, and collects the counts for the manifest."""
 
     def __init__(
-        self, layout: Layout, options: BuildOptions, shuffle_seed: str | None = None
+        self,
+        layout: Layout,
+        options: BuildOptions,
+        shuffle_seed: str | None = None,
+        window: tuple[float, float] | None = None,
+        channels: int | None = None,
     ) -> None:
+        """`window`, of the whole data set, and `channels` are those of the job."""
         self._options = options
+        self._intake = options.intake
+        if window is not None:
+            self._intake = dataclasses.replace(self._intake, window=window, window_of="fixed")
+        self._channels = channels
+        self._measuring = Measuring()
         self._shuffle_seed = shuffle_seed
         self._shard = _ParquetShard(layout)
         self._waiting: list[Sample] = []
@@ -124,20 +139,44 @@ class ShardBuilder:
         self.quarantined: list[Quarantined] = []
 
     def add(self, row: Row) -> None:
+        """A row of the source: an image, or several where its file has pages."""
         if isinstance(row, Quarantined):
             self.quarantined.append(row)
             return
+        options = self._options
+
+        def broken(page: int, error: codecs.BrokenImage) -> None:
+            self._refuse(_of_page(row, page).name, error)
+
         try:
-            info = codecs.check(row.data, self._options.max_pixels)
+            for taken in take(row.data, self._intake, options.max_pixels, options.max_side, broken):
+                own = row if taken.page is None else _of_page(row, taken.page)
+                self._add_image(own._replace(data=taken.data), taken)
+        except codecs.BrokenImage as error:
+            self._refuse(row.name, error)
+
+    def _refuse(self, name: str, error: codecs.BrokenImage) -> None:
+        self.quarantined.append(Quarantined(name, error.reason, one_line(error)))
+
+    def _add_image(self, row: Sample, taken: Taken) -> None:
+        try:
+            info, pixels = codecs.checked(row.data, self._options.max_pixels)
             width, height, kind = info.width, info.height, info.format
+            channels = channels_of(pixels)
+            if self._channels is not None and not are_alike(channels, self._channels):
+                said = "--channels is" if self._options.channels else "most of the data set have"
+                raise codecs.BrokenImage(
+                    "channels", f"the image has {channels}, and {said} {self._channels}"
+                )
             max_side = self._options.max_side
             if max_side is not None and max(width, height) > max_side:
                 row = row._replace(data=codecs.shrink(row.data, max_side))
-                with Image.open(io.BytesIO(row.data)) as image:  # reads the header only
-                    (width, height), kind = image.size, image.format or kind
+                pixels = codecs.decode(row.data)
+                (height, width), kind = pixels.shape[:2], "JPEG"
         except codecs.BrokenImage as error:
-            self.quarantined.append(Quarantined(row.name, error.reason, one_line(error)))
+            self._refuse(row.name, error)
             return
+        self._measuring.add(pixels, channels, taken.described)
         self._widths[str(width)] += 1
         self._heights[str(height)] += 1
         self._formats[kind] += 1
@@ -169,10 +208,15 @@ class ShardBuilder:
             widths=_sorted_counts(self._widths),
             heights=_sorted_counts(self._heights),
             formats=dict(sorted(self._formats.items())),
+            measured=self._measuring.result(),
             quarantined=tuple(self.quarantined),
         )
         (destination / BUILD_FOLDER / f"{name}.json").write_json(dataclasses.asdict(record))
         return record
+
+
+def _of_page(row: Sample, page: int) -> Sample:
+    return row._replace(name=f"{row.name}#page {page}", path=row.path and f"{row.path}#page {page}")
 
 
 def _sorted_counts(counts: collections.Counter[str]) -> dict[str, int]:
@@ -190,6 +234,10 @@ class Job:
     destination: Location
     layout: Layout
     options: BuildOptions
+    window: tuple[float, float] | None = None
+    """The values that become black and white, where percentiles of all images gave them."""
+    channels: int | None = None
+    """Images of others are quarantined; None where it is not known what most images have."""
 
 
 def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[ShardRecord]:
@@ -208,7 +256,7 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
             continue
         # Files of a folder were shuffled by the plan; rows of tars and Parquet are shuffled here.
         shuffle_seed = None if job.layout.kind == "images" else f"{job.options.seed} shard {number}"
-        builder = ShardBuilder(job.layout, job.options, shuffle_seed)
+        builder = ShardBuilder(job.layout, job.options, shuffle_seed, job.window, job.channels)
         for _, row in rows:
             builder.add(row)
         records.append(builder.write(job.destination, number, item.split))
@@ -216,6 +264,18 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
         empty = ShardBuilder(job.layout, job.options)
         records.append(empty.write(job.destination, number, item.split))
     return records
+
+
+def values_of_item(job: Job, item: WorkItem) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a work item's deep images, as (codes int64, counts int64): see ValueCounts.
+    Runs as a Ray task."""
+    counts = ValueCounts()
+    for row in read_samples(job.source, job.layout, item.inputs):
+        if isinstance(row, Sample):
+            with contextlib.suppress(codecs.BrokenImage):  # the build will name it
+                for raw in raws_of(row.data, job.options.max_pixels) or ():
+                    counts.add(raw.values)
+    return counts.pairs()
 
 
 def _cut(item: WorkItem, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:

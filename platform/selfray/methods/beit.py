@@ -58,10 +58,11 @@ class BEiTConfig(MethodConfig):
     def provenance(self, encoder: EncoderConfig, normalization: Normalization) -> Mapping[str, str]:
         file = TokenizerFile.open(self.tokenizer, encoder)
         theirs = file.checkpoint.experiment()
+        mean, std = theirs.data.normalization
         require(
-            normalization == (theirs.data.mean, theirs.data.std),
-            f"method.tokenizer {self.tokenizer} saw images normalised by mean {theirs.data.mean} "
-            f"and std {theirs.data.std}, not by {normalization[0]} and {normalization[1]}: give "
+            normalization == theirs.data.normalization,
+            f"method.tokenizer {self.tokenizer} saw images normalised by mean {mean} "
+            f"and std {std}, not by {normalization[0]} and {normalization[1]}: give "
             "its --data.mean and --data.std",
         )
         return {

@@ -1,10 +1,13 @@
 """Writes an encoder as an ONNX file and checks it against torch. Needs the extra `onnx`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfray.check import require
 from selfray.models.encoder import Encoder
 
 OPSET = 18
@@ -21,11 +24,24 @@ class _Outputs(nn.Module):
         return cls, patches
 
 
-def save_onnx(encoder: Encoder, file: Path) -> None:
+def save_onnx(encoder: Encoder, file: Path, any_size: bool = False) -> None:
     """Write an ONNX file: `images` float32 [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D], any
-    B."""
-    side = encoder.config.image_size
-    shape = (2, encoder.config.in_channels, side, side)
+    B; with `any_size`, any H and W that are multiples of a ViT's patches, too. ValueError if the
+    encoder cannot take other sizes."""
+    config = encoder.config
+    batch = torch.export.Dim("batch", min=1)
+    dynamic: dict[int, Any] = {0: batch}
+    side = (config.image_size, config.image_size)
+    if any_size:
+        require(
+            config.is_vit and not (config.is_beit or config.is_rotary),
+            f"--any-size is for ViTs with learned or sine-cosine positions, not for {config.name}",
+        )
+        dynamic[2] = config.patch * torch.export.Dim("rows", min=2)
+        dynamic[3] = config.patch * torch.export.Dim("columns", min=2)
+        grid = config.image_size // config.patch
+        side = (config.patch * (grid + 1), config.patch * (grid + 2))  # no size is special
+    shape = (2, config.in_channels, *side)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.onnx.export(
         _Outputs(encoder).eval(),
@@ -35,21 +51,27 @@ def save_onnx(encoder: Encoder, file: Path) -> None:
         opset_version=OPSET,
         input_names=[INPUT],
         output_names=list(OUTPUTS),
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+        dynamic_shapes={INPUT: dynamic},
         external_data=False,
         verbose=False,
     )
 
 
 @torch.no_grad()
-def check_onnx(encoder: Encoder, file: Path, images: Tensor) -> float:
+def check_onnx(encoder: Encoder, file: Path, images: Tensor, any_size: bool = False) -> float:
     """The largest absolute difference between the features of onnxruntime and torch, for a batch of
-    images float32 [B, C, H, W] and for a single one. Raises RuntimeError if it exceeds rounding."""
+    images float32 [B, C, H, W] and for a single one; with `any_size`, for smaller and larger ones,
+    too. Raises RuntimeError if it exceeds rounding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     worst = 0.0
-    for part in (images, images[:1]):
+    parts = [images, images[:1]]
+    if any_size:
+        side, patch = encoder.config.image_size, encoder.config.patch
+        sizes = ((side + 2 * patch, side + patch), (max(2 * patch, side - patch), side))
+        parts += [F.interpolate(images, size, mode="bilinear") for size in sizes]
+    for part in parts:
         expected = encoder(part)
         found = session.run(None, {INPUT: part.numpy()})
         for ours, theirs in zip(expected, found, strict=True):

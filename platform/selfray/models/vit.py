@@ -107,7 +107,7 @@ def _with_positions(backbone: Any, embedded: Tensor) -> Tensor:
     patches = own[:, without_prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # [1, D, h, w]
     resized = resized_positions(patches, grid).flatten(2).transpose(1, 2)
     prefix = [
-        token.expand(len(embedded), -1, -1)
+        token.expand(embedded.shape[0], -1, -1)
         for token in (backbone.cls_token, backbone.reg_token)
         if token is not None
     ]
@@ -127,10 +127,47 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     antialiasing, which shrinks random positions: from 14 x 14 to 6 x 6 their deviation falls to
     0.007 instead of 0.017.
     """
+    if torch.compiler.is_exporting():
+        height, width = positions.shape[2:]
+        rows, columns = cubic_matrices(grid[0], grid[1], height, width)
+        return rows.to(positions) @ positions @ columns.to(positions).T
     scale = [(new + 0.1) / old for new, old in zip(grid, positions.shape[2:], strict=True)]
     resized = F.interpolate(positions, scale_factor=scale, mode="bicubic")
     assert tuple(resized.shape[2:]) == tuple(grid)
     return resized
+
+
+def cubic_matrices(rows: Any, columns: Any, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The same interpolation as matrices [rows, height] and [columns, width], in operations of
+    tensors alone: an exported graph takes any size. Identities where the whole size stays."""
+    counts = [torch.arange(new, dtype=torch.float64) for new in (rows, columns)]
+    sizes = [torch.ones_like(count).sum() for count in counts]
+    stays = (sizes[0] == height) & (sizes[1] == width)
+    scales = [
+        torch.where(stays, torch.ones_like(size), (size + 0.1) / old)
+        for size, old in zip(sizes, (height, width), strict=True)
+    ]
+    return _cubic_matrix(counts[0], scales[0], height), _cubic_matrix(counts[1], scales[1], width)
+
+
+def _cubic_matrix(count: Tensor, scale: Tensor, old: int) -> Tensor:
+    """[new, old] for new places 0, 1, ... of one axis."""
+    places = (count + 0.5) / scale - 0.5
+    first = places.floor()
+    found = torch.zeros(1, dtype=torch.float64)
+    for offset in (-1, 0, 1, 2):
+        index = (first + offset).clamp(0, old - 1)  # the border is repeated
+        weight = _cubic((places - first - offset).abs())
+        found = found + weight[:, None] * (index[:, None] == torch.arange(old))
+    return found
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution with a = -0.75, as torch and OpenCV have it."""
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
 
 
 def _run_block(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
@@ -140,7 +177,7 @@ def _run_block(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | No
 
 
 def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
-    cls = backbone.cls_token.expand(len(embedded), -1, -1)
+    cls = backbone.cls_token.expand(embedded.shape[0], -1, -1)
     tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
     bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     for block in backbone.blocks:

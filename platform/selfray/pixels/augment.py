@@ -43,7 +43,7 @@ from selfray.views import (
     check_channels,
 )
 
-BACKEND = f"selfray-5/opencv-{cv2.__version__}"
+BACKEND = f"selfray-6/opencv-{cv2.__version__}"
 """Recorded with a run: another version, or another OpenCV's JPEG decoder, may round differently."""
 
 BROKEN = "broken"
@@ -171,7 +171,11 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
         interpolation = cv2.INTER_LINEAR
     else:
         interpolation = cv2.INTER_AREA
-    resized = cv2.resize(pixels, (size, size), interpolation=interpolation)
+    parts = [  # OpenCV shrinks at most four channels at once
+        cv2.resize(pixels[:, :, first : first + 4], (size, size), interpolation=interpolation)
+        for first in range(0, pixels.shape[2], 4)
+    ]
+    resized = parts[0] if len(parts) == 1 else np.dstack(parts)
     return resized.reshape(size, size, pixels.shape[2])  # OpenCV drops a single channel
 
 

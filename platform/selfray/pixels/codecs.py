@@ -1,8 +1,8 @@
 """Encoded images to pixels and back. Broken and absurdly large files are refused, with a reason.
 
 Views of a baseline JPEG are decoded by jpeg.py. OpenCV decodes other 8-bit JPEG and PNG, about
-three times as fast as Pillow for small images; Pillow decodes all other formats and modes. The
-declared size is checked before any pixel is allocated.
+three times as fast as Pillow for small images; deep.py reads deep and multispectral files, and
+Pillow all other formats and modes. The declared size is checked before any pixel is allocated.
 """
 
 import struct
@@ -15,7 +15,9 @@ import numpy as np
 
 from selfray.check import require
 from selfray.pixels import compose, jpeg
+from selfray.pixels.deep import Intake, raws_of, windowed
 from selfray.pixels.headers import (
+    DEPTH_KEY,
     JPEG_START,
     MIRRORED,
     PNG_SIGNATURE,
@@ -184,10 +186,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -> np
     and colour images are reduced to brightness. With any other number, the image must have as many
     channels (see encode_channels).
 
-    The image is turned upright by its EXIF orientation; of an animation, the first frame is
-    decoded. Transparency is composited on white, and 16-bit values are scaled to 8. Raises
-    BrokenImage, for a declared size above max_pixels before any pixel is allocated. (Pillow refuses
-    more than about 179 million pixels in the formats that it reads, even if max_pixels is higher.)
+    The image is turned upright by its EXIF orientation; of an animation it is the first frame.
+    Transparency is composited on white, and deep values are windowed as `selfray shards build` does
+    it. Raises BrokenImage, for a declared size above max_pixels before any pixel is allocated.
+    (Pillow refuses more than about 179 million pixels in the formats that it reads, whatever
+    max_pixels says.)
     """
     return _decode(data, max_pixels, channels)[0]
 
@@ -225,7 +228,13 @@ def _turned_back(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
-    """Decode the whole image strictly. Raises BrokenImage, which says what is wrong with it.
+    """Decode the whole image strictly. Raises BrokenImage: see `checked`."""
+    return checked(data, max_pixels)[0]
+
+
+def checked(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo, np.ndarray]:
+    """Decode the whole image strictly: what it is, and its pixels uint8 [H, W, C], pictures as RGB.
+    Raises BrokenImage, which says what is wrong with it.
 
     Unlike `decode` it refuses JPEGs whose data libjpeg repairs with a warning (bytes lost in the
     middle, an end marker pasted onto half a file), and PNGs with a wrong checksum. libjpeg's
@@ -237,7 +246,6 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     info = ImageInfo(pixels.shape[1], pixels.shape[0], image_format)
     if data.startswith(JPEG_START) and not warning and header is None:
         # Pillow read it, for instance as CMYK, and keeps libjpeg's warnings to itself.
-        del pixels
         _, warning = codec_messages.imdecode(np.frombuffer(data, np.uint8))
     if "premature end" in warning.lower():
         raise BrokenImage("truncated", warning)
@@ -245,7 +253,7 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
         raise BrokenImage("corrupt", warning)
     if data.startswith(PNG_SIGNATURE):
         _verify_png(data)
-    return info
+    return info, pixels
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -293,13 +301,19 @@ def encode_channels(values: np.ndarray) -> bytes:
     if channels in (1, RGB):
         done, encoded = cv2.imencode(".png", values[:, :, ::-1])
         assert done
-        return encoded.tobytes()
+        data = encoded.tobytes()
+        return data if values.dtype == np.uint8 else _with_text(data, DEPTH_KEY, "16")
     stack = np.ascontiguousarray(values.transpose(2, 0, 1)).reshape(channels * height, width)
     done, encoded = cv2.imencode(".png", stack)
     assert done
-    data, text = encoded.tobytes(), b"tEXt" + STACK_KEY + b"\0" + str(channels).encode()
+    return _with_text(encoded.tobytes(), STACK_KEY, str(channels))
+
+
+def _with_text(png: bytes, key: bytes, value: str) -> bytes:
+    """A PNG with a text chunk behind its header chunk."""
+    text = b"tEXt" + key + b"\0" + value.encode()
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    return data[:33] + chunk + data[33:]  # behind the header chunk
+    return png[:33] + chunk + png[33:]
 
 
 def _encode(pixels: np.ndarray, extension: str, options: list[int]) -> bytes:
@@ -319,6 +333,11 @@ def _decode(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, st
     header = _header(data)
     if header is not None and header.stack:
         return _decode_stack(data, header, max_pixels, channels), "PNG", ""
+    if header is None:
+        raws = raws_of(data, max_pixels, first_only=True)
+        if raws is not None:
+            values, _ = windowed(raws[0], Intake())
+            return _in_channels(values, channels), raws[0].format, ""
     if header is None or channels not in (1, RGB):
         return *decode_with_pillow(data, max_pixels, channels), ""
     require_size(header.width, header.height, max_pixels, header.format, data)
@@ -327,6 +346,17 @@ def _decode(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, st
     if pixels is None:  # Pillow can read it, or says what is wrong.
         return *decode_with_pillow(data, max_pixels, channels), warning
     return pixels.reshape(*pixels.shape[:2], channels), header.format, warning
+
+
+def _in_channels(values: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 [H, W, C] as so many channels: gray tripled, or colours as gray."""
+    found = values.shape[2]
+    if (found, channels) == (RGB, 1):
+        return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)[:, :, None]
+    if (found, channels) == (1, RGB):
+        return np.repeat(values, RGB, axis=2)
+    require_channels(found, channels)
+    return np.ascontiguousarray(values)
 
 
 def _decode_stack(data: bytes, header: Header, max_pixels: int, channels: int) -> np.ndarray:

@@ -49,13 +49,13 @@ def _frames(pydicom: Any, dataset: Any, max_pixels: int) -> list[Raw]:
     if kind == "PALETTE COLOR":
         pixels = pydicom.pixels.apply_color_lut(pixels, dataset)
     if pixels.ndim == 4:  # pydicom gives RGB for YBR
-        return [Raw(frame, kept=kept) for frame in pixels]
+        return [Raw(frame, "DICOM", kept=kept) for frame in pixels]
     slope = float(dataset.get("RescaleSlope", 1) or 1)
     intercept = float(dataset.get("RescaleIntercept", 0) or 0)
     values = pixels if (slope, intercept) == (1, 0) else pixels * np.float32(slope) + intercept
     window = _window(dataset)
     is_inverted = kind == "MONOCHROME1"
-    return [Raw(frame[:, :, None], window, is_inverted, kept) for frame in values]
+    return [Raw(frame[:, :, None], "DICOM", window, is_inverted, kept) for frame in values]
 
 
 def _window(dataset: Any) -> tuple[float, float] | None:

@@ -199,6 +199,11 @@ def turn_of(exif: bytes | None) -> int | None:
 
 # PNG and WebP
 
+OWN_PNG = b"tEXtselfray:"
+"""Starts the second chunk of what selfray made out of deep or multispectral images, without its
+length: their window was applied."""
+DEPTH_KEY = b"selfray:depth"
+"""Keyword of the text chunk of a 16-bit gray or RGB PNG whose window was applied."""
 STACK_KEY = b"selfray:channels"
 """Keyword of a PNG's text chunk whose text is the number of an image's channels. They lie one below
 the other in a gray PNG, which any program can open."""

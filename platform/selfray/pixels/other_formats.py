@@ -1,4 +1,4 @@
-"""Decodes formats and modes that OpenCV cannot decode as needed, by Pillow and tifffile."""
+"""Decodes formats and modes that OpenCV cannot decode as needed, by Pillow."""
 
 import io
 import logging
@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from selfray.pixels import tiff
 from selfray.pixels.headers import MIRRORED, TRANSPOSED, TURNS, UPSIDE_DOWN, webp_size
 from selfray.pixels.limits import (
     CMYK_JPEG_MEMORY,
@@ -60,10 +59,6 @@ def open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def decode_with_pillow(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, str]:
-    if channels not in (1, RGB) and tiff.is_tiff(data):
-        pixels = to_8_bits(tiff.channels_of(data, max_pixels))
-        require_channels(pixels.shape[2], channels)
-        return pixels, "TIFF"
     image = open_with_pillow(data, max_pixels)
     if channels not in (1, RGB):
         require_channels(len(image.getbands()), channels)

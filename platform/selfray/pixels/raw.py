@@ -10,6 +10,8 @@ import numpy as np
 class Raw:
     values: np.ndarray
     """[H, W, C], integers or floats of any size."""
+    format: str
+    """Such as PNG, TIFF or DICOM."""
     window: tuple[float, float] | None = None
     """The values of black and white, if the file gives them."""
     is_inverted: bool = False

@@ -19,11 +19,6 @@ def is_tiff(data: bytes) -> bool:
     return data.startswith(_STARTS)
 
 
-def channels_of(data: bytes, max_pixels: int, page: int = 0) -> np.ndarray:
-    """One page of a TIFF as stored: uint8, uint16, int16 or float [H, W, C]. Raises BrokenImage."""
-    return pages_of(data, max_pixels, (page,))[0]
-
-
 def pages_of(data: bytes, max_pixels: int, only: tuple[int, ...] | None = None) -> list[np.ndarray]:
     """The pages of a TIFF as stored, [H, W, C] each; with `only`, these pages. Raises
     BrokenImage."""

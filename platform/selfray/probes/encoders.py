@@ -92,7 +92,7 @@ class EncoderRef:
     def normalization(self) -> tuple[Channels, Channels]:
         """(mean, std) of the channels, in 0..1."""
         if self.experiment is not None:
-            return self._experiment.data.mean, self._experiment.data.std
+            return self._experiment.data.normalization
         known: dict[str, Any] = self._header if self.file is not None else self._timm
         mean, std = (known[name] for name in ("mean", "std"))
         mean, std = ((json.loads(v) if isinstance(v, str) else v) for v in (mean, std))

@@ -95,7 +95,7 @@ def nearest_neighbours(
 
 def features(experiment: Experiment, encoder: Encoder, images: LabelledViews) -> np.ndarray:
     """float32 [n, D], or [n, 2D] for a ViT: see `embed`."""
-    return embed(encoder, images.views, experiment.data.mean, experiment.data.std)
+    return embed(encoder, images.views, *experiment.data.normalization)
 
 
 def untrained_encoder(experiment: Experiment) -> Encoder:
@@ -134,7 +134,7 @@ def run_pictures(
     data = experiment.data
     state.method.eval()
     of_method = state.method.pictures(
-        test_images.views[:IMAGES], experiment.views, (data.mean, data.std)
+        test_images.views[:IMAGES], experiment.views, data.normalization
     )
     made |= {f"{name}.png": picture for name, picture in of_method.items()}
     if (test_images.labels >= 0).any():

@@ -1,4 +1,4 @@
-"""What the machines of a run do meanwhile: CPU, memory and GPUs, under MLflow's own names.
+"""Records the CPU, memory and GPU use of a run's machines, under MLflow's names of metrics.
 
 MLflow shows metrics that begin with `system/` on the run's page "System metrics".
 """
@@ -25,19 +25,20 @@ def watched(
     gpu: int | None = None,
     seconds: float = SAMPLE_SECONDS,
 ) -> Iterator[None]:
-    """Write a point every 10 s while this lasts, and one at its end.
+    """Inside, write a point every `seconds` from a thread, and one more at the end.
 
     Args:
-        spool: where the points go.
-        images_seen: tells the place of a point on the run's axis.
-        node: the machine's name, where the run has several.
-        with_cpu: False for a second worker of a machine, which writes its GPU alone.
+        spool: the spool that gets the points.
+        images_seen: returns the position of a point on the run's axis.
+        node: the machine's name, if the run has several machines.
+        with_cpu: False for further workers of the same machine, which write only their GPU.
         gpu: the number of this worker's GPU on its machine; None without one.
+        seconds: the interval between points.
     """
     ended = threading.Event()
     prefix = f"system/{node}/" if node else "system/"
     if with_cpu:
-        _cpu()  # the first call of a process begins the interval and returns nothing
+        _cpu()  # starts psutil's interval; the first figure of a process is meaningless
 
     def write() -> None:
         values = (_cpu() if with_cpu else {}) | ({} if gpu is None else _gpu(gpu))
@@ -48,7 +49,7 @@ def watched(
         try:
             while not ended.wait(seconds):
                 write()
-        except Exception:  # a figure of the machine must not end a run
+        except Exception:  # a failure here must not end the run
             log.exception("the machine's figures are no longer written")
 
     thread = threading.Thread(target=write_until_the_end, daemon=True, name="selfray-machine")
@@ -63,7 +64,7 @@ def watched(
 
 
 def _cpu() -> dict[str, float]:
-    """The processors' use since the last call, and the memory's use."""
+    """CPU use in % since the last call, and memory use in MB and %."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -75,7 +76,8 @@ def _cpu() -> dict[str, float]:
 
 
 def _gpu(number: int) -> dict[str, float]:
-    """The use of this process's current GPU; its utilization only where NVIDIA's library is."""
+    """Memory use of this process's current GPU in MB and %, and its utilization in % if NVIDIA's
+    library is installed."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

@@ -7,22 +7,26 @@ compared with its start after the original file is gone.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import safetensors
 import safetensors.torch
 import torch
 
+from selfray.data.measured import Statistics
 from selfray.experiment import Experiment
 from selfray.models import weights
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.models.fitting import fitted_for
 from selfray.models.layouts import DINOV3_LICENCE
-from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.checkpoint import Checkpoint, latest
 from selfray.runs.folder import START
 from selfray.storage import Location
 from selfray.train import TrainState
 
 _FACTS = "selfray.start"
+_LEAST_STD = 1e-3
+"""Of a channel that is the same everywhere."""
 
 
 def keep(experiment: Experiment, run: Location, say: Callable[[str], None]) -> dict[str, str]:
@@ -57,6 +61,39 @@ def keep(experiment: Experiment, run: Location, say: Callable[[str], None]) -> d
     for line in told["said"]:
         say(line)
     return {name: value for name, value in told["tags"].items() if value}
+
+
+def normalized(
+    experiment: Experiment,
+    measured: Statistics | None,
+    run: Location,
+    say: Callable[[str], None],
+) -> Experiment:
+    """The experiment as it is carried out: with the mean and deviation that a build measured of the
+    data, unless flags gave others. A run that goes on keeps those that it started with, and first
+    weights the ones that they were trained with. ValueError where there are none."""
+    data = experiment.data
+    known = measured and measured.normalization(data.channels)
+    has_own = len(data.mean) == data.channels
+    if (found := latest(run)) is not None:
+        known = found.experiment().data.measured
+    elif data.statistics == "given":
+        known = None
+    elif experiment.init_from is not None and not starts_from_public(experiment):
+        theirs = Checkpoint.open(experiment.init_from).experiment().data.normalization
+        known = theirs if len(theirs[0]) == data.channels else known
+    elif experiment.init_from is not None and has_own:
+        known = None
+    elif known is not None:
+        known = known[0], tuple(max(deviation, _LEAST_STD) for deviation in known[1])
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in known)
+        say(
+            f"images are normalised by their own mean {mean} and std {std}, as the build of the "
+            "shards measured them (--data.mean and --data.std win)"
+        )
+    resolved = replace(experiment, data=replace(data, measured=known))
+    _ = resolved.data.normalization
+    return resolved
 
 
 def starts_from_public(experiment: Experiment) -> bool:
