@@ -421,7 +421,7 @@ def test_the_matrices_of_an_exported_graph_resize_positions_as_the_encoder_does(
     from selfray.models.vit import cubic_matrices, resized_positions
 
     own = torch.randn(1, 4, 14, 14, generator=torch.Generator().manual_seed(0))
-    rows, columns = (matrix.float() for matrix in cubic_matrices(*grid, 14, 14))
+    rows, columns = (matrix.float() for matrix in cubic_matrices(grid[0], grid[1], 14, 14))
     assert torch.allclose(rows @ own @ columns.T, resized_positions(own, grid), atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def resolved(wanted: Experiment, run: Path) -> tuple[Experiment, list[str]]:
     return found, lines
 
 
-def _no_build(*_: object) -> None:  # type: ignore[return]
+def _no_build(*_: object) -> NoReturn:
     raise AssertionError("shards need no conversion")
 
 

@@ -65,14 +65,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
 def proposal(path: str, test_path: str | None, output: str, console: "Console") -> Proposal:
     """The proposal for the images at a path and the running Ray cluster. Prints the image size and
     the CPUs and GPUs that it found."""
-    from selfray.cluster.build import build
+    from selfray.cluster.build import build_told
     from selfray.data.data_sets import open_data
     from selfray.experiment import DataConfig
     from selfray.storage import Location
 
     console.live("opening the data")
     data = DataConfig(path=path, test_path=test_path)
-    opened = open_data(data, Location.of(output), console.say, build)
+    opened = open_data(data, Location.of(output), console.say, build_told)
     cluster = runtime.cluster_resources()
     facts = Facts(opened.train.rows, _side(opened), int(cluster.cpus), int(cluster.gpus))
     console.say(

@@ -80,6 +80,7 @@ class Embed:
             if needs_build(self.data):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
+            assert subject.encoder is not None, "open_subjects refuses raw pixels without a size"
             channels = subject.encoder.encoder_config.in_channels
             shards = self._shards(named.output, channels, console)
             stack.enter_context(runtime.session())

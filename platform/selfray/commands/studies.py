@@ -95,7 +95,7 @@ def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tupl
 
     ValueError if the data has no labels or no test images, or is not in shards.
     """
-    from selfray.cluster.build import build
+    from selfray.cluster.build import build_told
     from selfray.data.data_sets import needs_build, open_data
     from selfray.probes.embedding import Rows
 
@@ -104,7 +104,7 @@ def written_shares(base: "Experiment", shares: Sequence[float]) -> Iterator[tupl
         f"--data {base.data.path} is not in shards: make them first, with `selfray shards build`",
     )
     output = Location.of(base.output)
-    opened = open_data(base.data, output, lambda line: None, build, describe=False)
+    opened = open_data(base.data, output, lambda line: None, build_told, describe=False)
     require(
         opened.can_probe and opened.test is not None,
         f"--data {base.data.path} needs labelled train and test images, on which the encoders of "
