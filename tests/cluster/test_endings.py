@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +29,23 @@ class Run:
     """`selfray pretrain` on the digits, in a process of its own, and what Ray starts for it."""
 
     output: Path
+    flags: Sequence[str] = FLAGS
     family: set[psutil.Process] = field(default_factory=set)
 
     def __enter__(self) -> "Run":
         kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
-        self.console = self.output / "console"
+        self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "pretrain", *FLAGS, "--output", str(self.output)],
+                [
+                    sys.executable,
+                    "-c",
+                    COMMAND,
+                    "pretrain",
+                    *self.flags,
+                    "--output",
+                    str(self.output),
+                ],
                 env=kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])},
                 stdout=file,
                 stderr=file,
@@ -104,6 +113,52 @@ def test_a_terminated_run_is_killed_in_mlflow_and_goes_on_and_a_lost_raylet_is_t
     told = json.loads(written.read_text())
     assert told["status"] == "failed"
     assert "raylet" in told["failure"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own, in memory; needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)])
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take the last free byte of a disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+    return filler
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_is_told_everywhere_and_the_same_command_goes_on(disk: Path) -> None:
+    flags = ("mae-digits", "--epochs", "8", "--checkpoint.times", "4", "--probe.times", "0")
+    flags = (*flags, "--max-failures", "0")
+    with Run(disk / "runs", flags) as run:
+        run.waits_for("a checkpoint", lambda: any(disk.rglob("step-*/MANIFEST.json")))
+        filler = fill(disk)
+        assert run.ended() == 1
+    assert "error: the last checkpoint cannot be written to" in run.said
+    assert "make room and start the same command again" in run.said
+    assert "Traceback" not in run.said
+    (written,) = disk.glob("runs/mae-digits-*/run.json")
+    told = json.loads(written.read_text())
+    assert told["status"] == "failed"
+    assert told["failure"].startswith("the last checkpoint cannot be written to")
+    assert run.status == "FAILED"
+    filler.unlink()
+    with Run(disk / "runs", flags) as run:
+        assert run.ended() == 0
+    assert "continuing from step" in run.said
+    assert run.status == "FINISHED"
 
 
 @pytest.mark.long

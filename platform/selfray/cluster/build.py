@@ -25,6 +25,7 @@ import ray
 import ray.exceptions
 from pyarrow import fs
 
+from selfray.cluster.endings import RunFailed
 from selfray.data.destination import (
     QUARANTINE,
     delete_temporary_files,
@@ -376,7 +377,7 @@ def _build_missing(
                 tally.add(record)
             tally.report()
     except OSError as error:
-        raise OSError(
+        raise RunFailed(
             f"the build of {destination} stopped: {error}; finished shards are kept, run the same "
             "build again to go on"
         ) from error
