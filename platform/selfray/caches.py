@@ -1,7 +1,7 @@
-"""Folders outside the output: caches, whose contents are run as code, and logs of no run. Where a
-machine has several users, only those count that nobody else can write to.
+"""Folders outside the output: caches, whose contents are run as code, and logs that belong to no
+run. A folder that other users of the machine can write to is not used.
 
-Imports nothing of selfray, since the kernels need it first.
+Imports no other module of selfray, since the kernels need it first.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path
 
 
 def choices(named: str | None = None) -> Iterator[Path]:
-    """Where a cache may lie, best first: the folder that the user names, `selfray` in
-    XDG_CACHE_HOME or ~/.cache, a folder in the temporary one. Each has to be made, and asked
+    """Candidate folders for a cache, best first: `named`, `selfray` in XDG_CACHE_HOME, `selfray` in
+    ~/.cache, a folder in the temporary folder. None is created yet, nor checked by
     `why_not_private`."""
     if named:
         yield Path(named)
@@ -28,19 +28,19 @@ def choices(named: str | None = None) -> Iterator[Path]:
 
 
 def temporary() -> Path:
-    """This user's folder in the temporary one. Anybody may have made one by its name."""
+    """This user's folder in the system's temporary folder. Another user may have created it."""
     return Path(tempfile.gettempdir()) / f"selfray-{os.getuid()}"
 
 
 def make(folder: Path) -> None:
-    """Make a folder for this user alone; OSError where that cannot be."""
+    """Create a folder that only this user can access, if it is missing. OSError if that fails."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def private(folders: Iterator[Path]) -> Path:
-    """The first of these folders that can be made and written by this user, and by no other; else
-    a new one with a name that nobody can guess."""
+    """The first of these folders that this user can create and write, and no other user can write;
+    else a new temporary folder with a random name."""
     for folder in folders:
         with contextlib.suppress(OSError):
             make(folder)
@@ -50,12 +50,12 @@ def private(folders: Iterator[Path]) -> Path:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """Whose folder this is, or who else may write to it, in words; None where only this user and
-    root can change what lies in it, by way of any folder or link on its path.
+    """None if only this user and root can change the folder's content, including by replacing a
+    folder or link on its path; else a sentence that names the owner or the mode that prevents it.
 
-    FileNotFoundError where there is no such folder.
+    FileNotFoundError if the folder does not exist.
     """
-    # By the names that lead there, whose links may be changed, and by where they lead.
+    # Check both the path as given, whose links could be replaced, and the path they resolve to.
     for path in (Path(os.path.abspath(folder)), folder.resolve(strict=True)):
         for part in (path, *path.parents):
             found = part.lstat()
@@ -63,7 +63,7 @@ def why_not_private(folder: Path) -> str | None:
                 return f"{part} belongs to {_name(found.st_uid)}"
             if stat.S_ISLNK(found.st_mode):
                 continue
-            # In a sticky folder, such as /tmp, nobody removes or renames what is another's.
+            # In a sticky folder, such as /tmp, users cannot remove or rename each other's files.
             is_sticky = part != path and bool(found.st_mode & stat.S_ISVTX)
             if _others_write(found) and not is_sticky:
                 return f"others may write to {part} (mode {stat.S_IMODE(found.st_mode):o})"
@@ -76,7 +76,7 @@ def _others_write(found: os.stat_result) -> bool:
 
 
 def _is_group_of_one(found: os.stat_result) -> bool:
-    """Whether the group is the owner's own: many systems give each user one of the same name."""
+    """Whether the group holds only the owner: many systems give each user a group of that name."""
     try:
         group, owner = grp.getgrgid(found.st_gid), pwd.getpwuid(found.st_uid)
     except KeyError:
@@ -92,11 +92,15 @@ def _name(uid: int) -> str:
 
 
 def append_to(path: Path) -> int:
-    """A descriptor that appends to a file of this user, made if it is missing, readable by its user
-    alone. OSError where a link or another's file lies in its place: writing would go elsewhere."""
+    """Open a file of this user for appending; a missing one is created, readable by this user only.
+    OSError if the path is a link or another user's file, which would redirect the writing.
+
+    Returns:
+        An open file descriptor.
+    """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     if path.is_symlink():
-        raise OSError(f"{path} is a link, and its file may be another's: remove it")
+        raise OSError(f"{path} is a link, possibly to another user's file: remove it")
     descriptor = os.open(path, flags, 0o600)
     found = os.fstat(descriptor)
     if found.st_uid != os.getuid() or found.st_nlink > 1 or not stat.S_ISREG(found.st_mode):

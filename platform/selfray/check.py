@@ -1,4 +1,4 @@
-"""Refuse what cannot mean anything, at the door and by name."""
+"""Checks of values that a user gives: each raises ValueError that names the field."""
 
 import math
 
@@ -10,7 +10,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """The command line checks its choices by itself; recipes and files are checked here."""
+    """Raise ValueError unless a value is one of the choices.
+
+    The command line checks its own choices; this check is for recipes and files.
+    """
     require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -42,7 +45,10 @@ def require_number(
 
 
 def named_amounts(field_name: str, text: str) -> dict[str, float]:
-    """`trainer=1,disk=0.5` as a dict. ValueError names the field."""
+    """Parse `trainer=1,disk=0.5` into a dict of names and positive amounts.
+
+    Raises ValueError that names the field.
+    """
     amounts = {}
     for part in filter(None, text.split(",")):
         name, _, amount = part.rpartition("=")

@@ -10,8 +10,8 @@ from selfray import plugins
 
 TYPE_KEY = "type"
 MOVED: Mapping[str, str] = {"selfray.sweep": "selfray.sweeps.question"}
-"""Module of a config as files name it -> the module that it lies in today. Run ids are hashes of
-these names, and checkpoints hold them, so a config that moves keeps the name that it had first."""
+"""The module name written in files -> the module that holds the config today. Run ids are hashes of
+these names and checkpoints contain them, so a config that moves keeps its first name."""
 _WRITTEN = {today: written for written, today in MOVED.items()}
 _ADDED = "added"
 PLACEMENT = frozenset(
@@ -29,31 +29,34 @@ PLACEMENT = frozenset(
         "shard",
     }
 )
-"""The fields of an Experiment that say where and how a run is carried out: no part of what it is.
-Here, because those who compare runs do without torch."""
+"""The fields of an Experiment that say where and how a run is carried out; run ids ignore them.
+They are listed here because the comparison of runs does not import torch."""
 
 
 _SAME: Any = object()
 
 
 def added(default: Any, before: Any = _SAME) -> Any:
-    """A field that came after runs had been written without it.
+    """A dataclass field added after runs had been written without it.
 
-    What those runs computed is its value `before`, or else its default: it is left out of JSON
-    while it has that, and read as that where a file lacks it. So those runs keep their ids, and
-    checkpoints of before can be read.
+    `before` is the value that describes those older runs; by default it is the field's default. The
+    field is left out of JSON while it has this value, and a file without the field is read as
+    having it. So older runs keep their ids and older checkpoints stay readable.
     """
     before = default if before is _SAME else before
     return dataclasses.field(default=default, metadata={_ADDED: before})
 
 
 def type_name(kind: type) -> str:
-    """The name by which files know a config's type, such as `selfray.views:View`."""
+    """The name of a config's type as files write it, such as `selfray.views:View`."""
     return f"{_WRITTEN.get(kind.__module__, kind.__module__)}:{kind.__qualname__}"
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value for a config: dataclasses become objects that name their type."""
+    """Convert a config into a JSON value: dataclasses become objects with a "type" key.
+
+    Raises TypeError for values other than plain ones, sequences, mappings and dataclasses.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: to_json(getattr(value, f.name))
@@ -73,8 +76,8 @@ def to_json(value: Any) -> Any:
 def from_json(value: Any) -> Any:
     """The inverse of to_json; validation in __post_init__ runs again.
 
-    Only frozen dataclasses inside `selfray` and the plugins that the user named are built, so that
-    a file from a stranger can name no other code. ValueError names what is unknown.
+    Only frozen dataclasses of `selfray` and of plugins that the user named are built, so a file
+    from a stranger cannot run other code. Raises ValueError for unknown types and fields.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
@@ -105,13 +108,15 @@ def from_json(value: Any) -> Any:
 
 
 def config_type(name: object) -> type:
-    """The frozen dataclass that a "type" names. ValueError where it is none of selfray's, or of a
-    plugin's that the user named."""
+    """The frozen dataclass that a "type" names.
+
+    Raises ValueError if it does not belong to selfray or to a plugin that the user named.
+    """
     module, _, qualname = str(name).partition(":")
     if not plugins.allows(module):
         raise ValueError(
-            f"a config may only name types of selfray, got {name}: where {module} is a plugin of "
-            f"yours, name it, with --plugin {module} or in {plugins.VARIABLE}"
+            f"a config may only name types of selfray, got {name}: if {module} is your plugin, "
+            f"name it with --plugin {module} or in {plugins.VARIABLE}"
         )
     try:
         kind = getattr(importlib.import_module(MOVED.get(module, module)), qualname)

@@ -1,4 +1,4 @@
-"""Where a person reads: the console, and the log that takes everything else."""
+"""The console, for lines that a person reads, and the log file, for all other output."""
 
 import logging
 import os
@@ -15,19 +15,20 @@ from selfray.caches import append_to
 from selfray.masking import masked
 
 HEARTBEAT_SECONDS = 30.0
-"""Without a terminal, a console that is at work is never silent for longer."""
+"""Without a terminal, the console prints at least one line in this time while work goes on."""
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0 and C1: escape sequences, bells, carriage returns
-    "\u061c\u200b-\u200f\u202a-\u202e\u2066-\u2069"  # turn a text round, or are not seen
+    "\u061c\u200b-\u200f\u202a-\u202e\u2066-\u2069"  # change the text direction, or are invisible
     "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
-    "\ud800-\udfff]"  # half a character: a file's name that is no UTF-8
+    "\ud800-\udfff]"  # lone surrogates: bytes of a file name that is not UTF-8
 )
 
 
 def printable(text: str, keep: str = "\n") -> str:
-    """A text that does nothing to a terminal: control characters as \\x1b or \\u202e, but for
-    those to `keep`, and without credentials. Names of files and runs may hold anything."""
+    """A text that is safe to print on a terminal: credentials are hidden, and control characters
+    are escaped (\\x1b, \\u202e) except those in `keep`. Names of files and runs may hold anything.
+    """
 
     def escaped(match: re.Match[str]) -> str:
         letter = match[0]
@@ -37,7 +38,7 @@ def printable(text: str, keep: str = "\n") -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """A log's lines, tracebacks included, without credentials and control characters."""
+    """Formats log lines, tracebacks included, without credentials or control characters."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -47,10 +48,10 @@ class LogFormatter(logging.Formatter):
 
 
 class Console:
-    """Where a person reads. Everything else that this process prints goes to a log file.
+    """Prints lines for a person. All other output of this process goes to a log file.
 
-    Ray's C++ core, gRPC and libraries write to file descriptors 1 and 2 directly, past Python's
-    logging; so the descriptors themselves are turned to the log, and the console keeps a private
+    Ray's C++ core, gRPC and other libraries write to file descriptors 1 and 2 directly and bypass
+    Python's logging. So both descriptors are redirected to the log, and the console keeps a private
     copy of standard output.
     """
 
@@ -66,7 +67,7 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
         with self._lock:
-            if self._stream.closed:  # a thread that ends after the command
+            if self._stream.closed:  # a thread may outlive the command
                 return
             self._clear()
             self._stream.write(printable(text) + "\n")
@@ -86,7 +87,7 @@ class Console:
                 self._live = True
 
     def beat(self, now: float) -> None:
-        """Without a terminal: print the newest live line, where nothing was printed for 30 s.
+        """Without a terminal: print the newest live line, if nothing was printed for 30 s.
 
         Args:
             now: time.monotonic().
@@ -95,7 +96,7 @@ class Console:
             if self.is_terminal or not self._doing or now - self._spoke < HEARTBEAT_SECONDS:
                 return
             lasts = now - self._doing_since
-            self.say(self._doing + (f" ({lasts:.0f} s)" if lasts >= 1 else ""))
+            self.say(self._doing + (f" (for {lasts:.0f} s)" if lasts >= HEARTBEAT_SECONDS else ""))
             self._spoke = now
 
     def _clear(self) -> None:
@@ -124,9 +125,9 @@ def _beating(console: Console) -> Iterator[None]:
 
 @contextmanager
 def quiet_console(log: Path) -> Iterator[Console]:
-    """Turn this process's standard output and error, native ones included, into a log file.
+    """Redirect this process's standard output and error, native code's included, to a log file.
 
-    `SELFRAY_VERBOSE=1` leaves them where they are.
+    With `SELFRAY_VERBOSE=1` nothing is redirected.
     """
     if os.environ.get("SELFRAY_VERBOSE", "0") not in ("", "0"):
         yield Console(sys.stdout, None)

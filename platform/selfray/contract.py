@@ -1,8 +1,8 @@
-"""The contract of a method, as checks that any method of any package can be put through.
+"""The contract of a method, as checks that run on any method of any package.
 
-`selfray check-method my_package.barlow` runs them on a user's method; tests/test_methods.py runs
-them on each file in methods/. An image here is a function of its position in the run, so a global
-batch is the same however it is shared out among ranks and micro-batches.
+`selfray check-method my_package.barlow` runs them on a user's method; the tests run them on each
+file in methods/. An image here is a function of its position in the run, so a global batch is the
+same for any split into ranks and micro-batches.
 """
 
 import contextlib
@@ -61,12 +61,12 @@ SMALLER: dict[str, Any] = {
     "codes": 16,
     "code_width": 8,
 }
-"""What the contract tests change in a method's config where it has such a field, to be fast. A
-new method with a large head adds the head's field here."""
+"""Small values for fields of a method's config, to keep the checks fast. A new method with a large
+head adds the head's field here."""
 
 
 def tiny(kind: type[Config]) -> Config:
-    """A method's own settings, with its heads made small."""
+    """A method's default settings, with small heads."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: value for name, value in SMALLER.items() if name in names})
 
@@ -83,7 +83,7 @@ def encoder_for(method: MethodConfig) -> EncoderConfig:
 def experiment(
     method: MethodConfig, encoder: EncoderConfig | None = None, **changes: Any
 ) -> Experiment:
-    """A run of a few steps that moves from its first step on (no warm-up)."""
+    """A tiny experiment without warm-up, so that the weights move from the first step on."""
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(
             "adamw",
@@ -106,11 +106,14 @@ PLAIN_SGD = OptimizerConfig(
     weight_decay=Constant(0.0),
     momentum=0.0,
 )
-"""Weights move by exactly the gradient."""
+"""SGD with learning rate 1: each step subtracts exactly the gradient."""
 
 
 def positions(start: int, count: int, wanted: Experiment) -> Batch:
-    """The images at positions [start, start + count) as the data path gives them: uint8."""
+    """The batch at positions [start, start + count), as the data path gives it.
+
+    Views are uint8 [count, V, 3, H, W], masks bool [count, V, N], labels int64 [count].
+    """
     columns: dict[str, list[np.ndarray]] = {}
     for position in range(start, start + count):
         rng = np.random.default_rng((17, position))
@@ -126,7 +129,9 @@ def positions(start: int, count: int, wanted: Experiment) -> Batch:
 def _draw(
     rng: np.random.Generator, group: tuple[View, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """uint8 [V, 3, size, size], bool [V, N]: one coarse picture, with other noise in each view."""
+    """Views of one coarse picture with different noise: uint8 [V, 3, size, size], masks bool [V,
+    N].
+    """
     size = group[0].size
     assert size is not None
     coarse = rng.integers(20, 236, (3, 4, 4))
@@ -139,7 +144,7 @@ def _draw(
 def batches(
     wanted: Experiment, first_step: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
-    """One rank's micro-batches from a step on, without end."""
+    """One rank's micro-batches from step `first_step` on, endlessly."""
     share = Share(rank, ranks, wanted.accumulate)
     size = share.micro_batch(wanted.batch_size)
     position = first_step * wanted.batch_size + rank * wanted.accumulate * size
@@ -150,7 +155,7 @@ def batches(
 
 
 def prepared(batch: Batch, wanted: Experiment) -> Batch:
-    """A batch as a method sees it: views as float, normalised."""
+    """A batch as a method receives it: views normalised to float32."""
     return {
         name: normalize(values, wanted.data.mean, wanted.data.std)
         if name in wanted.views
@@ -160,13 +165,13 @@ def prepared(batch: Batch, wanted: Experiment) -> Batch:
 
 
 class Enough(Exception):  # noqa: N818 - it is no error
-    """Raised by on_step to leave the loop."""
+    """Raised by on_step to leave the training loop."""
 
 
 def train_for(
     state: TrainState, wanted: Experiment, steps: int, data: Iterator[Batch] | None = None
 ) -> list[Step]:
-    """Some steps of a run that goes on, from where its state stands."""
+    """Train `steps` steps from the given state and return what each step reported."""
     told: list[Step] = []
 
     def on_step(step: Step) -> None:
@@ -190,8 +195,7 @@ def weights(state: TrainState) -> dict[str, Tensor]:
 
 
 def first_move(wanted: Experiment) -> dict[str, Tensor]:
-    """By how much the first step of a run changes each tensor: the gradient, where PLAIN_SGD is its
-    optimizer."""
+    """How much the first step of a run lowers each tensor: with PLAIN_SGD, its gradient."""
     state = start(wanted)
     before = weights(state)
     train_for(state, wanted, 1)
@@ -206,18 +210,18 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, and |found| where nothing was expected."""
+    """|found - expected| / |expected|, or |found| if expected is zero."""
     norm = expected.double().norm()
     error = (found.double() - expected.double()).norm()
     return float((error / norm if norm > 0 else error).detach())
 
 
 def reseeded(wanted: Experiment) -> Experiment:
-    """The same experiment from other first weights."""
+    """The same experiment with different initial weights."""
     return replace(wanted, seed=wanted.seed + 1)
 
 
-# The checks. Each raises AssertionError with a sentence that says what a method owes.
+# The checks. Each raises AssertionError with a sentence that says what the method must do.
 
 Check = Callable[[MethodConfig], None]
 
@@ -228,7 +232,7 @@ def _owes(condition: object, message: str) -> None:
 
 
 def the_loss_falls_on_a_fixed_batch(method: MethodConfig) -> None:
-    # Without the loop's hooks: where teachers and queues move, no loss has to fall.
+    # Without the loop's hooks: while teachers and queues move, the loss need not fall.
     wanted = experiment(method)
     state = start(wanted)
     batch = prepared(positions(0, wanted.batch_size, wanted), wanted)
@@ -251,7 +255,7 @@ def every_trainable_parameter_gets_a_gradient_and_every_parameter_moves(
 ) -> None:
     wanted = experiment(method)
     state = start(wanted)
-    _owes(isinstance(state.method, Method), "build gives no selfray.method.Method")
+    _owes(isinstance(state.method, Method), "build does not return a selfray.method.Method")
     batch = prepared(positions(0, wanted.batch_size, wanted), wanted)
     loss, _ = state.method.train()(batch, state.progress)
     loss.backward()
@@ -259,15 +263,15 @@ def every_trainable_parameter_gets_a_gradient_and_every_parameter_moves(
     unused = [name for name, p in parameters.items() if p.requires_grad and p.grad is None]
     _owes(not unused, f"an unused parameter breaks DDP: {', '.join(unused[:5])}")
     frozen = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
-    _owes(not frozen, f"frozen, and with a gradient: {', '.join(frozen[:5])}")
+    _owes(not frozen, f"frozen parameters get a gradient: {', '.join(frozen[:5])}")
 
     state = start(wanted)
     before = weights(state)
     train_for(state, wanted, 3)
     moved = differing(before, weights(state))
-    # Teachers, which are frozen, have to move as well; what never moves is to be a buffer.
+    # Frozen teachers must move as well; a tensor that never moves should be a buffer.
     still = [name for name in parameters if name not in moved]
-    _owes(not still, f"never moves, so it is to be a buffer: {', '.join(still[:5])}")
+    _owes(not still, f"parameters never move, make them buffers: {', '.join(still[:5])}")
 
 
 def the_loss_and_its_metrics_are_float32_scalars(method: MethodConfig) -> None:
@@ -278,7 +282,7 @@ def the_loss_and_its_metrics_are_float32_scalars(method: MethodConfig) -> None:
         f"the loss is {step.loss.dtype} of shape {tuple(step.loss.shape)}",
     )
     wide = [name for name, value in step.metrics.items() if value.numel() != 1]
-    _owes(not wide, f"metrics that are no scalars: {', '.join(wide)}")
+    _owes(not wide, f"metrics are not scalars: {', '.join(wide)}")
 
 
 def labels_are_never_for_a_methods_eyes(method: MethodConfig) -> None:
@@ -293,9 +297,9 @@ def labels_are_never_for_a_methods_eyes(method: MethodConfig) -> None:
 
 
 def a_method_and_its_run_survive_json(method: MethodConfig) -> None:
-    _owes(config.loads(config.dumps(method)) == method, "its config comes back otherwise")
+    _owes(config.loads(config.dumps(method)) == method, "its config changes on a way through JSON")
     run = experiment(method)
-    _owes(config.loads(config.dumps(run)) == run, "its run's config comes back otherwise")
+    _owes(config.loads(config.dumps(run)) == run, "its experiment changes on a way through JSON")
 
 
 def a_resumed_run_has_the_same_weights_bit_for_bit(method: MethodConfig) -> None:
@@ -308,13 +312,13 @@ def a_resumed_run_has_the_same_weights_bit_for_bit(method: MethodConfig) -> None
     with tempfile.TemporaryDirectory() as folder:
         run = Location.of(folder)
         checkpoint.save(first, wanted, run, loss=1.0)
-        resumed = start(reseeded(wanted))  # other weights, so that all of them have to be loaded
-        _owes(differing(weights(resumed), weights(first)), "the seed decides nothing")
+        resumed = start(reseeded(wanted))  # different weights: all of them must be loaded
+        _owes(differing(weights(resumed), weights(first)), "the seed does not change the weights")
         resumed.load_state_dict(Checkpoint.open(run).state())
     told = train_for(resumed, wanted, 3)
-    _owes(told[-1].progress == straight.progress, "its progress is another one")
+    _owes(told[-1].progress == straight.progress, "its progress differs after a resume")
     others = differing(weights(resumed), weights(straight))
-    _owes(not others, f"other weights after a resume: {', '.join(others[:5])}")
+    _owes(not others, f"weights differ after a resume: {', '.join(others[:5])}")
 
 
 def the_encoder_goes_home_into_plain_timm(method: MethodConfig) -> None:
@@ -322,7 +326,7 @@ def the_encoder_goes_home_into_plain_timm(method: MethodConfig) -> None:
     state = start(wanted)
     train_for(state, wanted, 3)
     encoder = state.method.encoder
-    _owes(isinstance(encoder, Encoder), "method.encoder is no selfray.models.encoder.Encoder")
+    _owes(isinstance(encoder, Encoder), "method.encoder is not a selfray.models.encoder.Encoder")
     data = safetensors.torch.save(export_weights(encoder))
     plain: Any = timm.create_model(wanted.encoder.name, **wanted.encoder.options)
     plain.load_state_dict(safetensors.torch.load(data), strict=True)
@@ -342,7 +346,7 @@ def micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: MethodCo
             _owes(method.why_not_accumulate in text, f"the refusal gives no reason: {text}")
             _owes("give --accumulate 1" in text, f"the refusal names no way out: {text}")
             return
-        raise AssertionError("why_not_accumulate is set, and micro-batches are not refused")
+        raise AssertionError("why_not_accumulate is set, but micro-batches are not refused")
     moves = []
     for accumulate in (1, 2):
         moves.append(
@@ -352,7 +356,7 @@ def micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: MethodCo
         if torch.is_floating_point(whole):
             _owes(
                 torch.allclose(moves[1][name], whole, rtol=1e-3, atol=2e-6),
-                f"two micro-batches give {name} another gradient than the batch: set "
+                f"two micro-batches give {name} a gradient that differs from the batch's: set "
                 "why_not_accumulate to the reason",
             )
 

@@ -1,8 +1,8 @@
-"""Cross entropy over cosines of all pairs, in blocks: memory grows with the rows, not with pairs.
+"""Cross entropy over cosines of all pairs, in blocks: memory grows with rows, not with pairs.
 
-The logits of a block of rows are computed, used and let go, and computed once more in the backward
-pass, whose gradients are known in closed form: for logits s and probabilities p = softmax(s), that
-of each row's loss is p minus the positive's one-hot vector.
+The logits of a block of rows are computed, used and freed, and computed again in the backward pass.
+The gradient has a closed form: for logits s and p = softmax(s), each row's loss has the gradient
+p - onehot(positive) with respect to s.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**26
-"""Of one block's logits in float32; about three times as much is in use at a time."""
+"""Bytes of one block of float32 logits; peak use is about three times this."""
 
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, where a GPU has been told to use TF32."""
+    """Inside, float32 matrix products run in float32 even if a GPU was set to TF32."""
     before = torch.get_float32_matmul_precision()
     if before == "highest":
         yield
@@ -33,18 +33,18 @@ def float32_products() -> Iterator[None]:
 def contrast(
     anchors: Tensor, candidates: Tensor, positive: Tensor, temperature: float, itself: bool
 ) -> Tensor:
-    """The mean cross entropy of anchors that look for their positive among all candidates.
+    """Mean cross entropy of finding each anchor's positive among all candidates.
 
     Args:
         anchors: float32 unit vectors [n, D].
         candidates: float32 unit vectors [m, D], with or without gradient.
-        positive: int64 [n], the place of each anchor's positive.
+        positive: int64 [n], the index of each anchor's positive in `candidates`.
         temperature: softmax temperature.
-        itself: an anchor is among the candidates too, beside its positive (place positive ^ 1, as
-            pairs of views lie), and is left out.
+        itself: whether the candidates contain the anchors themselves, at index positive ^ 1 (views
+            lie in pairs); these are left out.
 
     Returns:
-        A scalar.
+        A float32 scalar.
     """
     return cast(Tensor, _Contrast.apply(anchors, candidates, positive, temperature, itself))
 
@@ -59,7 +59,7 @@ class _Contrast(torch.autograd.Function):
         temperature: float,
         itself: bool,
     ) -> Tensor:
-        total = anchors.new_zeros(len(anchors))  # [n], log of the sum of exp
+        total = anchors.new_zeros(len(anchors))  # [n], logsumexp of each row
         for rows in _blocks(len(anchors), len(candidates)):
             logits = _logits(anchors[rows], candidates, positive[rows], temperature, itself)
             total[rows] = logits.logsumexp(1)
@@ -96,7 +96,7 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 def _logits(
     anchors: Tensor, candidates: Tensor, positive: Tensor, temperature: float, itself: bool
 ) -> Tensor:
-    """[r, m]; minus infinity where an anchor meets itself."""
+    """Logits [r, m] of r anchors; with `itself`, an anchor's own entry is -inf."""
     logits = (anchors @ candidates.T).div_(temperature)
     if itself:
         logits.scatter_(1, (positive ^ 1)[:, None], float("-inf"))

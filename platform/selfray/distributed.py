@@ -1,4 +1,4 @@
-"""What ranks do together. Everything here is a no-op, or the plain computation, in one process."""
+"""Communication among ranks. In a single process each function is a no-op or plain computation."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
@@ -23,7 +23,8 @@ def world_size() -> int:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is up on any rank; all ranks must ask, and get the same answer."""
+    """Whether a flag is set on any rank. Collective: every rank must call it, all get the
+    answer."""
     if not is_distributed():
         return flag
     raised = torch.tensor(float(flag), device=device)
@@ -32,11 +33,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation over ranks whose gradient is summed over ranks.
+    """Concatenation over ranks; its gradient is summed over ranks.
 
-    Each rank computes a loss from what was gathered, so a local tensor's gradient is the sum of
-    what every rank's loss says of it. DDP then divides by the world size: the result is the
-    gradient of the mean of the ranks' losses, as in one process.
+    Each rank computes a loss from the gathered tensor, so a local tensor's gradient is the sum over
+    the losses of all ranks. DDP then divides by the world size: the result is the gradient of the
+    mean of the ranks' losses, as in one process.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """[b, ...] of each rank -> [W*b, ...] on every rank, in rank order, differentiable."""
+    """Concatenate [b, ...] of all ranks in rank order to [W*b, ...] on each; differentiable."""
     if not is_distributed():
         return local
     return cast(Tensor, _Gather.apply(local))
@@ -63,11 +64,12 @@ def gather(local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shuffled(local: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """All ranks' rows dealt out anew: ([b, ...] for this rank, the order [B] for `unshuffled`).
+    """Shuffle the rows of all ranks: (this rank's new rows [b, ...], order int64 [B]).
 
-    MoCo's shuffle-BN: a key's batch norm must not see the same images as its query's, or the
-    statistics would give the answer away (arXiv:1911.05722, section 3.3). The order follows from
-    the seed, which all ranks share. One process has one batch norm and nothing to shuffle.
+    MoCo's shuffle-BN: a key's batch norm must not see the same images as its query's, or its
+    statistics would reveal the positive (arXiv:1911.05722, section 3.3). The order follows from the
+    seed, which all ranks share; `unshuffled` takes it. A single process has one batch norm, so
+    nothing is shuffled.
     """
     count = local.shape[0]
     if not is_distributed():
@@ -80,7 +82,7 @@ def shuffled(local: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def unshuffled(local: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `shuffled`: this rank's own rows [b, ...] again, in their own order."""
+    """The inverse of `shuffled`: this rank's own rows [b, ...] in their first order."""
     if not is_distributed():
         return local
     count = local.shape[0]
@@ -103,12 +105,13 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """The sum over ranks, differentiable: each rank's gradient is the sum of all ranks'."""
+    """The sum over ranks, of the same shape; differentiable: gradients are summed over ranks
+    too."""
     return cast(Tensor, _SumOverRanks.apply(local)) if is_distributed() else local
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over ranks, for numbers that are shown (no gradient)."""
+    """The mean over ranks, of the same shape, for numbers that are shown (no gradient)."""
     if not is_distributed():
         return values
     total = values.detach().clone()
@@ -117,19 +120,19 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def whole(values: Tensor) -> Tensor:
-    """A tensor that is shared out among ranks, or a number that each has a part of, as one: all
-    ranks must ask. Others as they are."""
+    """The full tensor of a DTensor (sharded or partial); other tensors unchanged. Collective: every
+    rank must call it."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def own_part(values: Tensor) -> Tensor:
-    """This rank's share of a tensor that is shared out; others as they are."""
+    """This rank's shard of a DTensor; other tensors unchanged."""
     return values.to_local() if isinstance(values, DTensor) else values
 
 
 def gathered(state: Any) -> Any:
-    """A nested state with whole tensors: those that are shared out, in the host's memory. All ranks
-    must ask."""
+    """A nested state with full tensors; those that were sharded lie in the host's memory.
+    Collective: every rank must call it."""
     if isinstance(state, DTensor):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
@@ -140,8 +143,8 @@ def gathered(state: Any) -> Any:
 
 
 def shared_out(values: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, as the share of it that `like` is; as it is where that
-    is whole too."""
+    """Shard a full tensor, the same on all ranks, in the way `like` is sharded; unchanged if `like`
+    is not sharded."""
     if not isinstance(like, DTensor) or values.shape != like.shape:
         return values
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements)
@@ -152,8 +155,8 @@ BUCKET_BYTES = 2**26
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Every gradient becomes its mean over ranks, as DDP would make it; all ranks must have the
-    same ones."""
+    """Replace every gradient by its mean over ranks, as DDP does. All ranks must have gradients for
+    the same parameters."""
     if not is_distributed():
         return
     bucket: list[Tensor] = []
@@ -171,7 +174,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def max_over_ranks(value: Tensor) -> Tensor:
-    """The largest value on any rank (no gradient)."""
+    """The elementwise maximum over ranks (no gradient)."""
     if is_distributed():
         value = value.clone()
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -179,15 +182,15 @@ def max_over_ranks(value: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch norm with the statistics of the global batch; the plain one in a single process.
+    """Batch norm with the statistics of the global batch; plain batch norm in a single process.
 
-    torch's SyncBatchNorm refuses CPU tensors, so nothing distributed could be proven without a
-    GPU: on the CPU this computes the same from differentiable sums. No subclass of SyncBatchNorm,
-    because DDP refuses those on the CPU. Parameters and buffers bear the names of nn.BatchNorm, so
-    checkpoints fit either.
+    torch's SyncBatchNorm refuses CPU tensors, so distributed training could not be tested without
+    a GPU. On the CPU this class computes the same from differentiable sums. It does not subclass
+    SyncBatchNorm, because DDP refuses that on the CPU. Parameters and buffers have the names of
+    nn.BatchNorm, so checkpoints fit both.
     """
 
-    process_group = None  # what SyncBatchNorm.forward looks for: all ranks
+    process_group = None  # read by SyncBatchNorm.forward; None means all ranks
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ class GlobalBatchNorm(_BatchNorm):
         count = values.numel() / values.shape[1] * world_size()
         mean = sum_over_ranks(values.sum(axes)) / count  # [C]
         centered = values - mean.view(shape)
-        # Two passes: E[x^2] - E[x]^2 loses the digits that the equality tests ask for.
+        # Two passes: E[x^2] - E[x]^2 loses digits, and the equality tests would fail.
         variance = sum_over_ranks(centered.square().sum(axes)) / count  # [C]
         if self.track_running_stats and self.running_mean is not None:
             self._update_running(mean.detach(), variance.detach() * count / (count - 1))
@@ -230,7 +233,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """The same for timm's fused batch norm, dropout and activation."""
+    """GlobalBatchNorm for timm's fused batch norm, dropout and activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -243,7 +246,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def with_global_batchnorm(module: Module) -> Module:
-    """Replace every batch norm inside a module by the one that is shared among ranks."""
+    """Replace every batch norm inside a module, in place, by a GlobalBatchNorm."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
             setattr(module, name, _global_twin(child))
@@ -253,7 +256,7 @@ def with_global_batchnorm(module: Module) -> Module:
 
 
 def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
-    fused = hasattr(norm, "act")  # timm's BatchNormAct2d is known by nothing else
+    fused = hasattr(norm, "act")  # the only mark of timm's BatchNormAct2d
     twin = (GlobalBatchNormAct if fused else GlobalBatchNorm)(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )

@@ -27,7 +27,7 @@ class DataConfig:
     pattern of them; local, s3:// or gs://. Files or folders named test, validation and the like are
     kept for the probes (docs/layouts.md)."""
     test_path: str | None = None
-    """Labelled images for the probes' test, where `path` holds none of its own."""
+    """Labelled test images for the probes, if `path` holds no test split."""
     image_column: str | None = None
     """The Parquet column of the images; None finds it."""
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -35,18 +35,19 @@ class DataConfig:
     std: tuple[float, ...] = IMAGENET_STD
     """Channel standard deviations of the data, in 0..1."""
     window_rows: int = 65_536
-    """Shuffle window: images of this many rows are mixed with one another in each epoch. Of 10^6
-    rows sorted by 1,000 classes, 65,536 let 6 % of the order leak into batches, 16,384 23 %."""
+    """Shuffle window: in each epoch this many rows are mixed with one another. With 10^6 rows
+    sorted by 1,000 classes, 6 % of the order leaks into batches at 65,536 rows and 23 % at
+    16,384."""
     photometric: Photometric = "cpu"
     """Where colours, blur and solarizing are computed: in the data tasks (cpu), or for a whole
-    batch at once on the trainer's device, which leaves the data tasks decoding and cropping. The
-    parameters are the same."""
+    batch at once on the trainer's device, so that data tasks only decode and crop. Both draw the
+    same parameters."""
     max_broken_fraction: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
     label_column: str | None = config.added(None)
-    """The column of the labels, in Parquet files or a table beside images; None finds it."""
+    """The column of the labels, in Parquet files or in a table beside images; None finds it."""
     channels: int = config.added(3)
-    """Channels of the images: 1 for gray, 3 for RGB, up to 16 for multispectral ones. With 1,
+    """Channels of the images: 1 for gray, 3 for RGB, up to 16 for multispectral images. With 1,
     colour images are read as gray."""
 
     def __post_init__(self) -> None:
@@ -72,16 +73,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is measured of the encoder, beside training and at its end."""
+    """When and on how many images the encoder is probed, during training and at its end."""
 
     times: int = 4
-    """How often the encoder is probed over the run, evenly; the last is at its end. 0 never."""
+    """Number of probes, evenly spread over the run; the last one is at its end. 0 for none."""
     train_limit: int = 50_000
-    """At most this many labelled train images are used."""
+    """Largest number of labelled train images used."""
     test_limit: int = 10_000
-    """At most this many test images are used."""
+    """Largest number of test images used."""
     every_checkpoint: bool = False
-    """Probe every checkpoint that is written, also those between the `times`."""
+    """Probe every checkpoint that is written, not only `times` of them."""
 
     def __post_init__(self) -> None:
         require(self.times >= 0, f"probe.times must be at least 0, got {self.times}")
@@ -90,11 +91,11 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     times: int = 10
-    """How many checkpoints are written over the run, evenly, the last at its end."""
+    """Number of checkpoints, evenly spread over the run; the last one is at its end."""
     minutes: float = 30.0
-    """A checkpoint is also written when the last one is this old."""
+    """A checkpoint is also written when the last one is this many minutes old."""
     keep: int = 2
-    """The last `keep` and the best one stay; earlier ones are removed."""
+    """The last `keep` checkpoints and the best one are kept; others are removed."""
 
     def __post_init__(self) -> None:
         require(self.times >= 1, f"checkpoint.times must be at least 1, got {self.times}")
@@ -104,77 +105,77 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained, on what and how; and, last, where and on how many machines.
+    """All settings of a run: what is trained, on which images, how, and on how many machines.
 
-    The unit of launching, sweeping, logging and loading: it goes whole into every checkpoint and
-    into MLflow. It is never rewritten; what follows from it is a property.
+    The unit of launching, sweeping, logging and loading: every checkpoint and MLflow hold all of
+    it. It is never rewritten; values derived from it are properties.
     """
 
     name: str
     """The recipe's name: the first part of the run's folder."""
     method: MethodConfig
-    """The pretraining method: its hyper-parameters and the views that it asks to see."""
+    """The pretraining method: its hyper-parameters and its views of each image."""
     encoder: EncoderConfig
     data: DataConfig
     """The images, and how they are read."""
     optimizer: OptimizerConfig
     """How the weights are updated."""
     epochs: int = 100
-    """How often the run sees every image."""
+    """Passes over the images."""
     batch_size: int = 256
     """Images in one optimizer step, over all workers."""
     accumulate: int = 1
-    """Micro-batches in which each worker takes its share of a batch: the loss and the gradients are
-    those of the whole, also where images are compared with one another."""
+    """Micro-batches into which each worker splits its share of a batch. Loss and gradients are
+    those of the whole batch, also for methods that compare images with one another."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """bf16 is autocast; weights and losses stay float32. tf32: products of matrices with 10 bits of
-    mantissa on GPUs that know it; losses stay float32."""
+    """bf16: autocast; weights and losses stay float32. tf32: matrix products with 10 bits of
+    mantissa on GPUs that support it; losses stay float32."""
     seed: int = 0
     """Seed of the weights, the views and the order of the images."""
     init_from: str | None = None
-    """Weights to start from, with a new optimizer: a checkpoint of the same method and encoder,
-    such as to go on with another data set or image size; or public weights of an encoder, timm:NAME
-    or a .safetensors or .pth file (DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision, timm)."""
+    """Weights to start from, with a new optimizer: a checkpoint of the same method and encoder, to
+    continue with another data set or image size; or public weights of an encoder, timm:NAME or a
+    .safetensors or .pth file (DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision, timm)."""
     init_share: float = config.added(0.95)
-    """Of the encoder's weights, at least this share must be in public weights that it starts from;
-    0 takes whatever fits."""
+    """Smallest share of the encoder's weights that public weights must provide; 0 accepts any
+    share."""
     warm_up_head: float = config.added(0.0)
-    """Share of the run in which the method's heads learn alone, and the encoder stands still: new
-    heads would at first teach a pretrained encoder nonsense."""
+    """Share of the run, at its start, in which only the method's heads are trained and the encoder
+    is frozen: gradients of new heads would damage a pretrained encoder."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When the run's state is saved, and how much of it is kept."""
+    """When checkpoints are written and how many are kept."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """When a run whose features have collapsed is ended."""
+    """When a run is stopped because its features have collapsed."""
 
     workers: int | str = 1
-    """Train workers: one process each, on one GPU or CPU. A range such as 1:4 is elastic: as many
-    as the cluster holds at the time, at the same global batch."""
+    """Train workers: one process each, on one GPU or CPU. A range such as 1:4 is elastic: the run
+    uses as many as the cluster has room for, at the same global batch."""
     gpus_per_worker: float | None = None
-    """GPUs of each train worker; None takes one where the cluster has any, else none."""
+    """GPUs of each train worker; None takes one if the cluster has GPUs, else none."""
     cpus_per_worker: float | None = None
-    """CPUs reserved for each train worker; None takes one, or less where the machine is small."""
+    """CPUs reserved for each train worker; None takes one, or less on a small machine."""
     worker_resources: str = ""
-    """What else the node of each train worker must have, by Ray's names: trainer=1 for nodes
-    started with such a resource, accelerator_type:A100=0.001 for a kind of GPU."""
+    """Further Ray resources that each train worker's node must have: trainer=1 for nodes started
+    with that resource, accelerator_type:A100=0.001 for a type of GPU."""
     data_cpus: float | None = None
-    """CPUs that decode and augment; None takes what the train workers leave."""
+    """CPUs that decode and augment; None takes all that the train workers leave free."""
     output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
-    under ~/selfray of the machine that runs the job."""
+    """Folder for everything that is written; local, s3:// or gs://. In a Ray job, a relative path
+    lies under ~/selfray of the machine that runs the job."""
     max_failures: int = 3
-    """How often a run whose workers die is started again from its last checkpoint."""
+    """How many times a run is restarted from its last checkpoint after its workers die."""
     log_every: int = 10
     """Steps between two points of the metrics."""
     compile: bool = config.added(False)
-    """Compile encoders and heads by torch.compile: faster steps after a minute."""
+    """Compile encoders and heads with torch.compile: steps are faster after about a minute."""
     shard: Literal["none", "fsdp"] = config.added("none")
-    """fsdp: each worker holds its share of weights, gradients and the optimizer's state (FSDP2),
-    for ViTs too large for one GPU. Checkpoints are the same."""
+    """fsdp: each worker holds a shard of weights, gradients and optimizer state (FSDP2), for ViTs
+    too large for one GPU. Checkpoints are the same."""
 
     PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
-    """Fields that say where and how a run is carried out, not what is computed: they may change
-    when a run is continued."""
+    """Fields that say where and how a run is carried out, not what it computes. They may change
+    when a run is resumed."""
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
@@ -202,12 +203,12 @@ class Experiment:
         if self.shard == "fsdp":
             require(
                 self.encoder.is_vit,
-                f"shard fsdp is for ViTs, whose blocks are gathered one by one, not for "
+                f"shard fsdp gathers the blocks of a ViT one by one, so it is not for "
                 f"encoder.name {self.encoder.name}: leave --shard out",
             )
             require(
                 self.min_workers > 1,
-                f"shard fsdp shares the weights out among workers, and workers is {self.workers}: "
+                f"shard fsdp splits the weights among workers, but workers is {self.workers}: "
                 "give --workers 2 or more, or leave --shard out",
             )
         require_one_of("precision", self.precision, ("float32", "tf32", "bf16"))
@@ -226,7 +227,7 @@ class Experiment:
         require_possible(self)
         self.method.check_batch_size(self.batch_size)
         self._check_workers()
-        # A method that cannot use this encoder says so here.
+        # self.views, below, raises for an encoder that the method cannot use.
         require(
             self.encoder.in_channels == self.data.channels,
             f"encoder.in_channels {self.encoder.in_channels} is not data.channels "
@@ -251,7 +252,7 @@ class Experiment:
         require(
             self._divides_among(least) and self._divides_among(most),
             f"workers {self.workers}: batch_size {self.batch_size} does not divide into both "
-            f"{parts[0]} and {parts[1]} parts: give bounds out of "
+            f"{parts[0]} and {parts[1]} parts: give bounds from "
             f"{', '.join(map(str, possible)) or 'none'}, or another --batch-size",
         )
 
@@ -260,12 +261,12 @@ class Experiment:
 
     @property
     def why_not_accumulate(self) -> str | None:
-        """Why micro-batches would change the loss; None where they do not."""
+        """Why micro-batches would change the loss; None if they do not."""
         encoder = self.encoder
         if self.method.why_not_accumulate is None and encoder.is_resnet and encoder.norm == "batch":
             return (
                 f"the batch norms of {encoder.name} would see micro-batches, which --encoder.norm "
-                "ghost allows and --encoder.norm group does without"
+                "ghost accepts and --encoder.norm group avoids"
             )
         return self.method.why_not_accumulate
 
@@ -288,17 +289,16 @@ class Experiment:
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of workers that the run may have at a time: those among which its global
-        batch divides."""
+        """The possible numbers of workers: those that divide the global batch."""
         sizes = range(self.min_workers, self.max_workers + 1)
         return tuple(size for size in sizes if self._divides_among(size))
 
     def shared_by(self, workers: int) -> "Experiment":
-        """The experiment as that many workers carry it out, at the same global batch.
+        """The experiment as carried out by this many workers, at the same global batch.
 
-        Fewer workers than an elastic run's most have more images each. They take them in more
-        micro-batches where the method allows it, so that a micro-batch that fits the memory of a
-        full cluster's GPUs fits them always.
+        With fewer workers than an elastic run's maximum, each has more images. If the method allows
+        it, they are split into more micro-batches, so that a micro-batch never needs more memory
+        than at the maximum.
         """
         accumulate = self.accumulate
         # Ghost norms' statistics would change with the number of workers.
@@ -315,21 +315,21 @@ class Experiment:
 
     @property
     def identity(self) -> str:
-        """Eight characters that differ where two experiments compute something else."""
+        """Eight hex characters that differ if two experiments compute different things."""
         written = config.to_json(self)
         computed = {
             f.name: written[f.name]
             for f in fields(self)
             if f.name not in self.PLACEMENT and f.name in written
         }
-        # How the encoder is computed, not what.
+        # `recompute` changes how the encoder is computed, not its result.
         computed["encoder"] = {k: v for k, v in computed["encoder"].items() if k != "recompute"}
         text = json.dumps(computed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def run_name(self) -> str:
-        """The run's folder under `output`: the same command finds the same folder again."""
+        """The name of the run's folder under `output`; the same command gives the same name."""
         return f"{self.name}-{self.identity}"
 
 

@@ -1,7 +1,7 @@
-"""What a number in an experiment may be, by the name of its field: NaN and infinities never.
+"""Bounds of the numbers in an experiment, by field name. NaN and infinity are never allowed.
 
-A config checks what its fields mean together; that a momentum lies in [0, 1], whatever method or
-schedule it belongs to, is said here once.
+Each config checks its own fields and their combinations. Bounds that hold for a field name in every
+method and schedule, such as a momentum in [0, 1], are listed here once.
 """
 
 import dataclasses
@@ -75,12 +75,12 @@ LIMITS: Mapping[str, Bounds] = {
     "batch_size": COUNT,
     "window_rows": Bounds(1.0, 2.0**40),
 }
-"""Bounds of fields by their last name; a schedule's numbers have those of the field that holds
-it."""
+"""Bounds by the last part of a field's dotted name. The numbers of a schedule have the bounds of
+the field that holds the schedule."""
 
 
 def require_possible(experiment: Any) -> None:
-    """Raise ValueError, with the dotted name of the field, for a number that means nothing."""
+    """Raise ValueError that gives the dotted field name for a number outside its bounds."""
     for name, own, value in numbers(experiment):
         bounds = LIMITS.get(own)
         if bounds is None:
@@ -90,7 +90,7 @@ def require_possible(experiment: Any) -> None:
 
 
 def numbers(value: Any, name: str = "", own: str = "") -> Iterator[tuple[str, str, float]]:
-    """(dotted name, the field whose bounds count, number) of every number in a config."""
+    """(dotted name, name of the field whose bounds apply, number) of every number in a config."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return
     if isinstance(value, int | float):
@@ -102,6 +102,6 @@ def numbers(value: Any, name: str = "", own: str = "") -> Iterator[tuple[str, st
         is_schedule = type(value).__module__ == "selfray.schedules" and own in LIMITS
         for field in dataclasses.fields(value):
             inner = f"{name}.{field.name}" if name else field.name
-            # A ramp's `fraction` is a share of the run, and checked there.
+            # A ramp's `fraction` is a share of the run; Ramp checks it.
             held = own if is_schedule and field.name != "fraction" else field.name
             yield from numbers(getattr(value, field.name), inner, held)

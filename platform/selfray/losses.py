@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors, in float32 whatever the autocast."""
+"""Losses as pure functions of tensors, computed in float32 even under autocast."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,8 @@ Arguments = ParamSpec("Arguments")
 
 
 def in_float32(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Switch autocast and TF32 off inside: they would turn every matrix product into bf16 or TF32
-    again. In bf16 near neighbours tie and a loss of 11 has steps of 0.06."""
+    """Decorate a loss so that it runs without autocast and TF32, which would compute its matrix
+    products in bf16 or TF32. In bf16 near neighbours tie, and a loss of 11 has steps of 0.06."""
 
     @functools.wraps(loss)
     def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
@@ -36,7 +36,7 @@ def nt_xent(local: Tensor, everyone: Tensor, first: int, temperature: float) -> 
     views of the global batch are its negatives (arXiv:2002.05709, eq. 1).
 
     Args:
-        local: [b, 2, D], embeddings of this rank's images (any length).
+        local: [b, 2, D], embeddings of this rank's images, of any norm.
         everyone: [B, 2, D], those of all ranks in rank order; `local` lies at [first, first + b).
         first: index of this rank's first image in `everyone`.
         temperature: softmax temperature.
@@ -62,7 +62,7 @@ def masked_pixel_error(
         predicted: [B, N, P], with P pixel values in each patch.
         target: [B, N, P].
         mask: bool [B, N], True where a patch was hidden.
-        normalize_pixels: compare with each patch's pixels minus their mean over their deviation
+        normalize_pixels: standardise each target patch by its own mean and deviation, the root of
             (unbiased variance + 1e-6): the paper gains accuracy over raw pixels.
 
     Returns:
@@ -74,16 +74,16 @@ def masked_pixel_error(
         variance = target.var(-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
     error = (predicted.float() - target).square().mean(-1)  # [B, N]
-    # Not error[mask], whose size a GPU would have to tell the host.
+    # Not error[mask]: its size depends on the data, so the host would wait for the GPU.
     return (error * mask).sum() / mask.sum()
 
 
 @in_float32
 def regression_to_target(predicted: Tensor, target: Tensor) -> Tensor:
-    """BYOL's loss: the squared distance of L2-normalised vectors, 2 - 2 cos, mean over all.
+    """BYOL's loss: the mean squared distance of L2-normalised vectors, 2 - 2 cos.
 
     Args:
-        predicted: [..., D], the online network's predictions (any length).
+        predicted: [..., D], the online network's predictions, of any norm.
         target: [..., D], the target network's projections; no gradient flows there.
 
     Returns:
@@ -98,8 +98,8 @@ def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: fl
     """MoCo's loss: each query against its own key and the keys of a queue.
 
     Args:
-        queries: [b, D] (any length).
-        keys: [b, D], the positives (any length); no gradient flows there.
+        queries: [b, D], of any norm.
+        keys: [b, D], the positives, of any norm; no gradient flows there.
         queue: [K, D], unit vectors: the negatives.
         temperature: softmax temperature.
 
@@ -117,15 +117,15 @@ def batch_contrast(queries: Tensor, keys: Tensor, first: int, temperature: float
     """MoCo v3's loss: each query against the keys of the global batch.
 
     Args:
-        queries: [b, D], this rank's (any length).
-        keys: [B, D], all ranks' (any length); the positive of query i is key first + i; no
+        queries: [b, D], this rank's, of any norm.
+        keys: [B, D], all ranks', of any norm; the positive of query i is key first + i; no
             gradient flows there.
         first: index of this rank's first key.
         temperature: softmax temperature.
 
     Returns:
-        2 * temperature times the mean over queries, which makes learning rates alike at all
-        temperatures: a scalar (arXiv:2104.02057, algorithm 1).
+        2 * temperature times the mean over queries: a scalar (arXiv:2104.02057, algorithm 1). The
+        factor keeps the size of the gradients about equal at all temperatures.
     """
     queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
     positive = torch.arange(len(queries), device=queries.device) + first
@@ -143,8 +143,8 @@ def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> T
         temperature: the student's.
 
     Returns:
-        The mean over images and over all pairs of a teacher's crop with another crop of the
-        student's: a scalar (arXiv:2104.14294, eq. 3).
+        The mean over images and over all pairs of a teacher's crop and a different crop of the
+        student: a scalar (arXiv:2104.14294, eq. 3).
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     pairs = -torch.einsum("btk,bsk->bts", teacher.detach().float(), log_student)  # [b, T, S]
@@ -156,13 +156,13 @@ def self_distillation(student: Tensor, teacher: Tensor, temperature: float) -> T
 def masked_distillation(
     student: Tensor, teacher: Tensor, weights: Tensor, crops: int, temperature: float
 ) -> Tensor:
-    """iBOT's loss: cross entropy of hidden patches against what the teacher saw there.
+    """iBOT's loss: cross entropy of hidden patches against the teacher's output for them.
 
     Args:
         student: logits [M, K] of all hidden patches.
         teacher: probabilities [M, K]; no gradient flows there.
         weights: [M], one over the number of patches that are hidden in the patch's own crop.
-        crops: how many crops there were, those that hide nothing included.
+        crops: the number of crops, those without hidden patches included.
         temperature: the student's.
 
     Returns:
@@ -177,18 +177,18 @@ def masked_distillation(
 @in_float32
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Soft assignments that use all prototypes alike over the global batch.
+    """Soft assignments that use all prototypes equally over the global batch.
 
     Args:
-        logits: [n, K], this rank's; the ranks may have different numbers of them.
+        logits: [n, K], this rank's; n may differ between ranks.
         temperature: softmax temperature.
-        iterations: Sinkhorn-Knopp steps; each ends with rows that sum to 1.
+        iterations: Sinkhorn-Knopp steps; after each, rows sum to 1.
 
     Returns:
         Probabilities [n, K]. As iterations grow, each prototype gets an equal share of the sum over
         all ranks' rows (Caron et al., arXiv:2006.09882, section 3.1).
     """
-    shares = logits.float() / temperature  # [n, K], logarithms: sharp ones would underflow
+    shares = logits.float() / temperature  # [n, K], logarithms: probabilities could underflow
     for _ in range(iterations):
         shares = shares - _log_total_over_ranks(shares)
         shares = shares.log_softmax(1)
@@ -207,13 +207,13 @@ def koleo(features: Tensor, everyone: Tensor, first: int) -> Tensor:
     """KoLeo: pushes each feature away from its nearest neighbour, so that they spread evenly.
 
     Args:
-        features: [b, D], this rank's (any length).
-        everyone: [B, D], all ranks' (any length), with gradients.
+        features: [b, D], this rank's, of any norm.
+        everyone: [B, D], all ranks', of any norm, with gradients.
         first: index of this rank's first feature among all.
 
     Returns:
         The mean of -log of the distance to the nearest other unit vector: a scalar (Sablayrolles
-        et al., arXiv:1806.03198, eq. 3; 0 where there is no other).
+        et al., arXiv:1806.03198, eq. 3); 0 if there is only one vector.
     """
     features, everyone = (
         F.normalize(features.float(), dim=-1),

@@ -1,5 +1,5 @@
-"""Credentials, hidden in every text that leaves the process. Imports nothing of selfray, so that an
-early error costs nothing."""
+"""Hides credentials in every text that leaves the process. Imports nothing of selfray, so that
+early errors stay fast."""
 
 import os
 import re
@@ -24,17 +24,17 @@ _SECRET_VARIABLES = (
 
 
 def masked(text: str) -> str:
-    """A text without the credentials in it: for all that leaves the process as text.
+    """Replace the credentials in a text by ***.
 
-    Hidden are what stands before the @ of any URI in it (a user's name too, since it may be a
-    token), the values of secret keys behind its ?, `password=...` anywhere, and what the
-    environment holds as a secret.
+    It hides, in any URI, all that stands before the @ (user names too, since they may be tokens)
+    and the values of secret keys after the ?; `password=...` anywhere; and the values of secret
+    environment variables.
     """
     text = _URI.sub(lambda match: _masked_uri(match[0]), text)
     text = _SPOKEN.sub(rf"\1={HIDDEN}", text)
     for name in _SECRET_VARIABLES:
         value = os.environ.get(name, "")
-        if len(value) >= 8:  # a shorter one may be part of any word
+        if len(value) >= 8:  # a shorter one may occur inside ordinary words
             text = text.replace(value, HIDDEN)
     return text
 
@@ -61,15 +61,15 @@ def _masked_uri(uri: str) -> str:
 
 
 def end_of_credentials(scheme: str, rest: str) -> int:
-    """Where the host begins behind user:password@; 0 where there are no credentials.
+    """The index in `rest` of the host after user:password@; 0 if there are no credentials.
 
-    A password may hold / and @ itself, though it should be encoded; so may a path, hold an @.
+    A password may contain / and @, though they should be encoded; a path may contain an @ too.
     """
     authority = rest.partition("/")[0]
     ends_with_query = re.search(r"\?[\w.-]+=[^?]*$", rest)
     place = rest[: ends_with_query.start()] if ends_with_query else rest
     in_authority = "@" in authority
-    # user:pass/word@host, where a port alone would be no reason for an @ further on.
+    # user:pass/word@host: a colon before the first slash may be part of user:password.
     in_password = ":" in authority or _DATABASE.match(scheme) is not None
     if authority and in_password and "@" in place:
         return place.rindex("@") + 1

@@ -1,4 +1,4 @@
-"""The contract of a pretraining method: MethodConfig declares, Method computes."""
+"""The contract of a pretraining method: MethodConfig holds settings and views, Method the loss."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Batch = dict[str, Tensor]
-"""Views as float [B, V, 3, H, W] under their group's name, their masks as bool [B, V, N] under
-`<group>_mask`, `label` int64 [B] where there are labels (never for a method's eyes)."""
+"""Views as float [B, V, 3, H, W] under their group's name; their masks as bool [B, V, N] under
+`<group>_mask`; `label` int64 [B] if there are labels (a method must not use them)."""
 
 HIDDEN_SUFFIX = "_hidden"
-"""`<group>_hidden`, int64 [M]: the places of the hidden patches in the flattened mask, where the
-host has counted them."""
+"""`<group>_hidden`, int64 [M]: the indices of the hidden patches in the flattened mask, if the host
+has computed them."""
 
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""(mean, std) by channel, in 0..1: how the images that a method sees are normalised."""
+"""(mean, std) of each channel, in 0..1, by which a method's images are normalised."""
 
 
 @dataclass(frozen=True)
 class MethodConfig(ABC):
-    """The hyper-parameters of a method, and what it asks to see."""
+    """The hyper-parameters of a method, and the views that it needs."""
 
     why_not_accumulate: ClassVar[str | None] = None
-    """Why summing the gradients of micro-batches would change this loss; None where it does not."""
+    """Why summing the gradients of micro-batches would change this loss; None if it does not."""
 
     compares: ClassVar[bool] = False
-    """Whether its method is a ComparingMethod: micro-batches are embedded one by one and compared
+    """Whether the method is a ComparingMethod: micro-batches are embedded one by one and compared
     together."""
 
     judged_by: ClassVar[Literal["knn", "linear"]] = "knn"
-    """The probe that tells how good this method's encoder is."""
+    """The probe by which encoders of this method are ranked."""
 
     @property
     def name(self) -> str:
@@ -55,12 +55,13 @@ class MethodConfig(ABC):
         """Raises ValueError for a global batch size that the method cannot use."""
 
     def provenance(self, encoder: EncoderConfig, normalization: Normalization) -> Mapping[str, str]:
-        """Tags that name what the method reads besides the images, such as a tokenizer. ValueError
-        or FileNotFoundError where that is missing or does not fit; asked before a run starts."""
+        """Tags that name other inputs than the images, such as a tokenizer. Called before a run
+        starts; raises ValueError or FileNotFoundError if such an input is missing or does not fit.
+        """
         return {}
 
     def located(self) -> "MethodConfig":
-        """The same with absolute paths: a worker has another current folder than its driver."""
+        """The same config with absolute paths: a worker's current folder is not its driver's."""
         return self
 
     @abstractmethod
@@ -69,73 +70,76 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def build(self, encoder: Encoder) -> "Method":
-        """The module that is trained."""
+        """The module to train."""
 
 
 class Method(nn.Module, ABC):
     """A pretraining method as a module whose forward is its loss, so that DDP and FSDP wrap it.
 
-    Frozen parameters are teachers and must move; fixed targets are buffers; every trainable
-    parameter gets a gradient in every step.
+    Frozen parameters are teachers and must change; fixed targets must be buffers; every trainable
+    parameter must get a gradient in every step.
     """
 
     encoder: Encoder
-    """What probes and users receive: the teacher's in self-distillation, else the trained one."""
+    """The encoder that is probed and exported: in self-distillation the teacher's."""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics): the rank's mean loss over its micro-batch, and scalars to show.
+        """(loss, metrics): this rank's mean loss over its micro-batch, and scalars to show.
 
-        Where equal projections of all images would win, `projection_std` tells the collapse guard
-        their `health.deviation`; a contrastive loss tells `health.below_chance`, a teacher of
-        prototypes `health.below_uniform`.
+        Metrics read by the collapse guard: `projection_std` (`health.deviation`) if equal
+        projections of all images would minimise the loss, `below_chance` for contrastive losses,
+        `below_uniform` for teachers over prototypes.
         """
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """Whether weight decay applies to a trainable parameter, by its name in this module. By
-        default to all but vectors: biases, norms and tokens (SimCLR, BYOL)."""
+        """Whether weight decay applies to a trainable parameter, given its name in this module. By
+        default it applies to all but vectors, which are biases, norms and tokens (SimCLR, BYOL)."""
         return max(parameter.shape, default=1) < parameter.numel()
 
     def before_step(self, progress: Progress) -> None:
-        """Called when gradients are complete, before the optimizer moves."""
+        """Called when the gradients are complete, before the optimizer's step."""
 
     def after_step(self, progress: Progress) -> None:
-        """Called when the optimizer has moved: teachers follow, queues move."""
+        """Called after the optimizer's step: updates teachers and queues."""
 
     def pictures(
         self, images: np.ndarray, views: Views, normalization: Normalization
     ) -> Mapping[str, "Image"]:
-        """What only this method can show, by file name without suffix; called on a CPU, in eval
-        mode. `images` are test images, uint8 [n, 3, H, W]; `views` what the method asks to see."""
+        """Pictures specific to this method, by file name without suffix.
+
+        Called on a CPU in eval mode. `images` are test images, uint8 [n, 3, H, W]; `views` are the
+        method's views.
+        """
         return {}
 
 
 Embedded = dict[str, Tensor]
-"""What networks say of a micro-batch; the rows of all micro-batches are put one after another."""
+"""Outputs of the networks for a micro-batch; rows of all micro-batches are concatenated."""
 
 
 class ComparingMethod(Method):
     """A method whose loss compares the images of the whole batch. Its forward has two parts:
-    networks that see each image by itself, and what compares what they say of all.
+    `embed` and `targets` process each image by itself; `compare` computes the loss of all outputs.
 
-    Between the two the gradient is cached, so that a step may take a batch in micro-batches and
-    have the loss and the gradients of the whole (selfray.step.gradient_cache).
+    Gradients are cached between the two, so a step can process a batch in micro-batches with the
+    loss and the gradients of the whole batch (selfray.step.gradient_cache).
     """
 
     @abstractmethod
     def embed(self, batch: Batch, progress: Progress) -> Embedded:
-        """The trained encoder's features of a micro-batch: its rows depend on no other image, but
-        for an encoder's batch norms."""
+        """The trained encoder's features of a micro-batch. Each row depends on its own image only,
+        except through an encoder's batch norms."""
 
     def targets(self, batch: Batch, progress: Progress) -> Embedded:
-        """What needs no gradient, such as a teacher's features; called under no_grad."""
+        """Outputs without gradient, such as a teacher's features; called under no_grad."""
         return {}
 
     @abstractmethod
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) of the rank's whole batch, through heads, which may have batch norms."""
+        """(loss, metrics) of this rank's whole batch. Heads run here; they may have batch norms."""
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -144,25 +148,25 @@ class ComparingMethod(Method):
 
 
 def hidden_places(batch: Batch, group: str) -> Tensor:
-    """The places int64 [M] of the patches that a group's masks hide, among all [B * V * N]."""
+    """Indices int64 [M], into B * V * N patches, of those that a group's masks hide."""
     places = batch.get(group + HIDDEN_SUFFIX)
-    if places is None:  # on a GPU, counting them would wait for it
+    if places is None:  # on a GPU, nonzero would make the host wait
         places = batch[group + MASK_SUFFIX].flatten().nonzero().squeeze(1)
     return places
 
 
 def fitted(view: View, encoder: EncoderConfig, name: str = "a view's size", **changes: Any) -> View:
-    """A view with its size and patch grid filled in from the encoder where it has none. ValueError
+    """A view whose missing size and patch grid are filled in from the encoder. Raises ValueError
     for a size that the encoder cannot take."""
     size = view.size or encoder.image_size
     require(
         not encoder.is_vit or size % encoder.patch == 0,
-        f"{name} {size} is no multiple of the encoder's patches of {encoder.patch} pixels: give "
-        "another",
+        f"{name} {size} is not a multiple of the encoder's patch size of {encoder.patch} pixels: "
+        "give a multiple",
     )
     require(
         not encoder.is_beit or size == encoder.image_size,
-        f"{name} {size} is not encoder.image_size {encoder.image_size}, and the relative positions "
+        f"{name} {size} is not encoder.image_size {encoder.image_size}, but the relative positions "
         f"of {encoder.name} are for one size: leave it out, or give another --encoder.name",
     )
     grid = size // encoder.patch if encoder.is_vit else None
@@ -170,7 +174,8 @@ def fitted(view: View, encoder: EncoderConfig, name: str = "a view's size", **ch
 
 
 def whole(view: View, encoder: EncoderConfig, **changes: Any) -> View:
-    """A view, fitted, for methods that need all of the encoder's patches in it."""
+    """`fitted`, for methods whose views must have the encoder's image size. Raises ValueError for
+    any other size."""
     require(
         view.size in (None, encoder.image_size),
         f"method.view.size {view.size} is not encoder.image_size {encoder.image_size}: leave it "
@@ -183,8 +188,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def teacher_of(student: Module) -> Module:
-    """A frozen copy, which is to follow the student. It skips no block: stochastic depth is there
-    to regularise the student, and a target that skips some would be noise."""
+    """A frozen copy of the student, to be updated by `follow`. Stochastic depth is off in it: it
+    regularises the student, but in a target it would only add noise."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, DropPath):
@@ -193,8 +198,8 @@ def teacher_of(student: Module) -> Module:
 
 
 def as_constants(module: nn.Module) -> None:
-    """Turn all tensors of a module into buffers that no checkpoint holds: they are fixed, and move
-    to a device with the rest."""
+    """Turn all tensors of a module into non-persistent buffers: they are fixed, they are not saved
+    in checkpoints, and they move to a device with the module."""
     for part in module.modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in tensors:

@@ -1,6 +1,6 @@
-"""The metrics of a run: what each is called, in which unit, and whether higher is better.
+"""The metrics of a run: the name of each, its unit, and whether higher is better.
 
-The only such table. A new probe is its own file and a row here.
+This is the only such table. A new probe needs its own file and one row here.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ class Metric:
     """One row of the table."""
 
     name: str
-    """In a table's head: kNN."""
+    """The short name for heads of tables, such as kNN."""
     title: str
-    """On an axis: kNN accuracy."""
+    """The long name for axes, such as kNN accuracy."""
     unit: str = ""
-    """images/s, or empty for a plain number; shares, accuracies among them, are in %."""
+    """Such as images/s; empty for a plain number; % for shares, which include accuracies."""
     sign: Literal[1, 0, -1] = 0
-    """1 where higher is better, -1 where lower is better, 0 where neither tells runs apart."""
+    """1 if higher is better, -1 if lower is better, 0 if runs are not ranked by it."""
     is_accuracy: bool = False
-    """Whether it is in 0..1 and needs labels."""
+    """Whether it lies in 0..1 and needs labels."""
     is_summary: bool = False
-    """Whether a run that only MLflow knows is shown with its curve, which takes a request."""
+    """Whether its curve is fetched, by one request, for a run that exists only in MLflow."""
 
     @property
     def is_share(self) -> bool:
         return self.unit == "%"
 
     def shown(self, value: float) -> str:
-        """A value as a person reads it: 97.5%, or 12.3 of what is no share."""
+        """A value as text for a person: 97.5% for a share, else 12.3."""
         return f"{value:.1%}" if self.is_share else f"{value:.3g}"
 
     def shown_difference(self, value: float) -> str:
@@ -37,7 +37,7 @@ class Metric:
 
 
 PROBE = "probe/"
-"""Before the name of a probe's figure in a run's metrics."""
+"""Prefix of the probes' names in a run's metrics."""
 LOSS = "loss"
 RATE = "throughput/images_per_second"
 
@@ -50,8 +50,8 @@ PROBES = {
     "uniformity": Metric("uniformity", "uniformity (lower is better)", "", -1),
     "alignment": Metric("alignment", "alignment (lower is better)", "", -1),
 }
-"""What a probe tells of an encoder, and what runs can be ranked by. No loss: it does not compare
-across temperatures or mask ratios."""
+"""The figures of a probe, by which runs can be ranked. The loss is not among them: losses are not
+comparable between temperatures or mask ratios."""
 
 METRICS = {
     LOSS: Metric("loss", "loss", is_summary=True),
@@ -67,7 +67,7 @@ METRICS = {
         "data wait", "share of the time that waited for data", "%"
     ),
 }
-"""By the name that a run's spool and MLflow have for it. A method's own metrics are not listed:
+"""Metrics by their names in a run's spool and in MLflow. A method's own metrics are not listed:
 they are plain numbers under their own names."""
 
 ACCURACIES = tuple(name for name, metric in PROBES.items() if metric.is_accuracy)
@@ -75,10 +75,10 @@ SUMMARY = tuple(name for name, metric in METRICS.items() if metric.is_summary)
 
 if TYPE_CHECKING:
     ProbeName = str
-else:  # a flag's choices are read from its annotation
+else:  # the command line reads a flag's choices from its annotation
     ProbeName = Literal[tuple(PROBES)]
 
 
 def probe_name(probe: str) -> str:
-    """A probe's name for a person: kNN."""
+    """A probe's name as shown to a person, such as kNN."""
     return PROBES[probe].name if probe in PROBES else probe

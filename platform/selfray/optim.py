@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups and the settings that follow the schedules."""
+"""Optimizers, parameter groups, gradient clipping, and settings that follow the schedules."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,30 +20,30 @@ IsDecayed = Callable[[str, Tensor], bool]
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """AdamW, SGD with momentum, or LARS: layer-wise adaptive rates, for large batches."""
+    """AdamW, SGD with momentum, or LARS (layer-wise adaptive rates, for large batches)."""
     base_learning_rate: float = 1.5e-4
-    """Learning rate that `scaling` turns into the peak learning rate."""
+    """Learning rate from which `scaling` computes the peak learning rate."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """How the peak learning rate follows the batch size B: base * B / 256, base * sqrt(B) (that is
-    SimCLR's rule for short runs), or base."""
+    """How the peak learning rate depends on the batch size B. linear: base * B / 256; sqrt: base *
+    sqrt(B), SimCLR's rule for short runs; none: base."""
     schedule: WarmupCosine | Steps = field(default_factory=WarmupCosine)
     """Factor on the peak learning rate over the run."""
     weight_decay: Schedule = field(default_factory=lambda: Constant(0.05))
-    """Weight decay over the run, of the parameters that the method's authors decay: mostly all but
-    biases and norms; with LARS, matrices alone."""
+    """Weight decay over the run. It applies to the parameters that the method's authors decay:
+    mostly all but biases and norms; with LARS only to matrices."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's running mean and of its square's."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     trust_coefficient: float = 0.001
-    """LARS's eta: the size of a matrix's step relative to the matrix, at learning rate 1."""
+    """LARS's eta: the norm of a matrix's step relative to the matrix, at learning rate 1."""
     clip_norm: float | None = None
-    """Largest norm of a gradient; None does not clip."""
+    """Largest norm of a gradient; None for no clipping."""
     clip_each: Literal["all", "module", "parameter"] = "all"
-    """Whose norm is clipped: of all gradients together, of each of the method's modules (DINOv2),
-    or of each parameter (DINO)."""
+    """What is clipped to that norm: all gradients together, each of the method's modules (DINOv2),
+    or each parameter (DINO)."""
     layer_decay: float = 1.0
-    """A ViT's block learns at this times the rate of the next one (DINOv2); 1 for one rate."""
+    """Ratio of a ViT block's learning rate to that of the block above (DINOv2); 1 for one rate."""
     patch_embed_rate: float = 1.0
     """Factor on the learning rate of a ViT's patch embedding (DINOv2)."""
 
@@ -76,11 +76,11 @@ class OptimizerConfig:
         return self.base_learning_rate * factor
 
     def build(self, module: nn.Module, is_decayed: IsDecayed | None = None) -> Optimizer:
-        """The optimizer of a module's trainable parameters; `is_decayed` is a method's own."""
+        """The optimizer of a module's trainable parameters; `is_decayed` comes from the method."""
         if self.name == "lars":
-            is_decayed = None  # in LARS's form of SimCLR and MoCo v3, vectors are left alone
+            is_decayed = None  # LARS in SimCLR and MoCo v3 never decays vectors
         groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
-        # One kernel for all weights. None leaves the choice to torch, which on a CPU takes none.
+        # On a GPU one kernel updates all weights. None lets torch choose: no fusing on a CPU.
         fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
             return AdamW(groups, lr=0.0, betas=self.betas, fused=fused)
@@ -95,9 +95,12 @@ def parameter_groups(
     patch_embed_rate: float = 1.0,
     is_decayed: IsDecayed | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters, by whether they are vectors (biases, norms, tokens: no LARS
-    adaptation), whether weight decay applies (without `is_decayed`: to all but vectors), and the
-    factor on their learning rate."""
+    """The trainable parameters in groups for an optimizer.
+
+    A group has `is_vector` (biases, norms, tokens: without LARS adaptation), `decays` (whether
+    weight decay applies; without `is_decayed`, to all but vectors) and `rate` (the factor on the
+    learning rate).
+    """
     blocks = [int(found[1]) for name, _ in module.named_parameters() if (found := _block_of(name))]
     groups: dict[tuple[bool, bool, float], list[Tensor]] = {
         (False, True, 1.0): [],
@@ -119,17 +122,17 @@ def parameter_groups(
 
 
 def is_vector_like(parameter: Tensor) -> bool:
-    """Whether a parameter has one axis alone that is longer than 1."""
+    """Whether a parameter has at most one axis longer than 1."""
     return max(parameter.shape, default=1) == parameter.numel()
 
 
 def group_as_saved(
     optimizer: Optimizer, module: nn.Module, saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Group parameters as a checkpoint's optimizer has them, `saved`, so that it can be loaded.
+    """Regroup an optimizer's parameters as in a checkpoint's `saved` groups, so that it loads.
 
-    The first version decayed all but vectors, whatever the method, and had no group for others. A
-    run of then goes on as it began: its vectors stay without decay.
+    The first version of selfray decayed all but vectors in every method, and its groups have no
+    `decays`. A run of that version continues in the same way: its vectors are not decayed.
     """
     if all("decays" in group for group in saved):
         return
@@ -158,8 +161,8 @@ _INPUT = re.compile(r"(\.backbone\.(patch_embed|pos_embed|cls_token|reg_token)|^
 
 
 def _layers_above(name: str, depth: int) -> int:
-    """How many of a ViT's layers lie above a parameter: 0 for its last norm and for heads, 1 for
-    its last block, depth + 1 for what it begins with."""
+    """The number of a ViT's layers above a parameter: 0 for its last norm and for heads, 1 for its
+    last block, depth + 1 for its patch embedding, tokens and positions."""
     block = _block_of(name)
     if block is not None:
         return depth - int(block[1])
@@ -170,14 +173,14 @@ def follow_schedules(optimizer: Optimizer, learning_rate: float, weight_decay: f
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
-        # A run of the first version has groups without `decays`: see group_as_saved.
+        # Groups of the first version have no `decays`: see group_as_saved.
         decays = group.get("decays", not group["is_vector"])
         group["weight_decay"] = weight_decay if decays else 0.0
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Take over a saved state. How a device computes the update, such as in one fused kernel, is no
-    part of it: that stays the optimizer's own. ValueError or KeyError where it does not fit."""
+    """Load a saved state, except for settings of how a device computes the update (such as fused
+    kernels), which the optimizer keeps. Raises ValueError or KeyError if the state does not fit."""
     own = optimizer.param_groups
     if len(own) != len(saved["param_groups"]):
         raise ValueError(f"it has {len(saved['param_groups'])} groups, not {len(own)}")
@@ -199,24 +202,25 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 HOW_COMPUTED = ("foreach", "fused", "capturable")
-"""Settings of torch's optimizers that change no number but its rounding."""
+"""Settings of torch's optimizers that change results only by rounding."""
 
 
 def hold_encoder(module: nn.Module) -> None:
-    """Let an encoder stand still in this step, while its heads learn: without a gradient, no
-    optimizer moves a parameter, decays it or remembers anything of it."""
+    """Freeze the encoder for this step while the heads learn. Without a gradient, an optimizer
+    neither moves nor decays a parameter, and does not update its state."""
     for name, parameter in module.named_parameters():
         if ".backbone." in name:
             parameter.grad = None
 
 
 def clip_gradients(module: nn.Module, settings: OptimizerConfig) -> Tensor:
-    """Clip as the settings say, and return the norm that all gradients had together."""
+    """Clip gradients in place and return the norm of all gradients together, before clipping: a
+    scalar."""
     if settings.clip_norm is None or settings.clip_each == "all":
         norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm or float("inf"))
         return distributed.whole(norm)
     if settings.clip_each == "module":
-        # What a method holds outside of its modules, such as a mask token, counts as one more.
+        # Parameters outside of submodules, such as a mask token, form one more part.
         parts = [list(child.parameters()) for child in module.children()]
         parts.append(list(module.parameters(recurse=False)))
         parts = [part for part in parts if any(p.grad is not None for p in part)]
@@ -234,10 +238,10 @@ def learning_rate_at(config: OptimizerConfig, batch_size: int, progress: Progres
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step is scaled for each matrix by |w| / |gradient|.
+    """SGD with momentum whose step for each matrix is scaled by |w| / |gradient|.
 
     You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888, in SimCLR's
-    form: weight decay joins the gradient before the ratio is taken; vectors are left alone.
+    form: weight decay is added to the gradient before the ratio is taken; vectors are not scaled.
     """
 
     def __init__(
@@ -281,7 +285,9 @@ class LARS(Optimizer):
 def _trust_ratios(
     parameters: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
 ) -> list[Tensor]:
-    """coefficient * |w| / |update| of each, and 1 where either norm is zero; no device waits."""
+    """coefficient * |w| / |update| of each parameter, as scalars on its device; 1 if a norm is
+    zero.
+    """
     weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)
     return [
         torch.where((weight > 0) & (step > 0), coefficient * weight / step, 1.0)

@@ -1,4 +1,4 @@
-"""How far work is and how long it will take, on the console."""
+"""Progress, speed and remaining time of long work, on the console."""
 
 import threading
 import time
@@ -7,10 +7,10 @@ from selfray.console import Console
 
 
 class Pace:
-    """Counts what is done; threads may share it."""
+    """Counts finished images and shows the progress. Thread-safe."""
 
     def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
-        """`done` was done by an earlier start, and does not count for the speed."""
+        """`done` images were finished by an earlier start; they do not count for the speed."""
         self._console = console
         self._title = title
         self._total = total

@@ -1,8 +1,8 @@
-"""Methods, views and probes of a user's own package, which selfray uses by their names alone.
+"""Methods, views and probes of a user's own package, which selfray imports by module name.
 
-A config's JSON names types, and a type's module is imported when it is read. So only modules are
-believed that the user named: by --plugin my_package.barlow, by SELFRAY_PLUGINS, or by installing a
-package with an entry point in the group `selfray.plugins`. The driver hands the names to workers in
+A config's JSON names types, and reading it imports their modules. So only modules that the user
+named are allowed: by --plugin my_package.barlow, by SELFRAY_PLUGINS, or by installing a package
+with an entry point in the group `selfray.plugins`. The driver passes the names to workers in
 SELFRAY_PLUGINS; a file alone can never add one.
 """
 
@@ -31,7 +31,7 @@ def installed() -> tuple[str, ...]:
 
 
 def allows(module: str) -> bool:
-    """Whether a config may name types of a module: of selfray, of a plugin, or inside one."""
+    """Whether a config may name types of a module: one of selfray, a plugin, or one inside it."""
     if module.split(".")[0] == "selfray":
         return True
     inside = (*named(), *installed())
@@ -39,8 +39,8 @@ def allows(module: str) -> bool:
 
 
 def take(arguments: Sequence[str]) -> list[str]:
-    """Take `--plugin MODULE` out of a command line and name its modules, also for processes that
-    are started from here. ValueError where one is missing or cannot be imported."""
+    """Load each `--plugin MODULE` of a command line, also for child processes, and return the other
+    arguments. Raises ValueError if a module is missing or cannot be imported."""
     rest, words = [], iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -49,13 +49,14 @@ def take(arguments: Sequence[str]) -> list[str]:
             continue
         module = value if equals else next(words, "")
         if not module or module.startswith("-"):
-            raise ValueError(f"{FLAG} takes a module of yours, such as my_package.barlow")
+            raise ValueError(f"{FLAG} takes a module of your own, such as my_package.barlow")
         load(module)
     return rest
 
 
 def load(module: str) -> ModuleType:
-    """Import a plugin and believe it from now on. ValueError says why it cannot be imported."""
+    """Import a plugin and allow its types from now on. Raises ValueError with the reason if it
+    cannot be imported."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where `python -m` looks, too
     try:
@@ -77,7 +78,7 @@ def load(module: str) -> ModuleType:
 
 
 def recipes() -> dict:
-    """The Experiments by name that plugins have in a RECIPES of theirs."""
+    """Experiments by name, from the variable RECIPES of each plugin."""
     found: dict = {}
     for module in dict.fromkeys((*named(), *installed())):
         found |= getattr(importlib.import_module(module), "RECIPES", {})

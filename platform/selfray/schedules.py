@@ -1,7 +1,7 @@
 """Hyper-parameters that change during a run: pure functions of progress.
 
-A schedule has no state, so a resumed run needs none; it is keyed to images seen, so it survives a
-change of world size.
+A schedule has no state, so nothing has to be restored when a run resumes. It depends on images
+seen, so a change of world size does not affect it.
 """
 
 import math
@@ -73,7 +73,8 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """Constant in each of equal parts of the run, such as what a population's survivor had."""
+    """A constant for each of several equal parts of the run, such as the values that the winner of
+    population-based training had."""
 
     values: tuple[float, ...]
     """The value in each part, in order."""
@@ -82,7 +83,7 @@ class Piecewise:
         require(len(self.values) > 0, "Piecewise.values must name at least one value")
 
     def __call__(self, progress: Progress) -> float:
-        # In whole images: a part's bound, as a share, may be off by a rounding.
+        # Integer arithmetic: the bound of a part, as a fraction, may be rounded.
         part = progress.images_seen * len(self.values) // progress.total_images
         return self.values[min(part, len(self.values) - 1)]
 
@@ -97,7 +98,7 @@ class Steps:
     at: tuple[float, ...] = (0.6, 0.8)
     """Shares of the run after which the factor falls."""
     factor: float = 0.1
-    """What the factor is multiplied by at each of them."""
+    """Each fall multiplies the factor by this."""
 
     def __post_init__(self) -> None:
         require(
@@ -112,7 +113,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """The learning rate's usual shape, as a factor: a line up from 0 to 1, then a cosine down."""
+    """A factor on the learning rate: linear warm-up from 0 to 1, then a cosine down to `final`."""
 
     warmup_fraction: float = 0.1
     """Share of the run in which the factor rises from 0 to 1."""

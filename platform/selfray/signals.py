@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as one exception in the main thread, and the exit code for it."""
+"""Ctrl-C, SIGTERM and SIGHUP become one exception in the main thread, with its exit code."""
 
 import os
 import signal
@@ -10,25 +10,26 @@ from types import FrameType
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """`ray job stop`, a batch system and `kill` send SIGTERM; a terminal that closes sends SIGHUP."""
 PATIENCE = 3
-"""The signal that ends a command which is ending already, at once and without a word."""
+"""The third signal ends a command at once, without any further message."""
 
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes: by Ctrl-C, and by any other signal."""
+"""Exit codes after Ctrl-C and after any other signal."""
 
 _received: list[int] = []
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked this command to end. One that follows is waited out, up to the third."""
+    """Raised when a first signal asks the command to end. A second one is ignored; the third ends
+    the process."""
 
 
 def catch() -> None:
-    """Turn the signals into `Interrupted`. Again after Ray has started, whose own code sets others;
-    nothing outside the main thread, where Python allows none."""
+    """Install handlers that raise `Interrupted`. Call it again after Ray has started, because Ray
+    installs its own. Does nothing outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in CAUGHT:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
             signal.signal(number, _handle)
 
 
@@ -41,20 +42,20 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def were_received() -> bool:
-    """Whether this command is ending by a signal."""
+    """Whether a signal has asked this command to end."""
     return bool(_received)
 
 
 def exit_code() -> int:
-    """What a command that was interrupted ends with."""
+    """The exit code of an interrupted command."""
     first = _received[0] if _received else signal.SIGINT
     return INTERRUPTED if first == signal.SIGINT else TERMINATED
 
 
 def leave() -> None:
-    """End now. Threads of Ray and MLflow may be in native code, and Python's own way out would then
-    abort with exit code -6. Linux ends Ray's processes with this one."""
+    """End the process now. Threads of Ray and MLflow may be in native code, and Python's normal
+    exit would then abort with exit code -6. Linux ends Ray's processes together with this one."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a terminal that is gone
+        with suppress(OSError, ValueError):  # the terminal may be closed
             stream.flush()
     os._exit(exit_code())

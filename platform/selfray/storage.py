@@ -22,42 +22,43 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Retry:
-    """How long a store that fails for a while is waited for: exponential back-off with jitter."""
+    """How often and how long to retry a failing store: exponential back-off with jitter."""
 
     attempts: int = 8
     first_seconds: float = 0.5
     longest_seconds: float = 16.0
 
     def pauses(self, rng: random.Random | None = None) -> Iterator[float]:
-        """Seconds before each further attempt: between half of and the whole of first, twice
-        first, four times first, ... seconds, so that many readers do not come back at once."""
-        # Made at the first failure: it takes 10 us, and nearly every read succeeds.
+        """Seconds before each further attempt: uniform between half and all of first, 2 * first,
+        4 * first, ... seconds, so that many readers do not retry at once."""
+        # Created at the first failure: it takes 10 us, and nearly every read succeeds.
         rng = rng or random.Random()
         for attempt in range(self.attempts - 1):
             yield rng.uniform(0.5, 1.0) * min(self.longest_seconds, self.first_seconds * 2**attempt)
 
 
 RETRY = Retry()
-"""At most 47.5 s of pauses, beside the time that Arrow's own client takes for each attempt: it
-tries several times itself, about 6 s in all where connections are refused (measured)."""
+"""At most 47.5 s of pauses, plus the time of Arrow's own retries in each attempt, about 6 s if
+connections are refused (measured)."""
 
-# What a network file system says of a server that is away or busy; a full disk is none of these.
+# Errors of a network file system whose server is away or busy; a full disk is not among them.
 _TRANSIENT_ERRNOS = frozenset(
     {errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTUNREACH}
 )
 
 
 def is_about_the_file(error: OSError) -> bool:
-    """Whether an error of an object store is one of the named object, not of the store."""
+    """Whether an object store's error concerns the named object, not the store."""
     about = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    # Arrow gives most of S3's refusals as a bare OSError with the cause in its text.
+    # Arrow raises most refusals of S3 as a bare OSError with the cause in its text.
     causes = ("ACCESS_DENIED", "NO_SUCH_", "RESOURCE_NOT_FOUND", "INVALID_", "HTTP status 40")
-    # What Arrow says of a file whose bytes it has and cannot make sense of.
+    # Arrow's messages for a file whose bytes arrived but are not valid Parquet.
     causes += ("CRC checksum verification", "deserialize thrift", "Unexpected end of stream")
     return isinstance(error, about) or any(cause in str(error) for cause in causes)
 
 
 def is_transient(error: OSError, is_local: bool) -> bool:
+    """Whether the same call may succeed later."""
     if is_local:
         return error.errno in _TRANSIENT_ERRNOS
     return not is_about_the_file(error) and error.errno != errno.ENOSPC
@@ -66,9 +67,9 @@ def is_transient(error: OSError, is_local: bool) -> bool:
 def patiently(
     action: Callable[[], _Result], what: "Location", retry: Retry | None = None
 ) -> _Result:
-    """action(), tried again where the store fails for a while. It must be safe to repeat.
+    """Call action(), and retry while the store fails. The action must be safe to repeat.
 
-    After the last attempt OSError says how often and how long it was tried, and the last error.
+    Raises OSError after the last attempt, with the number of attempts, the time and the last error.
     """
     pauses = (retry or RETRY).pauses()
     started, attempts = time.monotonic(), 1
@@ -94,7 +95,7 @@ def one_line(error: Exception) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error, where Ray and torch say the cause; its type where it is empty."""
+    """The last line of an error, where Ray and torch give the cause; its type if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -103,7 +104,7 @@ def last_line(error: BaseException) -> str:
 def _object_store(
     scheme: str, authority: str, environment: tuple[tuple[str, str], ...]
 ) -> fs.FileSystem:
-    """One client for each store and process: its connections stay open between reads."""
+    """One client for each store and process, so that connections stay open between reads."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}/")[0]
 
 
@@ -113,13 +114,13 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(uri)
     if end_of_credentials(scheme, rest):
         raise ValueError(
-            "credentials in a path would be written down with every run (set AWS_ACCESS_KEY_ID and "
+            "credentials in a path would be recorded with every run (set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment)"
         )
     if "?" in rest:
         raise ValueError(
-            "settings behind a ? would not reach the files inside (set AWS_ENDPOINT_URL, "
-            "AWS_REGION and their like in the environment)"
+            "settings after a ? would not reach the files inside (set AWS_ENDPOINT_URL, "
+            "AWS_REGION and the like in the environment)"
         )
     authority, _, inner = rest.partition("/")
     environment = tuple(
@@ -135,16 +136,16 @@ def _refuse_constant(name: str) -> float:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on some filesystem. `path` is in the filesystem's own form (no scheme)."""
+    """A file or folder on a filesystem. `path` is in the filesystem's own form (no scheme)."""
 
     filesystem: fs.FileSystem
     path: str
     uri: str
-    """What the user wrote, made absolute: what messages show and other machines can open."""
+    """The user's path made absolute: messages show it, and other machines can open it."""
 
     @classmethod
     def of(cls, path: "str | Path | Location") -> "Location":
-        """Open a path or URI. ValueError names the path where its scheme is not understood."""
+        """Parse a path or URI. Raises ValueError that names the path if its scheme is unknown."""
         if isinstance(path, Location):
             return path
         text = os.path.expanduser(str(path))
@@ -190,7 +191,7 @@ class Location:
         return self.info().type == fs.FileType.Directory
 
     def list(self, recursive: bool = False) -> list[fs.FileInfo]:
-        """What lies in this folder, sorted by path; empty where the folder does not exist."""
+        """The entries of this folder, sorted by path; empty if the folder does not exist."""
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         found = patiently(lambda: self.filesystem.get_file_info(selector), self)
         return sorted(found, key=lambda info: info.path)
@@ -213,18 +214,18 @@ class Location:
         return json.loads(self.read_bytes())
 
     def read_strict_json(self) -> Any:
-        """JSON of a file that others may have written. ValueError where it is none: not UTF-8, too
-        deeply nested, or with numbers that are not finite."""
+        """The JSON of a file from an unknown writer. Raises ValueError if it is not valid: not
+        UTF-8, nested too deeply, or with numbers that are not finite."""
         try:
             return json.loads(self.read_bytes(), parse_constant=_refuse_constant)
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
 
     def write_bytes(self, data: bytes) -> None:
-        """Write a whole file so that a reader, or a crash, sees all of it or none of it.
+        """Write a file atomically: a reader, also after a crash, sees all of it or none of it.
 
-        Locally by a temporary name, fsync and rename; an object store shows an object only once
-        its upload is complete.
+        Locally this takes a temporary name, fsync and rename; an object store shows an object only
+        once its upload is complete.
         """
         if not self.is_local:
 

@@ -1,4 +1,4 @@
-"""Tokenizers: what the method that trains one and the methods that predict its tokens share."""
+"""Tokenizers: shared by the method that trains one and the methods that predict its tokens."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from selfray.models.quantizer import Quantizer
 from selfray.runs.checkpoint import Checkpoint
 
 VERSION = "version.json"
-"""A file in the checkpoint's folder: the tokenizer's name and version in MLflow's registry."""
+"""File in a checkpoint's folder with the tokenizer's name and version in MLflow's registry."""
 HOW_TO_TRAIN = "train one with experiments/train_tokenizer.py and give its run's folder"
 
 
@@ -22,7 +22,7 @@ class TokenizerConfig(MethodConfig):
     """A method that trains a tokenizer: its module has an `encoder` and a `quantizer`."""
 
     codes: int = 8192
-    """K, the number of different tokens."""
+    """Number of different tokens, K."""
     code_width: int = 32
     """Dimension in which features and codes are compared."""
 
@@ -32,7 +32,7 @@ class TokenizerConfig(MethodConfig):
 
 
 class Tokenizer(nn.Module):
-    """A trained tokenizer, fixed: images in, a token for each patch out."""
+    """A trained, fixed tokenizer: maps images to one token per patch."""
 
     def __init__(self, encoder: Encoder, quantizer: Quantizer) -> None:
         super().__init__()
@@ -42,12 +42,15 @@ class Tokenizer(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "Tokenizer":
-        """Stays in eval mode: a target that drops blocks would be noise."""
+        """Stay in eval mode: stochastic depth would only add noise to the targets."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Tokens int64 [B, N] of images [B, 3, H, W] of any size, normalised as its own were."""
+        """Tokens int64 [B, N] of float images [B, 3, H, W] of any size.
+
+        The images must be normalised like those that the tokenizer was trained on.
+        """
         side = self.encoder.config.image_size
         if images.shape[-1] != side:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
@@ -56,16 +59,17 @@ class Tokenizer(nn.Module):
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer's checkpoint, checked to fit."""
+    """A tokenizer's checkpoint that was checked to fit an encoder's patches."""
 
     checkpoint: Checkpoint
     config: TokenizerConfig
 
     @classmethod
     def open(cls, path: str, encoder: EncoderConfig) -> "TokenizerFile":
-        """The tokenizer in a run's or a checkpoint's folder, for an encoder's patches.
+        """Open the tokenizer in the folder of a run or checkpoint, for an encoder's patches.
 
-        FileNotFoundError or ValueError says what is missing or does not fit, and the way out.
+        Raises FileNotFoundError or ValueError that names what is missing or does not fit, and the
+        way out.
         """
         require(path != "", f"method.tokenizer names no tokenizer: {HOW_TO_TRAIN}")
         try:
@@ -96,7 +100,7 @@ class TokenizerFile:
 
     @property
     def version(self) -> str | None:
-        """Its name and version in the registry; None where it was not registered."""
+        """Its name and version in the registry; None if it was not registered."""
         try:
             known = (self.checkpoint.location / VERSION).read_json()
         except FileNotFoundError:
@@ -104,7 +108,7 @@ class TokenizerFile:
         return f"{known['model']} {known['version']}"
 
     def load(self) -> Tokenizer:
-        with torch.device("cpu"):  # whatever the caller builds its own modules on
+        with torch.device("cpu"):  # the caller may build its own modules on another device
             encoder = self.checkpoint.encoder()
             quantizer = Quantizer(encoder.width, self.config.codes, self.config.code_width)
         prefix = "quantizer."

@@ -33,7 +33,7 @@ from selfray.step import compiled, devices, gradient_cache, memory, shard
 
 @dataclass
 class TrainState:
-    """All that changes while training: the unit of checkpointing."""
+    """Everything that changes during training; a checkpoint saves exactly this."""
 
     method: Method
     optimizer: Optimizer
@@ -46,7 +46,7 @@ class TrainState:
         """The state before the first step, the same for the same seed on every rank."""
         torch.manual_seed(experiment.seed)
         encoder = experiment.encoder.build()
-        # A ResNet's name says so at the door; other names of timm do not.
+        # Experiment refuses ResNets; other timm encoders show their batch norms only once built.
         has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
         if experiment.accumulate > 1 and has_norms and experiment.encoder.norm == "batch":
             raise ValueError(
@@ -64,7 +64,8 @@ class TrainState:
         return cls(method, optimizer, Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors, also where ranks hold shares of them: then all ranks must ask."""
+        """The state with full tensors. Collective if tensors are sharded: every rank must call
+        it."""
         return {
             "method": distributed.gathered(self.method.state_dict()),
             "optimizer": distributed.gathered(self.optimizer.state_dict()),
@@ -72,10 +73,11 @@ class TrainState:
         }
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Take over a saved method's weights alone: a new run from another's end, at the same image
-        size or at another. ValueError where they are of another method or encoder."""
+        """Load only the weights of a saved method, to start a new run from the end of another, at
+        the same or a different image size. Raises ValueError if they do not fit this method or
+        encoder."""
         own, encoder = self.method.state_dict(), self.method.encoder
-        # What a method keeps beside its weights, such as which tokenizer it has, is its own here.
+        # Extra state beside the weights, such as which tokenizer is used, stays this method's own.
         extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
         weights = state["method"] | extra
         if encoder.config.is_vit:
@@ -97,7 +99,7 @@ class TrainState:
             ) from None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. ValueError where it is of another method or encoder."""
+        """Load a saved state. Raises ValueError if it does not fit this method or encoder."""
         self._load_method(state["method"])
         group_as_saved(self.optimizer, self.method, state["optimizer"]["param_groups"])
         try:
@@ -109,7 +111,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step tells. Tensors stay on the device until somebody reads them."""
+    """Results of one optimizer step. Tensors stay on the device until they are read."""
 
     progress: Progress
     loss: Tensor
@@ -120,7 +122,7 @@ class Step:
     """float [b, 3, H, W]: the first view of the last micro-batch, for health metrics."""
     seconds: float
     waited_seconds: float
-    """How much of `seconds` the trainer waited for data."""
+    """The part of `seconds` spent waiting for data."""
 
 
 def train(
@@ -134,7 +136,7 @@ def train(
 
     Args:
         batches: this rank's micro-batches, `experiment.accumulate` for each step, from the state's
-            position on; images as uint8.
+            position on; views as uint8 [b, V, 3, H, W].
         on_step: called after each optimizer step on every rank.
     """
     device = torch.device(device)
@@ -178,7 +180,7 @@ def train(
 
 @dataclass(frozen=True)
 class Done:
-    """What forward and backward of one step leave behind, beside the gradients."""
+    """Results of forward and backward of one step, beside the gradients; fields as in Step."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -193,8 +195,8 @@ def _summed(
     progress: Progress,
     device: torch.device,
 ) -> Done:
-    """Forward and backward of one micro-batch after the other."""
-    # What is random inside a step follows from the step alone, so a resumed run needs no
+    """Forward and backward of the micro-batches one by one; gradients add up."""
+    # Randomness inside a step follows from the step's number alone, so a resumed run needs no
     # generator state and repeats it bit for bit.
     torch.manual_seed(_step_seed(experiment.seed, progress.step, distributed.rank()))
     losses, metrics, waited, batch = [], {}, 0.0, {}
@@ -218,7 +220,7 @@ def _cached(
     progress: Progress,
     device: torch.device,
 ) -> Done:
-    """Forward and backward of all micro-batches as of one."""
+    """Forward and backward of all micro-batches with the loss of the whole batch."""
     asked = time.perf_counter()
     step_batches = [next(batches) for _ in range(experiment.accumulate)]
     waited = time.perf_counter() - asked
@@ -237,7 +239,7 @@ def _cached(
 
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of a step's micro-batches: odd, so that no two of them are the same."""
+"""Distance between the seeds of a step's micro-batches: odd, so that no two seeds are equal."""
 
 
 def _for_all_ranks(method: Method) -> nn.Module:
@@ -245,8 +247,8 @@ def _for_all_ranks(method: Method) -> nn.Module:
         return method
     device = next(method.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    # Our batch norm keeps its statistics equal on all ranks by itself; the plain one keeps each
-    # rank's own, and rank 0's are those that are saved.
+    # GlobalBatchNorm has equal statistics on all ranks already; plain batch norms keep each rank's
+    # own, and checkpoints hold those of rank 0.
     return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
 
 
@@ -259,8 +261,8 @@ def _without_sync(model: nn.Module, skip: bool) -> contextlib.AbstractContextMan
 
 
 def _prepare(batch: Batch, experiment: Experiment) -> Batch:
-    """Finish a batch's views on the device where the data tasks have not, and normalise them:
-    uint8 -> float32."""
+    """Finish a batch on the device: apply photometric operations that the data tasks left out, and
+    normalise views from uint8 to float32 [b, V, 3, H, W]."""
     prepared: Batch = {}
     for name, values in batch.items():
         if name.endswith(PARAMETERS_SUFFIX):

@@ -1,8 +1,8 @@
-"""What a method asks to see: augmented crops and masks, as data.
+"""Views, the augmented crops and masks that a method needs, declared as data.
 
-A method's config declares views; the data path draws them (augment.py) and the batch mirrors the
-declaration: `{"global": (View(...), View(...))}` becomes `batch["global"]`, a uint8 tensor
-[B, V, 3, H, W], and `batch["global_mask"]` [B, V, N] where the views carry a mask.
+A method's config declares views, the data path draws them (pixels/augment.py), and the batch
+mirrors the declaration: `{"global": (View(...), View(...))}` becomes `batch["global"]`, uint8 [B,
+V, 3, H, W], and, if the views have a mask, `batch["global_mask"]`, bool [B, V, N].
 """
 
 import math
@@ -33,7 +33,7 @@ class ColorJitter:
     saturation: float = 0.8
     """The factor on the distance from the gray image is drawn in 1 ± this."""
     hue: float = 0.2
-    """Largest shift of the hue circle, as a fraction of a full turn; at most 0.5."""
+    """Largest shift of the hue, as a fraction of a full turn of the colour circle; at most 0.5."""
     probability: float = 0.8
     """Probability that a view is jittered at all."""
 
@@ -46,15 +46,15 @@ class ColorJitter:
 
 
 class Mask(Protocol):
-    """A pattern of hidden patches, drawn where the views are drawn."""
+    """A random pattern of hidden patches, drawn together with the views."""
 
     def draw(
         self, rng: np.random.Generator, grid: int, quantile: float | None = None
     ) -> np.ndarray:
         """A bool array [grid * grid] in row-major order; True is a hidden patch.
 
-        A `quantile` in [0, 1) says where the view stands among those of its batch, for masks whose
-        ratios are spread evenly over a batch; None draws one.
+        `quantile` in [0, 1) is the view's rank within its batch, for masks whose ratios are spread
+        evenly over a batch; None draws one at random.
         """
         ...
 
@@ -84,16 +84,17 @@ class RandomMask:
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Block-wise masking: rectangles of patches until the ratio is reached (BEiT,
-    arXiv:2106.08254, algorithm 1), of a share of the views alone (iBOT, arXiv:2111.07832)."""
+    """Block-wise masking: hides rectangles of patches until the ratio is reached (BEiT,
+    arXiv:2106.08254, algorithm 1), in a share of the views (iBOT, arXiv:2111.07832)."""
 
     ratio: tuple[float, float] = (0.4, 0.4)
-    """Smallest and largest share of a view's patches that is hidden; over a batch, evenly spread
-    between them (DINOv2)."""
+    """Smallest and largest share of a view's patches that is hidden; ratios are spread evenly
+    between the two over a batch (DINOv2)."""
     share: float = 1.0
-    """Share of a batch's views that hide anything."""
+    """Share of a batch's views in which patches are hidden."""
     smallest: int = 16
-    """Patches of the smallest rectangle; where fewer are left to hide, it overlaps hidden ones."""
+    """Smallest area of a rectangle in patches; if fewer are left to hide, it overlaps hidden
+    ones."""
 
     def __post_init__(self) -> None:
         low, high = self.ratio
@@ -118,8 +119,9 @@ class BlockMask:
     def _hide(self, rng: np.random.Generator, mask: np.ndarray, wanted: int) -> None:
         grid, misses = len(mask), 0
         while (left := wanted - int(mask.sum())) > 0 and misses < BLOCK_TRIES:
-            # Fewer than `smallest` left: rectangles of up to that size, most of whose patches are
-            # hidden already, so that the hidden ones grow and no small one lands apart.
+            # If fewer than `smallest` patches are left to hide, rectangles of up to that size
+            # mostly overlap hidden patches: hidden regions grow, and no small one appears on its
+            # own.
             area = rng.uniform(*sorted((self.smallest, left)))
             aspect = math.exp(rng.uniform(-1, 1) * math.log(BLOCK_ASPECT))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -131,9 +133,8 @@ class BlockMask:
             if 0 < block.size - int(block.sum()) <= left:
                 block[:] = True
                 misses = 0
-        # No block fits into what is left: single patches at the rim of the hidden ones make up the
-        # number, so that each image hides what its ratio says, and a mean over a batch is the
-        # mean of the means over its parts.
+        # No block fits: hide single patches at the border of hidden ones until the number is
+        # exact. With exact numbers, the mean over a batch equals the mean of its parts' means.
         for _ in range(wanted - int(mask.sum())):
             rim = np.flatnonzero(_neighbours(mask) & ~mask)
             free = rim if len(rim) else np.flatnonzero(~mask)
@@ -141,13 +142,13 @@ class BlockMask:
 
 
 BLOCK_ASPECT = 1 / 0.3
-"""A rectangle's sides are at most in this ratio."""
+"""Largest ratio of a rectangle's sides."""
 BLOCK_TRIES = 10
-"""Rectangles in a row that do not fit, before single patches fill what is left."""
+"""After this many rectangles in a row that do not fit, single patches are hidden instead."""
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
-    """The cells that lie beside a True one, bool [grid, grid]."""
+    """bool [grid, grid]: cells with a True cell above, below, left or right."""
     beside = np.zeros_like(mask)
     beside[1:] |= mask[:-1]
     beside[:-1] |= mask[1:]
@@ -177,10 +178,11 @@ class View:
     grid: int | None = None
     """Patches along a side, for the mask; None means the encoder's."""
     vertical_flip: float = added(0.0)
-    """Probability of a vertical flip, for images without an up: satellite, microscopy."""
+    """Probability of a vertical flip, for images without a fixed orientation (satellite,
+    microscopy)."""
     rotate90: float = added(0.0)
-    """Probability of a turn by 90, 180 or 270 degrees, each as likely; 0.75 makes all four
-    orientations equal."""
+    """Probability of a rotation by 90, 180 or 270 degrees, equally likely; 0.75 makes all four
+    orientations equally likely."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -197,31 +199,32 @@ ASYMMETRIC_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
 
 
 def asymmetric_views(crop_scale: tuple[float, float]) -> tuple[View, View]:
-    """BYOL's two views (arXiv:2006.07733, appendix B), which MoCo v3 and DINO took over: the first
-    is always blurred; the second seldom, but solarized at times."""
+    """BYOL's two views (arXiv:2006.07733, appendix B), also used by MoCo v3 and DINO: the first is
+    always blurred; the second is blurred with probability 0.1 and solarized with 0.2."""
     first = View(crop_scale=crop_scale, color_jitter=ASYMMETRIC_JITTER, grayscale=0.2, blur=1.0)
     return first, replace(first, blur=0.1, solarize=0.2)
 
 
 Photometric = Literal["cpu", "device"]
-"""Where what follows crop and flip is computed: with them, or on the trainer's device."""
+"""Where the operations after crop and flip are computed: in the data tasks, or on the trainer's
+device."""
 
 Views = dict[str, tuple[View, ...]]
-"""Groups of views of one size each, such as {"global": 2 views, "local": 8 views}."""
+"""Groups of views; the views of a group have one size. Such as {"global": 2 views, "local": 8}."""
 
 MOST_CHANNELS = 16
-"""Channels that an image may have."""
+"""Largest number of channels of an image."""
 RGB = 3
-"""Channels of a colour image; one channel is gray, and any other number multispectral."""
+"""Channels of a colour image; 1 is gray, any other number multispectral."""
 
 
 def check_channels(views: Views, channels: int) -> None:
-    """Raise ValueError for a colour operation that these views ask for and the images have no
-    colour for.
+    """Raise ValueError for a colour operation of the views that images of these channels cannot
+    have.
 
-    On gray images hue, saturation and dropping the colour change nothing, so any recipe will do.
-    On multispectral ones brightness is a gain of each channel's own and contrast is about each
-    channel's own mean, while hue, saturation and grayscale are not defined.
+    On gray images hue, saturation and grayscale change nothing, so any recipe can be used. On
+    multispectral images brightness is a gain on each channel and contrast is taken about each
+    channel's mean; hue, saturation and grayscale are not defined.
     """
     if channels in (1, RGB):
         return
@@ -236,7 +239,7 @@ def check_channels(views: Views, channels: int) -> None:
             for field, value in undefined.items():
                 require(
                     value == 0,
-                    f"{field} {value} of the {name} views means nothing on data.channels "
+                    f"{field} {value} of the {name} views is not defined for data.channels "
                     f"{channels}: set it to 0, or give --data.channels 3 or 1",
                 )
 

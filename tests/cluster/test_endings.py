@@ -207,4 +207,4 @@ def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -
 
     with record.in_turn(Location.of(tmp_path), tell):
         assert first.wait(60) == 0
-    assert said == [f"another command is making its data in {tmp_path / 'data'}: waiting for it"]
+    assert said == [f"another command is preparing its data in {tmp_path / 'data'}: waiting for it"]

@@ -233,8 +233,8 @@ def test_a_run_goes_on_without_a_shard_that_was_lost_and_without_one_that_came(t
     result = launch(wanted, screen)
     text = screen.text.getvalue()
     assert result.images_seen == 6 * 64, "as many as planned"
-    assert "1 of 4 shards of the start is gone, the first is 1.parquet: their 16" in text
-    assert "1 shard came since this run started, the first is 0-more.parquet" in text
+    assert "1 of the 4 shards at the start is gone, the first is 1.parquet: their 16" in text
+    assert "1 shard came after this run started, the first is 0-more.parquet" in text
     assert f"{folder}/1.parquet: the file is gone" in text
 
     table = pa.table({"image": rows[:16]})
@@ -397,7 +397,7 @@ def test_a_run_on_a_growing_cluster_asks_for_some_cpus_for_its_data_and_not_for_
 def test_what_a_silent_cluster_can_add_is_believed_and_asked_for_where_it_is_not_said() -> None:
     silent = Resources(0, 0, is_unknown=True)
     wanted = experiment("x", Path("y"), workers=4)
-    with pytest.raises(ValueError, match="does not tell what it can add: give --gpus-per-worker"):
+    with pytest.raises(ValueError, match="does not say what it can add: give --gpus-per-worker"):
         place(wanted, silent)
     told = replace(wanted, gpus_per_worker=1, data_cpus=6)
     assert place(told, silent) == Placement(4, 1, 1, 6)
@@ -523,7 +523,7 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint_by_itself(shards
     screen = Killer()
     result = launch(wanted, screen)
     assert screen.killed
-    assert any("a worker died: started again from step" in line for line in screen.lines)
+    assert any("a worker died: restarted from step" in line for line in screen.lines)
     starts = [r["step"] for r in records(result.folder) if r["kind"] == "started"]
     assert len(starts) == 2
     assert starts[1] > 0

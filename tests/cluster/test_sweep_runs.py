@@ -75,7 +75,7 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     before = (folder / "trials" / "0000.json").stat().st_mtime_ns
     again = Screen()
     assert sweep(base, QUESTION, "Which size?", again).outcomes == result.outcomes
-    assert "1 of 2 runs were done before" in again.lines
+    assert "1 of 2 runs were already done" in again.lines
     assert (folder / "trials" / "0000.json").stat().st_mtime_ns == before
     assert len(client.search_runs([tracked.experiment_id])) == len(runs)
 
@@ -148,7 +148,7 @@ def test_a_run_that_is_not_among_the_best_is_stopped_with_a_checkpoint_and_stays
     assert outcome.run is not None
     newest = Checkpoint.open(outcome.run)
     assert newest.images_seen == outcome.images_seen
-    assert result.answer == "Which ratio? No run ended well, so there is no answer."
+    assert result.answer == "Which ratio? No run finished, so there is no answer."
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs(["1"], "tags.stopped LIKE 'not among%'")
     assert run.info.status == "FINISHED"
@@ -191,10 +191,10 @@ def test_images_without_labels_are_swept_by_what_needs_none(tmp_path: Path) -> N
 
     mae = experiment("", tmp_path, **{"data.path": str(tmp_path / "plain")})
     ratio = Question("ratio", (Axis.over("ratio", "method.mask_ratio", [0.5]),))
-    with pytest.raises(ValueError, match="the images have no labels, and what can be told without"):
+    with pytest.raises(ValueError, match="the images have no labels, and RankMe is unreliable for"):
         sweep(mae, ratio, "Which ratio?", Screen())
     by_linear = replace(ratio, metric="linear")
-    with pytest.raises(ValueError, match="--rank-by linear needs labels, and the images have none"):
+    with pytest.raises(ValueError, match="--rank-by linear needs labels, but the images have none"):
         sweep(mae, by_linear, "Which ratio?", Screen())
 
 
@@ -225,8 +225,8 @@ def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
     assert own.values[0] == theirs.values[0]
     assert own.values[1] != theirs.values[1]
     assert all(Checkpoint.open(str(run)).images_seen == 4 * 96 for run in runs)
-    assert any(f"member {loser} goes on from member {winner}" in line for line in screen.lines)
-    assert result.answer.startswith("Which momentum? The best of 2 members came to RankMe")
+    assert any(f"member {loser} continues from member {winner}" in line for line in screen.lines)
+    assert result.answer.startswith("Which momentum? The best of 2 members reached RankMe")
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 2  # one for each member, over all generations
@@ -285,7 +285,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
     third = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert "1 of 2 runs were done before" in third.stdout
+    assert "1 of 2 runs were already done" in third.stdout
     assert (folder / "trials" / "0000.json").stat().st_mtime_ns == done
     runs = client.search_runs(["1"])
     assert len(runs) == 3  # the sweep and its two runs, over three drivers

@@ -245,7 +245,10 @@ def test_a_schedules_numbers_are_flags_and_its_kind_is_the_recipes():
         (["--encoder.patch-size", "5"], "patch_size 5 does not divide encoder.image_size"),
         (["--epochs", "0"], "epochs must be positive, got 0"),
         (["--epochs", "ten"], "--epochs: invalid literal"),
-        (["--method.mask-ration", "0.5"], "is no flag of pretrain recipe; did you mean --method.m"),
+        (
+            ["--method.mask-ration", "0.5"],
+            "is not a flag of pretrain recipe; did you mean --method.",
+        ),
         (["--precision", "fp8"], "--precision must be one of float32, tf32, bf16, got fp8"),
     ],
 )
@@ -282,7 +285,7 @@ def test_a_log_folder_that_cannot_be_made_names_the_output_flag(tmp_path: Path) 
             "--to must be one of timm, huggingface, onnx, got elsewhere",
         ),
         ("probe", "CHECKPOINT is missing: see selfray probe --help"),
-        ("probe run --datta x", "--datta is no flag of selfray probe; did you mean --data?"),
+        ("probe run --datta x", "--datta is not a flag of selfray probe; did you mean --data?"),
         ("prob run", "selfray has no prob; did you mean probe?"),
         ("shards bild a b", "selfray shards has no bild; did you mean build?"),
     ],
@@ -415,7 +418,7 @@ def test_the_printed_lines_load_the_exported_encoder(typed, trained, tmp_path, n
     said = typed("export", trained / name, "--to", "timm", "--output", "encoder")
     assert said.code == 0, said.text
     assert said.lines[0].startswith(f"{tmp_path}/encoder: ")
-    assert said.lines[1].startswith("verified: timm opens it, with num_classes=10 too, and gives")
+    assert said.lines[1].startswith("verified: timm opens it, also with num_classes=10, and comp")
     scope: dict[str, torch.nn.Module] = {}
     exec(printed_code(said), scope)
     batch = torch.randn(3, 3, 16, 16)
@@ -521,7 +524,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_gives_the_one_before(typed, ru
     flip_a_byte(run_folder / "checkpoints" / "step-00000002" / "encoder.safetensors")
     said = typed("export", run_folder, "--to", "timm")
     assert said.code == 0
-    assert "step-00000002 is damaged: taking the one before, step 1" in said.lines[0]
+    assert "step-00000002 is damaged: using an earlier one, step 1" in said.lines[0]
     assert "step 1" in said.lines[1]
 
 
@@ -561,7 +564,7 @@ def test_an_mlflow_run_that_leads_nowhere_is_one_line(typed, store, trained):
     assert_one_line_error(export(f"mlruns:/{stranger}", uri), "no tag run.folder")
     assert_one_line_error(export("mlruns:/", uri), "needs the id of a run")
     dead = export(f"mlruns:/{run_id}", f"http://{DEAD}")
-    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "start or mend it")
+    assert_one_line_error(dead, f"MLflow store http://{DEAD} cannot be used", "start or repair it")
     Path("junk.db").write_text("junk")
     broken = export(f"mlruns:/{run_id}", "sqlite:///junk.db")
     assert_one_line_error(broken, "cannot be used", "file is not a database")
@@ -602,7 +605,7 @@ def test_missing_data_is_told_by_the_flag_of_this_command(typed_without_ray, tra
 def test_more_gpus_than_the_cluster_has_are_refused(ray_address, typed, trained):
     said = typed("probe", trained / "mae", "--device-gpus", 99)
     assert said.code == 2
-    assert said.lines[-1].startswith("error: --device-gpus 99 is asked for")
+    assert said.lines[-1].startswith("error: --device-gpus must be between 0 and")
     assert "give less" in said.lines[-1]
 
 
@@ -742,13 +745,13 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("untrained",), "name a run, too"),
+        (("untrained",), "name a run as well"),
         (("timm:no_such_model",), "timm has no model no_such_model"),
         (("nowhere.safetensors",), "there is no file"),
-        (("RUN", "--image-size", 18), "--image-size 18 is no multiple of the 4 pixels"),
+        (("RUN", "--image-size", 18), "--image-size 18 is not a multiple of the 4 pixels"),
         (("RUN", "--shares", 2), "--shares must lie in (0, 1), got 2.0"),
         (("RUN", "RUN"), "is named twice"),
-        (("RUN", "--data", "a", "--data", "b", "--test", "c"), "--test is for one --data"),
+        (("RUN", "--data", "a", "--data", "b", "--test", "c"), "--test takes one --data"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_one_line(typed_without_ray, trained, arguments, reason):
@@ -771,7 +774,7 @@ def test_embeddings_are_the_same_bytes_after_an_interruption(
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "part-000001.parquet").unlink()
     said = typed(*command, "two")
-    assert said.lines[-1] == f"{tmp_path}/two: 60 embeddings in 4 files, 3 of them from before"
+    assert said.lines[-1] == f"{tmp_path}/two: 60 embeddings in 4 files, 3 of them written earlier"
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     table = pq.read_table(tmp_path / "one")
@@ -780,7 +783,7 @@ def test_embeddings_are_the_same_bytes_after_an_interruption(
     assert sorted(set(table["label"].to_pylist())) == [0, 1]
     another = typed(*command, "one", "--normalize")
     assert another.code == 2
-    assert f"{tmp_path}/one holds embeddings of something else (another contents)" in another.text
+    assert f"{tmp_path}/one holds embeddings of something else (different contents)" in another.text
     foreign = typed(*command, trained)
     assert foreign.code == 2
     assert f"{trained} is not empty and holds no embeddings" in foreign.text
@@ -825,5 +828,5 @@ def test_doctor_looks_at_everything_and_starts_ray_by_itself(tmp_path):
     assert found["Ray"][0] in ("ok", "warn")
     assert re.match(r"starts on this machine in [\d.]+ s: \d+ CPUs, 0 GPUs", found["Ray"][1])
     assert found["MLflow"][0] == "fail"
-    assert "start or mend it" in found["MLflow"][1]
+    assert "start or repair it" in found["MLflow"][1]
     assert done.returncode == 1

@@ -89,7 +89,7 @@ def test_an_export_that_gives_other_features_is_not_called_verified(exported):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1)
-    with pytest.raises(RuntimeError, match="timm gives other features"):
+    with pytest.raises(RuntimeError, match="timm computes different features"):
         verify(folder, encoder)
 
 

@@ -86,7 +86,9 @@ def test_a_sweep_of_the_readme_is_understood(name, words):
 
 
 @pytest.mark.parametrize(
-    "words", [words for script in SCRIPTS for words in words_after(script)], ids=" ".join
+    "words",
+    [words for script in SCRIPTS for words in words_after(script) if words[0] != "auto"],
+    ids=" ".join,
 )
 def test_a_pretraining_command_of_the_readme_is_understood(words):
     early.refuse([w for w in words if w != "scans/" and w != "--data.path"], NAMES, "pretrain")
@@ -94,6 +96,11 @@ def test_a_pretraining_command_of_the_readme_is_understood(words):
         place = words.index("--init-from")
         words = words[:place] + words[place + 2 :]
     assert script.parse(RECIPES, words, "", "pretrain.py").name == words[0]
+
+
+def test_the_readmes_proposal_is_asked_for_as_it_is_understood():
+    (words,) = [words for words in words_after("selfray pretrain ") if words[0] == "auto"]
+    assert dict(early.given_flags(words[1:])) == {"--data.path": ["scans/"]}
 
 
 def test_the_readme_names_files_that_exist():

@@ -152,7 +152,7 @@ def test_there_is_no_verdict_without_a_start_or_labels():
     assert verdict({0: bare, 10: bare}, "knn") is None
     line = without_labels({0: bare, 10: replace(bare, rankme=8.0)})
     assert line is not None
-    assert "cannot be said" in line
+    assert "selfray cannot say" in line
     assert "RankMe 5 -> 8, alignment 0.2 -> 0.2" in line
 
 
@@ -185,7 +185,7 @@ def test_a_run_starts_from_public_weights_probes_them_first_and_ends_with_its_ve
     screen = Screen()
     found = launch(wanted, screen)
     assert any("30 of 30 tensors, 100.0% of the encoder's" in line for line in screen.lines)
-    assert any("(what it starts from)" in line for line in screen.lines)
+    assert any("(starting weights)" in line for line in screen.lines)
     assert "than the weights it started from" in screen.lines[-1]
     run = Location.of(found.folder)
     best = checkpoint.best(run)

@@ -24,7 +24,7 @@ def test_without_a_terminal_the_newest_live_line_is_said_every_30_seconds():
     late = now + HEARTBEAT_SECONDS + 10
     console.beat(late)
     console.beat(late + HEARTBEAT_SECONDS / 2)
-    assert written.getvalue().startswith("step 999 (")
+    assert written.getvalue().startswith("step 999 (for ")
     assert written.getvalue().count("\n") == 1
     console.beat(late + 2 * HEARTBEAT_SECONDS)
     assert written.getvalue().count("\n") == 2

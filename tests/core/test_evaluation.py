@@ -244,7 +244,7 @@ def test_the_sentence_names_what_is_more_than_chance_and_what_is_not():
     said = list(verdicts({"a": [judged(0.9)], "b": [judged(0.5)], "c": [judged(0.9)]}, 400))
     assert len(said) == 1
     assert said[0].startswith("knn: a is better than b by 40.0 points [")
-    assert "no difference that these 400 images can show between a and c" in said[0]
+    assert "400 images show no difference between a and c" in said[0]
     assert list(verdicts({"a": [judged(0.9)]}, 400)) == []
 
 
@@ -287,13 +287,13 @@ def test_labels_that_are_not_contiguous_are_numbered():
 def test_no_labels_and_one_class_are_refused():
     with pytest.raises(ValueError, match="clinic has 0 labelled train and 1 labelled test images"):
         examined([], [1])
-    with pytest.raises(ValueError, match="clinic has one class"):
+    with pytest.raises(ValueError, match="clinic has only one class"):
         examined([1, 1], [1])
 
 
 def test_what_spoils_a_number_is_said():
     found = examined([0, 0, 1], [0, 5], train_keys=[1, 2, 3], test_keys=[2, 9])
-    assert found.notes[0].startswith("warning: 1 of 2 test images of clinic are in train, too")
+    assert found.notes[0].startswith("warning: 1 of 2 test images of clinic are also in train")
     assert "1 class with one train image (1)" in found.notes[1]
-    assert found.notes[2].startswith("1 test images are of classes that train lacks")
+    assert found.notes[2].startswith("1 test images are of classes without train images")
     assert found.test.tolist() == [0, 2]

@@ -100,7 +100,7 @@ def refuses(build, *parts: str) -> None:
             ["encoder.name 'vit_smal_patch16_224'", "did you mean vit_small_patch16_224"],
         ),
         ({"name": "resnet5"}, ["encoder.name 'resnet5'", "did you mean resnet"]),
-        ({"name": "qqqqqq"}, ["encoder.name 'qqqqqq' is no timm model"]),
+        ({"name": "qqqqqq"}, ["encoder.name 'qqqqqq' is not a timm model"]),
         ({"image_size": 0}, ["encoder.image_size must be positive, got 0"]),
         ({"drop_path": 1.0}, ["encoder.drop_path must lie in [0, 1), got 1.0"]),
         (
@@ -174,11 +174,11 @@ def test_a_small_stem_needs_a_stem_of_one_convolution():
         ),
         (
             lambda: replace(WANTED, shard="fsdp"),
-            ["shard fsdp shares the weights out among workers, and workers is 1", "--workers 2"],
+            ["shard fsdp splits the weights among workers, but workers is 1", "--workers 2"],
         ),
         (
             lambda: experiment(SIMCLR, RESNET, workers=2, shard="fsdp"),
-            ["shard fsdp is for ViTs", "encoder.name resnet18", "leave --shard out"],
+            ["shard fsdp gathers the blocks of", "encoder.name resnet18", "leave --shard out"],
         ),
         (
             lambda: experiment(SIMCLR, replace(VIT, norm="ghost")),
@@ -208,7 +208,7 @@ def test_a_small_stem_needs_a_stem_of_one_convolution():
         (lambda: replace(WANTED, workers="4:2"), ["workers 4:2 must be from the fewest"]),
         (
             lambda: replace(WANTED, workers="1:3"),
-            ["workers 1:3: batch_size 8 does not divide", "give bounds out of 1, 2, 4"],
+            ["workers 1:3: batch_size 8 does not divide", "give bounds from 1, 2, 4"],
         ),
         (
             lambda: replace(WANTED, worker_resources="trainer"),

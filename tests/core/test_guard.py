@@ -10,6 +10,7 @@ import torch
 
 from helpers import MAE, SIMCLR, VIT, experiment, start, tiny, train_for
 from selfray.cluster.endings import would_repeat
+from selfray.data.plan import even_steps
 from selfray.experiment import CheckpointConfig, ProbeConfig
 from selfray.health import CollapsedError, CollapseGuard, GuardConfig
 from selfray.methods.byol import BYOLConfig
@@ -141,7 +142,7 @@ class Tape:
         wanted = experiment(MAE, VIT, **{**settings, **changes})
         self.run = Location.of(folder)
         self.state: TrainState = start(wanted)
-        self.recorder = Recorder(wanted, self.run, 100, writes=True)
+        self.recorder = Recorder(wanted, self.run, even_steps(100, 50), writes=True)
         self.recorder.started(self.state, torch.device("cpu"))
         (self.step,) = train_for(self.state, wanted, 1)
         self.alive = self.norm.clone()

@@ -40,9 +40,9 @@ def test_a_run_embeds_files_bytes_pictures_and_arrays_alike_by_its_best_checkpoi
     assert features.shape == (5, 64)
     np.testing.assert_allclose(features, features[:1].repeat(5, 0), rtol=1e-5, atol=1e-6)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"1 of 2 are no images, such as .*text.png"):
+    with pytest.raises(ValueError, match=r"1 of 2 are not images, such as .*text.png"):
         trained.embed([file, tmp_path / "text.png"])
-    with pytest.raises(ValueError, match=r"is to be uint8 \[H, W, 3\], got float64 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"must be uint8 \[H, W, 3\], got float64 \[2, 2\]"):
         trained.embed([np.zeros((2, 2))])
 
 

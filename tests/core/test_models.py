@@ -149,7 +149,7 @@ def test_dinov2s_blocks_are_gated_and_skipped_alike():
             "give --encoder.position learned or s",
         ),
         ({"name": "vit_small_patch16_dinov3", "position": "learned"}, "--encoder.position rotary"),
-        ({"name": "beit_base_patch16_224"}, "position learned does not go with beit_base_patch16"),
+        ({"name": "beit_base_patch16_224"}, "position learned is not possible with beit_base_pa"),
     ],
 )
 def test_an_encoder_refuses_what_it_does_not_have(settings, message):
@@ -160,7 +160,7 @@ def test_an_encoder_refuses_what_it_does_not_have(settings, message):
 def test_backbones_of_an_unknown_shape_are_refused_by_name():
     with pytest.raises(ValueError, match="vit_relpos_small_patch16_224 does not take the option"):
         EncoderConfig("vit_relpos_small_patch16_224", 32, width=64, depth=1).build()
-    with pytest.raises(ValueError, match="cannot be had here: Token pooling needs the class token"):
+    with pytest.raises(ValueError, match="cannot be built: Token pooling needs the class token"):
         EncoderConfig("vit_medium_patch16_rope_reg1_gap_256", 32, position="rotary").build()
     swin = EncoderConfig("swin_tiny_patch4_window7_224", 224).build()
     with pytest.raises(ValueError, match="SwinTransformer does not end in a map"):

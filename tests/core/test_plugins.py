@@ -50,7 +50,7 @@ def test_the_method_of_the_guide_is_one_file_of_at_most_sixty_lines(package):
 
 def test_a_file_alone_makes_nobody_import_a_module(package):
     text = '{"type": "my_package.barlow:BarlowConfig"}'
-    with pytest.raises(ValueError, match=r"only name types of selfray, .* name it, with --plug"):
+    with pytest.raises(ValueError, match=r"only name types of selfray, .* name it with --plugin"):
         config.loads(text)
     assert "my_package.barlow" not in sys.modules
     plugins.load("my_package.barlow")
@@ -71,7 +71,7 @@ def test_a_plugin_is_named_in_flags_once_for_all_processes(package):
     assert set(plugins.recipes()) == {"mydata"}
     with pytest.raises(ValueError, match=r"--plugin my_package.gone cannot be imported \(No mod"):
         plugins.take(["--plugin", "my_package.gone"])
-    with pytest.raises(ValueError, match=r"--plugin takes a module of yours"):
+    with pytest.raises(ValueError, match=r"--plugin takes a module of your own"):
         plugins.take(["--plugin"])
 
 
@@ -115,7 +115,7 @@ def test_check_method_passes_the_guides_method_and_says_what_a_broken_one_owes(
     assert parse(["check-method", "my_package.broken"]).run(said) == 1
     assert any("an unused parameter breaks DDP: unused.weight" in line for line in said.lines)
     (package / "my_package" / "empty.py").touch()
-    with pytest.raises(ValueError, match=r"is to hold one subclass of selfray.method.Met"):
+    with pytest.raises(ValueError, match=r"must define one subclass of selfray.method.Met"):
         parse(["check-method", "my_package.empty"]).run(Said())
 
 
@@ -136,7 +136,7 @@ def test_the_guides_method_is_certified_trained_through_ray_and_exported(package
     export = ["export", str(run), "--to", "timm", "--output", "encoder"]
     refused = selfray(*export)
     assert refused.returncode == 2
-    assert "name it, with --plugin my_package.barlow" in refused.stdout + refused.stderr
+    assert "name it with --plugin my_package.barlow" in refused.stdout + refused.stderr
     done = selfray(*export, SELFRAY_PLUGINS="my_package.barlow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verified" in done.stdout

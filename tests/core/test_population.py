@@ -68,7 +68,7 @@ def test_a_piecewise_schedule_changes_at_its_parts_bounds():
 
 def test_what_is_no_schedule_does_not_evolve():
     ratio = Axis.over("ratio", "method.mask_ratio", [0.5, 0.6])
-    message = "ratio is no schedule between two bounds, so it cannot change in mid-run"
+    message = "ratio is not a schedule between two bounds, so it cannot change during a run"
     with pytest.raises(ValueError, match=message):
         first_generation(Question("q", (ratio,), search="population"))
     assert Constant(0.9)(Progress(0, 1, 0)) == 0.9

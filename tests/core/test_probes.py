@@ -207,9 +207,9 @@ def test_a_probe_of_features_gives_both_numbers_and_leaves_out_images_without_la
 def test_a_probe_without_labels_is_refused_with_the_counts():
     features, labels = clusters(10, 0)
     nothing = LabelledFeatures(features, torch.full_like(labels, -1))
-    with pytest.raises(ValueError, match="0 of train and 10 of test have a label"):
+    with pytest.raises(ValueError, match="only 0 train and 10 test images have a label"):
         probe(nothing, LabelledFeatures(features, labels))
-    with pytest.raises(ValueError, match="10 of train and 0 of test have a label"):
+    with pytest.raises(ValueError, match="only 10 train and 0 test images have a label"):
         probe(LabelledFeatures(features, labels), nothing)
 
 

@@ -223,7 +223,7 @@ def test_a_machine_without_a_compiler_is_told_in_one_line_and_trains(caplog, mon
         steps = train_for(start(wanted), wanted, 2)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "compile: this machine cannot, so the run goes on without: no compiler found"
+        "compile: impossible on this machine, the run goes on uncompiled: no compiler found"
     )
     assert len(steps) == 2
 
@@ -247,7 +247,7 @@ def test_a_part_that_cannot_be_compiled_is_told_and_runs_as_it_is(caplog):
     assert out.shape == (1, 2)
     messages = [r.getMessage() for r in caplog.records if r.name == compiled.__name__]
     assert len(messages) == 1
-    assert "Sequential cannot be compiled and runs as it is" in messages[0]
+    assert "Sequential cannot be compiled and runs uncompiled" in messages[0]
 
 
 @pytest.mark.long

@@ -84,24 +84,27 @@ def test_schedules_can_be_options():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Axis("ratio", ()), "there is no value of ratio to try"),
+        (lambda: Axis("ratio", ()), "ratio has no value to try: give at least one"),
         (lambda: Axis.over("ratio", "x", [1, 1]), "ratio: 1, 1 name a value twice"),
-        (lambda: Question("q", ()), "a sweep needs something to vary"),
+        (lambda: Question("q", ()), "a sweep needs at least one setting to vary"),
         (lambda: Question("q", (RATIO,), seeds=0), "seeds must be at least 1, got 0"),
         (lambda: Question("q", (RATIO,), samples=0), "samples must be at least 1, got 0"),
         (lambda: Question("q", (RATIO,), metric="loss"), "rank_by must be one of knn, linear"),
         (
             lambda: Question("q", (Range("ratio", "method.mask_ratio", 0.1, 0.9),)),
-            "a grid has no end of values of ratio between two bounds: give --search random",
+            "a grid needs a list of values of ratio, not two bounds: give --search random",
         ),
-        (lambda: Range("ratio", "x", 0.9, 0.1), "ratio: the bounds must grow, got 0.9 0.1"),
+        (
+            lambda: Range("ratio", "x", 0.9, 0.1),
+            "ratio: the lower bound must be below the upper one, got 0.9 0.1",
+        ),
         (lambda: Range("t", "x", 0.0, 0.1, "log"), "t: the lower bound must be above 0, got 0"),
         (lambda: Range("m", "x", 0.5, 1.0, "to_one"), "m: the upper bound must be below 1, got 1"),
         (lambda: Halving(first=1.0), r"first_rung must lie in \(0, 1\), got 1.0"),
         (lambda: Halving(factor=1.0), "rung_factor must be above 1, got 1.0"),
         (
             lambda: Question("q", (RATIO,), search="population", seeds=2),
-            "a population has one seed: its members are its spread",
+            "a population has one seed: its members show the spread",
         ),
     ],
 )
@@ -125,18 +128,18 @@ def test_ranks_follow_the_mean_and_failures_come_last():
     [
         (
             [Score("a", (0.90, 0.91, 0.92)), Score("b", (0.80, 0.81, 0.82))],
-            "Which? a: kNN 91.0%, 10.0 points before b, more than twice the 0.8 points that seeds "
-            "make.",
+            "Which? a: kNN 91.0%, 10.0 points ahead of b, more than twice the 0.8 points of "
+            "noise between seeds.",
         ),
         (
             [Score("a", (0.80, 0.90)), Score("b", (0.82, 0.86))],
-            "Which? a: kNN 85.0%, 1.0 points before b, within twice the 5.4 points that seeds "
-            "make: the two are not told apart.",
+            "Which? a: kNN 85.0%, 1.0 points ahead of b, within twice the 5.4 points of "
+            "noise between seeds: the difference may be chance.",
         ),
         (
             [Score("a", (0.8,)), Score("b", (0.7,))],
-            "Which? a: kNN 80.0%, 10.0 points before b. With one seed nobody can tell whether that "
-            "is chance: give --seeds 3.",
+            "Which? a: kNN 80.0%, 10.0 points ahead of b. One seed cannot show whether "
+            "that is chance: give --seeds 3.",
         ),
         (
             [Score("a", (0.8,)), Score("b", (), stopped=(0.9,))],
@@ -144,10 +147,10 @@ def test_ranks_follow_the_mean_and_failures_come_last():
         ),
         (
             [Score("a", (0.8,), stopped=(0.7, 0.7)), Score("b", (0.7, 0.7))],
-            "Which? a: kNN 80.0%, 10.0 points before b. Too few of their seeds went to the end to "
-            "tell whether that is chance.",
+            "Which? a: kNN 80.0%, 10.0 points ahead of b. Too few of their seeds "
+            "finished to show whether that is chance.",
         ),
-        ([Score("a", (), ("x",))], "Which? No run ended well, so there is no answer."),
+        ([Score("a", (), ("x",))], "Which? No run finished, so there is no answer."),
     ],
 )
 def test_the_answer_tells_the_best_its_margin_and_the_noise(scores, expected):
@@ -158,7 +161,8 @@ def test_of_a_figure_that_should_be_low_the_lowest_is_the_best():
     scores = [Score("a", (-2.0, -2.2)), Score("b", (-3.0, -3.1))]
     assert [score.label for score in ranked(scores, "uniformity")] == ["b", "a"]
     assert answer("Which?", scores, "uniformity") == (
-        "Which? b: uniformity -3.05, 0.95 before a, more than twice the 0.11 that seeds make."
+        "Which? b: uniformity -3.05, 0.95 ahead of a, more than twice the 0.11 of noise between "
+        "seeds."
     )
 
 

@@ -250,7 +250,7 @@ def test_patches_of_another_size_are_resampled_and_one_table_of_positions_is_one
     file = saved(published(LEARNED).state_dict(), tmp_path)
     found = fitted_for(file, replace(LEARNED, patch_size=2), least=0.95)
     assert found.tensors["patch_embed.proj.weight"].shape == (32, 3, 2, 2)
-    assert "patches of 4 pixels: their embedding is resampled to 2" in found.changes
+    assert "patch embedding of 4 pixels resampled to 2 pixels" in found.changes
     tables = published(BEIT).state_dict()
     found = fitted_for(saved(beit(tables), tmp_path), BEIT_EACH, least=1.0)
     table = tables["rel_pos_bias.relative_position_bias_table"]
@@ -275,16 +275,16 @@ def test_it_says_what_was_taken_and_what_was_not(tmp_path):
         r"0.0 million weights",
         first,
     )
-    assert second == "in it and not taken: head.mlp.0.weight, head.last_layer.weight_g"
+    assert second == "in the file, not used: head.mlp.0.weight, head.last_layer.weight_g"
     partly = {k: v for k, v in published(LEARNED).state_dict().items() if "blocks.1" not in k}
     found = fitted_for(saved(partly, tmp_path), LEARNED, least=0.4)
     assert 0.5 < found.share < 0.6
-    assert "left at their random start: blocks.1.norm1.weight, " in found.described[1]
+    assert "initialised at random: blocks.1.norm1.weight, " in found.described[1]
 
 
 def test_dinov3s_owners_terms_are_told(tmp_path):
     file = saved(dinov3(published(ROTARY).state_dict()), tmp_path)
-    assert "stay under: DINOv3 License" in fitted_for(file, ROTARY, 1.0).described[-1]
+    assert "trained from them: DINOv3 License" in fitted_for(file, ROTARY, 1.0).described[-1]
 
 
 # Refusals, each of one line with the file and the way out
@@ -325,7 +325,7 @@ class Evil:
 def test_a_pickle_that_needs_code_is_refused_and_none_of_it_is_run(tmp_path, capsys):
     file = saved({"model": published(LEARNED).state_dict(), "hook": Evil()}, tmp_path)
     with pytest.raises(
-        ValueError, match=r"weights.pth needs code to be read \(.*print.*\), which"
+        ValueError, match=r"weights.pth can only be read by running code in it \(.*print.*\), which"
     ) as e:
         read(file)
     assert "\n" not in str(e.value)
@@ -343,7 +343,9 @@ def test_a_file_that_was_cut_off_is_refused_in_one_line(suffix, size, tmp_path):
         safetensors.torch.save_file(tensors, str(whole))
     torn = tmp_path / f"torn{suffix}"
     torn.write_bytes(whole.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"torn{suffix} is no whole .*get it again") as error:
+    with pytest.raises(
+        ValueError, match=rf"torn{suffix} is not a complete .*download it again"
+    ) as error:
         read(str(torn))
     assert "\n" not in str(error.value)
 
@@ -351,13 +353,13 @@ def test_a_file_that_was_cut_off_is_refused_in_one_line(suffix, size, tmp_path):
 def test_a_missing_file_an_unknown_layout_and_an_unknown_name_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone.pth: there is no such file; give a .safe"):
         read(str(tmp_path / "gone.pth"))
-    with pytest.raises(
-        ValueError, match=r"is in no layout that is known here, it holds a.weight: kno"
-    ):
+    with pytest.raises(ValueError, match=r"has an unknown layout, it holds a.weight: kno"):
         read(saved({"a.weight": torch.ones(2)}, tmp_path))
     with pytest.raises(ValueError, match=r"no tensor at all"):
         read(saved([1, 2], tmp_path))
-    with pytest.raises(ValueError, match=r"'vit_smal_patch16_224' is no timm model; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"'vit_smal_patch16_224' is not a timm model; did you mean"
+    ):
         encoder_of("timm:vit_smal_patch16_224")
     with pytest.raises(
         ValueError, match=r"timm has no such weights; it has vit_small_patch16_224.a"
@@ -436,7 +438,7 @@ def test_weights_are_found_in_the_hugging_face_cache_without_a_network(tmp_path,
     assert found.share == 1.0
     assert torch.equal(found.tensors["norm.weight"], model.state_dict()["norm.weight"])
     with pytest.raises(
-        FileNotFoundError, match=r"dino cannot be had .*give a file, or fill the cac"
+        FileNotFoundError, match=r"dino cannot be fetched .*give a file, or fill the cac"
     ):
         read("timm:vit_small_patch16_224.dino")
 

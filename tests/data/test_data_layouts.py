@@ -247,7 +247,7 @@ def test_every_layout_is_in_the_documented_table():
 
 def test_test_images_are_never_trained_on(tmp_path):
     images(tmp_path / "data", "test", "val")
-    with pytest.raises(ValueError, match=r"holds test images only \(val/ and test/\)"):
+    with pytest.raises(ValueError, match=r"holds only test images \(val/ and test/\)"):
         opened(tmp_path / "data", tmp_path / "runs")
     assert opened(tmp_path / "data" / "test", tmp_path / "runs").train.rows == 3
 
@@ -314,7 +314,7 @@ def test_train_and_test_have_one_set_of_classes(tmp_path):
 
 def test_what_makes_probes_say_nothing_is_said(tmp_path):
     parquet(tmp_path / "one" / "x.parquet", [4, 4, 4])
-    assert "there is one class, 4" in opened(tmp_path / "one", tmp_path).described()[1]
+    assert "there is only one class, 4" in opened(tmp_path / "one", tmp_path).described()[1]
 
 
 # Images
@@ -383,7 +383,7 @@ def test_features_of_another_kind_do_no_harm(tmp_path, features):
 def test_a_column_that_is_there_twice_is_not_used(tmp_path):
     table = pa.table([[picture(0)], [1], [2]], names=["image", "label", "label"])
     pq.write_table(table, tmp_path / "x.parquet")
-    assert "is there twice" in opened(tmp_path, tmp_path).described()[1]
+    assert "exists more than once" in opened(tmp_path, tmp_path).described()[1]
 
 
 # Names and folders

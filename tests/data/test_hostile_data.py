@@ -198,7 +198,7 @@ def test_a_record_of_another_shape_is_no_record_and_said(tmp_path, content):
     said: list[str] = []
     assert as_started(data, Location.of(tmp_path), said.append) is data
     assert len(said) == 1
-    assert "data.json is no record of a start" in said[0]
+    assert "data.json cannot be used (" in said[0]
     (shards / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"manifest.json cannot be read: .*restore it from a copy"):
         Manifest.load(shards)
@@ -212,7 +212,7 @@ def test_an_unfinished_build_with_damaged_records_starts_again(tmp_path, content
     assert read_records(out) == {}
     (tmp_path / "out" / "_build" / "plan.json").write_bytes(content)
     state = open_destination(out)
-    assert "is no plan" in state.damage
+    assert "is not a plan" in state.damage
     assert state.plan is None
 
 

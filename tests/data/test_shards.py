@@ -439,7 +439,7 @@ def test_a_killed_build_is_finished_by_running_it_again(tmp_path):
         build(source, out, BuildOptions(shard_bytes=shard_bytes, max_side=64, seed=3))
     seen: list[builder.Progress] = []
     build(source, out, options, seen.append)
-    assert "going on" in seen[0].note
+    assert "continuing" in seen[0].note
     build(source, tmp_path / "uninterrupted", options)
     assert contents(out) == contents(tmp_path / "uninterrupted")
     for name, before in finished.items():

@@ -132,7 +132,7 @@ def test_trainers_and_data_tasks_have_nodes_of_their_own_and_a_lost_node_is_wait
     assert starts[1]["step"] > 0
     said = finish(process, cluster)
     assert_every_image_counts_once(run_of(cluster), 40 * STEPS_PER_EPOCH)
-    assert "a worker died: started again from step" in said
+    assert "a worker died: restarted from step" in said
 
 
 def trainer_nodes(cluster: HandMadeCluster) -> int:

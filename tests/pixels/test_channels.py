@@ -54,11 +54,13 @@ def test_every_number_of_channels_is_stored_and_read_back(channels: int) -> None
 
 
 def test_channels_that_are_not_the_data_sets_are_refused_by_number() -> None:
-    with pytest.raises(BrokenImage, match=r"channels: the image has 8 and data.channels is 3"):
+    with pytest.raises(
+        BrokenImage, match=r"channels: the image has 8 channels, but data.channels is 3"
+    ):
         decode(encode_channels(image(8)))
-    with pytest.raises(BrokenImage, match=r"has 8 and data.channels is 4"):
+    with pytest.raises(BrokenImage, match=r"has 8 channels, but data.channels is 4"):
         augment_batch([encode_channels(image(8))], {"g": (View(size=8),)}, 0, 0, channels=4)
-    with pytest.raises(BrokenImage, match=r"has 3 and data.channels is 5"):
+    with pytest.raises(BrokenImage, match=r"has 3 channels, but data.channels is 5"):
         decode(encode_png(image(3)), channels=5)
 
 

@@ -73,7 +73,7 @@ def test_two_numbers_within_100_are_percentiles_unless_told_otherwise() -> None:
     assert only(tiff(values), Intake((10.0, 90.0))).done["window"][2] == "percentiles 10 90"
     fixed = only(tiff(values), Intake((10.0, 90.0), "fixed"))
     assert fixed.done["window"] == [10.0, 90.0, "fixed"]
-    with pytest.raises(ValueError, match="window -1000 400 are no percentiles"):
+    with pytest.raises(ValueError, match="window -1000 400 is not a pair of percentiles"):
         Intake((-1000, 400), "image")
     for window in ((5.0, 5.0), (9.0, 1.0), (0.0, float("nan"))):
         with pytest.raises(ValueError, match="two numbers, the lower first"):

@@ -290,7 +290,7 @@ def test_runs_judged_by_different_probes_are_ranked_apart(tmp_path: Path) -> Non
     assert [run.name for run in order] == ["high", "low", "mae", "unprobed", "broken"]
     assert ranking.featured(order) == [0, 2, 1, 3, 4]
     told = cautions(order)
-    assert "kNN judges simclr; linear judges mae" in told["judges"]
+    assert "kNN ranks simclr; linear ranks mae" in told["judges"]
     assert "Best: high, kNN 70.0%; mae, linear 99.0%." in Page(write_page(runs, "page")).texts[2]
 
 
@@ -614,7 +614,7 @@ def test_a_sweep_under_way_shows_the_trials_that_only_mlflow_knows_of(
     said: list[str] = []
     assert len(read_runs([sweep], NOWHERE, said.append)) == 1
     assert len(said) == 1
-    assert "what is under way is not shown" in said[0]
+    assert "running trials are not shown" in said[0]
 
 
 def test_a_run_whose_folder_is_out_of_sight_is_shown_from_mlflow(
@@ -626,7 +626,7 @@ def test_a_run_whose_folder_is_out_of_sight_is_shown_from_mlflow(
         (run,) = read_runs([f"mlruns:/{tracked['alone']}"], tracked["uri"])
     finally:
         shutil.move(tmp_path / "away", tracked["alone-folder"])
-    assert "its folder is not seen from here" in run.note
+    assert "its folder is not visible here" in run.note
     assert (run.status, run.method, run.judged_by) == ("finished", "simclr", "knn")
     assert run.score == there.score
     assert run.curves["loss"] == there.curves["loss"]
@@ -835,7 +835,7 @@ def test_another_s_file_is_not_written_over(typed: Type, tmp_path: Path) -> None
     (folder,) = temperatures(tmp_path / "runs", 0.1)
     (tmp_path / "thesis.html").write_text("<p>precious")
     said = typed("compare", folder, "--page", "thesis.html")
-    assert_one_line_error(said, "thesis.html exists and is no page of selfray's")
+    assert_one_line_error(said, "thesis.html exists and is not a page that selfray wrote")
     assert (tmp_path / "thesis.html").read_text() == "<p>precious"
     assert typed("compare", folder, "--no-track").code == 0
     assert typed("compare", folder, "--no-track").code == 0

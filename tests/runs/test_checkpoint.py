@@ -234,7 +234,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_named_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"is no checkpoint: it has no MANIFEST.json.*step-\*"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no MANIFEST.json.*step-\*"):
         Checkpoint.open(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Numbers and pictures that come after a run has ended, in the MLflow run that trained it."""
+"""Logs numbers and pictures to a run's MLflow run after the run has ended."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_NAMES = 15
-"""Metrics that the console names."""
+"""Largest number of metrics named on the console."""
 
 
 def log_to_run(
@@ -27,10 +27,11 @@ def log_to_run(
     console: Console,
     pictures: "Mapping[str, Image] | None" = None,
 ) -> bool:
-    """Log to the MLflow run that a run's folder knows of; how the run itself has ended stays.
+    """Log values, tags and pictures to the MLflow run recorded in a run's folder.
 
-    Where the run is still training, its own driver sends the numbers; where MLflow does not
-    answer, they wait in the run's folder. Returns whether they reached MLflow.
+    The status of the MLflow run does not change. If the run is still training, its own driver sends
+    the numbers; if MLflow does not answer, they wait in the run's folder. Returns whether they
+    reached MLflow.
     """
     pictures = pictures or {}
     if not (run / RUN_RECORD).exists():
@@ -48,7 +49,7 @@ def log_to_run(
     known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
     uri = tracking_uri(run.parent, tracking or known)
     try:
-        mlflow_tags(uri, record["run_id"])  # a Tracker would begin a second run where it is missing
+        mlflow_tags(uri, record["run_id"])  # if it is missing, a Tracker would create a second run
     except (ValueError, OSError) as error:
         console.say(f"not logged, but kept in {run / SPOOL}: {error}")
         return False
@@ -58,7 +59,7 @@ def log_to_run(
     tracker.start()
     for path, picture in pictures.items():
         tracker.log_picture(picture, path)
-    # Logging a number does not change how the run itself has ended.
+    # Logging a number does not change the status of the run.
     if not tracker.finish(shipped.get("status") or "KILLED"):
         return False
     shown = list(values)[:MOST_NAMES]

@@ -1,9 +1,9 @@
 """Images of any origin -> Parquet shards with a manifest, in parallel on Ray.
 
 Sources are a folder of images, WebDataset tars or Parquet files; local, s3:// or gs://. A build is
-planned as data first (data/listing.py), and a work item's shards follow from its inputs and the
-seed alone (data/writer.py). So any worker can build any shard, the same source and options give
-the same bytes, and an interrupted build goes on where it stopped.
+first planned as data (data/listing.py), and a work item's shards follow only from its inputs and
+the seed (data/writer.py). So any worker can build any shard, the same source and options give the
+same bytes, and an interrupted build continues where it stopped.
 
 While a build runs, DST/_build holds the plan and one record for each finished shard; manifest.json
 is written last and marks the build complete. Broken images are listed in quarantine.jsonl.
@@ -76,9 +76,9 @@ __all__ = [
 @dataclass(frozen=True)
 class Progress:
     images_done: int
-    """Images that lie in finished shards."""
+    """Images in finished shards."""
     images_total: int | None
-    """How many there may be at most; None for tars, which have no table of contents."""
+    """Largest possible number of images; None for tars, which have no table of contents."""
     quarantined: int
     shards_done: int
     shards_total: int
@@ -86,7 +86,7 @@ class Progress:
     bytes: int
     """Size of the finished shards."""
     note: str = ""
-    """A line for the user when there is something to say, such as that a build is continued."""
+    """A line for the user, such as that a build is continued; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class CheckReport:
     images: int
     bytes: int
     problems: tuple[str, ...]
-    """One line each: the file, what is wrong with it, and the way out."""
+    """One line for each: the file, its fault, and the way out."""
 
     @property
     def ok(self) -> bool:
@@ -111,15 +111,19 @@ def build(
 ) -> Manifest:
     """Convert images to Parquet shards on the running Ray; on a second call, finish the build.
 
-    Shards are named by numbers, which may have gaps: a shard of broken images only is not written.
+    Shards are named by numbers, which may have gaps: a shard with only broken images is not
+        written.
+    Broken images are listed in DST/quarantine.jsonl and do not stop the build. A complete build of
+    the same plan is returned at once; its missing shards are built again.
 
-    Broken images go to DST/quarantine.jsonl and stop nothing. A complete build of the same plan is
-    returned at once; shards missing from it are built again. FileNotFoundError where the source
-    does not exist; ValueError where there is nothing to build, or where the destination cannot be
-    written or holds something else; OSError where storage fails on the way (run it again to go on).
+    `on_progress` is first called after planning and before any Ray task, so that a caller can start
+    Ray there.
 
-    `on_progress` is first called when the plan is made and before any Ray task, so that a caller
-    may start Ray there.
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: there is nothing to build, or the destination cannot be written or holds
+            something else.
+        OSError: storage failed during the build; the same call continues it.
     """
     options = options or BuildOptions()
     source, destination = Location.of(source), Location.of(destination)
@@ -141,7 +145,7 @@ def build(
     tally.quarantined = len(plan.quarantined)
     for record in records.values():
         tally.add(record)
-    going_on = f"going on: {len(records)} of {len(numbers)} shards are there" if records else ""
+    going_on = f"continuing: {len(records)} of {len(numbers)} shards exist" if records else ""
     for note in filter(None, (state.damage, *plan.notes)):
         tally.report(note)
     tally.report(going_on)
@@ -156,7 +160,7 @@ def check(
 ) -> CheckReport:
     """Compare every shard with the manifest: existence, size, sha256, Parquet structure, rows.
 
-    `deep` also decodes every image. FileNotFoundError where there is no such folder.
+    `deep` also decodes every image. Raises FileNotFoundError if the folder does not exist.
     """
     destination = Location.of(destination)
     if not destination.is_folder():
@@ -199,15 +203,15 @@ def check(
 def _mend(
     destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: "_Tally"
 ) -> Manifest:
-    """Build again what is lost from a complete build; the manifest changes only where another
-    version of a library writes the same rows as other bytes."""
+    """Build missing shards of a complete build again. The manifest changes only if another version
+    of a library writes the same rows as different bytes."""
     shards = {shard_number(shard.name): shard for shard in manifest.shards}
     kept = intact(destination, shards)
     lost = set(shards) - set(kept)
     tally.quarantined = manifest.quarantined.count
     for shard in kept.values():
         tally.add(shard)
-    tally.shards_done = len(numbers) - len(lost)  # some numbers have no shard: nothing was sound
+    tally.shards_done = len(numbers) - len(lost)  # numbers without sound images have no shard
     note = f"{destination} is complete: nothing to do"
     if lost:
         note = f"{destination} has lost {len(lost)} of {len(shards)} shards: building them again"
@@ -231,11 +235,11 @@ def _mend(
 
 # Checking ---------------------------------------------------------------------------------------
 
-_WAY_OUT = "delete it and run the same build again: only lost shards are built anew"
+_WAY_OUT = "delete it and run the same build again: only missing shards are built"
 
 
 def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
-    """Problems of what lies around the shards."""
+    """Problems with other files beside the shards."""
     names = {posixpath.basename(info.path) for info in destination.list()}
     known = {shard.name for shard in manifest.shards}
     problems = []
@@ -244,7 +248,7 @@ def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
         if name.endswith(".tmp"):
             problems.append(f"{path}: left by a killed task; delete it")
         elif name.endswith(".parquet"):
-            problems.append(f"{path}: not in the manifest, but readers would take it; delete it")
+            problems.append(f"{path}: not in the manifest, but readers would use it; delete it")
         elif name == BUILD_FOLDER:
             problems.append(f"{path}: left by a killed build; run the same build again")
     path = destination / QUARANTINE
@@ -260,13 +264,11 @@ def _leftovers(destination: Location, manifest: Manifest) -> list[str]:
 def _check_shard(
     destination: Location, shard: Shard, has_labels: bool, max_pixels: int | None
 ) -> tuple[Shard, list[str]]:
-    """The problems of one shard; decodes its images where max_pixels is given. A Ray task."""
+    """The problems of one shard; decodes its images if max_pixels is given. Runs as a Ray task."""
     path = destination / shard.name
     info = path.info()
     if info.type == fs.FileType.NotFound:
-        return shard, [
-            f"{path}: missing; run the same build again: only lost shards are built anew"
-        ]
+        return shard, [f"{path}: missing; run the same build again: only missing shards are built"]
     if info.size != shard.bytes:
         return shard, [f"{path}: {info.size} bytes instead of {shard.bytes}; {_WAY_OUT}"]
     try:
@@ -356,7 +358,7 @@ class _Tally:
 def _build_missing(
     destination: Location, plan: Plan, done: set[int], tally: _Tally
 ) -> dict[int, ShardRecord]:
-    """Build every shard that is not done, in parallel."""
+    """Build every shard that is not finished, in parallel."""
     items = [item for item in plan.items if not done.issuperset(item.shard_numbers)]
     if not items:
         return {}
@@ -379,7 +381,7 @@ def _build_missing(
     except OSError as error:
         raise RunFailed(
             f"the build of {destination} stopped: {error}; finished shards are kept, run the same "
-            "build again to go on"
+            "build again to continue"
         ) from error
     return built
 
@@ -390,10 +392,11 @@ _Result = TypeVar("_Result")
 def _in_parallel(
     function: Callable[..., _Result], work: Iterable[tuple[str, tuple[Any, ...]]]
 ) -> Iterator[_Result]:
-    """Results of function(*arguments) for each (name, arguments), in the order they are ready.
+    """Results of function(*arguments) for each (name, arguments), in order of completion.
 
-    One CPU for each task. Few more tasks than CPUs are in flight, since the arguments of all would
-    fill the object store; more than CPUs, so that an autoscaler sees demand.
+    Each task takes one CPU. About twice as many tasks as CPUs are submitted: more than CPUs, so
+    that an autoscaler sees demand, but not all, because their arguments would fill the object
+    store.
     """
     task = ray.remote(num_cpus=1)(function)
     waiting = iter(work)
@@ -410,7 +413,7 @@ def _in_parallel(
             try:
                 result = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, OSError):  # storage: the traceback tells users nothing
+                if isinstance(error.cause, OSError):  # storage: a traceback does not help users
                     raise error.cause from None
                 raise
             except ray.exceptions.RayError as error:

@@ -1,13 +1,13 @@
-"""Elastic training: what the number of train workers may be, and when it changes.
+"""Elastic training: the possible numbers of train workers, and when the number changes.
 
-Ray Train restarts all workers to change their number, from the last checkpoint on, and its own
-policy (Ray 2.60) takes whatever fits the nodes. This one takes only numbers that the global batch
-divides among, and adds workers to a healthy run when a checkpoint has just been written: then a
-larger cluster costs no step. Losing workers needs no decision: what is left starts again.
+To change the number, Ray Train restarts all workers from the last checkpoint. Its own policy (Ray
+2.60) takes any number that fits the nodes. This policy takes only numbers that divide the global
+batch, and adds workers to a healthy run only right after a checkpoint, so that growing loses no
+step. Losing workers needs no decision: the remaining ones restart.
 
-A notice of preemption does not write a checkpoint: asking Ray for it (get_preemption_info) is a
-barrier of all workers, in every step; a lost node costs the steps since the last checkpoint
-(--checkpoint.minutes).
+A notice of preemption does not trigger a checkpoint, because asking Ray for it
+(get_preemption_info) is a barrier of all workers in every step. A lost node costs the steps since
+the last checkpoint (--checkpoint.minutes).
 """
 
 import time
@@ -26,11 +26,12 @@ from selfray.runs import checkpoint
 from selfray.storage import Location
 
 START_SECONDS = "20"
-"""How long a number of workers that no longer fits is tried: Ray notices a lost node late."""
+"""How long a start with too many workers is tried, because Ray notices a lost node late."""
 
 
 class WholeShares(ElasticScalingPolicy):
-    """Ray's elastic policy, for numbers of workers out of `sizes` and after a checkpoint only."""
+    """Ray's elastic policy, limited to numbers of workers in `sizes`; grows only after a
+    checkpoint."""
 
     def __init__(self, scaling_config: ScalingConfig, sizes: tuple[int, ...], run: str) -> None:
         super().__init__(scaling_config)
@@ -65,7 +66,7 @@ class WholeShares(ElasticScalingPolicy):
         reserved = self._get_reserved_resources()
         possible = 0 if reserved is None else self._count_possible_workers(reserved)
         if possible in (0, worker_group_state.num_workers):
-            return NoopDecision()  # what was to be added has gone again
+            return NoopDecision()  # the additional nodes have disappeared again
         return self._get_resize_decision(possible)
 
     def _has_new_checkpoint(self) -> bool:
@@ -77,7 +78,7 @@ class WholeShares(ElasticScalingPolicy):
     def _newest_step(self) -> int | None:
         try:
             found = checkpoint.all_of(Location.of(self._run))
-        except OSError:  # a store that fails now answers later
+        except OSError:  # the store may answer next time
             return self._seen
         return found[-1].step if found else None
 
@@ -91,6 +92,6 @@ class ElasticTrainer(Trainer):
         self._run = run
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        # Ray has no public way to give a policy of one's own.
+        # Ray has no public way to set a custom policy.
         settings["scaling_policy"] = WholeShares(self.scaling_config, self._sizes, self._run)
         return super()._initialize_and_run_controller(**settings)

@@ -1,4 +1,5 @@
-"""Embeddings by Ray tasks: each writes a file of its own, so an interruption costs one."""
+"""Embeddings by Ray tasks: each writes its own file, so an interruption loses at most running
+ones."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,13 @@ from selfray.probes.embedding import PLAN, Embedding, part_name
 from selfray.storage import Location
 
 WAITING = 3
-"""Tasks for each CPU that are submitted at a time."""
+"""Number of tasks per CPU that are submitted at a time."""
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What one task may use."""
+    """Resources of one task."""
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -26,11 +27,11 @@ class Devices:
 
 class Written(NamedTuple):
     images: int
-    """In all files."""
+    """Number of images in all files."""
     unreadable: int
-    """Images that could not be read and were left out."""
+    """Number of images that could not be read and were left out."""
     blocks_now: int
-    """Files that this call wrote."""
+    """Number of files that this call wrote."""
 
 
 def write_embeddings(
@@ -39,11 +40,11 @@ def write_embeddings(
     devices: Devices,
     on_block: Callable[[int], None] = lambda rows: None,
 ) -> Written:
-    """Write what of a folder of embeddings is missing, in parallel, and say what it holds.
+    """Write the missing files of a folder of embeddings, in parallel.
 
-    The files are the same whatever the number of tasks, and whatever an interruption left behind.
-    `on_block` is told how many images each finished file stands for, those of an earlier start
-    too. ValueError where the folder holds embeddings of something else.
+    The files do not depend on the number of tasks or on interruptions. `on_block` is called with
+    the number of images of each finished file, also for files of an earlier start. Raises
+    ValueError if the folder holds embeddings of something else.
     """
     plan = job.plan()
     _claim(folder, plan)
@@ -64,8 +65,8 @@ def write_embeddings(
 def _written(
     job: Embedding, folder: Location, blocks: Sequence[int], devices: Devices
 ) -> Iterator[tuple[int, int]]:
-    """(block, images in its file) of each block, as it is written. So many tasks wait that no CPU
-    or GPU does, and no more: a data set of any size takes the driver the same memory."""
+    """Yield (block, images in its file) of each block when it is written. Only as many tasks are
+    submitted as keep all CPUs and GPUs busy, so the driver's memory does not grow with the data."""
     if not blocks:
         return
     task: Any = ray.remote(num_cpus=devices.cpus, num_gpus=devices.gpus)(_write_block)
@@ -95,14 +96,14 @@ def _rows_of(place: Location) -> int:
 
 
 def _claim(folder: Location, plan: dict[str, Any]) -> None:
-    """Write into a new folder what it is for; ValueError where it is for something else."""
+    """Write the plan into a new folder; raises ValueError if the folder has a different plan."""
     record = folder / PLAN
     if record.exists():
         found = record.read_json()
         differ = [name for name in plan if found.get(name) != plan[name]]
         if differ:
             raise ValueError(
-                f"{folder} holds embeddings of something else (another {' and '.join(differ)}): "
+                f"{folder} holds embeddings of something else (different {' and '.join(differ)}): "
                 "give another folder, or remove it"
             )
         return

@@ -1,15 +1,15 @@
-"""How a run ends before its time, and the cause in one line."""
+"""Failures of a run: which ones would repeat, and the cause in one line."""
 
 from ray.exceptions import RayTaskError
 
 from selfray.storage import Location, last_line
 
 FAILURE = "failure.json"
-"""The cause of a failure that another attempt would only repeat."""
+"""File with the cause of a failure that another attempt would only repeat."""
 
 
 class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
-    """A run that ended before its time; the message is the cause in one line."""
+    """Raised when a run ends early; the message is the cause in one line."""
 
 
 REPEATABLE = (
@@ -24,14 +24,14 @@ REPEATABLE = (
 
 
 def would_repeat(error: BaseException) -> bool:
-    """Whether another attempt would end the same way."""
+    """Whether another attempt would fail in the same way."""
     from torch import OutOfMemoryError
 
     return isinstance(error, (*REPEATABLE, OutOfMemoryError))
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that began it all, through Python's chain and Ray's wrappers."""
+    """The first error of a chain, through Python's causes and Ray's wrappers."""
     while True:
         inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
         if not isinstance(inner, BaseException):
@@ -40,7 +40,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def recorded_failure(record: Location, launch: str) -> str | None:
-    """Why this start of the command is bound to fail; None where nothing says so."""
+    """The recorded cause why this start of the command must fail; None if there is none."""
     try:
         failure = record.read_json()
     except FileNotFoundError:

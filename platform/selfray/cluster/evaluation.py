@@ -1,8 +1,8 @@
 """Encoders, data sets and protocols -> numbers, as Ray tasks that repeat nothing.
 
-Features are computed once for each (encoder, rows, size) and kept as Parquet under
-`<home>/features/<key>`, the numbers under `<home>/evaluations/<key>.json`; a key is a hash of all
-that decides them, so what is found under it need not be computed again.
+Features are computed once for each (encoder, rows, size) and stored as Parquet under
+`<home>/features/<key>`, numbers under `<home>/evaluations/<key>.json`. A key is a hash of
+everything that determines them, so existing files need not be computed again.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ FEATURES, EVALUATIONS = "features", "evaluations"
 
 @dataclass(frozen=True)
 class Subject:
-    """An encoder that is judged."""
+    """An encoder to be judged."""
 
     title: str
-    """How tables call it."""
+    """Its name in tables."""
     encoder: EncoderRef | None
-    """None stands for raw pixels."""
+    """None for raw pixels."""
     home: Location
-    """Where what is computed of it is kept: its run's folder, if it has one."""
+    """The folder for its features and numbers: its run's folder, if it has one."""
     size: int
-    """Side in pixels that images are brought to."""
+    """Side in pixels to which images are resized."""
 
     @classmethod
     def pixels(cls, home: Location, size: int) -> "Subject":
@@ -54,10 +54,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A data set that encoders are judged on."""
+    """A data set on which encoders are judged."""
 
     name: str
-    """In tables and metrics."""
+    """Its name in tables and metrics."""
     train: Rows
     test: Rows
     label_names: tuple[str, ...] | None = None
@@ -65,15 +65,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Split:
-    """Features of one half of a data set, written."""
+    """Stored features of the train or test part of a data set."""
 
     files: FeatureFiles
     labels: np.ndarray
-    """int64 [n], as the data has them; -1 where there is none."""
+    """int64 [n], as in the data; -1 for none."""
     keys: np.ndarray
+    """uint64 [n]: a hash of each image's bytes."""
     unreadable: int
     key: str
-    """Proves of what they are."""
+    """A hash of everything that determines the features."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Judged:
     data: Labelled
     examined: Examined
     test_keys: np.ndarray
-    """uint64 [m]: the test images that scores are of."""
+    """uint64 [m]: hashes of the test images to which the scores belong."""
     unreadable: int
     judgements: tuple[Judgement, ...]
     seconds: float
@@ -94,7 +95,7 @@ class Judged:
 def compute_features(
     subject: Subject, data: Labelled, console: Console, devices: Devices, more: Contents
 ) -> tuple[Split, Split]:
-    """Features of train and test images; what an earlier call has computed is read."""
+    """Compute the features of train and test images, or read those of an earlier call."""
     found = []
     for part, rows in (("train", data.train), ("test", data.test)):
         contents = _contents(more, subject, part)
@@ -112,7 +113,7 @@ def compute_features(
 
 
 def _contents(more: Contents, subject: Subject, part: str) -> Contents:
-    """What every protocol needs, and more of what was asked for where there is any."""
+    """The columns that every protocol needs, plus those of `more` that the encoder has."""
     config = None if subject.encoder is None else subject.encoder.encoder_config
     return Contents(
         key=True,
@@ -130,9 +131,9 @@ def evaluate(
     devices: Devices,
     more: Contents,
 ) -> Judged:
-    """Judge one encoder on one data set by protocols that need features alone, by key.
+    """Judge one encoder on one data set by protocols, given by key, that need only features.
 
-    ValueError where the data has no labels to judge by.
+    Raises ValueError if the data has no usable labels.
     """
     started = time.monotonic()
     train, test = compute_features(subject, data, console, devices, more)
@@ -164,7 +165,7 @@ def _judged(
     splits: tuple[Split, Split],
     console: Console,
 ) -> list[Judgement]:
-    """Each protocol as a task of its own; those whose number is known are not asked."""
+    """Run each protocol as a separate task, except those whose numbers are stored."""
     found: dict[str, Judgement] = {}
     running: dict[Any, str] = {}
     width = None if subject.encoder is None else subject.encoder.width
@@ -188,7 +189,7 @@ def _judged(
 
 
 def place_of(subject: Subject, key: str, protocol: object, splits: tuple[Split, Split]) -> Location:
-    """Where a number is kept: a file named after all that decides it."""
+    """The file of a number, named after a hash of everything that determines it."""
     known = json.dumps([key, str(protocol), *(split.key for split in splits)])
     digest = hashlib.sha256(known.encode()).hexdigest()[:16]
     return subject.home / EVALUATIONS / f"{digest}.json"
@@ -204,7 +205,7 @@ def keep(place: Location, judgement: Judgement) -> None:
 
 
 def galleries(splits: Sequence[Split], width: int | None) -> tuple[Gallery, Gallery]:
-    """(train, test) as protocols take them: labelled images only, classes numbered from 0."""
+    """(train, test) galleries for protocols: only labelled images, classes numbered from 0."""
     train, test = splits
     on = [split.labels >= 0 for split in splits]
     examined = examine(
@@ -230,8 +231,8 @@ def _judge(key: str, protocol: Protocol, train: Split, test: Split, width: int |
 
 
 def label_free(judged: Judged) -> dict[str, float]:
-    """What the test images' features tell without labels: RankMe, uniformity, and alignment where
-    crops were embedded, too."""
+    """Label-free figures of the test images' features: RankMe, uniformity and, if crops were
+    embedded, alignment."""
     task: Any = ray.remote(num_cpus=1)(_label_free)
     encoder = judged.subject.encoder
     return ray.get(task.remote(judged.features[1], None if encoder is None else encoder.width))

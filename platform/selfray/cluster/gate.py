@@ -1,8 +1,8 @@
-"""How far a stream runs ahead of its consumer, told to Ray Data as a backpressure policy.
+"""Limits how far a stream runs ahead of its consumer, as a backpressure policy of Ray Data.
 
-Ray Data's own policies hold an execution back by estimates of memory, and one that is held back
-spins (Ray 2.60), which takes the interpreter lock from the trainer. A `Gate` counts chunks, and
-while nothing may be submitted and nothing runs, the execution's thread sleeps in it.
+Ray Data's own policies hold an execution back by estimates of memory, and a held execution spins
+(Ray 2.60), which takes the interpreter lock from the trainer. A `Gate` counts chunks instead, and
+the execution's thread sleeps in it while nothing may be submitted and nothing runs.
 """
 
 import threading
@@ -19,13 +19,13 @@ from selfray.cluster.ray_internals import (
 _GATE = "selfray.gate"
 
 
-class GateClosed(Exception):  # noqa: N818 - it is no error
-    """Ends an execution whose results nobody wants any more."""
+class GateClosed(Exception):  # noqa: N818 - not an error
+    """Ends an execution whose results are no longer needed."""
 
 
 class Gate:
-    """Lets an execution submit its tasks in order, up to a number that the consumer raises, and so
-    many at once."""
+    """Lets an execution submit tasks in order: in total up to a number that the consumer raises,
+    and at most `tasks_at_once` at a time."""
 
     def __init__(self, tasks: int, tasks_at_once: int) -> None:
         self.tasks = tasks
@@ -35,7 +35,7 @@ class Gate:
         self._changed = threading.Condition()
 
     def open_to(self, tasks: int) -> None:
-        """The first `tasks` tasks may be submitted."""
+        """Allow the first `tasks` tasks to be submitted."""
         with self._changed:
             self._open_to = tasks
             self._changed.notify_all()
@@ -46,7 +46,7 @@ class Gate:
             self._changed.notify_all()
 
     def admits(self, submitted: int, active: int) -> bool:
-        """Whether one more may follow. GateClosed after `close`."""
+        """Whether one more task may be submitted; may sleep. Raises GateClosed after `close`."""
         with self._changed:
             if submitted < self.tasks and not active:  # no result to wait for either
                 self._changed.wait_for(lambda: self._closed or submitted < self._open_to)
@@ -55,13 +55,13 @@ class Gate:
             return submitted < self._open_to and active < self.tasks_at_once
 
     def apply(self, context: DataContext) -> None:
-        """Let this gate alone decide when the executions under `context` submit tasks."""
+        """Make this gate the only policy for executions under `context`."""
         context.set_config(_GATE, self)
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [GatePolicy])
-        # Budgets for operators: a quarter of what the trainer's CPU does for a stream, for nothing.
+        # Budgets for operators are useless here and take a quarter of a stream's CPU time.
         context.op_resource_reservation_enabled = False
 
-    # It stays in the process of the execution: tasks that get the context get one without effect.
+    # A gate works only in the execution's process: tasks that receive the context get a new one.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gate":
         return self

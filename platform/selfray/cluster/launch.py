@@ -1,4 +1,4 @@
-"""Experiment -> TorchTrainer -> result: the life of a run as its driver sees it."""
+"""Launches a run: Experiment -> TorchTrainer -> result, from the driver's side."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from selfray.cluster import local_ray, runtime, waiting
 from selfray.cluster.build import build
 from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
 from selfray.cluster.monitor import Monitor
-from selfray.cluster.origin import description, given_by_user, outcome, tracker_of
+from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -34,6 +34,7 @@ from selfray.report import live_map, run_pictures
 from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
 
@@ -42,24 +43,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves, also in its run.json."""
+    """The result of a finished run, also stored in its run.json."""
 
     folder: str
     seconds: float
     """Wall time of all attempts, from the command to the last checkpoint."""
     images_per_second: float
-    """Images trained in a second, median over the run."""
+    """Images trained per second, median over the run."""
     first_step_seconds: float
     """From the command to the first optimizer step."""
     probes: dict[int, ProbeResult]
-    """By step; 0 is the untrained encoder."""
+    """Probes by step; 0 is the encoder before training."""
 
     history: History
     """The points of its curves."""
     images_seen: int = 0
-    """Up to the last checkpoint."""
+    """Images seen up to the last checkpoint."""
     stopped: str | None = None
-    """Why it was ended before its end, with a checkpoint to go on from; None where it was not."""
+    """Why the run was stopped early, with a checkpoint to resume from; None if it was not."""
 
     @property
     def final_probe(self) -> ProbeResult | None:
@@ -71,23 +72,23 @@ class PartOf:
     """The sweep that a run belongs to."""
 
     parent_run_id: str | None
-    """The sweep's MLflow run; None where the server was not reached."""
+    """The sweep's MLflow run; None if the server was not reached."""
     params: Mapping[str, str]
-    """More parameters of the run in MLflow: what the sweep varies, in its own words."""
+    """Further parameters for MLflow: the values that the sweep tries in this run."""
     title: str | None = None
-    """The run's name in MLflow; None takes its folder's."""
+    """The run's name in MLflow; None takes its folder's name."""
     folder: str | None = None
-    """The run's folder, where the sweep gives it one; None takes the run's own."""
+    """The run's folder, if the sweep chooses it; None takes the run's own."""
     until_step: int | None = None
-    """Where the run pauses, with a checkpoint; None goes to its end."""
+    """The step at which the run pauses, with a checkpoint; None trains to the end."""
     stop_file: str | None = None
     """The run ends, with a checkpoint, soon after this file appears; it holds {"reason": ...}."""
     on_probe: Callable[[int, ProbeResult], None] | None = None
-    """Told (images seen, result) of every probe, in the probes' thread; after a restart those of
-    before come again."""
+    """Called with (images seen, result) of every probe, in the probes' thread. On resume it is
+    first called for the probes already recorded."""
 
     def stop_reason(self) -> str | None:
-        """Why the run is to end; None while it may go on."""
+        """The reason in the stop file; None while there is no such file."""
         if self.stop_file is None or not Location.of(self.stop_file).exists():
             return None
         return str(Location.of(self.stop_file).read_json()["reason"])
@@ -100,7 +101,7 @@ def launch(
     started: float | None = None,
     part_of: PartOf | None = None,
 ) -> RunResult:
-    """Carry out a run on the Ray that is running, or go on with it where it stopped.
+    """Run an experiment on the running Ray, or resume it where it stopped.
 
     Args:
         experiment: what to run.
@@ -111,8 +112,8 @@ def launch(
         part_of: the sweep that the run belongs to, if any.
 
     Raises:
-        ValueError, FileNotFoundError: bad input, before any worker is started.
-        RunFailed: the cause in one line; the last good checkpoint stays.
+        ValueError, FileNotFoundError: bad input; no worker was started.
+        RunFailed: the run failed, with the cause in one line; the last good checkpoint is kept.
     """
     started = started or time.time()
     experiment = located(experiment)
@@ -170,9 +171,23 @@ def _carry_out(
     record.write(run, experiment, "running", given=given_by_user(experiment))
     if failed_before:
         tracker.set_tags({"failure": ""})  # that of an earlier start
+    # Runs of a sweep are compared at fixed steps, so their milestones are not adapted.
+    is_own = part.parent_run_id is None and not part.params
+    events = milestones(experiment, plan.total_steps, chosen(experiment) if is_own else None)
+    if events.note:
+        console.say(events.note)
     job = _probe_job(experiment, data) if experiment.probe.times else None
     monitor = Monitor(
-        console, run, experiment, plan, tracker, job, started, part.on_probe, part.stop_file
+        console,
+        run,
+        experiment,
+        plan,
+        tracker,
+        job,
+        events.probes,
+        started,
+        part.on_probe,
+        part.stop_file,
     )
     monitor.start()
     status: Any = "FAILED"
@@ -183,7 +198,7 @@ def _carry_out(
             tracker.set_tags({"failure": cause})
 
     def lost(cause: str) -> None:
-        """Ray is gone and will end this process in a moment: what is known is written down."""
+        """Record the cause: Ray has ended and will end this process in a moment."""
         failed(cause)
         console.say(f"error: {cause}")
         monitor.stop("FAILED")
@@ -193,7 +208,7 @@ def _carry_out(
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
-                _fit(experiment, run, data, placement, part, console)
+                _fit(experiment, run, data, placement, events, part, console)
             monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
@@ -211,7 +226,7 @@ def _carry_out(
         tracker.describe_run(description(experiment, plan, f"Failed: {error}"))
         raise
     except OSError as error:
-        cause = f"{error}; mend it and start the same command again"
+        cause = f"{error}; fix it and start the same command again"
         failed(cause)
         raise RunFailed(cause) from error
     except KeyboardInterrupt:
@@ -234,7 +249,7 @@ def _carry_out(
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
     console.say(f"again, with another seed: {_again(experiment, settings)}")
-    ending = stopped and f"ended before its time: {stopped}"
+    ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
     return result
@@ -245,10 +260,11 @@ def _fit(
     run: Location,
     data: DataSets,
     placement: Placement,
+    events: Milestones,
     part: PartOf,
     console: Console,
 ) -> None:
-    """Train on Ray Train workers. RunFailed has the cause where trying again is of no use."""
+    """Train on Ray Train workers. Raises RunFailed with the cause if retrying is useless."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.v2.api.config import LoggingConfig
 
@@ -275,6 +291,7 @@ def _fit(
                 run.uri,
                 placement.cpus_per_worker,
                 placement.data_cpus / placement.workers,
+                events.checkpoints,
                 launch_id,
                 part.until_step,
                 part.stop_file,
@@ -301,7 +318,7 @@ def _fit(
             trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
-        # The worker that began it wrote its cause down; another one may have lost its peer first.
+        # The worker that failed first recorded its cause; others may only report a lost peer.
         raise RunFailed(recorded_failure(run / FAILURE, launch_id) or cause_of(error)) from error
     failure = recorded_failure(run / FAILURE, launch_id)
     if failure is not None:
@@ -317,7 +334,7 @@ def _log_pictures(
     tracker: Tracker,
     console: Console,
 ) -> None:
-    """Make the run's pictures and log them. They are no part of the result: a failure is told."""
+    """Make the run's pictures and log them. A failure is reported and does not fail the run."""
     newest = checkpoint.latest(run)
     assert newest is not None
     console.live("drawing pictures")
@@ -331,7 +348,7 @@ def _log_pictures(
         )
     except Exception as error:
         log.exception("the pictures failed")
-        console.say(f"the pictures could not be made ({error}): the run is not touched by it")
+        console.say(f"the pictures could not be made ({error}): the run itself is not affected")
         return
     for name, picture in made.items():
         if isinstance(picture, dict):
@@ -343,13 +360,13 @@ def _log_pictures(
 
 
 def ray_storage(run: Location) -> str:
-    """Where Ray Train keeps its own bookkeeping: beside the checkpoints, out of sight."""
+    """The folder for Ray Train's own bookkeeping, beside the checkpoints."""
     return (run / "ray").uri
 
 
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:
-    """The result of a run that has ended well before, or that its sweep stopped; None where there
-    is something left to do."""
+    """The result of a run that has already finished, or that its sweep stopped; None if there is
+    work left."""
     written = record.read(run)
     stays_stopped = written.get("status") == "stopped" and part.stop_reason() is not None
     if written.get("status") != "finished" and not stays_stopped:
@@ -361,7 +378,7 @@ def _finished_result(run: Location, part: PartOf) -> RunResult | None:
 
 
 def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = None) -> ProbeJob:
-    """Probes at the encoder's size, or at the `largest` side in pixels where that is less."""
+    """Probes at the encoder's image size, but at most at side `largest` in pixels."""
     side = min(experiment.encoder.image_size, largest or experiment.encoder.image_size)
     train, test = data.samples(side, experiment.probe.train_limit, experiment.probe.test_limit)
     labelled = train if data.can_probe else None
@@ -369,7 +386,7 @@ def _probe_job(experiment: Experiment, data: DataSets, largest: int | None = Non
 
 
 def baseline(experiment: Experiment, console: Console) -> ProbeResult:
-    """The probes on raw pixels: what an encoder has to beat."""
+    """Probe raw pixels, the baseline for encoders."""
     data = open_data(experiment.data, Location.of(experiment.output), console.say, build)
     if not data.can_probe:
         raise ValueError(f"--data.path {experiment.data.path} has no labels to probe with")
@@ -377,7 +394,7 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
 
 
 def _again(experiment: Experiment, settings: Location) -> str:
-    """The command that repeats a run by its file, with the next seed."""
+    """The command that repeats a run from its file with the next seed."""
     command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
     words = ["selfray", command, "--config", settings.uri]
     words += [word for name in plugins.named() for word in (plugins.FLAG, name)]
@@ -395,7 +412,7 @@ def _say_plan(
     )
     if not data.can_probe and experiment.probe.times:
         console.say(
-            "the data has no labels: the encoder is judged by what needs none, RankMe, alignment "
-            "and uniformity"
+            "the data has no labels: the encoder is judged by label-free figures, RankMe, "
+            "alignment and uniformity"
         )
     console.say(f"folder: {run}")

@@ -1,8 +1,8 @@
-"""The Ray that selfray starts where no cluster is named: for its user alone, and small.
+"""The local Ray that selfray starts if no cluster is given: small, and only for its user.
 
-Every port of it is on the loopback interface, Ray's token check is on, and the token and all of the
-session lie in a folder that its user alone can read. Of Ray's processes only those start that one
-machine needs: no dashboard, no log monitor, no autoscaler.
+All of its ports are on the loopback interface, Ray's token authentication is on, and the token and
+the session lie in a folder that only its user can read. Only the processes that one machine needs
+are started: no dashboard, no log monitor, no autoscaler.
 """
 
 import atexit
@@ -27,30 +27,30 @@ log = logging.getLogger(__name__)
 PREFIX = "selfray-ray-"
 TOKEN = "token"
 RAYS_PART = "r"
-"""Ray's own folder, inside the session's: Ray opens it to everybody."""
+"""Ray's own folder inside the session's folder; Ray makes it readable for everyone."""
 OWNER = "owner"
-"""In a session's folder: the process that started it."""
+"""File in a session's folder that names the process that started it."""
 LONGEST_FOLDER = 32
-"""Bytes. A Unix socket's path has 107 at most; Ray's own part of it takes up to 75."""
+"""Largest length in bytes: the path of a Unix socket has at most 107, Ray's part takes up to 75."""
 STORE_BYTES = 2 * 2**30
 STORE_SHARE = 0.25
-"""The object store gets this share of the free shared memory, and STORE_BYTES at most. Streams keep
-a third of it filled; Ray's own default, 30 % of the machine, is meant for data sets held in it."""
+"""The object store gets this share of the free shared memory, but at most STORE_BYTES. Streams fill
+a third of it; Ray's default, 30 % of the machine's memory, is meant for whole data sets."""
 START_SECONDS = 90.0
-"""A start that takes longer is given up and tried once more."""
+"""A start that takes longer is abandoned and tried once more."""
 SLOW_SECONDS = 10.0
-"""Then the console is told that it is slow."""
+"""After this time the console says that the start is slow."""
 
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
 
 LAST_WORDS_SECONDS = 15.0
-"""How long a run whose Ray is gone may take to write down what happened."""
+"""Time for a run whose Ray has ended to record the cause."""
 
 Say = Callable[[str], None]
 
 
 class StartFailed(OSError):  # noqa: N818 - the start is what failed
-    """Ray did not come up; the message is the cause in one line."""
+    """Raised when Ray did not start; the message is the cause in one line."""
 
 
 _session: Path | None = None
@@ -58,12 +58,12 @@ _before: dict[str, str | None] = {}
 
 
 def is_running() -> bool:
-    """Whether this process, or the driver of this worker, started the Ray in use."""
+    """Whether the Ray in use was started by this process or by the driver of this worker."""
     return os.environ.get("SELFRAY_LOCAL_RAY") == "1"
 
 
 def start(options: Mapping[str, Any], say: Say = lambda _: None) -> None:
-    """Start Ray and connect to it. StartFailed after two attempts."""
+    """Start Ray and connect to it. Raises StartFailed after two attempts."""
     sweep_leftovers()
     for attempt in (1, 2):
         try:
@@ -88,14 +88,14 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(_write_token(_session)),
             "RAY_AUTH_TOKEN": None,
-            # Nothing collects them.
+            # No metrics collector runs.
             "RAY_enable_metrics_collection": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
-            # This machine is not taken away with notice.
+            # A single machine gets no preemption notice.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_agent_register_timeout_ms": "120000",
             "RAY_worker_register_timeout_seconds": "180",
-            # Ray kills workers when the machine's memory is nearly full, whoever filled it.
+            # Ray kills workers if the machine's memory is nearly full, even due to other programs.
             MEMORY_LIMIT: os.environ.get(MEMORY_LIMIT, "0.98"),
             "SELFRAY_LOCAL_RAY": "1",
         }
@@ -107,7 +107,7 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
 
 
 def stop() -> None:
-    """Stop what `start` started, and remove its folder."""
+    """Stop the Ray that `start` started, and remove its folder."""
     global _session
     import ray
 
@@ -122,8 +122,8 @@ def stop() -> None:
 
 @contextmanager
 def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
-    """While this lasts, call `tell` with the cause if Ray's own processes end, then leave with exit
-    code 1: Ray's library would end this process a moment later, without a word."""
+    """Inside, if one of Ray's own processes ends, call `tell` with the cause and exit with code 1.
+    Ray's library would end this process a moment later without any message."""
     if _session is None:
         yield
         return
@@ -160,7 +160,7 @@ def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def store_bytes() -> int:
-    """How large the object store is, in bytes: at most what the shared memory has free."""
+    """The size of the object store in bytes, which depends on the free shared memory."""
     free = shutil.disk_usage("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
     return max(80 * 2**20, min(STORE_BYTES, int(STORE_SHARE * free.free)))
 
@@ -169,7 +169,7 @@ def store_bytes() -> int:
 
 
 def _new_folder() -> Path:
-    """A folder of this session alone, with a name that nobody can guess, readable by its user."""
+    """A new folder for this session, with a random name, readable only by its user."""
     refused = ""
     for parent in _parents():
         try:
@@ -186,14 +186,15 @@ def _new_folder() -> Path:
 
 
 def _parents() -> list[str]:
-    """Where the folder may lie: the first that is short enough and can be written."""
+    """Candidates for the parent folder whose paths are short enough; the first writable one
+    counts."""
     wanted = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"]
     room = LONGEST_FOLDER - len(PREFIX)
     return [path for path in dict.fromkeys(wanted) if path and len(os.fsencode(path)) <= room]
 
 
 def sweep_leftovers() -> None:
-    """Remove the folders of this user's sessions whose process was killed."""
+    """Remove this user's session folders whose process was killed."""
     for parent in _parents():
         for folder in Path(parent).glob(f"{PREFIX}*"):
             try:
@@ -208,18 +209,19 @@ def sweep_leftovers() -> None:
 
 
 def _kill_processes_of(folder: Path) -> None:
-    """End at once all processes of a session. They have its token in their environment."""
+    """Kill all processes of a session, which have its token's path in their environment."""
     wanted = f"RAY_AUTH_TOKEN_PATH={folder / TOKEN}\0".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if process.name != str(os.getpid()) and wanted in (process / "environ").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
 
 
 def _started_at(pid: int) -> str:
-    """When a process started: another one may have its number by now. "" where there is none."""
+    """The start time of a process, because its id may have been reused; "" if there is no such
+    one."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -248,7 +250,7 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 def _restore() -> None:
-    """A cluster that is joined later has an owner, and settings of its own."""
+    """Restore the environment, because a cluster joined later has its own settings and token."""
     for name, value in _before.items():
         if value is None:
             os.environ.pop(name, None)
@@ -284,7 +286,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def abandon() -> None:
-    """Before this process ends at once: end what Ray started, and remove its folder."""
+    """Kill Ray's processes and remove its folder, right before this process exits."""
     if _session is not None:
         _kill_processes_of(_session)
         shutil.rmtree(_session, ignore_errors=True)

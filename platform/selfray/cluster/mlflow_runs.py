@@ -1,5 +1,5 @@
-"""From what a person names to runs side by side: folders, sweeps, MLflow runs and experiments; and
-a page of them back to MLflow."""
+"""Resolves what a user names (folders, sweeps, MLflow runs, experiments) to runs for a comparison,
+and logs the comparison's page to MLflow."""
 
 import logging
 import os
@@ -36,17 +36,17 @@ Say = Callable[[str], None]
 def read_runs(
     references: Sequence[str], tracking: str | None = None, say: Say = log.info
 ) -> list[ComparedRun]:
-    """All runs that the references name, each once, in their order.
+    """All runs that the references name, each once, in order.
 
     Args:
         references: run folders, a sweep's folder, an output folder, mlruns:/RUN_ID (of a run or of
             a sweep), or names of MLflow experiments.
         tracking: the MLflow store of the last two; None takes MLFLOW_TRACKING_URI, else a SQLite
             file in ./runs.
-        say: is told what could not be looked up.
+        say: called with a line about each lookup that failed.
 
     Raises ValueError or OSError, in one line, for a reference that names no run. A run that cannot
-    be read is among the result and says so.
+    be read is part of the result, with the reason in its note.
     """
     named: dict[str, Named] = {}
     for reference in references:
@@ -58,7 +58,7 @@ def read_runs(
 
 
 def _resolve(reference: str, tracking: str | None, say: Say) -> list[Named]:
-    require(reference.strip() != "", "a run cannot be named by an empty word")
+    require(reference.strip() != "", "the name of a run is empty: give a folder or MLflow run")
     if reference.startswith(MLRUNS):
         return _of_mlflow_run(reference.removeprefix(MLRUNS).strip("/"), tracking)
     folder = Location.of(reference)
@@ -90,13 +90,13 @@ def _of_sweep(sweep: Location, tracking: str | None, say: Say) -> list[Named]:
     parent = str(record.get("run_id") or "")
     found = trials(sweep, parent)
     if parent and not reading.has_ended(sweep):
-        # A trial under way has no file yet; its MLflow run is known from its start.
+        # A running trial has no outcome file yet, but its MLflow run exists from its start.
         try:
             uri = named_store(record, tracking)
             with asking_mlflow(uri) as (client, _):
                 under_way = _children(client, client.get_run(parent))
         except (OSError, ValueError) as error:
-            say(f"the sweep has not ended, and what is under way is not shown: {error}")
+            say(f"the sweep has not ended, and running trials are not shown: {error}")
         else:
             found += under_way
     if not found:
@@ -122,12 +122,12 @@ def _of_mlflow_run(run_id: str, tracking: str | None) -> list[Named]:
         children = _children(client, run)
     folder = run.data.tags.get("run.folder")
     if children:
-        # The sweep's folder, where it is seen from here, knows of trials that never began, too.
+        # The sweep's folder, if it can be read, also lists trials that never started.
         return [*(trials(Location.of(folder), run_id) if folder else []), *children]
     if folder is None:
         raise ValueError(
-            f"MLflow run {run_id} has no tag run.folder and no children, so it is no run of "
-            "selfray's: give the run's folder"
+            f"MLflow run {run_id} has no tag run.folder and no children, so it is not a run of "
+            "selfray: give the run's folder"
         )
     return [_of_known(run)]
 
@@ -153,8 +153,8 @@ def _of_known(run: "Run") -> Named:
 
 
 def _of_experiment(name: str, tracking: str | None, folder_is_there: bool) -> list[Named]:
-    """The runs of an MLflow experiment; none where a folder of that name is there and MLflow is
-    not."""
+    """The runs of an MLflow experiment; empty if a folder of that name exists and MLflow has no
+    such experiment or does not answer."""
     uri = tracking_uri(Location.of("runs"), tracking)
     try:
         with asking_mlflow(uri) as (client, where):
@@ -171,15 +171,17 @@ def _of_experiment(name: str, tracking: str | None, folder_is_there: bool) -> li
     except OSError as error:
         if folder_is_there:
             return []
-        raise ConnectionError(f"{name} is no folder here, and as an experiment: {error}") from None
+        raise ConnectionError(
+            f"{name} is not a folder here, and as an MLflow experiment: {error}"
+        ) from None
     found = []
     for run in runs:
         folder = run.data.tags.get("run.folder")
-        # A sweep's own run is no run to compare, nor is one that only holds a page.
+        # The run of a sweep itself, or one that only holds a page, is not compared.
         if folder is not None and "sweep.question" not in run.data.tags:
             found.append(_of_known(run))
     if not found:
-        raise ValueError(f"the MLflow experiment {name} in {where} holds no run of selfray's")
+        raise ValueError(f"the MLflow experiment {name} in {where} holds no run of selfray")
     return found
 
 
@@ -207,7 +209,7 @@ def _read(named: Named, tracking: str | None) -> ComparedRun:
             return _without_folder(named, tracking)
         run = read_run(folder)
     except Exception as error:
-        # One damaged run must not hide the others. A file from elsewhere may hold anything.
+        # One damaged run must not hide the others, and foreign files may hold anything.
         log.exception("%s cannot be read", folder)
         note = f"not readable: {one_line(error)}"
         run = ComparedRun(folder.name, folder.uri, "unreadable", note=note)
@@ -224,10 +226,10 @@ def _read(named: Named, tracking: str | None) -> ComparedRun:
 
 
 def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
-    """What MLflow knows of a run whose folder is not seen from here."""
+    """What MLflow knows of a run whose folder cannot be read from here."""
     name = posixpath.basename(named.folder.rstrip("/"))
     if named.known is None:
-        note = "its folder is not there" + (f"; {named.failure}" if named.failure else "")
+        note = "its folder does not exist" + (f"; {named.failure}" if named.failure else "")
         return ComparedRun(name, named.folder, "unreadable", label=named.label, note=note)
     run = named.known
     tags, parameters = run.data.tags, run.data.params
@@ -240,7 +242,7 @@ def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
                 history = client.get_metric_history(run.info.run_id, metric)
                 curves[metric] = sorted({point.step: point.value for point in history}.items())
     rates = [value for _, value in curves.get(RATE, ())]
-    notes = [tags.get("failure", ""), "its folder is not seen from here: MLflow's figures alone"]
+    notes = [tags.get("failure", ""), "its folder is not visible here: only MLflow's figures"]
     return ComparedRun(
         name=name,
         folder=named.folder,
@@ -263,7 +265,7 @@ def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
 
 
 def _parsed(text: str) -> Scalar:
-    """A parameter as it was before MLflow made text of it."""
+    """A parameter with its type before MLflow converted it to text."""
     if text in ("True", "False"):
         return text == "True"
     for kind in (int, float):
@@ -277,10 +279,10 @@ def _parsed(text: str) -> Scalar:
 
 
 def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> str:
-    """Log a page as an artifact, and say in one line what became of that.
+    """Log a page as an artifact, and return one line about the result.
 
-    The trials of one sweep have it at the sweep's run, a single run at its own. Any other choice of
-    runs has no run in MLflow that it belongs to: its page is a file alone.
+    The page of one sweep's trials is logged to the sweep's run, that of a single run to this run.
+    For any other selection there is no matching MLflow run, so the page remains only a file.
     """
     known = [run.tracked for run in runs if run.tracked is not None]
     if not known:
@@ -290,7 +292,7 @@ def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> st
         with asking_mlflow(uri) as (client, where):
             target = _target(client, known)
             if target is None:
-                return "not logged: these runs are not of one sweep, so the page is a file alone"
+                return "not logged: these runs are not of one sweep, so the page is only a file"
             client.log_text(target.info.run_id, page, PAGE)
     except Exception as error:  # each artifact store's client raises its own
         log.exception("the page was not logged")
@@ -300,7 +302,7 @@ def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> st
 
 
 def _target(client: "MlflowClient", known: Sequence[Tracked]) -> "Run | None":
-    """The MLflow run that is to have the page; None where there is none."""
+    """The MLflow run to which the page is logged; None if there is none."""
     if len(known) == 1:
         return client.get_run(known[0].run_id)
     parents = set()
@@ -313,7 +315,8 @@ def _target(client: "MlflowClient", known: Sequence[Tracked]) -> "Run | None":
 
 
 def default_page(references: Sequence[str]) -> Location:
-    """Where the page goes: into the folder that is compared where it is one, else here."""
+    """The page's path: in the compared folder if there is exactly one, else in the current
+    folder."""
     if len(references) == 1 and not references[0].startswith(MLRUNS):
         folder = Location.of(references[0])
         if folder.is_folder():

@@ -1,5 +1,5 @@
-"""Which MLflow store, how it is opened quietly, and a question to it that is answered, or refused
-with its cause, within seconds."""
+"""Chooses the MLflow store, opens it quietly, and asks it questions that are answered, or fail with
+a cause, within seconds."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ QUIET_AND_QUICK = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # The shipper waits and tries again by itself; MLflow's own seven retries block for minutes.
+    # The shipper retries by itself; MLflow's own seven retries would block for minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
-    """Where to track: `explicit`, else MLFLOW_TRACKING_URI, else a SQLite file in `output`.
+    """The tracking URI: `explicit`, else MLFLOW_TRACKING_URI, else a SQLite file in `output`.
 
-    SQLite needs a local disk: for an output on an object store the file lies in ./runs instead.
+    SQLite needs a local disk: for an output in an object store the file lies in ./runs instead.
     """
     uri = explicit or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -49,27 +49,30 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
 
 
 def named_store(record: Mapping[str, Any], tracking: str | None) -> str:
-    """The MLflow store of a run whose folder names one in its record, where the user names it too.
+    """The MLflow store for a run, if the user names the same one as the run's folder.
 
-    A folder is data, and may be a stranger's: a store that only it names is neither contacted, with
-    credentials that are for another, nor written to. ValueError says how the user names it.
+    A folder is data and may come from a stranger. So a store that only the folder names is neither
+    contacted (with credentials meant for another) nor written to.
 
     Args:
-        record: the folder's mlflow.json.
-        tracking: the user's flag; with it the record does not matter.
+        record: the content of the folder's mlflow.json.
+        tracking: the user's flag; if given, the record does not matter.
+
+    Raises:
+        ValueError: the folder names a different store; says how to name it.
     """
     uri = tracking_uri(Location.of("runs"), tracking)
     recorded = masked(str(record.get("tracking_uri") or ""))
     if tracking is None and recorded not in ("", masked(uri)):
         raise ValueError(
-            f"the run's folder names the MLflow store {recorded}, and a store is used only where "
-            "you name it: give --tracking, or MLFLOW_TRACKING_URI, if you know it"
+            f"the run's folder names the MLflow store {recorded}, but a store is used only if you "
+            "name it: give --tracking, or MLFLOW_TRACKING_URI, if you trust it"
         )
     return uri
 
 
 def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
-    """The tags of an MLflow run. ValueError where there is no such run, ConnectionError where
+    """The tags of an MLflow run. Raises ValueError if there is no such run, ConnectionError if
     there is no answer."""
     with asking_mlflow(uri) as (client, where):
         from mlflow.exceptions import MlflowException
@@ -86,20 +89,21 @@ def mlflow_tags(uri: str, run_id: str) -> dict[str, str]:
 
 
 def count_mlflow_experiments(uri: str) -> tuple[str, int]:
-    """(the store without its password, how many experiments it has at most 1000). ConnectionError
-    where there is no answer."""
+    """(the store without its password, number of its experiments, counted up to 1000). Raises
+    ConnectionError if there is no answer."""
     with asking_mlflow(uri) as (client, where):
         return where, len(client.search_experiments(max_results=1000))
 
 
 @contextmanager
 def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
-    """A client that asks once and does not wait for minutes."""
+    """An MLflow client that asks once and does not wait for minutes, and the store without its
+    password. Errors of MLflow inside become one-line ConnectionErrors."""
     for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
     where = masked(uri)
     database = database_file(uri)
-    if database is not None and not Path(database).exists():  # MLflow would make an empty one
+    if database is not None and not Path(database).exists():  # MLflow would create an empty one
         raise ConnectionError(
             f"there is no MLflow store at {database}: name one with --tracking or "
             "MLFLOW_TRACKING_URI"
@@ -116,13 +120,13 @@ def asking_mlflow(uri: str) -> "Iterator[tuple[MlflowClient, str]]":
         refused = re.search(r"Caused by .*: (.*?)[\"')]*$", text)
         cause = refused[1] if refused else textwrap.shorten(text, 160, placeholder=" ...")
         raise ConnectionError(
-            f"the MLflow store {where} cannot be used ({cause}): start or mend it, or name another "
-            "with --tracking or MLFLOW_TRACKING_URI"
+            f"the MLflow store {where} cannot be used ({cause}): start or repair it, or name "
+            "another with --tracking or MLFLOW_TRACKING_URI"
         ) from None
 
 
 def quiet_logs() -> None:
-    """MLflow may have been imported before the environment asked it to be quiet."""
+    """Silence MLflow's loggers, in case it was imported before the environment was set."""
     if os.environ["MLFLOW_LOGGING_LEVEL"] == QUIET_AND_QUICK["MLFLOW_LOGGING_LEVEL"]:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -130,7 +134,7 @@ def quiet_logs() -> None:
 
 @contextmanager
 def locked(database: str | None) -> Iterator[None]:
-    """One process at a time, for a SQLite file; anything else guards itself."""
+    """Let only one process at a time into a SQLite file; other stores lock by themselves."""
     if database is None:
         yield
         return
@@ -141,7 +145,7 @@ def locked(database: str | None) -> Iterator[None]:
 
 
 def database_file(uri: str) -> str | None:
-    """The file of a sqlite URI, None for any other."""
+    """The file of a sqlite URI; None for any other."""
     match = re.fullmatch(r"sqlite:///([^?]+?)(\?.*)?", uri)
     return None if match is None or match[1] == ":memory:" else match[1]
 
@@ -156,7 +160,7 @@ class DataSetInput:
 
     name: str
     digest: str
-    """At most 36 characters; another one for other images."""
+    """At most 36 characters that identify the images."""
     source: str
     """A path or URI."""
     profile: Mapping[str, Any]
@@ -164,7 +168,7 @@ class DataSetInput:
 
 
 def as_input(found: DataSetInput) -> "DatasetInput":
-    """A data set as MLflow's own kind."""
+    """Convert a data set to MLflow's own type."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     data_set = Dataset(

@@ -1,7 +1,7 @@
-"""What the driver does while workers train: show progress, probe checkpoints, keep the best.
+"""The driver's work while workers train: shows progress, probes checkpoints, keeps the best.
 
-It reads the run's spool, where rank 0 writes, so it needs no connection to the workers and sees
-the same after a restart.
+It reads the run's spool, which rank 0 writes, so it needs no connection to the workers and sees the
+same after a restart.
 """
 
 import logging
@@ -9,14 +9,14 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from selfray.cluster.probe_tasks import ProbeJob, metrics_of, tags_of
 from selfray.cluster.shipping import Status
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
-from selfray.data.plan import ReadPlan, even_steps
+from selfray.data.plan import ReadPlan
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
 from selfray.pace import clock
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 LINES_WITHOUT_TERMINAL = 10
-"""Progress lines of a run whose output goes to a file."""
+"""Number of progress lines of a run whose output is not a terminal."""
 
 
 class Monitor:
@@ -49,12 +49,14 @@ class Monitor:
         plan: ReadPlan,
         tracker: Tracker,
         probe_job: ProbeJob | None,
+        probe_steps: Collection[int],
         started: float,
         on_probe: Callable[[int, ProbeResult], None] | None = None,
         stop_file: str | None = None,
     ) -> None:
-        """`on_probe(images_seen, result)` is told of every probe, in the probes' thread; those of
-        an earlier start come again. The run ends soon after `stop_file` is written."""
+        """Checkpoints of `probe_steps` are probed. `on_probe(images_seen, result)` is called for
+        every probe, in the probes' thread; on resume first for the probes already recorded. The run
+        ends soon after `stop_file` is written."""
         self.console = console
         self.run = run
         self.experiment = experiment
@@ -66,7 +68,7 @@ class Monitor:
         self._probe_job = probe_job
         self._on_probe = on_probe
         self._stop_file = stop_file
-        self._probe_steps = even_steps(plan.total_steps, experiment.probe.times)
+        self._probe_steps = probe_steps
         self._writer = SpoolWriter(run / SPOOL, f"probes-{time.time_ns()}")
         self._reader = SpoolReader(run / SPOOL)
         self._offsets: dict[str, int] = {}
@@ -88,7 +90,7 @@ class Monitor:
 
     @property
     def _start(self) -> str:
-        return "untrained" if self.experiment.init_from is None else "what it starts from"
+        return "untrained" if self.experiment.init_from is None else "starting weights"
 
     @property
     def seconds(self) -> float:
@@ -99,7 +101,7 @@ class Monitor:
         return statistics.median(self._rates) if self._rates else 0.0
 
     def start(self) -> None:
-        # What earlier starts of this run wrote is known history: losses and probes are taken over,
+        # Records of earlier starts of this run are history: their losses and probes are kept, but
         # nothing is shown or probed again.
         records, self._offsets = self._reader.read({})
         for record in records:
@@ -108,7 +110,7 @@ class Monitor:
             thread.start()
 
     def training_ended(self) -> None:
-        """Take in the last records and wait for the probes under way."""
+        """Read the last records and wait for running probes."""
         self._ended.set()
         self._threads[0].join()
         self._finished_at = time.time()
@@ -127,7 +129,8 @@ class Monitor:
         self.tracker.finish(status)
 
     def summary(self, data_cpus: float, has_gpu: bool) -> str:
-        """What the run came to, in one line, with what held it up: `data_cpus` drew its views."""
+        """One line with time, speed and bottleneck of the run, whose views `data_cpus` CPUs
+        drew."""
         waited = statistics.mean(self._waits) if self._waits else 0.0
         line = (
             f"trained in {self.seconds:.0f} s at {self.images_per_second:,.0f} images/s; "
@@ -196,7 +199,7 @@ class Monitor:
             case "checkpoint_failed":
                 self.console.say(
                     f"the checkpoint of step {record['step']:,} could not be written "
-                    f"({record['message']}): training goes on, earlier ones are whole"
+                    f"({record['message']}): training continues, earlier checkpoints are intact"
                 )
             case "broken_images":
                 self.console.say(f"cannot be read, left out: {record['names']}")
@@ -206,15 +209,15 @@ class Monitor:
         if before and before != self._workers:
             self.console.say(
                 f"{self._workers} worker{'s' if self._workers > 1 else ''} now, {before} before: "
-                f"going on from step {record['step']:,}"
+                f"continuing from step {record['step']:,}"
             )
         elif self.first_step_seconds:
-            self.console.say(f"a worker died: started again from step {record['step']:,}")
+            self.console.say(f"a worker died: restarted from step {record['step']:,}")
 
     def _on_progress(self, record: dict[str, Any]) -> None:
         if not self.first_step_seconds:
             self.first_step_seconds = time.time() - self.started
-            # MLflow and the first probe take seconds of CPU: not before training runs.
+            # MLflow and the first probe take seconds of CPU, so they start after training does.
             self._start_tracking()
             if self._probe_job is not None and 0 not in self.probes:
                 self._ask_probe(EncoderRef.start(self.experiment, self.run), 0, 0)
@@ -250,8 +253,8 @@ class Monitor:
             self.tracker.start()
 
     def verdict(self) -> str | None:
-        """Whether the run made its first weights better, in one line; None for a run from random
-        ones, and where there is nothing to tell it by."""
+        """One line on whether training improved the weights that the run started from; None for a
+        run from random weights, and if there are not enough probes."""
         if self.experiment.init_from is None:
             return None
         found = verdict(self.probes, self.experiment.method.judged_by)
@@ -267,7 +270,7 @@ class Monitor:
             log.exception("old checkpoints could not be removed")
 
     def _best_step(self) -> int | None:
-        """The checkpoint with the best probe; where there is no probe, with the lowest loss."""
+        """The step of the checkpoint with the best probe or, without probes, the lowest loss."""
         by = self.experiment.method.judged_by
         judged = {s: getattr(result, by) for s, result in self.probes.items() if s > 0}
         known = {step: value for step, value in judged.items() if value is not None}
@@ -278,9 +281,9 @@ class Monitor:
     # --- the probing thread
 
     def _probe_all(self) -> None:
-        """One probe after the other, as they are asked for; None ends it."""
+        """Run requested probes one after the other; a None in the queue ends it."""
         images = self.experiment.batch_size
-        for step in sorted(self.probes):  # an earlier start may have ended before it told of them
+        for step in sorted(self.probes):  # an earlier start may have ended before it reported them
             self._tell(step * images, self.probes[step])
         while (asked := self._to_probe.get()) is not None:
             self._probe(*asked)
@@ -290,7 +293,7 @@ class Monitor:
         try:
             result = self._probe_job.run(encoder)
         except Exception as error:
-            # A probe is beside training: whatever goes wrong in it must not end the run.
+            # No failure of a probe may end the run.
             log.exception("probe failed")
             self.console.say(f"the probe of step {step:,} failed: {str(error).splitlines()[-1]}")
             return
@@ -318,7 +321,7 @@ class Monitor:
         self._end_where_worse()
 
     def _end_where_worse(self) -> None:
-        """Ask the workers to end where the last probes are surely worse than that of the start."""
+        """Write the stop file if the last probes are all significantly worse than the start's."""
         patience = self.experiment.guard.worse_than_start
         later = sorted(step for step in self.probes if step > 0)[-patience:]
         if not patience or self._stop_file is None or 0 not in self.probes or len(later) < patience:
@@ -327,7 +330,7 @@ class Monitor:
         gains = [gain_over(self.probes[0], self.probes[step], by) for step in later]
         if all(gain is not None and gain.high < 0 for gain in gains):
             reason = (
-                f"{patience} probes in a row are worse than that of the weights it started from: "
+                f"{patience} successive probes are worse than that of the starting weights: "
                 "give a lower --optimizer.base-learning-rate or a longer --warm-up-head"
             )
             Location.of(self._stop_file).write_json({"reason": reason})

@@ -1,4 +1,4 @@
-"""What MLflow and run.json are told of a run, beside its metrics: settings, origin, description."""
+"""What MLflow and run.json record about a run beside metrics: settings, origin, description."""
 
 import posixpath
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def tracker_of(
 
 
 def description(experiment: Experiment, plan: ReadPlan, result: str = "") -> str:
-    """One paragraph for the run's page: what is trained, on what, and what came of it."""
+    """One paragraph for the run's MLflow page: what is trained, on which images, and the result."""
     encoder = experiment.encoder
     text = (
         f"{experiment.method.name} pretrains {encoder.name} at {encoder.image_size} pixels on "
@@ -69,7 +69,7 @@ def description(experiment: Experiment, plan: ReadPlan, result: str = "") -> str
 
 
 def outcome(monitor: Monitor) -> str:
-    """What the probes came to, for the run's description."""
+    """The result of the probes, for the run's description."""
     if not monitor.probes:
         return ""
     last, first = monitor.probes[max(monitor.probes)], monitor.probes.get(0)
@@ -78,12 +78,18 @@ def outcome(monitor: Monitor) -> str:
 
 
 def given_by_user(experiment: Experiment) -> list[str]:
-    """The dotted names of what a flag or file has set otherwise than the recipe."""
+    """The dotted names of fields that a flag or file set to values other than the recipe's."""
     recipe = recipes.every().get(experiment.name)
     if recipe is None:
         return []
     theirs, ours = (config.flatten(config.to_json(one)) for one in (recipe, experiment))
     return sorted(name for name in ours if name != "name" and ours[name] != theirs.get(name))
+
+
+def chosen(experiment: Experiment) -> list[str] | None:
+    """Like `given_by_user`; None if the experiment is not based on a recipe, so that all is
+    chosen."""
+    return given_by_user(experiment) if experiment.name in recipes.every() else None
 
 
 def _augmentation_backend() -> str:

@@ -1,4 +1,4 @@
-"""How a run shares the cluster: train workers, data tasks and probes."""
+"""Divides a cluster's resources among a run's train workers, data tasks and probes."""
 
 from dataclasses import dataclass
 
@@ -7,35 +7,35 @@ from selfray.cluster.runtime import Resources
 from selfray.experiment import Experiment
 
 PROBE_CPUS = 0.2
-"""Probes run beside training and must never wait for a CPU that training holds."""
+"""CPUs reserved for probes, which run during training and must not wait for training's CPUs."""
 SMALLEST_DATA_CPUS = 0.5
 DATA_CPUS_PER_WORKER = 8.0
-"""What a run asks for by itself where an autoscaler adds nodes; --data-cpus asks for more."""
+"""Data CPUs that a run requests by default from an autoscaler; --data-cpus requests more."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What each part of a run gets of the cluster."""
+    """The resources of each part of a run."""
 
     workers: int
-    """Train workers: as many of an elastic run's as the cluster holds."""
+    """Train workers; for an elastic run, as many as the cluster has room for."""
     cpus_per_worker: float
     gpus_per_worker: float
     data_cpus: float
-    """For the data tasks of all these workers together."""
+    """CPUs for the data tasks of all these workers together."""
 
     def resources(self, experiment: Experiment) -> dict[str, float]:
-        """What Ray reserves for each train worker."""
+        """The resources that Ray reserves for each train worker."""
         wanted = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
         wanted |= named_amounts("worker_resources", experiment.worker_resources)
         return {name: amount for name, amount in wanted.items() if amount}
 
 
 def place(experiment: Experiment, cluster: Resources) -> Placement:
-    """Share the cluster among train workers and data tasks. ValueError says what is missing.
+    """Divide the cluster among train workers and data tasks. Raises ValueError for missing
+    resources, for which Ray would wait forever.
 
-    Ray would wait forever for a worker that fits nowhere. Where nodes come when they are asked
-    for and nobody says how many, what the flags say is believed.
+    If an autoscaler adds nodes and its limits are unknown, the flags are not checked.
     """
     asked, least = experiment.max_workers, experiment.min_workers
     gpus = experiment.gpus_per_worker
@@ -52,19 +52,19 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
         )
     for name, amount in named_amounts("worker_resources", experiment.worker_resources).items():
         has = cluster.others.get(name, 0.0)
-        # Ray knows a node's kind of GPU when the node is there.
+        # Ray knows a node's type of GPU only once the node exists.
         is_told_later = cluster.grows and name.startswith("accelerator_type:")
         if amount * workers > has and not is_told_later:
             raise ValueError(
                 f"{flag} x --worker-resources {experiment.worker_resources} need "
                 f"{amount * workers:g} of {name} and the cluster has {has:g}: give fewer workers, "
-                "or add nodes that have it"
+                "or add nodes with it"
             )
     cpus = experiment.cpus_per_worker
     if cpus is None:
-        # Data tasks and probes need some too, or the workers would wait for them forever.
+        # Leave some for data tasks and probes, or workers would wait for them forever.
         spare = SMALLEST_DATA_CPUS + PROBE_CPUS
-        # Where there is no GPU, training itself is what takes the CPUs.
+        # Without GPUs, training itself needs most of the CPUs.
         owned = gpus or experiment.worker_resources or cluster.grows
         most = min(0.7 * cluster.cpus / workers, cluster.largest_node_cpus)
         wanted = 1 if owned else max(1, int(most))
@@ -81,7 +81,7 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
             f"cluster's {cluster.cpus:g} CPUs to read the data, which needs "
             f"{SMALLEST_DATA_CPUS}: give less of either"
         )
-    # All that is there, but not all that could be bought.
+    # Use all existing CPUs, but do not make an autoscaler buy all it could.
     bought = min(left, DATA_CPUS_PER_WORKER * workers)
     data_cpus = experiment.data_cpus or (bought if cluster.grows else left)
     if data_cpus > left:
@@ -93,11 +93,11 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
 
 
 def _believed(experiment: Experiment, gpus: float) -> Placement:
-    """What the flags say, for a cluster that tells nothing of itself."""
+    """The placement from the flags alone, for a cluster whose limits are unknown."""
     if experiment.gpus_per_worker is None or experiment.data_cpus is None:
         raise ValueError(
-            "the cluster has no CPUs now and does not tell what it can add: give "
-            "--gpus-per-worker and --data-cpus, or say what it can have with "
+            "the cluster has no CPUs now and does not say what it can add: give "
+            "--gpus-per-worker and --data-cpus, or state its limits with "
             "SELFRAY_CLUSTER=CPU=64,GPU=8"
         )
     cpus = experiment.cpus_per_worker or 1.0

@@ -1,6 +1,6 @@
-"""What is checked before a run starts: its paths, its first weights, room for its checkpoints.
+"""Checks before a run starts: its paths, its starting weights, disk space for checkpoints.
 
-Every complaint is one line that names the flag.
+Every error is one line that names the flag.
 """
 
 import os
@@ -16,22 +16,22 @@ from selfray.storage import Location
 
 
 def located(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths to what it reads beside its images."""
+    """The experiment with absolute paths to its inputs other than images."""
     start = experiment.init_from and weights.located(experiment.init_from)
     return replace(experiment, init_from=start, method=experiment.method.located())
 
 
 def check_init_from(experiment: Experiment) -> None:
-    """ValueError or FileNotFoundError where a checkpoint does not fit the experiment; public
-    weights are judged by `starting.keep`, which reads them once."""
+    """Raise ValueError or FileNotFoundError if the checkpoint in --init-from does not fit. Public
+    weights are checked by `starting.keep`, which reads them."""
     if experiment.init_from is None or starting.starts_from_public(experiment):
         return
     theirs = Checkpoint.open(experiment.init_from).experiment()
     if type(theirs.method) is not type(experiment.method):
         raise ValueError(
-            f"--init-from {experiment.init_from} is a checkpoint of {theirs.method.name}, and this "
-            f"run is of {experiment.method.name}: give one of {experiment.method.name}, or take a "
-            f"{theirs.method.name} recipe"
+            f"--init-from {experiment.init_from} is a checkpoint of {theirs.method.name}, but this "
+            f"run trains {experiment.method.name}: give a checkpoint of {experiment.method.name}, "
+            f"or use a {theirs.method.name} recipe"
         )
     # A ViT's positions are interpolated for another image size; a ResNet has none.
     may_differ = {name: getattr(theirs.encoder, name) for name in NOT_IN_WEIGHTS}
@@ -39,16 +39,17 @@ def check_init_from(experiment: Experiment) -> None:
     if different:
         raise ValueError(
             f"--init-from {experiment.init_from} has another encoder: encoder.{different[0]}; give "
-            "the same --encoder fields; only the image size and stochastic depth may be others"
+            "the same --encoder fields; only image size and stochastic depth may differ"
         )
 
 
 NOT_IN_WEIGHTS = ("image_size", "drop_path", "drop_path_uniform")
-"""Fields of an encoder that no weight depends on, but for interpolated positions."""
+"""Fields of an encoder that do not affect its weights, except for interpolated positions."""
 
 
 def check_output(run: Location, needed_bytes: int) -> None:
-    """Make the run's folder and try to write in it. OSError of one line says what is wrong."""
+    """Create the run's folder, and check that it can be written and has enough space. Raises
+    OSError with one line."""
     probe = run / f".write-test-{os.getpid()}"
     try:
         run.make_folder()
@@ -71,7 +72,7 @@ def check_output(run: Location, needed_bytes: int) -> None:
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what a run's checkpoints take at their most, in bytes."""
+    """Approximate peak size in bytes of a run's checkpoints."""
     import torch
 
     with torch.device("meta"):

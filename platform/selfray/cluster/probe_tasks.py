@@ -1,4 +1,4 @@
-"""Encoder -> features -> numbers, as Ray tasks: beside training, or by `selfray probe`."""
+"""Probes as Ray tasks, encoder -> features -> numbers: during training, or for `selfray probe`."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ FEATURES, OF_CROPS = "features", "of_crops"
 
 @dataclass(frozen=True)
 class EmbedBlock:
-    """What one task does: a block of a sample, read and encoded."""
+    """The work of one task: reads and encodes a block of a sample."""
 
     sample: Sample
     encoder: EncoderRef | None
@@ -32,7 +32,7 @@ class EmbedBlock:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crops: bool = False
-    """Whether a crop of each image is encoded too."""
+    """Whether a crop of each image is also encoded."""
 
     def run(self, ids: Arrays) -> Arrays:
         blocks = [self.sample.read(int(block)) for block in ids["id"]]
@@ -50,17 +50,17 @@ class EmbedBlock:
 
 @lru_cache(maxsize=2)
 def _loaded(ref: EncoderRef) -> Encoder:
-    """A process that works on several blocks loads the encoder once."""
+    """The encoder on this process's device; cached, so that several blocks load it once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return ref.load().to(device)
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Where probes get their images and what they may use."""
+    """The images and resources of probes."""
 
     train: Sample | None
-    """None where there are no labels: what needs none is told all the same."""
+    """None for unlabelled data: only label-free figures are computed."""
     test: Sample
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -69,15 +69,15 @@ class ProbeJob:
     gpus: float = 0.0
     """GPUs of one task."""
     tasks: int = 1
-    """Most tasks at a time: each is a process that imports torch."""
+    """Largest number of concurrent tasks; each is a process that imports torch."""
 
     def features(
         self, sample: Sample, encoder: EncoderRef | None, crops: bool = False
     ) -> LabelledFeatures:
-        """Features of a sample, computed once, in parallel: float32 [n, D], in its order; and of a
-        crop of each image, where asked."""
+        """Features of a sample in its order, float32 [n, D], computed in parallel; with `crops`
+        also those of a crop of each image."""
         configure(DataContext.get_current())
-        # Ray's stubs know no dict of arrays.
+        # Ray's type stubs do not allow a dict of arrays.
         run: Any = EmbedBlock(sample, encoder, self.mean, self.std, crops).run
         dataset = blocks_of_ids(sample.blocks).map_batches(
             run,
@@ -86,7 +86,7 @@ class ProbeJob:
             num_gpus=self.gpus or None,
         )
         options = dataset.context.execution_options
-        options.preserve_order = True  # the linear probe's held-out part follows from the order
+        options.preserve_order = True  # the linear probe's held-out part depends on the order
         options.resource_limits = ExecutionResources.for_limits(
             cpu=self.tasks * self.cpus, gpu=self.tasks * self.gpus or None
         )
@@ -99,11 +99,11 @@ class ProbeJob:
         )
 
     def run(self, encoder: EncoderRef | None) -> ProbeResult:
-        """Features of train and test, then every protocol, in a task of its own."""
+        """Compute features of train and test images, then judge them by all protocols in one
+        task."""
         train = None if self.train is None else self.features(self.train, encoder)
         test = self.features(self.test, encoder, crops=encoder is not None)
-        # A sweep's trial holds a placement group of next to nothing: this task must not be put
-        # into it.
+        # A sweep's trial runs in a placement group with almost no CPU: do not run this task in it.
         anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         judge: Any = ray.remote(num_cpus=self.cpus, scheduling_strategy=anywhere)(probe)
         return ray.get(judge.remote(train, test))

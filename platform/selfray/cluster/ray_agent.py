@@ -1,10 +1,10 @@
-"""Stands between Ray's raylet and an agent of its: whoever that is, it ends with the raylet.
+"""Runs between Ray's raylet and one of its agents, so that the agent ends together with the raylet.
 
-    python -S -E ray_agent.py                      waits, in place of an agent that nobody needs
+    python -S -E ray_agent.py                      waits, in place of an agent that is not needed
     python -S -E ray_agent.py COMMAND ARGUMENTS    runs that agent
 
 Ray's own agents notice the end of their raylet late, and then wait a minute for open connections.
-Run as a file, so that it starts in no time: it imports nothing of selfray's.
+It runs as a file and imports nothing of selfray, so that it starts fast.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ def main(command: list[str]) -> int:
     raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
     ended = select.poll()
     ended.register(raylet, select.POLLIN)
-    if command and not command[0].startswith("-"):  # flags that the raylet adds are not for it
+    if command and not command[0].startswith("-"):  # the raylet appends flags even without COMMAND
         agent = os.fork()
         if not agent:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

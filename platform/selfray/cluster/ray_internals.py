@@ -1,7 +1,7 @@
-"""Every private API of Ray that selfray uses, with the reason. Read and run with Ray 2.60.
+"""Every private API of Ray that selfray uses, with the reason. Checked with Ray 2.60.
 
-A new version of Ray is checked against this list: each entry says what has to be looked at again.
-Names are imported on first use, since most processes need one of them and each costs seconds.
+Check this list with every new version of Ray: each entry says what to look at again. Names are
+imported on first use, since most processes need only one of them and each costs seconds.
 """
 
 import importlib
@@ -45,7 +45,7 @@ _BACKPRESSURE = "ray.data._internal.execution.backpressure_policy"
 _SCALING = "ray.train.v2._internal.execution.scaling_policy"
 
 _HOMES = {
-    # runtime: what an autoscaler may add is known to Ray's control service alone.
+    # runtime: only Ray's control service knows what an autoscaler may add.
     "cluster_state": ("ray._private.state", "state"),
     # gate: Ray Data's own policies bound a stream by estimates of memory, and spin while they wait.
     "BackpressurePolicy": (_BACKPRESSURE, "BackpressurePolicy"),
@@ -54,9 +54,9 @@ _HOMES = {
         "ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY",
     ),
     "MapOperator": ("ray.data._internal.execution.operators.map_operator", "MapOperator"),
-    # stream: the actor that counts for Ray Data lives on the node that asks first, and to the end.
+    # stream: the statistics actor of Ray Data lives on the node that first uses it, to the end.
     "get_or_create_stats_actor": ("ray.data._internal.stats", "get_or_create_stats_actor"),
-    # elastic: Ray Train takes any number of workers that fits; a global batch divides among some.
+    # elastic: Ray Train takes any number of workers that fits; a global batch allows only divisors.
     # (elastic also overrides `_count_possible_workers` and `_initialize_and_run_controller`.)
     "ElasticScalingPolicy": (_SCALING, "ElasticScalingPolicy"),
     "NoopDecision": (_SCALING, "NoopDecision"),
@@ -78,17 +78,16 @@ _SHORT_CUT = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_list
 
 
 def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
-    """ray.init of a new Ray whose node is 127.0.0.1, with no more processes than tasks need.
+    """Start a new Ray on 127.0.0.1 by ray.init, with only the processes that tasks need.
 
-    `seconds`: how long the raylet may take; Ray's own limit is 30. Raises what ray.init raises.
+    `seconds` limits the raylet's start; Ray's own limit is 30. Raises the errors of ray.init.
 
-    Reasons (Ray 2.60): ray.init replaces 127.0.0.1 by the machine's address, unless this constant
-    says that there are no clusters, as on macOS; and every part of Ray listens on all interfaces
-    unless its node is 127.0.0.1. include_dashboard=False still starts the API server, the log
-    monitor and the autoscaler. The raylet waits 15 s for its dashboard agent to write its ports,
-    and ends if that is late (ray#65983): nothing here needs that agent, so a process that waits
-    stands in for it. The agent for runtime environments gets a port beforehand: then nothing waits
-    for it either.
+    Reasons (Ray 2.60): ray.init replaces 127.0.0.1 by the machine's address, unless the constant
+    ENABLE_RAY_CLUSTER is False, as on macOS; and every part of Ray listens on all interfaces unless
+    its node is 127.0.0.1. include_dashboard=False still starts the API server, the log monitor and
+    the autoscaler. The raylet waits 15 s for its dashboard agent to write its ports, and ends if
+    that is late (ray#65983). That agent is not needed, so an idle process takes its place. The
+    agent for runtime environments gets its port beforehand, so that nothing waits for it either.
     """
     import ray
     from ray._private import node, ray_constants, services
@@ -147,7 +146,7 @@ def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
 
 
 def _other_agent(word: str) -> str:
-    """A word of the raylet's command line, with the agents' commands as they are to be."""
+    """A word of the raylet's command line, with the agents' commands replaced by ours."""
     stand_in = f"{sys.executable} -S -E {Path(__file__).with_name('ray_agent.py')}"
     if word.startswith("--dashboard_agent_command="):
         return f"--dashboard_agent_command={stand_in}"
@@ -159,7 +158,7 @@ _reserved: list[socket.socket] = []
 
 
 def _reserve_port() -> int:
-    """A free port of loopback that stays ours: bound here, and free to be listened on."""
+    """A free port on loopback that is reserved: this process binds it, and Ray can listen on it."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
@@ -168,7 +167,7 @@ def _reserve_port() -> int:
 
 
 def stop_loopback() -> None:
-    """Undo what `start_on_loopback` changed in this process."""
+    """Undo the changes of `start_on_loopback` in this process."""
     from ray._private import ray_constants
 
     ray_constants.ENABLE_RAY_CLUSTER = True
@@ -177,7 +176,7 @@ def stop_loopback() -> None:
 
 
 def own_processes() -> dict[str, int]:
-    """The processes without which a Ray that was started here cannot go on, with their numbers."""
+    """The essential processes of the Ray started here: name -> process id."""
     from ray._private import worker
 
     started: Any = worker._global_node
@@ -188,7 +187,8 @@ def own_processes() -> dict[str, int]:
 
 
 def read_token_again() -> None:
-    """Ray reads RAY_AUTH_MODE and the token once in a process: a second session has another one."""
+    """Make Ray read RAY_AUTH_MODE and the token again, because a second session has another token.
+    Ray reads them only once per process."""
     if "ray" not in sys.modules:
         return
     from ray._raylet import (
@@ -202,8 +202,8 @@ def read_token_again() -> None:
 
 @contextmanager
 def on_loopback_where_alone(address: str) -> Iterator[None]:
-    """While ray.init joins `address`: keep 127.0.0.1 where nothing answers at the machine's own
-    address, as with a Ray of `start_on_loopback`.
+    """Inside, ray.init keeps 127.0.0.1 in `address` if nothing answers at the machine's own
+    address, as for a Ray from `start_on_loopback`.
 
     Reason (Ray 2.60): ray.init replaces 127.0.0.1 by the machine's address, and then waits for a
     server that does not listen there.
@@ -224,8 +224,8 @@ def on_loopback_where_alone(address: str) -> Iterator[None]:
 
 
 def use_stored_token() -> None:
-    """Where the user has a token of Ray's and RAY_AUTH_MODE is not set, check with it, as
-    `ray start` does; ray.init(address) does not."""
+    """Use the user's stored Ray token if RAY_AUTH_MODE is not set, as `ray start` does;
+    ray.init(address) does not."""
     from ray._private.authentication.authentication_token_setup import (
         maybe_enable_token_auth_if_token_available,
     )
@@ -234,8 +234,8 @@ def use_stored_token() -> None:
 
 
 def current_cluster() -> str | None:
-    """The address of the cluster that this user, or root, last started on this machine; None where
-    there is none. Another user's note of one is not followed: it may lead anywhere."""
+    """The address of the cluster that this user or root last started on this machine; None if there
+    is none. Notes of other users are ignored, because they may lead anywhere."""
     from ray._common.utils import get_ray_address_file
 
     note = Path(get_ray_address_file(None))
@@ -247,19 +247,19 @@ def current_cluster() -> str | None:
         return None
 
 
-# --- Ray Train without the processes that a run of ours does not need
+# --- Ray Train without the processes that selfray does not need
 
 
 def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
-    """What DataParallelTrainer does with `settings`, with its controller in this process.
+    """Do the work of DataParallelTrainer with `settings`, but with the controller in this process.
 
-    `is_alone`: on a Ray that no autoscaler serves. Returns the Result.
+    `is_alone` says that no autoscaler serves this Ray. Returns the Result.
 
     Reasons (Ray 2.60): the controller, a barrier for `ray.train.report` (SynchronizationActor), a
-    manager of data sets and a cleaner of placement groups are four processes that each import
-    Ray Train, 2 to 5 s of CPU, and a run of ours uses none of the last three: it reports nothing,
-    its ranks open their own streams, and a placement group of this process ends with its job.
-    The cleaner also asks the dashboard, which a local Ray has not.
+    manager of data sets and a cleaner of placement groups are four processes, each of which imports
+    Ray Train, 2 to 5 s of CPU. A run of selfray needs none of the last three: it reports nothing,
+    its ranks open their own streams, and placement groups of this process end with its job. The
+    cleaner also needs the dashboard, which a local Ray does not have.
     """
     import asyncio
     from unittest import mock
@@ -285,7 +285,7 @@ def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
                         synchronization_actor=None,
                         storage_context=self._storage_context,
                         worker_callbacks=self._worker_callbacks_to_propagate,
-                        controller_actor=None,  # there is none: this process is it
+                        controller_actor=None,  # the controller is this process, not an actor
                         **{name: values[i] for name, values in train_context_args.items()},
                     )
                     for i, worker in enumerate(workers)
@@ -296,7 +296,7 @@ def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
         @staticmethod
         def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
             environment = WorkerGroup._get_worker_runtime_env(custom_runtime_env)
-            # A process with an environment of its own can't be one that Ray has started already.
+            # With its own environment, a worker could not use a process that Ray already started.
             return {} if is_alone else environment
 
     class Controller(TrainController):
@@ -319,7 +319,7 @@ def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
 
 
 class _NoActor:
-    """In the place of an actor class: starts nothing."""
+    """Replaces an actor class and starts nothing."""
 
     def options(self, **_: Any) -> "_NoActor":
         return self
@@ -329,8 +329,8 @@ class _NoActor:
 
 
 def fixed_policy(scaling_config: Any) -> Any:
-    """Ray Train's policy of a fixed number of workers, that asks no autoscaler for them: asking
-    starts an actor (AutoscalingCoordinator), and a local Ray has none to ask."""
+    """Ray Train's policy for a fixed number of workers, without asking an autoscaler: asking starts
+    an actor (AutoscalingCoordinator), and a local Ray has no autoscaler."""
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     class Alone(FixedScalingPolicy):
@@ -344,7 +344,7 @@ def fixed_policy(scaling_config: Any) -> Any:
 
 
 def torch_backend() -> Any:
-    """Ray Train's way to connect torch's ranks, to be changed by inheritance."""
+    """Ray Train's class that connects torch's ranks, as a base class."""
     from ray.train.torch.config import _TorchBackend
 
     return _TorchBackend
@@ -361,10 +361,11 @@ def session_folder() -> str:
 
 
 def stream_alone() -> None:
-    """From now on, executions of Ray Data in this process start no actors beside their tasks.
+    """Make executions of Ray Data in this process start no actors beside their tasks.
 
-    Reasons (Ray 2.60): one actor counts for the dashboard, another one asks the autoscaler: each is
-    a process that imports Ray Data, 2 s of CPU, and a local Ray has neither of the two.
+    Reasons (Ray 2.60): one actor collects statistics for the dashboard, another asks the
+    autoscaler. Each is a process that imports Ray Data, 2 s of CPU, and a local Ray has neither
+    dashboard nor autoscaler.
     """
     import uuid
 
@@ -408,10 +409,10 @@ def stream_alone() -> None:
 
 
 def remove_orphaned_placement_groups() -> int:
-    """Remove this job's placement groups whose actor has died, and return how many there were.
+    """Remove this job's placement groups whose actor has died, and return their number.
 
-    Ray removes a group when both its job and its actor have ended: one of a sweep's trials that
-    was killed would hold its CPUs to the sweep's end.
+    Ray removes a group only when both its job and its actor have ended, so that of a killed trial
+    would hold its CPUs until the sweep ends.
     """
     import ray
     from ray._private.state import state

@@ -1,4 +1,5 @@
-"""MLflow's model registry: a trained tokenizer gets a version that later runs can name."""
+"""Registers trained tokenizers in MLflow's model registry, so that later runs can name a
+version."""
 
 import logging
 import tempfile
@@ -17,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 def register_tokenizer(experiment: Experiment, result: RunResult, console: Console) -> None:
-    """Give the run's tokenizer a version under the recipe's name, once, and say how to use it.
+    """Register the run's tokenizer under the recipe's name, once, and print how to use it.
 
-    Its files become artifacts of the run, so the version can be fetched where the folder is not
-    seen. A dead server costs the version, not the tokenizer: the same command asks again.
+    Its files become artifacts of the run, so the version can be fetched without access to the
+    folder.
+    If the server is down, only the registration is missing: the same command tries again.
     """
     found = Checkpoint.open(result.folder)
     console.say(f"use it with --method.tokenizer {result.folder}")
@@ -28,13 +30,13 @@ def register_tokenizer(experiment: Experiment, result: RunResult, console: Conso
         version = _version_of(experiment, found, Location.of(result.folder))
     except (OSError, ValueError) as error:
         log.exception("registering failed")
-        console.say(f"not registered in MLflow ({error}): start the same command again for that")
+        console.say(f"not registered in MLflow ({error}): start the same command again to retry")
         return
     console.say(f"MLflow: model {experiment.name}, version {version}")
 
 
 def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str:
-    """The version in MLflow's registry, made where there is none yet."""
+    """The version in MLflow's registry; created if there is none yet."""
     from mlflow.exceptions import MlflowException
 
     record = (run / RUN_RECORD).read_json()
@@ -62,6 +64,6 @@ def _version_of(experiment: Experiment, found: Checkpoint, run: Location) -> str
                 tags={"sha256": found.digest, "run.folder": run.uri, "step": str(found.step)},
             )
             version = str(made.version)
-    # Beside the weights, so that runs that use them can tell the version without a server.
+    # Stored beside the weights, so that runs can read the version without a server.
     (found.location / VERSION).write_json({"model": experiment.name, "version": version})
     return version

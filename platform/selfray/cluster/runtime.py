@@ -1,4 +1,4 @@
-"""Every Ray setting in one place: how Ray is started, what it may use, and a quiet console."""
+"""All Ray settings in one place: starting or joining Ray, its resources, and a quiet console."""
 
 import logging
 import os
@@ -30,20 +30,20 @@ ENVIRONMENT = {
 }
 
 CONSIDER_SECONDS = 10.0
-"""How often a healthy elastic run looks whether the cluster has room for more workers."""
+"""Seconds between checks of a healthy elastic run whether the cluster has room for more workers."""
 
 
 def set_environment() -> None:
-    """Defaults for what the user has not set. Called before ray is imported."""
+    """Set defaults for variables that the user has not set. Call it before ray is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def lasting(output: str) -> str:
-    """Where an output really goes: a relative folder of a job under ~/selfray, any other as it is.
+    """The real output folder: in a Ray job a relative path is put under ~/selfray.
 
-    A job starts in a copy of the checkout that Ray removes after it, and that has another name
-    when a file was edited: a run there would be lost, and the same command would not find it.
+    A job runs in a copy of the checkout, which Ray later removes and which gets another name after
+    every edit. A run there would be lost, and the same command would not find it.
     """
     if "://" in output or os.path.isabs(os.path.expanduser(output)) or not _is_uploaded_job():
         return output
@@ -57,7 +57,7 @@ def _is_uploaded_job() -> bool:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster can have in all, in Ray's units."""
+    """All resources that a cluster has or can get, in Ray's units."""
 
     cpus: float
     gpus: float
@@ -65,18 +65,19 @@ class Resources:
     """Custom resources by name."""
     largest_node_cpus: float = float("inf")
     grows: bool = False
-    """Whether nodes are added when they are asked for: then what is asked for has a price."""
+    """Whether an autoscaler adds nodes on demand, which costs money."""
     is_unknown: bool = False
-    """Whether nothing is there now and nobody says what may be added."""
+    """Whether there are no CPUs now and the limits of the autoscaler are unknown."""
 
     def holds(self, gpus_per_worker: float) -> int:
-        """How many train workers it has room for."""
+        """The number of train workers that fit."""
         return int(self.gpus / gpus_per_worker if gpus_per_worker else self.cpus)
 
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
-    """A Ray session: joined where one is given or already joined, else started and stopped here."""
+    """A Ray session: one that is given or already joined, else one that is started and stopped
+    here."""
     is_ours = start(address)
     try:
         yield
@@ -86,7 +87,8 @@ def session(address: str | None = None) -> Iterator[None]:
 
 
 def _require_cluster(address: str) -> None:
-    """ConnectionError where nothing answers: Ray itself tries a dead address for ten minutes."""
+    """Raise ConnectionError if nothing answers; Ray itself would try a dead address for ten
+    minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         try:
@@ -117,7 +119,7 @@ class Starting:
     def _run(self, address: str | None) -> None:
         try:
             self._is_ours = start(address, self._said.put)
-        except BaseException as error:  # handed to whoever enters the session
+        except BaseException as error:  # raised by `session`
             self._error = error
         self._started.set()
         self._said.put(None)
@@ -127,12 +129,13 @@ class Starting:
 
     @contextmanager
     def session(self, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-        """Wait for Ray, and tell what is slow about it; stop it at the end if it was started
-        here."""
+        """Wait for Ray and report by `say` if it is slow; stop it at the end if it was started
+        here.
+        """
         try:
             while (line := self._said.get()) is not None:
                 say(line)
-            self._said.put(None)  # for the next session of this one
+            self._said.put(None)  # so that another call of `session` does not wait
             signals.catch()
             if self._error is not None:
                 raise self._error
@@ -141,8 +144,8 @@ class Starting:
             self.stop()
 
     def stop(self) -> None:
-        """Stop what was started here; may be called when nothing was."""
-        if signals.were_received():  # this process ends now, and Ray's with it
+        """Stop Ray if it was started here; otherwise do nothing."""
+        if signals.were_received():  # this process ends now, and Ray's processes with it
             return
         self._started.wait()
         if self._is_ours:
@@ -152,11 +155,11 @@ class Starting:
 
 
 def start(address: str | None = None, say: Callable[[str], None] = lambda _: None) -> bool:
-    """Join the cluster at `address`, RAY_ADDRESS or of this machine, or start a local Ray.
+    """Join the cluster at `address`, at RAY_ADDRESS or on this machine, or start a local Ray.
 
-    True where a Ray was started that its caller has to stop; False where one was joined, or was
-    running in this process already. ConnectionError says how to go on where nothing answers,
-    `say` what is slow.
+    Returns True if a Ray was started, which the caller must stop; False if one was joined or was
+    already running in this process. Raises ConnectionError, with the way out, if a named cluster
+    does not answer. `say` reports a slow start.
     """
     set_environment()
     import ray
@@ -173,7 +176,7 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
         "configure_logging": True,
     }
     if plugins.named():
-        # Workers read configs too, and believe only what the driver was told to.
+        # Workers read configs too, and allow only the plugins that the user named.
         options["runtime_env"] = {"env_vars": {plugins.VARIABLE: ",".join(plugins.named())}}
     joined = address is not None and _join(address, options, named is not None, say)
     if not joined:
@@ -186,7 +189,8 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
 def _join(
     address: str, options: dict[str, Any], is_named: bool, say: Callable[[str], None]
 ) -> bool:
-    """Join a cluster by its owner's settings. One that nobody named may be gone: False then."""
+    """Join a cluster with its owner's settings. Returns False if an unnamed cluster does not
+    answer."""
     import ray
 
     from selfray.cluster import ray_internals
@@ -215,11 +219,11 @@ def stop() -> None:
 
 
 def cluster_resources() -> Resources:
-    """What the cluster has, or can have where an autoscaler adds nodes when they are asked for.
+    """The resources that the cluster has or, with an autoscaler, can get.
 
-    Ray's own answer counts the nodes of this moment. What may be added is said by the user in
-    SELFRAY_CLUSTER (CPU=64,GPU=8), by Ray's control service where its autoscaler tells it, or by
-    the file that the autoscaler of this machine was started with: jobs run beside it, on the head.
+    Ray itself counts only current nodes. The limits come from the user in SELFRAY_CLUSTER
+    (CPU=64,GPU=8), from Ray's control service if the autoscaler reports them, or from the settings
+    file of an autoscaler on this machine: jobs run beside it, on the head node.
     """
     import ray
 
@@ -245,7 +249,7 @@ def cluster_resources() -> Resources:
 
 
 def largest_cluster(settings: Mapping[str, Any]) -> dict[str, float]:
-    """All resources of a cluster by its autoscaler's settings, when every node is there."""
+    """The resources of a cluster with all nodes that its autoscaler's settings allow."""
     most = settings.get("max_workers", 0)
     found: dict[str, float] = {}
     for name, kind in settings.get("available_node_types", {}).items():
@@ -257,8 +261,8 @@ def largest_cluster(settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _autoscaling_file(gcs_address: str) -> Path | None:
-    """What the autoscaler of the cluster at this address was started with; None where it runs on
-    another machine, or adds no nodes."""
+    """The settings file of the autoscaler of the cluster at this address; None if it runs on
+    another machine or there is none."""
     import psutil
 
     for process in psutil.process_iter(["cmdline"]):

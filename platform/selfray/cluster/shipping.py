@@ -1,10 +1,10 @@
-"""A run's spool -> its MLflow run, in a background thread.
+"""Sends a run's spool to its MLflow run, in a background thread.
 
-What has been sent is remembered in `<run folder>/shipped.json` after each success. A metric that is
-sent twice is stored once, since MLflow identifies a point by its name, value, step and time; so
-after any failure the answer is to send again from the last known offset.
+After each success the offsets are saved in `<run folder>/shipped.json`. MLflow identifies a point
+by name, value, step and time, so a metric that is sent twice is stored once. Therefore, after any
+failure, everything from the last saved offset is simply sent again.
 
-MLflow is imported by the thread, never by importing this module: that takes seconds.
+The thread imports MLflow, not this module, because that takes seconds.
 """
 
 import os
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _METRICS_PER_REQUEST = (50, 1000)
-"""Fewest and most; 1000 is MLflow's limit."""
+"""(fewest, most); 1000 is MLflow's limit."""
 _NAMES_PER_REQUEST = 100
 _READ_BYTES = 128 * 1024
-"""About 2000 points; what is sent is recorded after each such piece."""
+"""About 2000 points; offsets are saved after each piece of this size."""
 _LOCAL_POLL_SECONDS = 0.5
 _REMOTE_POLL_SECONDS = 5.0
 _KEY_TAG = "selfray.run_key"
 
 
 class Shipper:
-    """Sends what a run's spool holds, and what is added to it, until it is told to finish."""
+    """Sends the records of a run's spool, also those added later, until `finish` is called."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Shipper:
         retry_seconds: tuple[float, float],
         data_set: DataSetInput | None = None,
     ) -> None:
-        """As a Tracker's. `say` is called from the thread."""
+        """Arguments as for Tracker. `say` is called from the thread."""
         self.uri = uri
         self.shown_uri = masked(uri)
         self.experiment_name = experiment_name
@@ -86,7 +86,7 @@ class Shipper:
         self._finish_seconds = 0.0
         self._give_up_at = 0.0
         self._complete = False
-        # What follows is used by the thread alone.
+        # The following attributes are used only by the thread.
         self._reader = SpoolReader(run_folder / SPOOL)
         self._client: MlflowClient | None = None
         self._shipped: dict[str, Any] = {}
@@ -100,7 +100,7 @@ class Shipper:
         self._thread.start()
 
     def finish(self, status: Status, seconds: float) -> bool:
-        """Send what is left and close the MLflow run, within `seconds`; whether all was sent."""
+        """Send the rest and close the MLflow run within `seconds`; returns whether all was sent."""
         self._status = status
         self._finish_seconds = seconds
         self._give_up_at = time.monotonic() + seconds
@@ -132,10 +132,10 @@ class Shipper:
                     self._complete = not artifacts_left
                     return
             except Exception as error:
-                # Whatever fails, in MLflow, its database, the network or the run folder, the answer
-                # is the same: keep everything, and try again from a fresh connection.
+                # For any failure, in MLflow, its database, the network or the run folder: keep
+                # everything, and try again with a new connection.
                 self._client = None
-                # A slow server that timed out on a large request may manage a smaller one.
+                # A slow server that timed out on a large request may handle a smaller one.
                 self._metrics_per_request = max(
                     _METRICS_PER_REQUEST[0], self._metrics_per_request // 2
                 )
@@ -144,7 +144,7 @@ class Shipper:
                     away_since = now
                     self._say(
                         f"tracking server {self.shown_uri} cannot be reached or used "
-                        f"({self._cause(error)}): training goes on, everything is kept in "
+                        f"({self._cause(error)}): training continues, everything is kept in "
                         f"{self.run_folder / SPOOL} and is sent when it is back, or at the next "
                         "start of the command"
                     )
@@ -166,7 +166,7 @@ class Shipper:
 
         quiet_logs()
         self.run_folder.make_folder()
-        # Two processes that meet in a fresh SQLite file break each other's migrations.
+        # Two processes that open a new SQLite file at once break each other's migrations.
         with locked(database_file(self.uri)):
             client = MlflowClient(tracking_uri=self.uri)
             client.get_experiment_by_name(self.experiment_name)
@@ -179,7 +179,7 @@ class Shipper:
         if info.lifecycle_stage != "active":
             raise _DeletedRunError(
                 f"run {info.run_id} was deleted in MLflow: restore it there, or remove "
-                f"{self.run_folder / RUN_RECORD} to begin another"
+                f"{self.run_folder / RUN_RECORD} to start a new one"
             )
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
         (self.run_folder / RUN_RECORD).write_json(
@@ -190,7 +190,7 @@ class Shipper:
             }
         )
         if self._shipped.get("run_id") != info.run_id:
-            # Another store than last time, or the first time: it has nothing yet.
+            # A new store, which has nothing yet.
             self._save_shipped(run_id=info.run_id, offsets={}, artifacts=[], status=None)
         elif self._shipped.get("status") is not None:
             self._save_shipped(status=None)
@@ -201,7 +201,7 @@ class Shipper:
         known = run.data.params
         params = {key: _cut(value, MAX_PARAM_VAL_LENGTH) for key, value in self._params.items()}
         tags = dict(self._tags)
-        # MLflow never lets a parameter change, so what a restart was given instead is a tag.
+        # MLflow parameters cannot change, so different values of a restart become tags.
         tags |= {
             f"resumed_with.{key}": value
             for key, value in params.items()
@@ -237,7 +237,7 @@ class Shipper:
     def _new_run(self, client: "MlflowClient") -> "Run":
         experiment_id = self._find_or_create_experiment(client)
         key = self._shipped["key"]
-        # A slow server may have created the run and its answer been lost: look before creating.
+        # A slow server may have created the run although its answer was lost: look first.
         found = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0]
@@ -249,7 +249,7 @@ class Shipper:
     def _find_or_create_experiment(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
 
-        # Not mlflow.set_experiment: losing the race to create, it leaves the run in "Default".
+        # Not mlflow.set_experiment: if another process creates it first, that picks "Default".
         experiment = client.get_experiment_by_name(self.experiment_name)
         if experiment is not None:
             return experiment.experiment_id
@@ -257,7 +257,7 @@ class Shipper:
             return client.create_experiment(
                 self.experiment_name,
                 artifact_location=self._artifact_root(),
-                # Or MLflow's page opens it as one of language models, with the runs out of sight.
+                # Without it, MLflow shows a language-model page where the runs are not visible.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException as error:
@@ -268,7 +268,8 @@ class Shipper:
         return experiment.experiment_id
 
     def _artifact_root(self) -> str | None:
-        """Where MLflow keeps files: a server decides by itself; a database would take ./mlruns."""
+        """The folder for MLflow's files; None for a server, which decides itself. For a database,
+        MLflow would use ./mlruns."""
         if self.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
             database = database_file(self.uri)
             output = (
@@ -280,7 +281,7 @@ class Shipper:
         return None
 
     def _ship_records(self, client: "MlflowClient") -> bool:
-        """Send the next piece of the spool; whether there was one."""
+        """Send the next piece of the spool; returns whether there was one."""
         from mlflow.entities import Metric, RunTag
         from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
@@ -320,8 +321,8 @@ class Shipper:
         what: Literal["metrics", "params", "tags"],
         items: Sequence[Any],
     ) -> None:
-        """Send in batches. An item that MLflow refuses is said once and left out: it must not
-        hold up the rest for ever."""
+        """Send items in batches. An item that MLflow refuses is reported once and left out, so that
+        it does not block the rest forever."""
         from mlflow.exceptions import MlflowException
 
         assert self.run_id is not None
@@ -352,10 +353,10 @@ class Shipper:
                     )
 
     def _ship_artifacts(self, client: "MlflowClient", finishing: bool) -> bool:
-        """Send files that wait; whether some had to stay.
+        """Send waiting files; returns whether some are left.
 
-        Apart from metrics, because an artifact store may be out of reach (no credentials, a path
-        of the server's machine) while the tracking server is well.
+        Separate from metrics, because an artifact store may be unreachable (no credentials, a path
+        on the server's machine) while the tracking server works.
         """
         assert self.run_id is not None
         waiting = self._shipped["artifacts"]
@@ -367,7 +368,7 @@ class Shipper:
             except FileNotFoundError as error:
                 self._say_once(waiting[0], f"{waiting[0]} was not sent to MLflow: {error}")
             except Exception as error:  # each artifact store's client raises its own
-                client.get_run(self.run_id)  # raises where it is the server that is away
+                client.get_run(self.run_id)  # raises if the tracking server itself is away
                 self._say_once(
                     "artifacts",
                     f"{self.shown_uri} takes metrics but no files ({self._cause(error)}): they "
@@ -413,7 +414,7 @@ class Shipper:
             self._say(line)
 
     def _cause(self, error: Exception) -> str:
-        """The part of an error that tells a user something, on one line."""
+        """The part of an error that is useful for a user, in one line."""
         text = " ".join(str(error).split()) or type(error).__name__
         if caused_by := re.search(r"Caused by \w+\([\"']?(.*?)[\"']?\)\)?$", text):
             text = caused_by[1].rpartition("): ")[2]
@@ -423,11 +424,11 @@ class Shipper:
 
 
 class _DeletedRunError(Exception):
-    """The MLflow run was deleted by its user, who decides what happens next."""
+    """Raised if a user deleted the MLflow run; the user must decide what to do."""
 
 
 def accepted(name: str) -> str:
-    """A name that MLflow accepts: its letters, no path tricks, at most 250 characters."""
+    """Turn a name into one that MLflow accepts: allowed characters, no .., at most 250 long."""
     clean = posixpath.normpath(re.sub(r"[^\w\-. /:]", "_", name))
     return clean.lstrip("./")[:250] or "_"
 

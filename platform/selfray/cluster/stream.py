@@ -1,9 +1,9 @@
-"""Shards -> Ray Data -> batches of views: the plan carried out by Ray tasks.
+"""Shards -> Ray Data -> batches of views: Ray tasks carry out the plan.
 
-Each train worker runs one Ray Data stream of its own share of the plan. Tasks read rows, decode
-and augment (source.py); views come back as uint8 in the plan's order. A worker knows its rank, the
-world size and its cursor, so nothing has to be agreed on beforehand: a restart, at another world
-size too, just starts another stream.
+Each train worker runs one Ray Data stream for its own share of the plan. Tasks read, decode and
+augment rows (data/source.py); views return as uint8 in the plan's order. A stream needs only rank,
+world size and current step, so workers need not coordinate: a restart, also with another world
+size, simply starts another stream.
 """
 
 import itertools
@@ -30,27 +30,28 @@ from selfray.pixels.augment import MASK_SUFFIX, PARAMETERS_SUFFIX
 from selfray.views import Views
 
 CHUNK_BYTES = 192 * 2**20
-"""A task makes at most about this much. Ray Data spends the trainer's CPU on each task, whatever it
-makes: of SimCLR's views at 224 pixels, on two cores, 91 us for each image with 64 MiB, 53 with 128,
-46 with 192 (medians of three rounds, in which an image took 1,600)."""
+"""Approximate largest output of a task. Each task costs the trainer's CPU a fixed time in Ray Data:
+for SimCLR's views at 224 pixels on two cores, 91 us per image with 64 MiB, 53 with 128, 46 with 192
+(medians of three rounds; drawing an image took 1,600 us)."""
 STORE_SHARE = 1 / 3
-"""All streams that end on a node keep at most about this share of its object store filled."""
+"""Largest share of a node's object store that all streams ending on the node may fill, about."""
 CHUNKS_PER_CPU = 3
-"""Chunks in memory for each CPU: being drawn, waiting for a CPU, and waiting for the trainer."""
+"""Chunks in memory per CPU: one being drawn, one waiting for a CPU, one waiting for the trainer."""
 MOST_STEPS_PER_CHUNK = 64
 GROWTH = 4
-"""How many times as many steps chunks have after a window of them."""
+"""After each window of chunks, the number of steps per chunk grows by this factor."""
 CHUNKS_PER_EXECUTION = 128
-"""Or two windows of them. To begin one costs the trainer's CPU 40 ms, and 1 ms for each chunk."""
+"""At least this many, or two windows. Starting an execution costs the trainer's CPU 40 ms, plus 1
+ms per chunk."""
 CLOSE_SECONDS = 10.0
-"""A stream that is closed waits so long for its threads, and then leaves them to themselves."""
+"""A closed stream waits at most this long for its threads."""
 
 
 @dataclass(frozen=True)
 class Stream:
     """One rank's micro-batches from a step on, drawn by Ray Data tasks on `cpus` CPUs.
 
-    Half as many tasks more wait for these CPUs, and run at once where others are free.
+    It submits 1.5 tasks per CPU, so that no CPU idles; if other CPUs are free, all run at once.
     """
 
     source: Source
@@ -60,7 +61,7 @@ class Stream:
     until_step: int | None = None
     """The step after the last; None for the run's end."""
     room: float = math.inf
-    """Bytes that a chunk may have, from `chunk_room`."""
+    """Largest size of a chunk in bytes, from `chunk_room`."""
 
     @property
     def micro_batch(self) -> int:
@@ -68,7 +69,7 @@ class Stream:
 
     @property
     def window(self) -> int:
-        """How many chunks are in memory at most."""
+        """Largest number of chunks in memory."""
         return max(2, math.ceil(CHUNKS_PER_CPU * self.cpus))
 
     @property
@@ -84,7 +85,7 @@ class Stream:
         return int(np.clip(most, 1, MOST_STEPS_PER_CHUNK))
 
     def segments(self) -> Iterator[Segment]:
-        """The rest of the run, one execution after the other."""
+        """The rest of the run, split into executions."""
         firsts, most = self.bounds(), self.chunks_per_execution
         bounds = list(itertools.islice(firsts, most + 1))
         while len(bounds) > 1:
@@ -94,7 +95,7 @@ class Stream:
     def bounds(self) -> Iterator[int]:
         """The first step of each chunk, and the step after the last.
 
-        The first chunks are of one step, so that training starts at once; then they grow.
+        The first chunks have one step, so that training starts at once; later ones are larger.
         """
         end = self.source.plan.total_steps if self.until_step is None else self.until_step
         first, steps = self.first_step, 1
@@ -104,7 +105,7 @@ class Stream:
                 return
             if number and number % self.window == 0:
                 steps = min(GROWTH * steps, self.most_steps_per_chunk)
-            # An execution's first block lies in memory to its end (Ray 2.60): a small one.
+            # An execution's first block stays in memory until its end (Ray 2.60), so it is small.
             first += 1 if number % self.chunks_per_execution == 0 else steps
 
     def __iter__(self) -> Iterator[Arrays]:
@@ -125,8 +126,8 @@ class Stream:
             while running is not None:
                 chunks, upcoming = running.segment.chunks, None
                 for chunk in range(chunks):
-                    # As one chunk is taken up, one more may be drawn: no bubble, and never more
-                    # than a window of them in memory, over the end of an execution too.
+                    # For each chunk taken, one more may be drawn: so there are no gaps, and never
+                    # more than a window of chunks in memory, also across executions.
                     ahead = chunk + self.window
                     running.gate.open_to(ahead)
                     if upcoming is None and ahead + self.window >= chunks:
@@ -143,7 +144,7 @@ class Stream:
                 execution.join()
 
     def _checked(self, batch: Arrays, wanted: int) -> Arrays:
-        """Whatever happened on the way, a batch is the one that the plan has here."""
+        """The batch, after checking that it is the one that the plan expects here."""
         expected = np.arange(wanted, wanted + self.micro_batch)
         if not np.array_equal(batch[POSITION], expected):
             raise AssertionError(
@@ -153,10 +154,11 @@ class Stream:
 
 
 def chunk_room(ranks_here: int, world_size: int) -> float:
-    """Bytes of a chunk for which the chunks of all streams that end on this node fit its store.
+    """Largest size of a chunk in bytes, so that the chunks of all streams ending on this node fit
+    its object store.
 
-    Each has a window of them, in proportion to its CPUs. All streams of all runs have the cluster's
-    CPUs between them; of these a node with some ranks of a run feeds on their part.
+    Each stream has a window of chunks, in proportion to its CPUs. All streams together use at most
+    the cluster's CPUs; this node receives the share of its ranks.
     """
     here = ray.get_runtime_context().get_node_id()
     resources = next((n["Resources"] for n in ray.nodes() if n["NodeID"] == here), {})
@@ -166,14 +168,14 @@ def chunk_room(ranks_here: int, world_size: int) -> float:
 
 
 class _Execution:
-    """A segment that Ray Data carries out, and a thread that takes over its results.
+    """A segment carried out by Ray Data, and a thread that collects its results.
 
-    The thread waits for what comes from other nodes, while the trainer computes.
+    The thread waits for results from other nodes while the trainer computes.
     """
 
     def __init__(self, segment: Segment, cpus: float) -> None:
         self.segment = segment
-        # A finished task is noticed up to 0.1 s late (Ray 2.60): by then its CPU has another.
+        # Ray notices a finished task up to 0.1 s late (2.60), so each CPU has another one waiting.
         tasks = max(1, int(cpus / task_cpus(cpus)))
         self.gate = Gate(segment.chunks, tasks + math.ceil(tasks / 2))
         self._left = segment.batches
@@ -196,13 +198,15 @@ class _Execution:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Draw no more, unless all that was to be drawn is taken: then it ends by itself."""
+        """Stop submitting tasks. No-op once every batch is taken: the execution then ends by
+        itself."""
         if self._left:
             self.gate.close()
 
     def join(self) -> None:
-        """Wait for its end: a thread that asks Ray for something after `ray.shutdown` starts
-        another Ray."""
+        """Wait for the thread's end: if it called Ray after `ray.shutdown`, it would start a new
+        Ray.
+        """
         # A garbage collection may close a stream on any thread.
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
@@ -217,25 +221,25 @@ class _Execution:
 
 
 def task_cpus(cpus: float) -> float:
-    """How many CPUs a task of a stream with `cpus` CPUs asks for."""
+    """The CPUs that each task of a stream with `cpus` CPUs requests."""
     return min(1.0, cpus)
 
 
 def execute(segment: Segment, cpus: float, gate: Gate) -> Iterator[Arrays]:
-    """One Ray Data execution: a task for each chunk, micro-batches in order, as read-only arrays
-    in the object store's own memory.
+    """Run one Ray Data execution, with a task for each chunk, and yield micro-batches in order, as
+    read-only arrays in the object store's memory.
 
-    A chunk comes as one block and is taken apart here. Ray Data's own `iter_batches` would copy
-    micro-batches, in eight threads that take the interpreter lock from the trainer.
+    A chunk arrives as one block and is split here. Ray Data's own `iter_batches` would copy
+    micro-batches in eight threads, which take the interpreter lock from the trainer.
     """
     configure(DataContext.get_current())
-    draw: Any = segment.draw  # Ray's stubs know no dict of arrays
+    draw: Any = segment.draw  # Ray's type stubs do not allow a dict of arrays
     num_cpus = task_cpus(cpus)
     dataset = blocks_of_ids(segment.chunks).map_batches(draw, batch_size=None, num_cpus=num_cpus)
-    dataset.context.target_max_block_size = None  # a block is never cut, at whatever row
+    dataset.context.target_max_block_size = None  # never split a block
     options = dataset.context.execution_options
     options.preserve_order = True
-    # No task waits for this, but without it Ray Data asks an autoscaler for ever more nodes.
+    # This limits no task, but without it Ray Data would ask an autoscaler for more and more nodes.
     options.resource_limits = ExecutionResources.for_limits(cpu=max(cpus, num_cpus))
     gate.apply(dataset.context)
     for bundle in dataset.iter_internal_ref_bundles():
@@ -246,28 +250,28 @@ def execute(segment: Segment, cpus: float, gate: Gate) -> Iterator[Arrays]:
 
 
 def as_numpy(column: Any) -> np.ndarray:
-    """A column of Arrow's, or of Ray's own tensors, which need no copy."""
+    """A column of Arrow, or of Ray's tensor type, as an array; Ray's tensors are not copied."""
     return column.to_numpy(zero_copy_only=False)
 
 
 def blocks_of_ids(count: int) -> ray.data.Dataset:
-    """A dataset of `id` 0..count-1, one block each. Not `ray.data.range`: its read tasks want a
-    whole CPU each and are not joined with a map that wants less, so on a small machine they would
-    wait forever for a CPU that the train workers hold."""
+    """A dataset of `id` 0..count-1, one block each. Not `ray.data.range`: each of its read tasks
+    requests a whole CPU and is not fused with a map that requests less, so on a small machine they
+    would wait forever for a CPU that train workers hold."""
     return ray.data.from_items([{"id": id} for id in range(count)], override_num_blocks=count)
 
 
 def keep_statistics_here() -> None:
-    """Start the actor in which Ray Data counts, on this node.
+    """Start Ray Data's statistics actor on this node.
 
-    It outlives the job, on the node that asks first. That would be a train worker's, which an
-    autoscaler would then never see idle and never give back (Ray 2.60).
+    It outlives the job, on the node that first uses it. That would be a train worker's node, which
+    would never be idle again, so that an autoscaler could not remove it (Ray 2.60).
     """
     get_or_create_stats_actor()
 
 
 def configure(context: DataContext) -> None:
-    """Ray Data's settings for this platform: no bars, no banners."""
+    """Apply Ray Data's settings for selfray: no progress bars, no banners."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
@@ -276,7 +280,7 @@ def configure(context: DataContext) -> None:
 
 
 def to_tensors(arrays: Arrays, views: Views) -> Batch:
-    """What the loop trains on. Copied: Ray's arrays lie in shared memory and can't be written."""
+    """Copy arrays to torch tensors for training; Ray's arrays lie in read-only shared memory."""
     parts = ("", MASK_SUFFIX, PARAMETERS_SUFFIX)
     names = [group + part for group in views for part in parts if group + part in arrays] + [LABEL]
     return {name: torch.from_numpy(np.array(arrays[name])) for name in names}

@@ -1,4 +1,4 @@
-"""What the driver tells each train worker."""
+"""The task that the driver sends to each train worker."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from selfray.data.shard_set import ShardSet
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What a worker is told. Plain values, so that any process can unpickle it."""
+    """The input of a train worker. Plain values, so that any process can unpickle it."""
 
     experiment: str
     """The Experiment as JSON."""
@@ -17,10 +17,12 @@ class WorkerTask:
     cpus: float
     """CPUs of each train worker."""
     data_cpus: float
-    """CPUs for the data tasks of each worker: an elastic run's grow and shrink with it."""
+    """CPUs for the data tasks of each worker, so that an elastic run's total follows its size."""
+    checkpoint_steps: frozenset[int]
+    """Steps at whose end a checkpoint is written."""
     launch: str
-    """Which start of the command this is: a failure of an earlier one is no reason to give up."""
+    """Identifies this start of the command: recorded failures of earlier starts do not count."""
     until_step: int | None = None
-    """Where the run pauses, with a checkpoint; None goes to its end."""
+    """The step at which the run pauses, with a checkpoint; None trains to the end."""
     stop_file: str | None = None
     """The run ends, with a checkpoint, soon after this file appears."""

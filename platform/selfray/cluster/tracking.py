@@ -1,4 +1,4 @@
-"""A run's metrics, tags, files and pictures -> its spool, and from there to MLflow.
+"""Tracks a run: its metrics, tags, files and pictures go to its spool, and from there to MLflow.
 
 Training writes to the spool (runs/spool.py) and never waits for a tracking server; shipping.py
 sends it in a background thread of the driver.
@@ -30,10 +30,10 @@ Scalar = str | int | float
 
 
 class Tracker:
-    """Ships one run's spool to one MLflow run, across restarts of the driver.
+    """Sends one run's spool to one MLflow run, across restarts of the driver.
 
-    A run folder that has an MLflow run already goes on with it. A tracking server that is down
-    costs one line through `say` and nothing else. `say` is called from the shipping thread.
+    If the run folder already has an MLflow run, it is continued. If the tracking server is down,
+    `say` gets one line, and nothing else happens. `say` is called from the shipping thread.
 
         tracker = Tracker(uri, "scans", "mae-1", run_folder, params, environment_tags())
         tracker.start()     # returns at once; best after `import ray`, so that imports do not race
@@ -93,17 +93,17 @@ class Tracker:
         self._shipper.start()
 
     def describe_run(self, text: str) -> None:
-        """What the run is, shown at the top of its page in MLflow; the last text counts."""
+        """Set the description at the top of the run's page in MLflow; the last text counts."""
         self.set_tags({"mlflow.note.content": text})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the MLflow run, as soon as the server is there."""
+        """Set tags of the MLflow run, as soon as the server answers."""
         self._writer.tags(tags)
 
     def log_artifact(self, local_path: str | os.PathLike[str], artifact_path: str = "") -> None:
-        """Keep a local file in the run folder and send it to `artifact_path` (a folder).
+        """Copy a local file into the run folder and send it to `artifact_path` (a folder).
 
-        A copy that fails (a full disk) is said, not raised.
+        A failed copy (a full disk) is reported, not raised.
         """
         source = Path(local_path).absolute()
         name = posixpath.join(artifact_path, source.name)
@@ -113,14 +113,14 @@ class Tracker:
                 with source.open("rb") as file:
                     self._keep(name, file)
         except OSError as error:
-            self._say(f"{source} could not be kept in {target} ({error}): training goes on")
+            self._say(f"{source} could not be copied to {target} ({error}): training continues")
             return
         self._writer.event("artifact", path=name)
 
     def log_picture(self, image: "Image", path: str) -> None:
-        """Keep a picture as `path`, such as "attention/step_100.png", and send it.
+        """Store a picture as `path`, such as "attention/step_100.png", and send it.
 
-        The suffix names the format. A failure to write is said, not raised.
+        The suffix determines the format. A failure to write is reported, not raised.
         """
         data = io.BytesIO()
         image.save(data, format="JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG")
@@ -128,14 +128,14 @@ class Tracker:
         self._log(data, path)
 
     def log_json(self, value: Any, path: str) -> None:
-        """Keep a JSON value as `path` and send it, as a picture."""
+        """Store a JSON value as `path` and send it, like a picture."""
         self._log(io.BytesIO(json.dumps(value).encode()), path)
 
     def _log(self, data: io.BytesIO, path: str) -> None:
         try:
             self._keep(path, data)
         except OSError as error:
-            self._say(f"{path} could not be kept ({error}): training goes on")
+            self._say(f"{path} could not be stored ({error}): training continues")
             return
         self._writer.event("artifact", path=path)
 
@@ -145,7 +145,8 @@ class Tracker:
         return self._shipper.run_id
 
     def wait_for_run(self, seconds: float) -> str | None:
-        """The MLflow run's id, waited for: a sweep's children need their parent's."""
+        """Wait for the MLflow run's id, which the children of a sweep need; None after
+        `seconds`."""
         self._shipper.run_is_open.wait(seconds)
         return self.run_id
 
@@ -157,7 +158,7 @@ class Tracker:
         return run_page(self._shipper.shown_uri, str(self._shipper.experiment_id), self.run_id)
 
     def describe(self) -> str:
-        """One line for the console: what the run is called in MLflow and how to look at it."""
+        """One line for the console: the run's name in MLflow and how to open it."""
         where = f"experiment {self.experiment_name}, run {self.run_name}"
         database = database_file(self.uri)
         if database is None:
@@ -167,10 +168,10 @@ class Tracker:
         return f"MLflow: {where}: look at it with `mlflow ui --backend-store-uri {self.uri}`"
 
     def finish(self, status: Status, seconds: float = 30.0) -> bool:
-        """Send what is left and close the MLflow run, within `seconds`; whether all was sent.
+        """Send the rest and close the MLflow run within `seconds`; returns whether all was sent.
 
-        A server that has been away for longer gets one more attempt, no wait. What remains lies in
-        the run folder, and the next Tracker on it goes on from there.
+        A server that has been away for longer gets only one more attempt. The rest stays in the run
+        folder, and the next Tracker for it continues from there.
         """
         require(self._is_started, "a Tracker must be started before it can finish")
         self._writer.close()

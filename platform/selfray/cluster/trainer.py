@@ -1,4 +1,4 @@
-"""The Ray Train trainer of a run: its controller in this process, its ranks joined by torch."""
+"""The Ray Train trainer of a run: its controller runs in this process, and torch connects ranks."""
 
 import os
 import uuid
@@ -12,9 +12,9 @@ from selfray.cluster import local_ray, ray_internals
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer that starts no process beside its workers.
+    """A TorchTrainer that starts no process besides its workers.
 
-    It leaves the signals alone: Ray Train's own handler of Ctrl-C ends the driver by sys.exit.
+    It does not install Ray Train's handler of Ctrl-C, which would end the driver by sys.exit.
     """
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
@@ -29,7 +29,7 @@ class Trainer(TorchTrainer):
 
 @dataclass
 class Ranks(TorchConfig):
-    """How the ranks of a run find one another."""
+    """The config that makes ranks connect by JoinRanks."""
 
     @property
     def backend_cls(self) -> Any:
@@ -37,9 +37,9 @@ class Ranks(TorchConfig):
 
 
 class JoinRanks(ray_internals.torch_backend()):
-    """One rank needs nobody. Ranks of a local Ray meet in a file and talk over loopback, since
-    torch's own meeting point is a port that every machine can reach; ranks of a cluster meet there.
-    """
+    """Connects the ranks. A single rank needs no connection. Ranks of a local Ray rendezvous by a
+    file and communicate over loopback, because torch's own rendezvous opens a port to all machines;
+    ranks of a cluster use torch's."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         size = len(worker_group)
@@ -69,7 +69,7 @@ class JoinRanks(ray_internals.torch_backend()):
 
 
 def join(backend: str, rank: int, size: int, meeting: str) -> None:
-    """Connect this rank to the others of this machine, over loopback alone."""
+    """Connect this rank to the others on this machine, only over loopback."""
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,4 +1,4 @@
-"""One rank's training: build or resume the state, stream, train, record."""
+"""The training of one rank: build or resume the state, stream, train, record."""
 
 import contextlib
 import socket
@@ -25,28 +25,29 @@ from selfray.train import TrainState, train
 
 
 def run(task: WorkerTask) -> None:
-    """One worker's whole life in a run. Raises where the run cannot go on."""
+    """Train as one worker of a run, from start or resume to the end. Raises if the run must
+    fail."""
     experiment: Experiment = config.loads(task.experiment)
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     mine = experiment.shared_by(context.get_world_size())
     share = Share(context.get_world_rank(), context.get_world_size(), mine.accumulate)
     if device.type == "cpu":
-        # No more threads than CPUs that are ours: OpenMP's threads wait for one another, so a step
-        # whose second thread shares its core with a data task takes three times as long as a
-        # step on one thread (measured).
+        # No more threads than reserved CPUs: OpenMP's threads wait for one another, so a step whose
+        # second thread shares its core with a data task takes three times as long as a step on one
+        # thread (measured).
         torch.set_num_threads(max(1, int(task.cpus)))
     run_folder = Location.of(task.run)
     require(
         run_folder.exists(),
-        f"--output: {run_folder} is not seen on node {socket.gethostname()}: give storage that all "
-        "nodes see (s3://, gs:// or a shared folder)",
+        f"--output: {run_folder} does not exist on node {socket.gethostname()}: give storage that "
+        "all nodes can reach (s3://, gs:// or a shared folder)",
     )
     source = source_of(experiment, task.shards)
     recorder = Recorder(
         experiment,
         run_folder,
-        source.plan.total_steps,
+        task.checkpoint_steps,
         share.rank == 0,
         task.until_step,
         None if task.stop_file is None else Location.of(task.stop_file),
@@ -74,7 +75,7 @@ def run(task: WorkerTask) -> None:
 
 
 def _checked(batches: Stream, experiment: Experiment, recorder: Recorder) -> Iterator[Batch]:
-    """The stream as tensors; broken images are reported by name, too many of them end the run."""
+    """The stream as tensors. Broken images are reported by name; too many of them end the run."""
     tally = BrokenTally(experiment.data.max_broken_fraction)
     for arrays in batches:
         new = tally.see(arrays[BROKEN], arrays[REASON])

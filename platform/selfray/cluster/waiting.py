@@ -1,4 +1,4 @@
-"""Says what a run waits for, where its train workers have no nodes: it would look hung."""
+"""Reports what a run waits for if there are no nodes for its train workers; it would look hung."""
 
 import logging
 import threading
@@ -14,12 +14,13 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 4.0
-"""A node that was just lost may be counted for a moment, and a new one not yet."""
+"""Grace period: Ray may still count a lost node, or not yet count a new one."""
 
 
 @contextmanager
 def told(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[None]:
-    """While this lasts, tell when the nodes have no room for `least` workers of `wanted` each."""
+    """Inside, report when the nodes have no room for `least` workers with resources `wanted`
+    each."""
     ended = threading.Event()
     thread = threading.Thread(
         target=_watch, args=(wanted, least, console, ended), daemon=True, name="selfray-waiting"
@@ -29,7 +30,7 @@ def told(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[
         yield
     finally:
         ended.set()
-        thread.join(0.5)  # it may be asking a cluster that is gone: nothing waits for that
+        thread.join(0.5)  # not longer: it may be asking a cluster that is gone
 
 
 def _watch(
@@ -40,12 +41,12 @@ def _watch(
         try:
             remove_orphaned_placement_groups()
             room = room_for(wanted, (node["Resources"] for node in ray.nodes() if node["Alive"]))
-        except Exception:  # Ray is going down, or busy: it is asked again
-            log.exception("the nodes are not known now")
+        except Exception:  # Ray is shutting down or busy: ask again later
+            log.exception("the nodes cannot be listed now")
             continue
         if room >= least:
             if said >= 0:
-                console.say("the nodes are there: the train workers start")
+                console.say("the nodes are available: the train workers start")
             short_for, said = 0.0, -1
             continue
         short_for += POLL_SECONDS
@@ -54,12 +55,12 @@ def _watch(
             each = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
             console.say(
                 f"waiting for nodes: {least} train worker{'s' if least > 1 else ''} of {each} "
-                f"each, and the cluster has room for {room}"
+                f"each, but the cluster has room for {room}"
             )
 
 
 def room_for(wanted: Mapping[str, float], nodes: Iterator[Mapping[str, float]]) -> int:
-    """How many workers fit into nodes, each of them whole on one."""
+    """The number of workers that fit, where each needs all its resources on one node."""
     return sum(
         min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
         for node in nodes

@@ -1,7 +1,8 @@
-"""What Ray Train runs on every worker: starts training, and writes down why it failed.
+"""The function that Ray Train runs on every worker: starts training and records why it failed.
 
-Torch and timm are imported inside the functions: Ray Train's controller imports this module too
-and would spend seconds on them, and a worker first has a process started for its data tasks.
+Torch and timm are imported inside functions, because Ray Train's controller also imports this
+module and would spend seconds on them, and because a worker first starts a process for its data
+tasks.
 """
 
 import logging
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """The function that TorchTrainer runs on every worker, and runs again after a failure.
+    """The function that TorchTrainer runs on every worker, and again after a failure.
 
-    A worker that dies, or that loses its peers, is worth another attempt. An error in the data or
-    in the code is not: its cause is written down, and the next attempt returns at once, for the
-    launcher to report.
+    If a worker dies or loses its peers, another attempt may succeed. An error in the data or in the
+    code would repeat: its cause is recorded, and the next attempt returns at once, so that the
+    launcher reports it.
     """
     task: WorkerTask = loop_config["task"]
     record = Location.of(task.run) / FAILURE
@@ -39,11 +40,11 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         if would_repeat(cause):
             name = type(cause).__name__
             message = str(cause).strip() or name
-            with suppress(OSError):  # the folder itself may be what is missing
+            with suppress(OSError):  # the folder itself may be missing
                 record.write_json({"launch": task.launch, "type": name, "message": message})
         raise
 
 
 def _load_data_libraries() -> None:
-    """What a process does that is started ahead of its first data task."""
+    """Import the data libraries in a new process, before its first data task arrives."""
     import selfray.data.source  # noqa: F401

@@ -1,4 +1,4 @@
-"""`selfray check-method`: the contract of a method, checked on one of a user's own."""
+"""`selfray check-method`: the contract checks of `selfray.contract` on a user's own method."""
 
 import inspect
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckMethod:
-    """Put a method of your own package through the checks that selfray's methods pass: gradients,
-    teachers, micro-batches, bf16, exact resume, export. Minutes at most, on a CPU.
+    """Run the checks that selfray's methods pass on a method of your own package: gradients,
+    teachers, micro-batches, bf16, exact resume, export. Takes a few minutes at most, on a CPU.
     $ selfray check-method my_package.barlow
     """
 
-    interrupted: ClassVar[str] = "some checks were not made"
+    interrupted: ClassVar[str] = "some checks did not run"
 
     module: Annotated[
         Positional[str],
@@ -42,7 +42,7 @@ class CheckMethod:
         if len(kinds) != 1:
             found = ", ".join(kind.__name__ for kind in kinds) or "none"
             raise ValueError(
-                f"{self.module} is to hold one subclass of selfray.method.MethodConfig, and holds "
+                f"{self.module} must define one subclass of selfray.method.MethodConfig, found: "
                 f"{found}"
             )
         method, failed = tiny(kinds[0]), 0
@@ -51,7 +51,7 @@ class CheckMethod:
             console.live(words)
             try:
                 check(method)
-            except Exception as error:  # whatever a stranger's code raises is what it fails by
+            except Exception as error:  # any error of the user's code fails the check
                 failed += 1
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                 console.say(f"FAILED  {words}: {kind}{one_line(error)}")

@@ -1,4 +1,4 @@
-"""`selfray compare`: what it is asked, and what it shows."""
+"""`selfray compare`: its flags, the table it prints and the page it writes."""
 
 import posixpath
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compare:
-    """Put runs side by side: a ranked table here, and one HTML page with curves, probes, the
-    parameters that differ and pictures, which needs no network. It reads files and starts no Ray.
+    """Compare runs: print a ranked table and write one self-contained HTML page with curves,
+    probes, the parameters that differ and pictures. Only files are read; Ray is not started.
     $ selfray compare runs/sweeps/sweep-temperature-1a2b3c4d
     $ selfray compare runs/simclr-digits-1a2b3c4d mlruns:/RUN_ID
     """
@@ -27,7 +27,7 @@ class Compare:
     runs: Annotated[
         Positional[tuple[str, ...]],
         flag(
-            """Run folders, a sweep's folder, an output folder (all runs in it), local, s3:// or
+            """Run folders, a sweep's folder or an output folder (all runs in it), local, s3:// or
             gs://; mlruns:/RUN_ID of a run or of a sweep; or the name of an MLflow experiment, such
             as selfray.""",
             "RUN|EXPERIMENT",
@@ -38,20 +38,18 @@ class Compare:
         flag(
             "HTML file to write; local, s3:// or gs://.",
             "PATH",
-            "comparison.html in the folder that is compared, else in this one",
+            "comparison.html in the compared folder, or here if there are several",
         ),
     ] = None
-    title: Annotated[str | None, flag("Title of the page.", "TEXT", "what is compared")] = None
-    pictures: Annotated[
-        int, flag("Show pictures of this many runs at most, the best ones.", "N")
-    ] = 12
+    title: Annotated[str | None, flag("Title of the page.", "TEXT", "the folders' names")] = None
+    pictures: Annotated[int, flag("Show pictures of the best runs, at most this many.", "N")] = 12
     json: JsonFlag = None
     no_track: Annotated[
         bool,
         flag(
-            """Do not log the page to MLflow. Otherwise it becomes an artifact of the sweep's run
-            where the runs are trials of one sweep, and of the run where there is one; pages of
-            other runs are files alone.""",
+            """Do not log the page to MLflow. Without this flag, the page of one run becomes an
+            artifact of that run, and the page of one sweep's trials an artifact of the sweep; other
+            pages are only written as files.""",
             default="",
         ),
     ] = False
@@ -83,7 +81,7 @@ class Compare:
             ) from None
         if self.json is not None:
             Location.of(self.json).write_json(ranking.as_json(runs))
-        # What is written is written before anything is shown: a reader such as `head` may leave.
+        # Write the files before printing: a reader such as `head` may close the pipe.
         for line in ranking.table(runs):
             console.say(line)
         console.say()
@@ -102,12 +100,14 @@ class Compare:
 
 
 def _require_ours(file: "Location") -> None:
-    """A page may be written over, another's file may not."""
+    """FileExistsError unless the file is missing or a comparison page, which may be overwritten."""
     from selfray.report.page import MARK
 
     require(not file.is_folder(), f"--page {file} is a folder: give a file")
     if file.exists() and MARK.encode() not in file.read_bytes()[:1000]:
-        raise FileExistsError(f"{file} exists and is no page of selfray's: give --page another")
+        raise FileExistsError(
+            f"{file} exists and is not a page that selfray wrote: give --page another file"
+        )
 
 
 def _title(references: tuple[str, ...]) -> str:

@@ -1,11 +1,11 @@
-"""An Experiment as a file that people write and read: YAML, or a run's own experiment.yaml.
+"""Reads an Experiment from a YAML or JSON file, such as a run's own experiment.yaml.
 
-    recipe: mae-imagenet        # what is not said here is the recipe's
+    recipe: mae-imagenet        # fields that the file leaves out keep the recipe's values
     epochs: 50
     data: {path: scans/}
     method: {mask_ratio: 0.6}
 
-A whole file, as --print-config writes it, names its types and needs no recipe.
+A complete file, as --print-config prints it, names its types and needs no recipe.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ RECIPE = "recipe"
 def read_config(
     path: str, base: "Experiment | None", recipes: "Mapping[str, Experiment]"
 ) -> "Experiment":
-    """The experiment that a file describes, on top of `base` or of the recipe that it names.
+    """The experiment that a file describes; missing fields come from the recipe that it names, else
+    from `base`.
 
-    ValueError or FileNotFoundError of one line names the file, the key and the nearest name.
+    ValueError and FileNotFoundError name in one line the file, the key and the nearest known name.
     """
     from selfray.experiment import Experiment
 
@@ -46,7 +47,7 @@ def read_config(
     try:
         if config.TYPE_KEY in value:
             whole = config.from_json(value)
-            require(isinstance(whole, Experiment), f"its type is no {Experiment.__name__}")
+            require(isinstance(whole, Experiment), f"its type is not {Experiment.__name__}")
             return whole
         name = value.pop(RECIPE, None)
         if name is not None:
@@ -60,8 +61,8 @@ def read_config(
 
 
 def merged(base: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
-    """A config with some fields replaced, at any depth. ValueError names an unknown field and its
-    nearest name."""
+    """A copy of a config with some fields replaced, at any depth. ValueError names an unknown field
+    and the nearest known one; `prefix` is the path of `base`, for messages."""
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     new = {}
     for key, value in changes.items():
@@ -80,11 +81,12 @@ def merged(base: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _typed(name: str, value: Any, held: Any) -> Any:
-    """A value of the kind that the field holds: YAML reads 1e-3 as text, and 1 as no float."""
+    """`value` converted to the type of `held`, the field's present value: YAML reads 1e-3 as text
+    and 1 as an int, both of which a float field takes. ValueError for another type."""
     if isinstance(held, bool) or isinstance(value, bool):
         require(
             held is None or isinstance(held, bool) == isinstance(value, bool),
-            f"{name} must be {'true or false' if isinstance(held, bool) else 'no boolean'}, "
+            f"{name} must {'be true or false' if isinstance(held, bool) else 'not be a boolean'}, "
             f"got {value}",
         )
         return value
@@ -96,5 +98,5 @@ def _typed(name: str, value: Any, held: Any) -> Any:
     if isinstance(held, int) and not isinstance(value, int) and name != "workers":
         raise ValueError(f"{name} must be a whole number, got {value}")
     if dataclasses.is_dataclass(held) and not dataclasses.is_dataclass(value) and value is not None:
-        raise ValueError(f"{name} has fields of its own, got {value}")
+        raise ValueError(f"{name} must be a mapping of fields, got {value}")
     return value

@@ -1,4 +1,4 @@
-"""`selfray doctor`: what this machine has, and what it lacks."""
+"""`selfray doctor`: checks that this machine can train."""
 
 import importlib.metadata
 import logging
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Doctor:
-    """Look at this machine: Python, packages, CPUs, memory, GPUs, disk, Ray, MLflow, S3. The exit
-    code is 1 where something must be mended before anything can be trained.
+    """Check this machine: Python, packages, CPUs, memory, GPUs, disk, Ray, MLflow, S3. The exit
+    code is 1 if a problem prevents training, else 0.
     $ selfray doctor
     """
 
-    interrupted: ClassVar[str] = "not everything was looked at"
+    interrupted: ClassVar[str] = "some checks did not run"
 
     tracking: TrackingFlag = None
 
@@ -55,7 +55,7 @@ class Doctor:
             try:
                 finding = check()
             except Exception as error:
-                # Whatever is broken on this machine is what the user came to hear.
+                # Any error is a finding: the other checks still run.
                 log.exception(name)
                 finding = Finding("fail", f"{type(error).__name__}: {last_line(error)}")
             console.say(f"{finding.status:4}  {name:8}  {finding.text}")
@@ -64,14 +64,17 @@ class Doctor:
 
 
 class Finding(NamedTuple):
+    """The result of one check."""
+
     status: Literal["ok", "warn", "fail"]
     text: str
+    """What was found and, unless ok, what to do about it."""
 
 
 def _python() -> Finding:
     version = platform.python_version()
     if sys.version_info >= (3, 14):
-        return Finding("warn", f"{version}: selfray is tested with 3.11 to 3.13; use one of them")
+        return Finding("warn", f"{version}: selfray is tested on 3.11 to 3.13; use one of them")
     return Finding("ok", f"{version}, selfray {__version__} in {Path(__file__).parent}")
 
 
@@ -105,7 +108,7 @@ def _packages() -> Finding:
 def _cpus() -> Finding:
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if usable < 2:
-        return Finding("warn", "1: training and data would share it; give this machine two or more")
+        return Finding("warn", "1: training and data loading would share it; use two or more")
     return Finding("ok", f"{usable}")
 
 
@@ -113,9 +116,9 @@ def _memory() -> Finding:
     import psutil
 
     memory = psutil.virtual_memory()
-    text = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
+    text = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     if memory.available < 2 * GIB:
-        return Finding("warn", f"{text}: little for Ray, workers and data; close other programs")
+        return Finding("warn", f"{text}: too little for Ray and training; close other programs")
     return Finding("ok", text)
 
 
@@ -125,7 +128,7 @@ def _disk() -> Finding:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / GIB
     if not os.access(folder, os.W_OK):
-        return Finding("fail", f"{folder} cannot be written: start in another folder, or --output")
+        return Finding("fail", f"{folder} cannot be written: change folder, or give --output")
     text = f"{free:.1f} GiB free for ./runs"
     if free < 5:
         return Finding("warn", f"{text}: checkpoints may not fit; make room, or give --output")
@@ -135,9 +138,9 @@ def _disk() -> Finding:
 def _s3() -> Finding:
     named = [n for n in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_ROLE_ARN") if os.environ.get(n)]
     if named:
-        return Finding("ok", f"credentials by {', '.join(named)}")
+        return Finding("ok", f"credentials from {', '.join(named)}")
     if Path("~/.aws/credentials").expanduser().exists():
-        return Finding("ok", "credentials by ~/.aws/credentials")
+        return Finding("ok", "credentials from ~/.aws/credentials")
     return Finding(
         "ok",
         "no credentials; only s3:// paths need them: set AWS_ACCESS_KEY_ID and "
@@ -155,10 +158,10 @@ def _gpus() -> Finding:
     if shutil.which("nvidia-smi"):
         return Finding(
             "warn",
-            f"there is nvidia-smi, but torch {torch.__version__} sees no GPU: install a CUDA build "
-            "of torch that fits the driver (https://pytorch.org)",
+            f"nvidia-smi is installed, but torch {torch.__version__} sees no GPU: install a CUDA "
+            "build of torch that fits the driver (https://pytorch.org)",
         )
-    return Finding("ok", "none: training runs on CPUs")
+    return Finding("ok", "none: training will run on CPUs")
 
 
 def _ray() -> Finding:
@@ -171,7 +174,7 @@ def _ray() -> Finding:
     how = f"joined {address}" if address else "starts on this machine"
     text = f"{how} in {seconds:.1f} s: {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
     if seconds > 30:
-        return Finding("warn", f"{text}; a machine this slow is overloaded: see `uptime`")
+        return Finding("warn", f"{text}; the machine is probably overloaded: see `uptime`")
     return Finding("ok", text)
 
 
@@ -181,7 +184,7 @@ def _mlflow(tracking: str | None) -> Finding:
     uri = tracking_uri(Location.of("runs"), tracking)
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
-        return Finding("ok", f"{database} is made by the first run")
+        return Finding("ok", f"{database} will be created by the first run")
     try:
         where, experiments = count_mlflow_experiments(uri)
     except OSError as error:

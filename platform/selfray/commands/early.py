@@ -1,7 +1,8 @@
-"""What can be refused before torch is imported: a recipe, a flag or a path that does not exist.
+"""Checks of a command line before torch is imported: an unknown recipe or flag, a missing path.
 
-torch takes seconds to import and Ray takes more to start, and a typo needs neither. `flags.json`
-says which flags each recipe has; `make flags` writes it from the recipes, a test compares.
+torch takes seconds to import and Ray longer to start; a typo is reported before either.
+`flags.json` lists each recipe's flags; `make flags` writes it from the recipes, and a test compares
+the two.
 """
 
 import json
@@ -17,11 +18,12 @@ from selfray.commands.words import nearest
 TABLE = "flags.json"
 OF_ALL = "*"
 BEFORE_FLAGS = ("--config", "--print-config", "--plugin", "--tracking", "--yes")
-"""Flags of the command itself, whatever the recipe."""
+"""Flags of the command itself, which every recipe takes."""
 
 
 def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
-    """Raise ValueError for a command line that cannot be meant.
+    """Raise ValueError for an unknown recipe or flag or a bad number, FileNotFoundError for a
+    missing path.
 
     Args:
         arguments: the recipe's name, then flags as `--flag value` or `--flag=value`.
@@ -39,15 +41,15 @@ def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
             f"{arguments[0]}: the recipe comes first: {prog} RECIPE {arguments[0]} ..."
         )
     else:
-        return  # the file says which flags there are
+        return  # the flags depend on the file, which is read later
     known = flags_of(recipe)
     if known is None:
         return
-    given = _given(arguments[1:])
+    given = given_flags(arguments[1:])
     for flag, values in given:
         if flag in BEFORE_FLAGS:
             continue
-        require(flag in known, f"{flag} is no flag of {recipe}{nearest(flag, known)}")
+        require(flag in known, f"{flag} is not a flag of {recipe}{nearest(flag, known)}")
         _check_values(flag, values, known[flag])
     for flag, values in given:
         if flag in ("--data.path", "--data.test-path") and values:
@@ -55,13 +57,14 @@ def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
 
 
 def flags_of(recipe: str) -> Mapping[str, str] | None:
-    """A recipe's flags, each with what it takes, such as FLOAT; None for an unknown recipe."""
+    """A recipe's flags with the type of value each takes, such as FLOAT; None for an unknown
+    recipe."""
     table = json.loads(resources.files("selfray.commands").joinpath(TABLE).read_text("utf-8"))
     own = table["recipes"].get(recipe)
     return None if own is None else table["flags"][OF_ALL] | table["flags"][own]
 
 
-def _given(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+def given_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Flags with their values; a word that begins with two dashes is a flag."""
     found: list[tuple[str, list[str]]] = []
     for word in words:
@@ -93,7 +96,7 @@ def _check_values(flag: str, values: Sequence[str], takes: str) -> None:
 
 
 def check_path(path: str, flag: str) -> None:
-    """FileNotFoundError for a local path that is not there; stores and patterns are asked later."""
+    """FileNotFoundError for a missing local path. URLs and glob patterns are checked later."""
     if "://" in path or "*" in path or path.startswith("embedded:") or not path:
         return
     if not os.path.exists(os.path.expanduser(path)):
@@ -104,7 +107,9 @@ def check_path(path: str, flag: str) -> None:
 
 
 def table(recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `flags.json` holds: the flags that all recipes share, and each group's own."""
+    """The content of `flags.json`: the flags that all recipes share under OF_ALL, and the further
+    flags of each group of recipes with the same flags, under the name of the group's first recipe.
+    """
     from selfray.commands.flags import flags_with_values
 
     found = {name: flags_with_values(recipe) for name, recipe in recipes.items()}

@@ -1,4 +1,4 @@
-"""`selfray embed`: every image's embedding as Parquet."""
+"""`selfray embed`: writes every image's embedding to Parquet files."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 BLOCK, BLOCK_WITH_PATCHES = 1024, 128
-"""Images of one file."""
+"""Images per output file, without and with patch tokens."""
 
 
 @dataclass(frozen=True)
 class Embed:
     """Write the embedding of every image to Parquet files with the columns path, label and
-    embedding, which pandas, polars, duckdb and faiss read. The same command goes on after an
-    interruption; the files do not depend on the number of tasks.
+    embedding, for pandas, polars, duckdb or faiss. After an interruption, the same command resumes.
+    The files do not depend on the number of tasks.
     $ selfray embed runs/dino-imagenet-1a2b3c4d --data images/ --to embeddings/
     """
 
-    interrupted: ClassVar[str] = "the files that are written stay; the same command goes on"
+    interrupted: ClassVar[str] = "finished files are kept; the same command resumes"
 
     encoder: Annotated[
         Positional[str],
@@ -44,15 +44,15 @@ class Embed:
         flag("Images: a folder of them, shards or Parquet files; local, s3:// or gs://.", "PATH"),
     ]
     to: Annotated[str, flag("Folder to write; local, s3:// or gs://.", "FOLDER")]
-    dtype: Annotated[Literal["float32", "float16"], flag("Type of the embedding's numbers.")] = (
+    dtype: Annotated[Literal["float32", "float16"], flag("Data type of the embeddings.")] = (
         "float32"
     )
     patches: Annotated[
-        bool, flag("Write the patch tokens, too (float16): much larger.", default="")
+        bool, flag("Also write the patch tokens (float16); much larger files.", default="")
     ] = False
-    normalize: Annotated[bool, flag("Give embeddings length 1.", default="")] = False
+    normalize: Annotated[bool, flag("Scale each embedding to L2 norm 1.", default="")] = False
     image_size: Annotated[
-        int | None, flag("Side in pixels that images are brought to.", "PIXELS", "the encoder's")
+        int | None, flag("Side in pixels that images are resized to.", "PIXELS", "the encoder's")
     ] = None
     image_column: ImageColumnFlag = None
     device_gpus: DeviceGpusFlag = None
@@ -100,14 +100,14 @@ class Embed:
         before = job.blocks - written.blocks_now
         console.say(
             f"{folder}: {written.images:,} embeddings in {job.blocks:,} files"
-            + (f", {before:,} of them from before" if before else "")
+            + (f", {before:,} of them written earlier" if before else "")
         )
         if written.unreadable:
             console.say(f"{written.unreadable:,} images could not be read and are left out")
         return 0
 
     def _shards(self, output: Location, console: "Console") -> "ShardSet":
-        """All images of --data, those of a test split, too."""
+        """All images of --data, including those of its test split."""
         from selfray.cluster.build import build
         from selfray.data.data_sets import open_data
         from selfray.experiment import DataConfig

@@ -1,4 +1,4 @@
-"""`selfray evaluate`: what encoders are worth on labelled images, by every protocol."""
+"""`selfray evaluate`: judges frozen encoders on labelled images by several protocols."""
 
 import io
 from collections.abc import Sequence
@@ -47,19 +47,19 @@ By = Literal["knn", "linear", "logistic", "retrieval", "low-shot"]
 @dataclass(frozen=True)
 class Evaluate:
     """Judge frozen encoders on labelled images: accuracies with 95 % intervals, and which
-    differences are more than chance. Features are computed once and kept in the run's folder.
+    differences are significant. Features are computed once and cached in the run's folder.
     $ selfray evaluate runs/mae-imagenet-1a2b3c4d untrained --data s3://bucket/labelled
     $ selfray evaluate runs/dino-1a2b3c4d timm:resnet50.a1_in1k --by knn logistic --labels 10 50 200
     """
 
-    interrupted: ClassVar[str] = "what was computed is kept; the same command goes on"
+    interrupted: ClassVar[str] = "computed features are kept; the same command resumes"
 
     encoders: Annotated[
         Positional[tuple[str, ...]],
         flag(
             """Run folder or checkpoint, local, s3:// or gs://; mlruns:/RUN_ID; a file or folder
             that `selfray export` wrote; timm:NAME with its published weights; or untrained, the
-            first run's encoder before its first step. Several make one table.""",
+            first run's encoder before its first step. Several encoders share one table.""",
             "ENCODER",
         ),
     ]
@@ -67,16 +67,16 @@ class Evaluate:
         UseAppendAction[tuple[str, ...]],
         flag(
             """Labelled images: a folder of class folders, shards or Parquet files; local, s3:// or
-            gs://. Files or folders named test or validation are the test images. May be given
-            several times.""",
+            gs://. Files or folders named test or validation are the test images. Repeat the flag
+            for several data sets.""",
             "PATH",
-            "what the first run was trained on",
+            "the training data of the first run",
         ),
     ] = ()
     test: Annotated[
         str | None,
         flag(
-            "Labelled test images, where the one --data holds none of its own.",
+            "Labelled test images, if the only --data has no test split.",
             "PATH",
             "a fifth of --data is held out",
         ),
@@ -90,7 +90,7 @@ class Evaluate:
     labels: Annotated[
         tuple[int, ...],
         flag(
-            "Numbers of labels for a label-efficiency curve, by logistic regression.",
+            "Numbers of labels on a label-efficiency curve of logistic regression.",
             "N",
             "no curve",
         ),
@@ -98,10 +98,10 @@ class Evaluate:
     shares: Annotated[
         tuple[float, ...], flag("Shares of the labels that `low-shot` uses.", "SHARE")
     ] = (0.01, 0.1)
-    subsets: Annotated[int, flag("Subsets of the labels of each size.", "N")] = 3
+    subsets: Annotated[int, flag("Random subsets of labels at each size.", "N")] = 3
     image_size: Annotated[
         int | None,
-        flag("Side in pixels that images are brought to.", "PIXELS", "each encoder's own"),
+        flag("Side in pixels that images are resized to.", "PIXELS", "each encoder's own"),
     ] = None
     image_column: ImageColumnFlag = None
     label_column: LabelColumnFlag = None
@@ -109,7 +109,7 @@ class Evaluate:
         None
     )
     test_limit: Annotated[int | None, flag("Use at most this many test images.", "N", "all")] = None
-    pixels: Annotated[bool, flag("Judge raw pixels, too.", default="")] = False
+    pixels: Annotated[bool, flag("Also judge raw pixels, as a baseline.", default="")] = False
     device_gpus: DeviceGpusFlag = None
     json: JsonFlag = None
     pictures: Annotated[
@@ -153,7 +153,7 @@ class Evaluate:
     def _draw(
         self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"
     ) -> None:
-        """Write the pictures of each data set into a folder."""
+        """Write the pictures of all data sets as PNG files into one folder."""
         chosen = self.pictures or (named[0].output / "evaluation").uri
         folder = Location.of(chosen)
         folder.make_folder()
@@ -178,8 +178,8 @@ class Evaluate:
         require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
         require(
             self.test is None or len(self.data) < 2,
-            "--test is for one --data: put test images beside the train images of each, in a "
-            "folder named test",
+            "--test takes one --data: for several, put the test images of each beside its train "
+            "images, in a folder named test",
         )
         for name in ("train_limit", "test_limit", "image_size"):
             value = getattr(self, name)
@@ -194,7 +194,7 @@ class Evaluate:
         return Suite(shares=self.shares, labels=self.labels, subsets=self.subsets)
 
     def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
-        """The data sets by the flags, else the first run's own."""
+        """The data sets that the flags name, by default the first run's training data."""
         from selfray.experiment import DataConfig
 
         own = next((n.checkpoint.experiment().data for n in named if n.checkpoint), None)
@@ -224,7 +224,7 @@ class Evaluate:
         suite: "Suite",
         console: "Console",
     ) -> "list[list[Judged]]":
-        """By encoder, then by data set."""
+        """Results [encoder][data set]."""
         from selfray.cluster.evaluation import Subject
         from selfray.probes.embedding import Contents
 

@@ -1,4 +1,4 @@
-"""What an evaluation says: its tables and sentences, its JSON and the names of its metrics."""
+"""The output of `selfray evaluate`: console tables, JSON, MLflow metric names and pictures."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") -> Iterator[str]:
-    """Lines for the console: a table for each data set, what is more than chance, protocols."""
+    """Lines for the console: a table and the significant differences for each data set, then the
+    settings of each protocol."""
     from selfray.probes.judgement import verdicts
 
     for place, data in enumerate(sets):
@@ -79,7 +80,7 @@ def _shown(judgement: "Judgement") -> str:
 
 
 def _ranks(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") -> Iterator[str]:
-    """Each protocol's mean rank over data sets."""
+    """Lines with each encoder's mean rank over data sets, one line for each protocol."""
     from selfray.probes.judgement import mean_ranks
 
     yield f"mean rank over {', '.join(data.name for data in sets)} (1 is the best)"
@@ -95,8 +96,8 @@ def _ranks(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
 
 
 def metrics_of(judged: "Judged") -> dict[str, float]:
-    """Numbers by the names that they have in MLflow: eval/<data>/<protocol>, and what belongs to it
-    below that."""
+    """MLflow metric names -> values: eval/<data>/<protocol> is the protocol's main figure, and
+    eval/<data>/<protocol>/<name> its other figures."""
     found = {}
     for judgement in judged.judgements:
         # MLflow takes no % in a name.
@@ -107,7 +108,8 @@ def metrics_of(judged: "Judged") -> dict[str, float]:
 
 
 def tags_of(judged: "Judged") -> dict[str, str]:
-    """Each protocol with its version, settings and what held-out images decided."""
+    """MLflow tags: each protocol's version, its settings and the hyper-parameters that were chosen
+    on held-out images."""
     return {
         f"eval.{judged.data.name}.{judgement.key.replace('%', 'pct')}.protocol": (
             judgement.protocol + (f"; chosen: {dict(judgement.chosen)}" if judgement.chosen else "")
@@ -121,7 +123,7 @@ def as_json(
     sets: "Sequence[Labelled]",
     chosen: "Sequence[DataConfig]",
 ) -> dict[str, Any]:
-    """All numbers, by data set and encoder."""
+    """All figures, grouped by data set, then by encoder."""
     return {
         "data": [
             {
@@ -169,7 +171,8 @@ def _encoder_json(judged: "Judged") -> dict[str, Any]:
 
 
 def pictures_of(judged: "Judged") -> "dict[str, Image]":
-    """The confusion matrix of the best classifier, and the label-efficiency curve, by file name."""
+    """File name -> picture: the confusion matrix of the best classifier and the label-efficiency
+    curve, each if there is one."""
     from selfray.probes.judgement import confusion
     from selfray.report.evaluation_charts import confusion_matrix
 

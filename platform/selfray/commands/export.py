@@ -1,4 +1,5 @@
-"""`selfray export`: a pretrained encoder as files that other software opens at the first try."""
+"""`selfray export`: writes a pretrained encoder in the formats of other software and verifies
+it."""
 
 import json
 import os
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a pretrained encoder for other software, prove that this gives the same features, and
-    print the Python lines that open it.
+    """Write a pretrained encoder for other software, verify that it computes the same features
+    there, and print the Python lines that load it.
     $ selfray export runs/mae-imagenet-1a2b3c4d --to timm --output encoder
     $ selfray export runs/mae-imagenet-1a2b3c4d --to onnx --output encoder.onnx
     """
@@ -35,16 +36,16 @@ class Export:
     to: Annotated[
         Literal["timm", "huggingface", "onnx"],
         flag(
-            """What is to open it: timm (a folder of timm's config.json and safetensors, which is
-            plain PyTorch, too), huggingface (the same with a model card, for transformers and the
-            hub), or onnx (one file with any number of images)."""
+            """Target: timm (a folder with timm's config.json and safetensors, which plain PyTorch
+            loads as well), huggingface (the same with a model card, for transformers and the hub),
+            or onnx (one file with a dynamic batch size)."""
         ),
     ]
     output: Annotated[
         str | None,
-        flag("Local folder to write; for onnx, the file.", "PATH", "RUN-STEP in this folder"),
+        flag("Local folder to write, or file for onnx.", "PATH", "RUN-STEP in this folder"),
     ] = None
-    force: Annotated[bool, flag("Overwrite what is there.", default="")] = False
+    force: Annotated[bool, flag("Overwrite existing files.", default="")] = False
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
@@ -80,7 +81,7 @@ class Export:
         console.say(f"{target}: {size(total)}, {described(experiment)}, step {checkpoint.step:,}")
         console.say(verdict)
         if (licence := licence_of(experiment.init_from, experiment.encoder)) is not None:
-            console.say(f"its weights began as public ones, and stay under: {licence}")
+            console.say(f"trained from public weights, whose licence applies: {licence}")
         console.say("\n" + lines + "\n")
         channels = experiment.encoder.in_channels
         kind = "RGB" if channels == 3 else "gray" if channels == 1 else f"{channels} channels"
@@ -93,7 +94,7 @@ class Export:
 
 
 def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Checkpoint":
-    """Of a run, the checkpoint with the best probe; a checkpoint that was named stays."""
+    """The checkpoint with the best probe if the user named a run; a named checkpoint itself."""
     from selfray.runs.checkpoint import best
 
     run = run_folder(newest)
@@ -103,7 +104,7 @@ def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Check
     if found is None or found.step == newest.step:
         return newest
     console.say(
-        f"taking step {found.step:,}, whose probe is the best; for the last one give "
+        f"taking step {found.step:,}, which has the best probe; to export the last one, give "
         f"{newest.location}"
     )
     return found
@@ -124,12 +125,12 @@ def _require_onnx() -> None:
 
 
 def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, str]:
-    """What the weights' header says of their origin; safetensors holds text only."""
+    """The header of the safetensors file: the weights' origin, with all values as text."""
     from selfray import config
     from selfray.probes.encoders import ENCODER_CONFIG
 
     return {
-        "format": "pt",  # transformers and others ask for it
+        "format": "pt",  # transformers requires it
         "selfray_version": __version__,
         "method": experiment.method.name,
         "encoder": experiment.encoder.name,
@@ -146,8 +147,11 @@ def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, st
 def _write_folder(
     target: Path, checkpoint: "Checkpoint", experiment: "Experiment", to: str
 ) -> tuple[str, str]:
-    """Write the folder under its name only when timm has opened it. Returns what was verified, and
-    the lines that open it."""
+    """Write a folder, which gets its final name only after timm loaded it successfully.
+
+    Returns:
+        A sentence that says what was verified, and the Python lines that load the folder.
+    """
     from selfray.commands.model_card import model_card
     from selfray.models.portable import Portable, verify
 
@@ -181,8 +185,8 @@ def _write_onnx(
         save_onnx(encoder, scratch)
         worst = check_onnx(encoder, scratch, images)
         return (
-            f"verified: onnxruntime gives torch's features of {len(images)} {what} at every batch "
-            f"size that was tried (largest difference {worst:.1e}); opset {OPSET}, dynamic batch"
+            f"verified: onnxruntime gives torch's features of {len(images)} {what} at every tested "
+            f"batch size (largest difference {worst:.1e}); opset {OPSET}, dynamic batch"
         )
 
     verdict = _under_its_name(target, fill)
@@ -195,8 +199,8 @@ def _write_onnx(
 
 
 def _images(experiment: "Experiment"):
-    """Normalised images for the check, float32 [n, C, H, W], and what they are: the run's own
-    where they are within reach and need no conversion, else noise."""
+    """Images for the check, normalised, float32 [n, C, H, W], and their description: images of the
+    run's own data if it is reachable and needs no conversion, else Gaussian noise."""
     import torch
 
     from selfray.data.data_sets import needs_build, open_data
@@ -207,7 +211,7 @@ def _images(experiment: "Experiment"):
     side, data = experiment.encoder.image_size, experiment.data
 
     def no_build(*_: object, **__: object) -> None:
-        raise ValueError("an export converts nothing")
+        raise ValueError("an export does not convert data")
 
     try:
         if data.path and not needs_build(data.path):
@@ -217,14 +221,15 @@ def _images(experiment: "Experiment"):
             if len(views):
                 return normalize(views, data.mean, data.std), "images of its own data"
     except (ValueError, OSError):
-        pass  # the data is elsewhere: noise tells the same of an exporter
+        pass  # the data is not reachable; noise verifies an exporter as well
     shape = (4, experiment.encoder.in_channels, side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return noise, "images of noise"
 
 
 def _under_its_name(target: Path, fill: Callable[[Path], str]) -> str:
-    """Fill a file or folder beside the target, then give it the target's name."""
+    """Let `fill` write a file or folder beside the target, then rename it to the target. Returns
+    what `fill` returns."""
     from safetensors import SafetensorError
 
     scratch = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
@@ -237,7 +242,7 @@ def _under_its_name(target: Path, fill: Callable[[Path], str]) -> str:
         cause = getattr(error, "strerror", None) or error
         raise OSError(f"{target} cannot be written ({cause}): give another --output") from None
     finally:
-        with suppress(OSError):  # it was never made where its folder is none
+        with suppress(OSError):  # it does not exist if its parent folder could not be made
             _remove(scratch)
     return verdict
 

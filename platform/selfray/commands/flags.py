@@ -1,4 +1,4 @@
-"""How flags are declared and read: help in flowing text, and one line for whatever is refused."""
+"""Declares and parses command-line flags with tyro: help as paragraphs, errors as one line."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,9 +20,12 @@ from selfray.commands.words import nearest
 
 
 def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:
-    """A flag's help. Not its docstring: tyro would keep the line breaks of the source.
+    """An annotation with a flag's help; in a field's docstring tyro would keep the line breaks.
 
-    `default` says in words what happens without the flag; None shows the value.
+    Args:
+        text: the help, whose white space is collapsed.
+        metavar: the placeholder of the value, such as PATH.
+        default: the default in words; None shows the value, "" shows nothing.
     """
     hint = None if default is None else f"(default: {default})" if default else ""
     return tyro.conf.arg(help=" ".join(text.split()), metavar=metavar, help_behavior_hint=hint)
@@ -30,7 +33,7 @@ def flag(text: str, metavar: str | None = None, default: str | None = None) -> A
 
 TrackingFlag = Annotated[
     str | None,
-    flag("Where MLflow is.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
+    flag("MLflow's tracking URI.", "URI", "MLFLOW_TRACKING_URI, else runs/mlflow.db"),
 ]
 
 ImageColumnFlag = Annotated[
@@ -44,39 +47,39 @@ DeviceGpusFlag = Annotated[
     flag(
         "GPUs of each task that computes features, such as 0.5 for two tasks on each GPU.",
         "GPUS",
-        "1 if there is any, else 0",
+        "1 if the cluster has a GPU, else 0",
     ),
 ]
 JsonFlag = Annotated[
-    str | None, flag("Write the numbers to this file, too.", "FILE", "not written")
+    str | None, flag("Also write the numbers to this JSON file.", "FILE", "not written")
 ]
 
 CheckpointArgument = Annotated[
     Positional[str],
     flag(
-        """Run folder (its newest whole checkpoint is taken), or one checkpoint's folder; local,
-        s3:// or gs://; or mlruns:/RUN_ID for a run in MLflow.""",
+        """Run folder (of which the newest complete checkpoint is used), or one checkpoint's folder,
+        local, s3:// or gs://; or mlruns:/RUN_ID for a run in MLflow.""",
         "CHECKPOINT",
     ),
 ]
 
 
-class BadSetting(Exception):  # noqa: N818 - it is the setting that is bad
-    """A value that a config refuses. No ValueError, which tyro would frame and give its own words:
-    a config's message names the field and the way out in one line."""
+class BadSetting(Exception):  # noqa: N818 - names the bad thing, as KeyError does
+    """A command line or config value is invalid; the message names the field and a remedy in one
+    line. Not a ValueError, because tyro would catch that and print a framed message of its own."""
 
 
 def read(kind: Any, arguments: Sequence[str], prog: str, **settings: Any) -> Any:
-    """What a command line asks for.
+    """Parse a command line into an instance of `kind`.
 
     Args:
         kind: a dataclass, or a union of sub-commands.
         arguments: the words after the command.
         prog: the command, as help and messages show it.
-        settings: more of `tyro.cli`, such as description, default and config.
+        settings: further arguments of `tyro.cli`, such as description, default and config.
 
     Raises:
-        BadSetting: one line with the flag, what it takes, and the nearest name for a typo.
+        BadSetting: one line with the flag, the value it takes, and the nearest name for a typo.
         SystemExit: with code 0, after help was shown.
     """
 
@@ -84,17 +87,17 @@ def read(kind: Any, arguments: Sequence[str], prog: str, **settings: Any) -> Any
         raise BadSetting(_worded(event, partial(_names, kind, settings)))
 
     with tyro_errors.on_parse_error(refuse):
-        # Sub-commands show their docstrings as they are written; fields of configs flow.
+        # Help texts of sub-commands keep their line breaks; those of config fields are re-wrapped.
         rules = None if "config" in settings and "default" not in settings else own_rules()
         return tyro.cli(kind, args=arguments, prog=prog, registry=rules, **settings)
 
 
 EXPERIMENT_FLAGS = (tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-"""A schedule's kind stays what the recipe has; only its numbers are flags."""
+"""The recipe fixes the type of a schedule; only its numbers are flags."""
 
 
 def flags_with_values(default: Any) -> dict[str, str]:
-    """The flags that set a config's fields, each with what it takes, such as FLOAT."""
+    """Flags that set a config's fields -> the type of value each takes, such as FLOAT."""
     found = {}
     for action in _parser(type(default), default=default, config=EXPERIMENT_FLAGS)._actions:
         for flag in action.option_strings:
@@ -110,18 +113,18 @@ def _names(kind: Any, settings: dict[str, Any]) -> list[str]:
 
 def _parser(kind: Any, **settings: Any) -> Any:
     with warnings.catch_warnings():
-        # Deprecated for no successor: what else tells the names of all flags?
+        # Deprecated, but tyro offers no replacement that lists the names of all flags.
         warnings.simplefilter("ignore", DeprecationWarning)
         return tyro.extras.get_parser(kind, registry=own_rules(), **settings)
 
 
 def _worded(event: tyro_errors.ParseErrorEvent, names: Callable[[], list[str]]) -> str:
-    """A refused command line in one line."""
+    """The one-line message for a parse error of tyro."""
     where = f"see {event.prog} --help"
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
             flag = next((t for t in tokens if t.startswith("-")), tokens[0]).partition("=")[0]
-            return f"{flag} is no flag of {event.prog}{nearest(flag, names())}"
+            return f"{flag} is not a flag of {event.prog}{nearest(flag, names())}"
         case tyro_errors.MissingArgs(missing_arguments=missing):
             given = ", ".join(_called(a.arg) for a in missing)
             return f"{given} is missing: {where}"
@@ -140,21 +143,21 @@ def _worded(event: tyro_errors.ParseErrorEvent, names: Callable[[], list[str]]) 
         case tyro_errors.InstantiationFailure(message=message, argument=argument):
             flag = "" if argument is None else f"{_called(argument)}: "
             return flag + " ".join(str(message).split())
-    return f"{event.prog} does not understand this: {where}"
+    return f"{event.prog} cannot parse its arguments: {where}"
 
 
 def _called(argument: Any) -> str:
-    """An argument as its user knows it."""
+    """An argument's name as the user types it: its flag, or the placeholder of a positional one."""
     name = argument.lowered.name_or_flags[0]
     return name if name.startswith("-") else str(argument.lowered.metavar)
 
 
 def own_rules() -> ConstructorRegistry:
-    """tyro's own rules, but with every field's docstring as one paragraph, and a config's own
-    message where it refuses a value.
+    """A registry of tyro that shows every field's docstring as one paragraph, and passes on the
+    message of a config that refuses a value.
 
-    tyro joins the lines of a docstring only where they are not indented, as a field's always are;
-    and it leaves the docstring out where the field's type is a union, such as Schedule.
+    tyro by itself joins the lines of a docstring only if they are not indented, which a field's
+    always are, and omits the docstring of a field whose type is a union, such as Schedule.
     """
     registry = ConstructorRegistry()
     asking_tyro = False
@@ -164,7 +167,7 @@ def own_rules() -> ConstructorRegistry:
         nonlocal asking_tyro
         if asking_tyro or not is_dataclass(info.type):
             return None
-        asking_tyro = True  # so that this rule passes, and tyro's rule for dataclasses answers
+        asking_tyro = True  # skips this rule in the nested call, so that tyro's own rule applies
         try:
             spec = ConstructorRegistry.get_struct_spec(info)
         finally:

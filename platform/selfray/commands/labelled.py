@@ -1,4 +1,4 @@
-"""Labelled images by the flags of a command: opened, checked, and judged by Ray tasks."""
+"""Opens the labelled images that a command's flags name, checks them, and judges encoders on them."""
 
 import posixpath
 import re
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "DataSets":
+    """Open train and test images. ValueError and OSError name the command's flags; ValueError also
+    if there are no labels, or no class that both sets have."""
     from selfray.cluster.build import build
     from selfray.data.data_sets import open_data
 
     try:
         opened = open_data(data, output, console.say, build, describe=False)
     except (ValueError, OSError) as error:
-        # The flags of this command are named otherwise than those of pretrain.py.
+        # Translate the names of pretrain's flags into those of this command.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
         raise type(error)(text.replace("data.label-column", "label-column")) from None
     if not opened.can_probe:
@@ -36,7 +38,7 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
         )
     if opened.test is not None and not opened.common_classes:
         raise ValueError(
-            f"no class of the test images is among those of the train images ({opened.classes()}): "
+            f"no class of the test images occurs in the train images ({opened.classes()}): "
             "give images of the same classes"
         )
     for line in opened.described():
@@ -45,7 +47,7 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
 
 
 def slug(path: str) -> str:
-    """A name for a data set in the names of metrics."""
+    """The last part of a path, reduced to the characters that a metric's name may have."""
     name = posixpath.basename(path.rstrip("/"))
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
@@ -53,8 +55,8 @@ def slug(path: str) -> str:
 def labelled_of(
     data: "DataSets", name: str, train_limit: int | None, test_limit: int | None
 ) -> "Labelled":
-    """Train and test rows of a data set, disjoint and the same in every call. Where all are
-    wanted, they come in the order of the files, which is read the fastest."""
+    """Train and test rows of a data set, disjoint and the same in every call. Without a limit the
+    rows are in the order of the files, which reads fastest."""
     import numpy as np
 
     from selfray.cluster.evaluation import Labelled
@@ -74,17 +76,18 @@ def labelled_of(
 
 
 def devices_of(gpus: float | None) -> "Devices":
-    """What each task gets; ValueError where the cluster does not have it."""
+    """The GPUs of each task; None takes 1 if the cluster has a GPU, else 0. ValueError if the
+    cluster has fewer."""
     from selfray.cluster import runtime
     from selfray.cluster.embedding_tasks import Devices
 
     cluster = runtime.cluster_resources()
     wanted = (1.0 if cluster.gpus >= 1 else 0.0) if gpus is None else gpus
-    # Ray would wait for ever for a GPU that is not there.
+    # Ray would wait forever for a GPU that the cluster does not have.
     require(
         0 <= wanted <= cluster.gpus,
-        f"--device-gpus {wanted:g} is asked for and the cluster has {cluster.gpus:g} GPUs: give "
-        "less, or add GPU nodes",
+        f"--device-gpus must be between 0 and the cluster's {cluster.gpus:g} GPUs, got {wanted:g}: "
+        "give less, or add GPU nodes",
     )
     return Devices(gpus=wanted)
 
@@ -97,12 +100,12 @@ def evaluated(
     devices: "Devices",
     more: "Contents",
 ) -> "Judged":
-    """`cluster.evaluation.evaluate`, where an error in a task is raised as the task's own."""
+    """`cluster.evaluation.evaluate`, but an error in a task is raised without Ray's wrapper."""
     from selfray.cluster import evaluation
     from selfray.cluster.endings import root_cause
 
     try:
         return evaluation.evaluate(subject, data, dict(protocols), console, devices, more)
     except Exception as error:
-        # Ray's wrappers carry a traceback of the task in their message.
+        # The message of Ray's wrapper contains the task's whole traceback.
         raise root_cause(error) from error

@@ -1,6 +1,6 @@
-"""selfray from Python: what `selfray pretrain`, `embed` and `evaluate` do, as calls.
+"""selfray from Python: `selfray pretrain`, `embed` and `evaluate` as functions.
 
-Nothing heavy is imported until a call needs it; docs/library.md shows each in ten lines.
+Heavy packages are imported in the calls that need them. docs/library.md has an example of each.
 """
 
 import sys
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "RunResult":
-    """Carry out a run, or go on with it where it stopped; on the Ray that is running, or on one
-    that is started for it.
+    """Start a run, or resume it where it stopped. Uses the running Ray, or starts one for the call.
 
     Args:
         experiment: what to run, such as `selfray.recipes.every()["mae-digits"]`.
@@ -33,7 +32,7 @@ def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "Run
 
     Raises:
         ValueError, OSError: bad input, before any worker is started.
-        selfray.cluster.endings.RunFailed: the cause in one line; the last checkpoint stays.
+        selfray.cluster.endings.RunFailed: the cause in one line; the last checkpoint is kept.
     """
     from selfray.cluster import runtime
     from selfray.cluster.launch import launch
@@ -44,15 +43,20 @@ def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "Run
 
 @dataclass(frozen=True)
 class Trained:
-    """A pretrained encoder with what it was trained on."""
+    """A pretrained encoder and the experiment that trained it."""
 
     encoder: "Encoder"
     """In eval mode, on the CPU; `.backbone` is a plain timm model."""
     experiment: "Experiment"
 
     def embed(self, images: "Sequence[Image]") -> "np.ndarray":
-        """Features of images, float32 [n, D] (for a ViT [n, 2D]: the class token beside the mean of
-        its patch tokens), of the central views that probes see. ValueError names what is no image.
+        """Features of the central view of each image, which is the view that probes use.
+
+        Returns:
+            float32 [n, D]; for a ViT [n, 2D], the class token followed by the mean patch token.
+
+        Raises:
+            ValueError: some images cannot be decoded; it names the first.
         """
         from selfray.data.source import evaluation_views
         from selfray.probes.features import embed
@@ -63,13 +67,13 @@ class Trained:
         broken = [n for n, is_readable in enumerate(readable) if not is_readable]
         if broken:
             shown = images[broken[0]] if isinstance(images[broken[0]], str | Path) else broken[0]
-            raise ValueError(f"{len(broken)} of {len(images)} are no images, such as {shown}")
+            raise ValueError(f"{len(broken)} of {len(images)} are not images, such as {shown}")
         return embed(self.encoder, views, data.mean, data.std)
 
 
 def load(run: str | Path) -> Trained:
-    """The encoder of a run's folder (the checkpoint with the best probe, else the last one) or of
-    one checkpoint. FileNotFoundError and ValueError say what is there instead."""
+    """Load the encoder of a run's folder (the checkpoint with the best probe, else the last one) or
+    of one checkpoint. FileNotFoundError and ValueError say what is there instead."""
     from selfray.runs import checkpoint
     from selfray.runs.checkpoint import Checkpoint
     from selfray.storage import Location
@@ -86,11 +90,11 @@ def evaluate(*encoders: str, data: str | None = None, **options: Any) -> dict[st
 
     Args:
         encoders: runs, checkpoints, exported files or timm:NAME.
-        data: labelled images; None takes what the first run was trained on.
+        data: labelled images; None takes the training data of the first run.
         options: fields of `selfray.commands.evaluate.Evaluate`, such as `test` or `by`.
 
     Returns:
-        What its --json holds: numbers with intervals by encoder and data set.
+        The content of its --json file: figures with intervals by data set and encoder.
     """
     from selfray.commands.evaluate import Evaluate
     from selfray.storage import Location
@@ -121,6 +125,6 @@ def _bytes_of(image: Any) -> bytes:
     pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
-            f"an array is to be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}"
+            f"an array must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}"
         )
     return encode_png(np.ascontiguousarray(pixels))

@@ -1,6 +1,7 @@
-"""The command `selfray`: what it can do, and how a sub-command is run.
+"""The command `selfray`: its table of sub-commands, and how one is parsed and run.
 
-Only tyro is imported at the top: torch, timm, ray and mlflow take seconds, and --help needs none.
+Of the heavy packages only tyro is imported at the top: torch, timm, ray and mlflow take seconds,
+and --help works without them.
 """
 
 import logging
@@ -36,16 +37,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-SHARDS = """Make and check Parquet shards of images: what encoders are trained on.
+SHARDS = """Build and check Parquet shards of images for training.
 $ selfray shards build ~/scans s3://bucket/scans"""
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A sub-command whose flags depend on a recipe, and are read where that is known."""
+    """A sub-command whose flags depend on a recipe; another module parses them. Here it only
+    appears in the help."""
 
     words: Annotated[
-        Positional[tuple[str, ...]], flag("What it is about, then flags.", "NAME")
+        Positional[tuple[str, ...]], flag("Name of a recipe or sweep, then its flags.", "NAME")
     ] = ()
 
 
@@ -71,13 +73,13 @@ $ selfray tokenizer tokenizer-imagenet --data.path scans/"""
 def _sweeps() -> str:
     names = ", ".join(SWEEPS)
     return (
-        f"Vary one setting of a recipe, probe every run, rank them: {names}.\n"
+        f"Vary one setting of a recipe, probe every run and rank the runs: {names}.\n"
         "$ selfray sweep mask-ratio --data scans/ --seeds 3"
     )
 
 
 def _as_subcommands(commands: dict[str, Any], described: dict[str, str]) -> Any:
-    """A table of commands as the type that tyro shows help of."""
+    """A table of commands as a union type, for which tyro prints the help."""
     kinds = [
         Annotated[
             _as_subcommands(kind, {}) if isinstance(kind, dict) else kind,
@@ -100,11 +102,11 @@ Command = _as_subcommands(COMMANDS, DESCRIBED)
 DESCRIPTION = """Self-supervised pretraining of vision encoders, from a laptop to a Ray cluster.
 
 Paths may be local, s3:// or gs://. RAY_ADDRESS names a cluster to work on; without it, a local Ray
-is started and stopped. SELFRAY_VERBOSE=1 shows what libraries print."""
+is started and stopped. SELFRAY_VERBOSE=1 shows the output of libraries."""
 
 
 def main() -> int:
-    """Do what the command line says. Returns the exit code: 0 done, 1 failed, 2 bad input, 130
+    """Run the command line in sys.argv. Returns the exit code: 0 done, 1 failed, 2 bad input, 130
     interrupted."""
     words = sys.argv[1:] or ["--help"]
     if words[0] in ("--version", "-V"):
@@ -126,8 +128,8 @@ def _sweep(name: str, words: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The command that arguments ask for. BadSetting or ValueError says in a line why there is
-    none."""
+    """Parse arguments into a command. BadSetting and ValueError are one line that names the bad
+    word or flag."""
     kind: Any = COMMANDS
     words, prog = list(arguments), "selfray"
     while isinstance(kind, dict) and words and not words[0].startswith("-"):
@@ -142,7 +144,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def _quietly(command: Any) -> int:
-    """Run a command with nothing but its own words on the console."""
+    """Run a command; the console shows only its own messages, the log file everything."""
 
     def body(console: "Console") -> int:
         try:
@@ -153,7 +155,7 @@ def _quietly(command: Any) -> int:
         except (ValueError, OSError):
             raise
         except Exception as error:
-            # The traceback is for the log; a user needs to know where it is.
+            # The traceback goes to the log; the console says where that is.
             log.exception("failed")
             console.say(f"error: {last_line(error)}")
             if console.log is not None:
@@ -164,7 +166,7 @@ def _quietly(command: Any) -> int:
 
 
 def _log_folder() -> Path:
-    """runs/logs, or a temporary folder where that cannot be made: an export needs no runs."""
+    """runs/logs, or a private temporary folder if that cannot be made, as in a read-only folder."""
     folder = Path("runs/logs").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

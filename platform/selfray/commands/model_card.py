@@ -1,4 +1,4 @@
-"""The model card of an exported encoder: what it saw, how, and what it is worth."""
+"""The model card of an exported encoder: its training data, settings and measured accuracies."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
-    """Markdown with Hugging Face's header; numbers stand beside the protocol that made them."""
+    """The card as Markdown with Hugging Face's header; the protocol of each figure is given."""
     encoder, data = experiment.encoder, experiment.data
     lines = [
         "---",
@@ -40,7 +40,7 @@ def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
     ]
     numbers, protocols = _known(checkpoint)
     if numbers:
-        lines += ["## What it was measured to be worth", "", "| metric | value |", "|---|---|"]
+        lines += ["## Evaluation", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in sorted(numbers.items())]
         lines += ["", *(f"- {name}: {text}" for name, text in sorted(protocols.items())), ""]
     lines += [
@@ -57,7 +57,8 @@ def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
 
 
 def _known(checkpoint: "Checkpoint") -> tuple[dict[str, float], dict[str, str]]:
-    """The newest probes and evaluations of the checkpoint's run, and their protocols."""
+    """(metric -> value, metric -> protocol) of the newest probes and evaluations of the
+    checkpoint's run; both empty if the checkpoint lies outside a run's folder."""
     from selfray.runs.folder import SPOOL
     from selfray.runs.spool import SpoolReader
 

@@ -1,4 +1,4 @@
-"""`selfray probe`: a frozen encoder judged on labelled images."""
+"""`selfray probe`: judges a frozen encoder on labelled images."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """Judge a frozen encoder on labelled images by nearest neighbours and by a linear classifier,
-    beside two baselines: the same encoder untrained, and raw pixels.
+    """Judge a frozen encoder on labelled images by k nearest neighbours and a linear classifier,
+    against two baselines: the same encoder untrained, and raw pixels.
     $ selfray probe runs/mae-imagenet-1a2b3c4d --data s3://bucket/labelled
     """
 
@@ -53,13 +53,13 @@ class Probe:
             """Labelled images: a folder of class folders, shards or Parquet files; local, s3:// or
             gs://. Files or folders named test or validation are the test images.""",
             "PATH",
-            "what the encoder was trained on",
+            "the encoder's training data",
         ),
     ] = None
     test: Annotated[
         str | None,
         flag(
-            "Labelled test images, where --data holds none of its own.",
+            "Labelled test images, if --data has no test split.",
             "PATH",
             "a fifth of --data is held out",
         ),
@@ -72,7 +72,7 @@ class Probe:
     test_limit: Annotated[
         int | None, flag("Use at most this many test images.", "N", "the run's probe.test_limit")
     ] = None
-    no_baselines: Annotated[bool, flag("Judge the checkpoint alone.", default="")] = False
+    no_baselines: Annotated[bool, flag("Judge only the checkpoint.", default="")] = False
     device_gpus: DeviceGpusFlag = None
     json: JsonFlag = None
     no_track: Annotated[
@@ -108,13 +108,13 @@ class Probe:
                 experiment.probe.train_limit,
                 experiment.probe.test_limit,
             )
-            # Another data set's accuracy must not continue the curve of the run's own.
+            # The accuracy on another data set must not continue the curve of the run's own data.
             prefix = "probe/" if own else f"probe/{slug(chosen.test_path or chosen.path)}/"
             _track(results, prefix, checkpoint, self.tracking, console)
         return 0
 
     def _data(self, experiment: "Experiment") -> "DataConfig":
-        """The run's own data, or what the flags say."""
+        """The data that the flags name; by default the run's own."""
         data = experiment.data
         if self.data is not None:
             data = replace(
@@ -165,7 +165,7 @@ class Probe:
 def _quick(
     subject: "Subject", data: "Labelled", console: "Console", devices: "Devices"
 ) -> "ProbeResult":
-    """The protocols that run beside training, whose numbers these ones join."""
+    """Judge an encoder by the protocols that run during training, so that the figures compare."""
     from selfray.cluster import evaluation
     from selfray.probes.embedding import Contents
     from selfray.probes.features import ProbeResult
@@ -192,9 +192,11 @@ class Judged(NamedTuple):
     """One row of the table."""
 
     key: str
+    """checkpoint, untrained or pixels."""
     title: str
     result: "ProbeResult"
     seconds: float
+    """Time for features and classifiers together."""
 
 
 def _table(
@@ -246,7 +248,7 @@ def _track(
     tracking: str | None,
     console: "Console",
 ) -> None:
-    """Log to the MLflow run that trained the checkpoint, if its run folder knows of one."""
+    """Log to the MLflow run that trained the checkpoint, if its run folder has one."""
     from selfray.cluster.after_run import log_to_run
     from selfray.cluster.probe_tasks import metrics_of, tags_of
 

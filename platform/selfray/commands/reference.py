@@ -1,4 +1,4 @@
-"""A checkpoint by any name that a user may have for it."""
+"""Resolves a user's reference to a checkpoint: a path, a URL or an MLflow run."""
 
 import posixpath
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ MLRUNS = "mlruns:"
 
 
 def open_checkpoint(reference: str, tracking: str | None, console: "Console") -> "Checkpoint":
-    """A checkpoint's or a run's folder, or mlruns:/RUN_ID. ValueError and OSError say what it is
-    instead, or why it is out of reach."""
+    """Open a checkpoint by its folder, its run's folder or mlruns:/RUN_ID. ValueError and OSError
+    say what the reference is instead, or why it cannot be read."""
     from selfray.runs import checkpoint
     from selfray.runs.checkpoint import Checkpoint
 
@@ -31,12 +31,12 @@ def open_checkpoint(reference: str, tracking: str | None, console: "Console") ->
         if path == reference:
             raise
         raise FileNotFoundError(
-            f"MLflow says that {reference} lies in {path}, and this machine sees nothing there: "
+            f"according to MLflow, {reference} is in {path}, which this machine cannot see: "
             "give the folder's path on this machine"
         ) from error
     newest = checkpoint.all_of(Location.of(path))[-1:]
     if newest and newest[0].step > found.step:
-        console.say(f"{newest[0].location} is damaged: taking the one before, step {found.step:,}")
+        console.say(f"{newest[0].location} is damaged: using an earlier one, step {found.step:,}")
     return found
 
 
@@ -48,14 +48,14 @@ def _folder_of_run(run_id: str, tracking: str | None) -> str:
     tags = mlflow_tags(uri, run_id)
     if "run.folder" not in tags:
         raise ValueError(
-            f"MLflow run {run_id} has no tag run.folder, so it is no run of selfray's: give the "
+            f"MLflow run {run_id} has no tag run.folder, so selfray did not log it: give the "
             "run's folder"
         )
     return tags["run.folder"]
 
 
 def run_folder(checkpoint: "Checkpoint") -> Location | None:
-    """The run that a checkpoint lies in; None for a copy elsewhere."""
+    """The folder of the run that a checkpoint lies in; None for a copy elsewhere."""
     place = checkpoint.location
     outer = posixpath.dirname(place.path.rstrip("/"))
     if posixpath.basename(outer) != CHECKPOINTS:
@@ -65,7 +65,7 @@ def run_folder(checkpoint: "Checkpoint") -> Location | None:
 
 
 def output_of(checkpoint: "Checkpoint") -> Location:
-    """The folder that holds the run: converted data sets lie there, too."""
+    """The folder that holds the run's folder and the converted data sets."""
     run = run_folder(checkpoint)
     return Location.of("runs" if run is None else posixpath.dirname(run.uri))
 

@@ -1,6 +1,6 @@
-"""The life of a script: flags read, a quiet console, one-line errors and exit codes.
+"""Runs a script from its flags to its exit code: quiet console, log file, one-line errors.
 
-Exit code 0: done. 1: a run failed, its cause is shown. 2: bad input, nothing was started.
+Exit code 0: done. 1: a run failed and its cause is shown. 2: bad input, nothing was started.
 130: interrupted, the same command continues.
 """
 
@@ -44,26 +44,26 @@ def run_pretrain(
     recipes: "Callable[[], Mapping[str, Experiment]]" = every,
     then: "Callable[[Experiment, RunResult, Console], None] | None" = None,
 ) -> int:
-    """A pretraining command's whole life: read, launch, report, and `then`. Returns the exit code.
+    """Run a pretraining command: parse, launch, report, and call `then`. Returns the exit code.
 
     Args:
         arguments: a recipe's name and flags.
-        description: what its help says.
+        description: the text of its help.
         prog: the command, as help and messages show it.
-        started: time.time() of the command, for the time to the first step.
-        recipes: tells the recipes that may be given, and imports torch for it.
-        then: called after a run that was finished, with the experiment and its result.
+        started: time.time() at the command's start, from which the time to the first step counts.
+        recipes: returns the recipes that the command accepts; called late, as it imports torch.
+        then: called with the experiment and its result after the run has finished.
     """
 
     def main() -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_help(description, prog))
             return 0
-        # Before Ray starts, whose workers are to know of them too.
+        # Before Ray starts, so that its workers load the plugins as well.
         words = plugins.take(arguments)
         own = plugins.recipes()
         early.refuse(words, (*NAMES, *own), prog)
-        ray = runtime.Starting()  # Ray's processes come up while torch is imported
+        ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
             experiment = parse({**recipes(), **own}, words, description, prog)
             return with_console(
@@ -93,7 +93,8 @@ def _help(description: str, prog: str) -> str:
 def parse(
     recipes: "Mapping[str, Experiment]", arguments: Sequence[str], description: str, prog: str
 ) -> "Experiment":
-    """The Experiment that a recipe, a file and flags ask for; flags win over the file.
+    """The Experiment of a recipe, a file and flags; flags override the file, which overrides the
+    recipe.
 
     BadSetting and ValueError are one line that names the flag or field. SystemExit(0) after
     `--help` or `--print-config`.
@@ -167,12 +168,13 @@ def _launch(
 
 
 def log_folder(output: str) -> Path:
-    """Where a command's own log lies: on this machine, wherever its output goes."""
+    """The folder of a command's log: always on this machine, even if the output is a URL."""
     return Path(output if "://" not in output else runtime.lasting("runs")) / "logs"
 
 
 def with_console(folder: Path, body: Callable[[Console], int]) -> int:
-    """Run `body` with everything but its own words going to a log file in `folder`."""
+    """Run `body` with a console for its own messages; all other output goes to a log file in
+    `folder`. Returns the exit code, also for an interruption, RunFailed and bad input."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +207,7 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
 
 
 def _leave() -> None:
-    """End at once by the signal's exit code."""
+    """End the process at once, with the exit code of the signal that it received."""
     if "ray" in sys.modules:
         from selfray.cluster import local_ray
 
@@ -215,7 +217,8 @@ def _leave() -> None:
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main`; bad input is one line on standard error, and exit code 2."""
+    """Run `main` and return its exit code; bad input prints one line on standard error and returns
+    2."""
     signals.catch()
     try:
         code = main()
@@ -225,7 +228,7 @@ def one_line_errors(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         if not signals.were_received():
             raise
-        print("interrupted: nothing was begun yet", file=sys.stderr)
+        print("interrupted: nothing was started yet", file=sys.stderr)
         _leave()
         raise
     except (BadSetting, ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`selfray shards`: images -> Parquet shards, and whether they are still whole."""
+"""`selfray shards`: converts images to Parquet shards and checks shards for damage."""
 
 import shlex
 import time
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 LINES_WITHOUT_TERMINAL = 10
-"""Progress lines of a build whose output goes to a file."""
+"""Progress lines that a build prints if its output is not a terminal."""
 
 
 @dataclass(frozen=True)
 class BuildShards:
-    """Turn images into Parquet shards, in parallel on all CPUs. Broken images are listed with their
-    reason and stop nothing; an interrupted build goes on when the same command is given again.
+    """Convert images to Parquet shards, in parallel on all CPUs. Broken images are listed with the
+    reason and do not stop the build; the same command, given again, resumes an interrupted build.
     $ selfray shards build ~/scans s3://bucket/scans --max-side 512
     """
 
-    interrupted: ClassVar[str] = "finished shards are kept, the same command goes on"
+    interrupted: ClassVar[str] = "finished shards are kept; the same command resumes"
 
     source: Annotated[
         Positional[str],
@@ -48,36 +48,36 @@ class BuildShards:
     max_side: Annotated[
         int | None,
         flag(
-            """Shrink images so that their longer side has at most this many pixels, as JPEGs of
+            """Shrink images whose longer side exceeds this many pixels and store them as JPEGs of
             quality 95. A crop of a fifth of a square image has 0.45 of its side: give at least
             twice the size of the views.""",
             "PIXELS",
-            "keep the files' bytes as they are",
+            "keep the files' bytes unchanged",
         ),
     ] = None
     labels: Annotated[
         Literal["auto", "folders", "none"],
         flag(
-            """auto: class folders, a metadata table beside images, .cls or .json members of tars, a
-            label column of Parquet. folders: the first folder below SRC or its split is the class.
-            none: no labels."""
+            """auto: from class folders, a metadata table beside the images, .cls or .json members
+            of tars, or a label column of Parquet. folders: the class is the first folder below SRC
+            or below its split. none: no labels."""
         ),
     ] = "auto"
     shard_mib: Annotated[
-        float, flag("Size of a shard in MiB; a task takes about three times this memory.", "MIB")
+        float, flag("Size of a shard in MiB; a task needs about three times this memory.", "MIB")
     ] = 128
     max_pixels: Annotated[
         int | None,
         flag(
-            "Images of more pixels (width x height) are quarantined before they are decoded.",
+            "Quarantine images with more pixels (width x height) than this, without decoding.",
             "N",
             "100 million",
         ),
     ] = None
-    seed: Annotated[int, flag("Seed of the order in which images are spread over shards.", "N")] = 0
+    seed: Annotated[int, flag("Seed of the random order of images in shards.", "N")] = 0
     image_column: Annotated[
         str | None,
-        flag("Column of the images, where SRC is Parquet.", "NAME", "found by its type"),
+        flag("Column of the images, if SRC is Parquet.", "NAME", "found by its type"),
     ] = None
     label_column: Annotated[
         str | None,
@@ -107,14 +107,14 @@ class BuildShards:
         with ExitStack() as stack:
 
             def on_progress(progress: "Progress") -> None:
-                # The first report comes when the plan is made, before any task: so a wrong folder
-                # is told at once and not after Ray's start.
+                # The first report comes after planning and before any task, so that a wrong folder
+                # is reported before Ray starts.
                 if line.first is None:
                     console.live("starting Ray")
                     stack.enter_context(runtime.session())
                 line.show(progress)
 
-            console.live(f"looking through {self.source}")
+            console.live(f"listing {self.source}")
             manifest = build.build(self.source, self.destination, options, on_progress)
         destination = Location.of(self.destination)
         for text in _summary(manifest, destination, time.monotonic() - started):
@@ -125,17 +125,17 @@ class BuildShards:
 @dataclass(frozen=True)
 class CheckShards:
     """Compare shards with their manifest: existence, size, sha256, structure. The exit code is 0
-    where all is well, 1 where something is wrong, 2 where there is no such folder.
+    if there are no problems, 1 if there are, 2 if the folder does not exist.
     $ selfray shards check s3://bucket/scans --deep
     """
 
     interrupted: ClassVar[str] = "nothing was changed"
 
     destination: Annotated[
-        Positional[str], flag("Folder that `selfray shards build` has written.", "DST")
+        Positional[str], flag("Folder that `selfray shards build` wrote.", "DST")
     ]
     deep: Annotated[
-        bool, flag("Decode every image, too; takes about as long as the build.", default="")
+        bool, flag("Also decode every image; takes about as long as the build.", default="")
     ] = False
 
     def run(self, console: "Console") -> int:
@@ -165,12 +165,13 @@ class CheckShards:
 
 
 class BuildLine:
-    """The progress of a build: one live line, or a handful of lines where nobody watches."""
+    """Shows the progress of a build: one live line on a terminal, else about ten lines in all."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
         self.first: Progress | None = None
-        """What was there at the start: it says nothing about the speed."""
+        """The first report. It counts shards of an earlier, interrupted build, which the speed must
+        not include."""
         self._started = 0.0
         self._shown = 0
 
@@ -203,7 +204,7 @@ class BuildLine:
 
 
 def _summary(manifest: "Manifest", destination: Location, seconds: float) -> Iterator[str]:
-    """What a build came to, and the command that uses it."""
+    """Lines with the size, labels and broken images of a build, and the command that uses it."""
     from selfray.cluster.build import QUARANTINE
 
     yield (

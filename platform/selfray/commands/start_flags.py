@@ -1,4 +1,4 @@
-"""`--init-from` with public weights: the encoder is theirs, unless it is named."""
+"""`--init-from` with public weights: takes their encoder, unless --encoder.name is given."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 def with_encoder_of_start(
     recipes: "Mapping[str, Experiment]", arguments: Sequence[str]
 ) -> "Mapping[str, Experiment]":
-    """The recipes with the encoder of the public weights that the arguments start from, as the
-    default of its flags; as they are where an encoder is named, or cannot be known.
+    """The recipes, but the one that `arguments` name gets the encoder of the public weights in
+    `--init-from`, as the default of its encoder flags. Unchanged if `arguments` name an encoder, or
+    start from weights that are not public ones.
 
-    FileNotFoundError or ValueError where there are no such weights.
+    FileNotFoundError or ValueError if there are no such weights.
     """
     start = _value_of(arguments, "--init-from")
     if start is None or _value_of(arguments, "--encoder.name") is not None:
@@ -33,7 +34,8 @@ def with_encoder_of_start(
 
 
 def _value_of(arguments: Sequence[str], flag: str) -> str | None:
-    """What a flag is given, as `--flag VALUE` or `--flag=VALUE`, with - or _ between words."""
+    """The value of a flag, given as `--flag VALUE` or `--flag=VALUE`, with - or _ between words;
+    None if the flag is missing."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == flag:

@@ -1,4 +1,4 @@
-"""The encoders that a user names, each as what tasks can load."""
+"""Opens the encoders that a user names, in a form that Ray tasks can load."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Named:
-    """An encoder as it was named, and where what is computed of it goes."""
+    """An encoder that the user named, and the folders and run that its results belong to."""
 
     subject: "Subject"
     output: Location
@@ -30,8 +30,8 @@ class Named:
 def open_subjects(
     references: Sequence[str], size: int | None, tracking: str | None, console: "Console"
 ) -> list[Named]:
-    """All encoders, in the order of their names. ValueError and OSError name the one that cannot be
-    had, and the size that one cannot take."""
+    """All encoders, in the order of `references`. ValueError and OSError name an encoder that
+    cannot be opened, or that cannot take images of `size`."""
     from selfray.probes.encoders import UNTRAINED, EncoderRef
 
     named = [
@@ -42,7 +42,7 @@ def open_subjects(
     if None in named:
         require(
             first is not None,
-            f"{UNTRAINED} stands for a run's encoder before its first step: name a run, too",
+            f"{UNTRAINED} stands for a run's encoder before its first step: name a run as well",
         )
     found = []
     for each in named:
@@ -67,7 +67,7 @@ def _open(reference: str, size: int | None, tracking: str | None, console: "Cons
     if reference.startswith(TIMM):
         ref = EncoderRef.of_timm(reference.removeprefix(TIMM))
         console.live(f"fetching {reference}")
-        ref.load()  # what is missing is told before images are read
+        ref.load()  # raises here, before images are read, if the weights are missing
         return Named(_subject(reference, ref, here, size), here)
     if not reference.startswith(MLRUNS):
         place = Location.of(reference)
@@ -89,11 +89,11 @@ def _subject(title: str, ref: "EncoderRef", home: Location, size: int | None) ->
     if size is not None and size != own and config.is_vit:
         require(
             not config.is_beit,
-            f"--image-size {size}: {title} has relative positions for {own} pixels alone",
+            f"--image-size {size}: {title} has relative positions for {own} pixels only",
         )
         require(
             size % config.patch == 0,
-            f"--image-size {size} is no multiple of the {config.patch} pixels of a patch of "
+            f"--image-size {size} is not a multiple of the {config.patch} pixels of a patch of "
             f"{title}: give one, such as {max(1, round(size / config.patch)) * config.patch}",
         )
     return Subject(title, ref, home, size or own)

@@ -1,4 +1,4 @@
-"""The flags that all sweep scripts share, and the life of such a script."""
+"""The flags that all sweeps share, and how a sweep is run from them."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,65 +19,68 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 
 SHORT_EPOCHS = 20
-"""Epochs of each run of a sweep over the embedded digits, where none are given: minutes in all."""
+"""Default epochs of each run of a sweep over the embedded digits; the sweep then takes minutes."""
 
 
 @dataclass(frozen=True)
 class SweepFlags:
-    """What all sweeps have in common; each script adds what it varies."""
+    """Flags of every sweep; each subclass adds the setting that it varies."""
 
     recipe: str = ""
-    """The recipe that is varied."""
+    """The recipe to vary."""
     data: str | None = None
-    """Images: as --data.path of pretrain.py; None takes the recipe's."""
+    """Images, as in --data.path of `selfray pretrain`; None takes the recipe's."""
     test_data: str | None = None
-    """Labelled images for the probes' test, where `data` holds none of its own."""
+    """Labelled test images for the probes, if `data` has no test split."""
     epochs: int | None = None
     """Epochs of each run; None takes 20 for the embedded digits, else the recipe's."""
     batch_size: int | None = None
-    """None takes the recipe's."""
+    """Batch size of each run; None takes the recipe's."""
     workers: int | str | None = None
     """Train workers of each run, such as 2 or 1:4; None takes the recipe's."""
     seeds: int = 1
-    """Runs of each value, with seeds 0, 1, ...: what tells a difference from chance."""
+    """Runs of each value, with seeds 0, 1, ...; several seeds show whether a difference exceeds
+    chance."""
     probes: int = 4
-    """Checkpoints of each run, every one of them probed beside the training."""
+    """Checkpoints of each run; each of them is probed while the run trains."""
     search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """Which values are tried: all that are given; some of them, or some between two bounds, drawn
-    at random; drawn where the ones before did well (Optuna's TPE); or runs side by side, of which
-    the worse take over from the better and vary (population-based training, for schedules)."""
+    """How values are chosen. grid: all given values. random: random draws from the given values or
+    between two bounds. optuna: draws near values that did well so far (Optuna's TPE). population:
+    concurrent runs, of which the worse copy the better and vary the value (population-based
+    training, for schedules)."""
     samples: int = 8
-    """Values that a search draws, or members of a population."""
+    """Number of values that a search draws, or of members of a population."""
     rank_by: ProbeName | None = None
-    """What ranks the runs; None takes the probe that judges the method, and RankMe where the
-    images have no labels (not for MAE and BEiT, which it misleads about)."""
+    """Probe that ranks the runs; None takes the one that suits the method, or RankMe if the images
+    have no labels (but not for MAE and BEiT, for which RankMe is unreliable)."""
     stop_worse: bool = False
     """Stop runs that are not among the best at a rung (ASHA), judged at their checkpoints."""
     stop_by: ProbeName | None = None
-    """What runs are stopped by; None takes what ranks."""
+    """Probe by which runs are stopped; None takes the one that ranks them."""
     first_rung: float = 0.25
     """Share of the images that every run sees before it may be stopped."""
     rung_factor: float = 2.0
-    """One run in this many goes on from each rung."""
+    """One run in this many continues after each rung."""
     at_once: int | None = None
-    """Runs at a time; None takes as many as the cluster holds."""
+    """Concurrent runs; None takes as many as the cluster has room for."""
     output: str = "runs"
-    """Folder of everything that is written; local, s3:// or gs://. A job's relative one is kept
-    under ~/selfray of the machine that runs the job."""
+    """Folder of all output; local, s3:// or gs://. A job's relative folder is placed in ~/selfray
+    on the machine that runs the job."""
 
     title: ClassVar[str]
-    """What the sweep's folders and runs are called."""
+    """Name of the sweep's folders and runs."""
     asks: ClassVar[str]
-    """The question, as the report words it."""
+    """The question that the report answers, as a sentence."""
     methods: ClassVar[tuple[str, ...]]
-    """Methods whose recipes may be varied."""
+    """Methods whose recipes this sweep accepts."""
 
     def axis(self, base: "Experiment") -> "Axis | Range":
-        """What is varied of a recipe. ValueError where the flags make no sense for it."""
+        """The setting to vary and its values. ValueError if the flags do not fit the recipe."""
         raise NotImplementedError
 
     def check_early(self) -> None:
-        """ValueError for what is wrong without a look at any recipe's fields."""
+        """ValueError or FileNotFoundError for an unknown recipe or a missing path; needs no
+        torch."""
         require(
             self.recipe in NAMES,
             f"--recipe {self.recipe} does not exist{nearest(self.recipe, NAMES)}",
@@ -88,14 +91,15 @@ class SweepFlags:
                 check_path(path, "--" + name.replace("_", "-"))
 
     def base(self) -> "Experiment":
-        """The recipe with these flags. ValueError where it is of no method that fits."""
+        """The recipe with these flags applied. ValueError if this sweep does not accept its
+        method."""
         from selfray.recipes import every
 
         recipes = every()
         fitting = [name for name, r in recipes.items() if r.method.name in self.methods]
         if self.recipe not in fitting:
             raise ValueError(
-                f"--recipe {self.recipe} cannot be swept here: give one of {', '.join(fitting)}"
+                f"--recipe {self.recipe} does not fit this sweep: give one of {', '.join(fitting)}"
             )
         recipe = recipes[self.recipe]
         given = {
@@ -114,12 +118,12 @@ class SweepFlags:
         return base
 
     def question(self, base: "Experiment") -> "Question":
-        """What these flags ask of a recipe. ValueError where it makes no sense."""
+        """The sweep's question for a recipe. ValueError if the flags contradict one another."""
         from selfray.sweeps.question import Halving, Question
 
         halving = Halving(self.stop_by, self.first_rung, self.rung_factor)
         if not self.stop_worse and self.stop_by is not None:
-            raise ValueError(f"--stop-by {self.stop_by} stops nothing without --stop-worse")
+            raise ValueError(f"--stop-by {self.stop_by} has no effect without --stop-worse")
         return Question(
             self.title,
             (self.axis(base),),
@@ -133,7 +137,7 @@ class SweepFlags:
 
 
 def run_sweep(flags: SweepFlags, ray: runtime.Starting) -> int:
-    """Carry out the sweep that flags ask for. Returns the exit code."""
+    """Run the sweep that `flags` describe. Returns the exit code, 1 if any run failed."""
     base = flags.base()
     question = flags.question(base)
 

@@ -1,6 +1,6 @@
 """The four sweeps that `selfray sweep` and the scripts of experiments/ offer.
 
-Each declares what it varies; what all have in common is in sweep_flags.py.
+Each declares the setting that it varies; the flags that all share are in sweep_flags.py.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class SweepMAE(SweepFlags):
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
     """Mask ratios to try."""
     between: tuple[float, float] | None = None
-    """Bounds between which a search draws them instead."""
+    """Lower and upper bound between which a search draws mask ratios."""
     recipe: str = "mae-digits"
     """Any recipe of MAE."""
 
@@ -52,7 +52,7 @@ class SweepTemperature(SweepFlags):
     temperatures: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Temperatures to try."""
     between: tuple[float, float] | None = None
-    """Bounds between which a search draws them instead, evenly by their logarithm."""
+    """Lower and upper bound between which a search draws temperatures, uniformly on a log scale."""
     recipe: str = "simclr-digits"
     """Any recipe of SimCLR, MoCo (all versions), DINO or DINOv2."""
 
@@ -81,10 +81,10 @@ class SweepMomentum(SweepFlags):
     starts: tuple[float, ...] = (0.9, 0.97)
     """Momentum at the first step."""
     shapes: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant", "linear", "cosine")
-    """How it goes on from there."""
+    """Schedules of the momentum after the first step; linear and cosine rise to 1."""
     between: tuple[float, float] | None = None
-    """Bounds between which a search draws constants instead, evenly by their distance to 1; a
-    population varies them as it goes."""
+    """Lower and upper bound between which a search draws constant momenta, uniformly in log(1 -
+    momentum); a population varies them during training."""
     recipe: str = "byol-digits"
     """Any recipe of BYOL, MoCo v3, DINO or DINOv2."""
 
@@ -117,7 +117,7 @@ OFF = {
     "flip": {"flip": 0.0},
     "crop and colour jitter": {"crop_scale": (1.0, 1.0), "color_jitter": None},
 }
-"""What leaving out means, for every view of a method."""
+"""Augmentation -> the fields of a View that switch it off, in every view of a method."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,12 @@ SWEEPS: dict[str, type[SweepFlags]] = {
 
 
 def run(kind: type[SweepFlags], arguments: Sequence[str], description: str, prog: str) -> int:
-    """A sweep's whole life, from its command line to its exit code."""
+    """Parse a sweep's command line and run it. Returns the exit code."""
 
     def main() -> int:
         flags = read(kind, arguments, prog, description=description)
         flags.check_early()
-        ray = runtime.Starting()  # Ray's processes come up while torch is imported
+        ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
             return run_sweep(flags, ray)
         finally:

@@ -1,1 +1,2 @@
-"""Images on disks and in object stores: what is there, how it is read, in which order."""
+"""Images on disks and in object stores: finding them, converting them to shards, and reading
+them."""

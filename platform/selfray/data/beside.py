@@ -1,4 +1,4 @@
-"""Images that a Parquet file or a table names by their paths, and that lie beside it."""
+"""Images stored as files beside a Parquet file or table that holds only their paths."""
 
 import posixpath
 
@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 from selfray.storage import Location
 
 MAX_IMAGE_BYTES = 256 * 2**20
-"""A larger file is refused unread: it would take the worker's memory, and is no photograph."""
+"""Larger files are refused unread: they could fill a worker's memory and are not photographs."""
 
 
 def image_beside(folder: Location, path: str) -> Location:
-    """The file that a row's path names, inside the folder. ValueError where it leads out of it: a
-    file from a stranger must not choose what is read."""
+    """The file that a row's path names, inside the folder. Raises ValueError for paths that lead
+    out
+    of it: a file from a stranger must not decide which files are read."""
     root = folder.path.rstrip("/") + "/"
     inner = path.removeprefix(root) if folder.is_local else path
     inner = posixpath.normpath(inner)
@@ -23,20 +24,21 @@ def image_beside(folder: Location, path: str) -> Location:
 
 
 def read_beside(parquet_uri: str, path: str) -> bytes:
-    """The bytes of the image that a row names. OSError, ValueError say why there are none."""
+    """The bytes of the image that a row names. Raises OSError or ValueError with the reason if they
+    cannot be read."""
     place = image_beside(Location.of(parquet_uri).parent, path)
     size = place.info().size
     if size is None:
         raise FileNotFoundError(f"{place} does not exist")
     if size > MAX_IMAGE_BYTES:
-        raise ValueError(f"{place} has {size:,} bytes, more than any image")
+        raise ValueError(f"{place} has {size:,} bytes, more than an image may have")
     return place.read_bytes()
 
 
 def require_images_beside(uri: str, schema: pa.Schema, image: str) -> None:
-    """Refuse a file whose first row holds the path of an image that is not there, no bytes.
+    """Raise ValueError if the first row holds only the path of an image that does not exist.
 
-    Told at the start rather than after minutes, when a run finds no readable image.
+    This fails at the start of a run instead of after minutes, when no image can be read.
     """
     path = _first_path(uri, schema, image)
     if path is None:
@@ -48,13 +50,13 @@ def require_images_beside(uri: str, schema: pa.Schema, image: str) -> None:
     if not found:
         raise ValueError(
             f"{uri} holds only the paths of images, no bytes, and there is no {path} beside it: "
-            "give the folder of the images, put the file where the paths begin, or write it with "
-            "the images inside"
+            "give the folder of the images, move the file to the folder where the paths begin, or "
+            "write it with the images inside"
         )
 
 
 def _first_path(uri: str, schema: pa.Schema, image: str) -> str | None:
-    """The path in the first row, where it has one and no bytes."""
+    """The path in the first row; None if the row has none, or if it has bytes."""
     kind = schema.field(image).type
     if pa.types.is_struct(kind):
         names = [field.name for field in kind.fields]
@@ -68,7 +70,7 @@ def _first_path(uri: str, schema: pa.Schema, image: str) -> str | None:
             batches = pq.ParquetFile(stream).iter_batches(batch_size=1, columns=[image])
             first = next(batches).column(0)[0].as_py()
     except (OSError, pa.ArrowException, UnicodeError, StopIteration):
-        return None  # what cannot be read is named when it is read
+        return None  # a later read reports this file
     if isinstance(first, dict):
         return None if first.get("bytes") is not None else first.get("path")
     return first if isinstance(first, str) else None

@@ -1,5 +1,4 @@
-"""What a run does about images that it cannot read: names each fault once, and says when it is
-too many."""
+"""Unreadable images of a run: each fault is reported once, and too many of them stop the run."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,11 +7,11 @@ import numpy as np
 
 
 def too_many(broken: int, seen: int, limit: float) -> bool:
-    """Whether `broken` of `seen` images says that more than the share `limit` is broken.
+    """Whether `broken` of `seen` images show that more than the share `limit` is broken.
 
-    A sample of few images must not end a run whose share is below the limit: three standard
-    deviations of the count are allowed (one run in 700 for each look), and ten images at least, so
-    that a small data set may hold some. The longer the run, the closer to the limit.
+    A small sample must not end a run whose true share is below the limit. So three standard
+    deviations of the count are allowed (a false alarm in one of 700 checks), and at least ten
+    images, so that a small data set may hold a few. The longer the run, the closer to the limit.
     """
     expected = limit * seen
     return broken > max(10.0, expected + 3 * math.sqrt(expected * (1 - limit)))
@@ -29,10 +28,16 @@ class BrokenTally:
     _named: set[str] = field(default_factory=set)
 
     def see(self, is_broken: np.ndarray, reasons: np.ndarray) -> list[str]:
-        """Count a micro-batch, bool [n] and text [n]; returns the faults that are new: each image,
-        and each shard once, whatever the number of its rows and of epochs.
+        """Count a micro-batch and return its new faults, one for each broken image or shard.
 
-        ValueError where more than the allowed share cannot be read."""
+        A fault is returned once, regardless of the number of its rows and of epochs.
+
+        Args:
+            is_broken: bool [n]; reasons: str [n].
+
+        Raises:
+            ValueError: more than the allowed share cannot be read.
+        """
         self.seen += len(is_broken)
         if not is_broken.any():
             return []

@@ -1,12 +1,13 @@
-"""What Parquet's own checksums leave out: one of each image, and one of the footer.
+"""Checksums that Parquet lacks: one for each image, and one for the footer.
 
-Parquet has checksums of pages, of which one holds many images: reading one image does not tell
-whether its page is whole. So the footer holds one of each image. CRC-32 of 100 kB takes 0.025 ms,
-decoding them 1 ms or more.
+Parquet has one checksum per page, and a page holds many images, so reading a single image cannot
+verify it. Therefore the footer holds a checksum of each image. CRC-32 of 100 kB takes 0.025 ms;
+decoding them takes 1 ms or more.
 
-The footer, which says where everything lies, has none at all, and pyarrow ends the process over
-some that are damaged. So 12 bytes in front of it, which no reader of Parquet looks at, hold its
-own. Only a footer with it is believed: whoever writes the rows otherwise may copy the metadata.
+The footer, which holds all offsets, has no checksum in Parquet, and pyarrow crashes the process on
+some damaged footers. Therefore the 12 bytes before it, which Parquet readers ignore, hold its
+checksum. Image checksums count only with a verified footer, because other programs may copy the
+metadata while they rewrite the rows.
 """
 
 import base64
@@ -22,25 +23,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 KEY = b"selfray.crc32"
-"""In the key-value metadata of the file: uint32 [rows], little-endian, in base64."""
+"""Key in the file's metadata; the value is uint32 [rows], little-endian, in base64."""
 
 checksum = zlib.crc32
 
 
 LABELS_KEY = b"selfray.labels"
-"""In the key-value metadata: label -> rows, so that nobody has to read the label column for it."""
+"""Key in the file's metadata; the value is JSON of label -> rows, which saves reading the
+column."""
 _MARK = b"selfray#"
 _END = b"PAR1"
 
 
 def written(checksums: Sequence[int]) -> dict[str, str]:
-    """The entry of the footer."""
+    """The footer's metadata entry for image checksums."""
     data = np.array(checksums, dtype="<u4").tobytes()
     return {KEY.decode(): base64.b64encode(data).decode()}
 
 
 def checksums_in(footer: pq.FileMetaData) -> np.ndarray | None:
-    """uint32 [rows], or None where the file has none, or not one for each row."""
+    """Image checksums uint32 [rows]; None if the file has none, or not one per row."""
     text = (footer.metadata or {}).get(KEY)
     if text is None:
         return None
@@ -52,13 +54,13 @@ def checksums_in(footer: pq.FileMetaData) -> np.ndarray | None:
 
 
 def of_group(footer: pq.FileMetaData, checksums: np.ndarray, group: int) -> np.ndarray:
-    """Those of a row group's images, of a file's."""
+    """The checksums of one row group's images, out of the whole file's."""
     first = sum(footer.row_group(i).num_rows for i in range(group))
     return checksums[first : first + footer.row_group(group).num_rows]
 
 
 def write_footer_checksum(file: io.BytesIO) -> None:
-    """Put the checksum of a whole Parquet file's footer in front of it."""
+    """Insert the footer's checksum before the footer of a complete Parquet file."""
     size = file.seek(0, io.SEEK_END)
     file.seek(size - 8)
     start = size - 8 - struct.unpack("<I", file.read(4))[0]
@@ -69,7 +71,8 @@ def write_footer_checksum(file: io.BytesIO) -> None:
 
 
 def footer_is_checked(stream: pa.NativeFile) -> bool:
-    """Whether an open file's footer has a checksum, and is whole. ArrowInvalid where it is not."""
+    """Whether an open file's footer has a valid checksum. Raises ArrowInvalid if it does not
+    match."""
     size = stream.size()
     if size < 8 + len(_MARK) + 4:
         return False
@@ -86,11 +89,11 @@ def footer_is_checked(stream: pa.NativeFile) -> bool:
 
 
 def labels_written(counts: Mapping[int, int]) -> dict[str, str]:
-    """The entry of the footer for a shard's labels."""
+    """The footer's metadata entry for label counts."""
     return {LABELS_KEY.decode(): json.dumps({str(label): n for label, n in counts.items()})}
 
 
 def labels_in(footer: pq.FileMetaData) -> dict[int, int] | None:
-    """label -> rows of a checked footer; None where it does not say."""
+    """label -> rows, from a verified footer; None if it has no such entry."""
     text = (footer.metadata or {}).get(LABELS_KEY)
     return None if text is None else {int(label): n for label, n in json.loads(text).items()}

@@ -1,9 +1,9 @@
-"""What the columns of a Parquet file mean: which holds the images, which the labels, and which
-classes there are.
+"""The meaning of a Parquet file's columns: which holds the images, which the labels, and the
+classes.
 
 Labels may be integers of any size and with gaps, whole floats, text, bools, or a dictionary of
-any of these. A class's label is its place among the sorted values, 0..C-1. What is negative, empty,
-null or NaN is no label.
+these. A class's label is its index among the sorted values, 0..C-1. Negative, empty, null and NaN
+values mean no label.
 """
 
 import json
@@ -21,13 +21,13 @@ from selfray.data.layout import natural
 NO_LABEL = -1
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "category")
 MOST_CLASSES = 100_000
-"""A column of more values holds no classes but names or numbers of images."""
+"""A column with more distinct values holds names or numbers of images, not classes."""
 SMALLEST_IMAGE = 64
 """Values of fixed size below this many bytes are digests or ids."""
 HOW_TO_CHOOSE = "--data.image-column (--image-column of selfray's commands)"
 
 Value = int | str
-# Its functions are made at import, where type checkers do not see them.
+# Its functions are generated at import, so type checkers do not know them.
 pc: Any = pyarrow.compute
 
 
@@ -51,13 +51,14 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def described(schema: pa.Schema) -> str:
-    """Names and types of columns for a message, of the first ten."""
+    """Names and types of the first ten columns, for a message."""
     shown = [f"{f.name}: {f.type}" for f in list(schema)[:10]]
     return ", ".join([*shown, *(["..."] if len(schema) > 10 else [])]) or "no columns"
 
 
 def image_column(schema: pa.Schema, file: object, wanted: str | None) -> str:
-    """The column that holds the images. ValueError where there is none, or where several may."""
+    """The name of the image column. Raises ValueError if there is none or the choice is
+    ambiguous."""
     columns = described(schema)
     candidates = [f.name for f in schema if _holds_images(f.type)]
     if wanted is not None and schema.names.count(wanted) != 1:
@@ -111,32 +112,33 @@ class Classes:
     """How the values of one file's label column become labels."""
 
     values: tuple[Value | None, ...] = field(repr=False)
-    """values[label] as the file writes it; None for a class that this file cannot name."""
+    """values[label] is the value of a class in this file; None for a class that it does not
+    have."""
 
     def __post_init__(self) -> None:
-        # Asked for in each read: not over thousands of names.
+        # Computed once: each read needs the hash, and there may be thousands of names.
         object.__setattr__(self, "_hash", hash(self.values))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Classes, (self.values,)  # text hashes otherwise in each process
+        return Classes, (self.values,)  # hash(str) differs between processes
 
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The label column of a data set, or why there is none that can be used."""
+    """The label column of a data set, or the reason why no column can be used."""
 
     name: str | None
     names: tuple[str, ...] | None = None
-    """Names of the integers 0, 1, ..., where the file's metadata gives them."""
+    """Names of the integers 0, 1, ..., if the file's metadata has them."""
     refused: str = ""
-    """A column by the name of labels that cannot be used, and the reason."""
+    """For a column that has a usual label name but cannot be used: the column and the reason."""
 
 
 def label_column(schema: pa.Schema, file: object, wanted: str | None) -> LabelColumn:
-    """The column of the labels. ValueError where the `wanted` one is missing or of no use."""
+    """The label column. Raises ValueError if the `wanted` one is missing or unusable."""
     features = _features(schema)
     if wanted is not None:
         reason = _why_unusable(schema, wanted)
@@ -159,10 +161,10 @@ def label_column(schema: pa.Schema, file: object, wanted: str | None) -> LabelCo
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """The columns' features as Hugging Face's `datasets` keeps them in the schema's metadata."""
+    """The features that Hugging Face's `datasets` stores in the schema's metadata, by column."""
     try:
         info: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    except ValueError:  # whoever wrote it: the columns are there all the same
+    except ValueError:  # bad metadata; the columns can be read without it
         return {}
     for key in ("info", "features"):
         info = info.get(key, info if key == "info" else None) if isinstance(info, dict) else None
@@ -183,10 +185,10 @@ def _names(features: dict[str, Any], column: str) -> tuple[str, ...] | None:
 
 
 def _why_unusable(schema: pa.Schema, name: str) -> str:
-    """Why a column cannot be one of labels, as the end of a sentence; empty where it can."""
+    """Why a column cannot hold labels, as the end of a sentence; empty if it can."""
     count = schema.names.count(name)
     if count != 1:
-        return "is there twice" if count else "is missing"
+        return "exists more than once" if count else "is missing"
     kind = schema.field(name).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -198,21 +200,21 @@ def _why_unusable(schema: pa.Schema, name: str) -> str:
         _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
         or pa.types.is_floating(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     )  # fmt: skip
-    return "" if usable else f"holds {kind}, which names no classes"
+    return "" if usable else f"holds {kind}, which cannot be classes"
 
 
 class NoClassesError(ValueError):
-    """A label column whose values are no classes; the message ends a sentence."""
+    """Raised for a label column whose values are not classes; the message ends a sentence."""
 
 
 def plain_values(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Labels as int64 or text, null where there is none. NoClassesError where they are neither."""
+    """Label values as int64 or text [n], null for none. Raises NoClassesError for other values."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     kind = array.type
     if pa.types.is_dictionary(kind):
-        # Taken rather than cast: a cast of indices that are damaged would read anywhere.
+        # take, not cast: a cast would read out of bounds if indices are damaged.
         array = array.dictionary.take(array.indices)
         kind = array.type
     try:
@@ -225,7 +227,7 @@ def plain_values(column: pa.ChunkedArray | pa.Array) -> pa.Array:
             return _not_negative(array.cast(pa.int64()))
         text = array.cast(pa.string())
     except pa.ArrowInvalid as error:
-        what = "numbers that are not whole" if pa.types.is_floating(kind) else "bytes, no text"
+        what = "numbers that are not whole" if pa.types.is_floating(kind) else "bytes, not text"
         raise NoClassesError(f"holds {what}") from error
     text = pc.utf8_trim_whitespace(text)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
@@ -236,8 +238,8 @@ def _not_negative(array: pa.Array) -> pa.Array:
 
 
 def plain_or_none(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """As `plain_values`; nulls where a part is neither, such as one that came since the classes
-    were listed."""
+    """Like `plain_values`, but nulls for a part whose values are not classes, such as one that was
+    added after the classes were listed."""
     try:
         return plain_values(column)
     except NoClassesError:
@@ -245,7 +247,8 @@ def plain_or_none(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def labels_of(column: pa.ChunkedArray | pa.Array, classes: Classes) -> np.ndarray:
-    """Labels int64 [n]; -1 where a row has none, or a value that is none of the classes."""
+    """Labels int64 [n]; -1 for a row without label or with a value that is not among the
+    classes."""
     values = plain_or_none(column)
     if pa.types.is_int64(values.type) and _counts_from_zero(classes):
         found = values.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
@@ -276,12 +279,12 @@ def _as_int(value: str | None) -> int | None:
 
 
 def is_label_number(text: str) -> bool:
-    """Whether a label's text is a number that int64 holds."""
+    """Whether a label's text is a non-negative number that fits into int64."""
     return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63
 
 
 def distinct(column: pa.ChunkedArray | pa.Array) -> dict[Value, int]:
-    """The values of a label column, and how many rows have each."""
+    """The distinct values of a label column and the number of rows of each."""
     values = plain_values(column).drop_null()
     return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
 
@@ -289,9 +292,9 @@ def distinct(column: pa.ChunkedArray | pa.Array) -> dict[Value, int]:
 def class_names(
     columns: Sequence[tuple[tuple[str, ...] | None, Iterable[Value]]],
 ) -> tuple[str, ...]:
-    """The classes of a data set, from (names of 0, 1, ..., values found) of each of its files.
+    """The classes of a data set, from (names of 0, 1, ..., found values) of each file.
 
-    Where all files give the same names, these are the classes, and whether each is there or not.
+    If all files give the same names, these are the classes, even those without images.
     """
     given = {names for names, _ in columns}
     if len(given) == 1 and (names := next(iter(given))) is not None:
@@ -308,7 +311,7 @@ def class_names(
 def coded(
     names: tuple[str, ...] | None, values: Iterable[Value], classes: tuple[str, ...]
 ) -> Classes:
-    """How a file writes the `classes`: by its own names of 0, 1, ..., or by its values."""
+    """How a file encodes the `classes`: by its own names of 0, 1, ..., or by its values."""
     if names is not None:
         own: dict[str, Value] = {name: index for index, name in enumerate(names)}
     else:

@@ -1,4 +1,4 @@
-"""--data.path -> the data sets of a run: whatever the user has, as Parquet shards to read."""
+"""--data.path -> the data sets of a run: Parquet shards, from any layout that the user has."""
 
 import hashlib
 import re
@@ -25,9 +25,9 @@ from selfray.experiment import DataConfig
 from selfray.storage import Location, one_line
 
 DATA_FILE = "data.json"
-"""In a run's folder: the files and row groups of its data set."""
+"""File in a run's folder that lists the files and row groups of its data set."""
 HELD_OUT = 0.2
-"""Share of the labelled images that probes test on where the data names no test images."""
+"""Share of the labelled images held out for the probes' test if the data has no test images."""
 
 
 Build = Callable[[Location, Location, BuildOptions], Manifest]
@@ -37,22 +37,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DataSets:
-    """What is trained on, and what probes test on (None where nothing bears a label)."""
+    """The train images, and the test images of the probes (None without any)."""
 
     train: ShardSet
     test: ShardSet | None
     origin: str = ""
     """Where the test images come from, such as `val/`."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """What is neither, by its folder or file, and its images."""
+    """Folders or files that are in neither set, with their numbers of images."""
     unlabeled_files: int = 0
-    """So many files at the end of `train` are those of a split of unlabelled images."""
+    """Number of files at the end of `train` that come from a split of unlabelled images."""
     channels: int = 3
-    """As data.channels says."""
+    """data.channels."""
 
     @property
     def unlabeled(self) -> int:
-        """How many of the train images come from a split of unlabelled ones."""
+        """The number of train images from a split of unlabelled images."""
         files = self.train.files
         return sum(file.rows for file in files[len(files) - self.unlabeled_files :])
 
@@ -61,10 +61,10 @@ class DataSets:
         return self.train.has_labels and (self.test is None or self.test.has_labels)
 
     def samples(self, size: int, train_limit: int, test_limit: int) -> tuple[Sample, Sample]:
-        """(train, test) rows for the probes, disjoint and the same in every call.
+        """(train, test) samples for the probes, disjoint and the same in every call.
 
-        Without test images of their own, a fifth of the train images is held out for the test:
-        the encoder has seen them, unlabelled; the probe has not.
+        Without test images, a fifth of the train images is held out: the encoder has seen them
+        without labels, the probe has not.
         """
         shards = self.train.labelled if self.can_probe else self.train
         if self.test is not None:
@@ -80,7 +80,7 @@ class DataSets:
         return Sample(shards, groups, rows, size, channels=self.channels)
 
     def described(self) -> list[str]:
-        """What was understood of the data, in one line, and what is odd about it."""
+        """Lines for the console: a summary of the data, and warnings about it."""
         parts = [_train_words(self.train)]
         if self.unlabeled:
             parts[0] += f" ({self.unlabeled:,} of them from unlabeled)"
@@ -99,7 +99,7 @@ class DataSets:
 
     @property
     def common_classes(self) -> set[str]:
-        """The classes of train images that test images have, too."""
+        """The classes that both train and test images have."""
         return set(_classes_of(self.train)) & set(_classes_of(self.test or self.train))
 
     def classes(self) -> str:
@@ -110,7 +110,7 @@ class DataSets:
         train, test = self.train, self.test
         if not train.has_labels:
             if test is not None and test.has_labels:
-                yield "the test images have labels and the train images have none: no probes"
+                yield "the test images have labels, but the train images have none: no probes"
             return
         of_labels = train.files[: len(train.files) - self.unlabeled_files]
         without = [file for file in of_labels if file.rows and not file.labelled]
@@ -123,7 +123,7 @@ class DataSets:
         count = sum(file.labelled for file in train.files)
         seen = _classes_of(train)
         if len(seen) == 1:
-            yield f"there is one class, {seen[0]}: accuracies of probes say nothing"
+            yield f"there is only one class, {seen[0]}: accuracies of probes are meaningless"
         elif len(seen) >= count:
             yield f"there are as many classes ({len(seen):,}) as labelled images ({count:,})"
         if test is not None and test.has_labels:
@@ -136,7 +136,7 @@ class DataSets:
 
 
 def _classes_of(shards: ShardSet) -> list[str]:
-    """The classes that a data set's own files can name."""
+    """The classes that occur in a data set's own files."""
     names = shards.label_names or ()
     known = {file.classes for file in shards.files if file.classes is not None}
     own = {file.label for file in shards.files if file.label >= 0}
@@ -163,10 +163,10 @@ def _train_words(train: ShardSet) -> str:
 def open_data(
     data: DataConfig, output: Location, say: Say, build: Build, describe: bool = True
 ) -> DataSets:
-    """Open a run's data, and say what was understood of it, unless the caller does. A folder of
-    images or tars is converted to shards once, under `output`, by `build`, which may need Ray.
+    """Open a run's data and, with `describe`, print a summary by `say`.
 
-    FileNotFoundError or ValueError of one line names the path and the way out.
+    A folder of images or tars is converted to shards once, under `output`, by `build`, which may
+    need Ray. Raises FileNotFoundError or ValueError, one line with the path and the way out.
     """
     if not data.path:
         raise ValueError(
@@ -181,8 +181,8 @@ def open_data(
 
 
 def needs_build(path: str) -> bool:
-    """Whether a path holds images to be made into shards. Whatever is wrong with it is told when it
-    is opened."""
+    """Whether a path holds images that must be converted to shards. False for a bad path, which
+    `open_data` reports."""
     if path.startswith(EMBEDDED) or "*" in path:
         return False
     try:
@@ -196,9 +196,9 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
     found = opener.find(data.path, "data.path")
     if not found.train:
         raise ValueError(
-            f"--data.path {data.path} holds test images only ({found.origin}), which are never "
-            "trained on: give a folder that holds train images, or that folder itself to train "
-            "on it"
+            f"--data.path {data.path} holds only test images ({found.origin}), which are never "
+            "trained on: give a folder that holds train images, or give the folder of the test "
+            "images itself to train on it"
         )
     train = opener.open(found, found.train)
     if not data.test_path:
@@ -216,28 +216,28 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
-    """Test images with labels, where some files have labels and others none."""
+    """Only the files with labels, if some test files have labels and others none."""
     labelled = test.labelled
     if labelled is test or not labelled.files:
         return test
     lost = test.rows - labelled.rows
-    say(f"{lost:,} test images without labels are not used beside those that have one")
+    say(f"{lost:,} test images without labels are not used, because others have labels")
     return replace(labelled, notes=())
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Parquet files at a path, and what their names say."""
+    """Parquet files at a path, sorted into splits by their names."""
 
     uri: str
     train: list[str]
     test: list[str]
     labels: Mapping[str, str]
-    """The class of a file, where its folder gives it."""
+    """The class of each file whose folder names one."""
     origin: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     unlabeled: int = 0
-    """So many files at the end of `train` are those of a split of unlabelled images."""
+    """Number of files at the end of `train` that come from a split of unlabelled images."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Opener:
         return open_shards(files, found.uri, self.data.image_column, self.data.label_column, labels)
 
     def find(self, path: str, field: str) -> _Found:
-        """The Parquet files at a path, after a conversion where one is needed."""
+        """The Parquet files at a path; other images are converted first."""
         flag = f"--{field.replace('_', '-')}"
         if path.startswith(EMBEDDED):
             return self._sorted(list_source(write_embedded(path[len(EMBEDDED) :], self.output)))
@@ -294,10 +294,10 @@ class _Opener:
         )
 
     def _sorted(self, listing: Listing, source: Location | None = None) -> _Found:
-        """The Parquet files of a listing by what their names say."""
+        """Sort the Parquet files of a listing into splits by their names."""
         names = [file.name for file in listing.files]
         is_one_file = source is not None and source.uri != listing.root.uri
-        if is_one_file:  # whoever names a file means that file
+        if is_one_file:  # a file given by name is trained on, even if it is named like a test set
             understood = Understood((TRAIN,), (None,), False, {}, {})
         else:
             names = [name for name in names if name.endswith(".parquet")]
@@ -326,7 +326,7 @@ class _Opener:
         uri = (source or listing.root).uri
         origin = " and ".join(filter(None, origins))
         files = train + unlabeled
-        # Without labelled train images there is nothing that they come beside.
+        # Unlabelled images are only additional if there are train images.
         count = len(unlabeled) if train else 0
         return _Found(uri, files, test, labels, origin, left_out, count)
 
@@ -334,7 +334,7 @@ class _Opener:
         """Shards of a folder of images, built under `output` on first use."""
         name = re.sub(r"[^\w-]", "-", source.name) or "images"
         column = self.data.label_column
-        # A name of its own where an earlier version read the same folder otherwise.
+        # A different name if an earlier version understood the same folder differently.
         text = source.uri + ("?splits" if more else "") + (f"?label={column}" if column else "")
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         target = self.output / "shards" / f"{name}-{digest}"
@@ -356,11 +356,11 @@ class _Opener:
 
 
 def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> ShardSet:
-    """The data set as a run found it when it started: which image is at which position follows from
-    its files and row groups, so a run that goes on must read by them.
+    """The data set as it was when the run started. The position of each image follows from files
+    and row groups, so a resumed run must use the same ones.
 
-    A file that is gone since keeps its place, and costs its own rows; one that came since waits for
-    another run. ValueError names a file that is another than it was.
+    A file that has disappeared keeps its positions, whose images count as broken; new files are
+    ignored. Raises ValueError that names a file whose rows have changed.
     """
     record = run / DATA_FILE
     if not record.exists():
@@ -368,7 +368,7 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
     try:
         started = _started_files(record)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        say(f"{record} is no record of a start ({one_line(error)}): the data is taken as it is now")
+        say(f"{record} cannot be used ({one_line(error)}): the run takes the data as it is now")
         return shards
     found = {_inner(file.uri, shards): file for file in shards.files}
     for name, file in found.items():
@@ -379,19 +379,19 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
                 f"{len(started[name])}): put it back, or start another run with another --name"
             )
     away = [n for n in started if n not in found]
-    # A file may only be called otherwise: `train-0.parquet` beside it makes it no part of the set.
+    # A file may still exist but no longer be a train file, once `train-0.parquet` lies beside it.
     lost = [n for n in away if not Location.of(_outer(n, shards)).exists()]
     new = [n for n in found if n not in started]
     if lost:
         rows = sum(sum(started[name]) for name in lost)
         say(
-            f"{len(lost)} of {len(started)} shards of the start {'are' if len(lost) > 1 else 'is'} "
+            f"{len(lost)} of the {len(started)} shards at the start {'are' if lost[1:] else 'is'} "
             f"gone, the first is {lost[0]}: their {rows:,} images count as broken"
         )
     if new:
         say(
-            f"{len(new)} shard{'s' if len(new) > 1 else ''} came since this run started, the first "
-            f"is {new[0]}: it goes on without"
+            f"{len(new)} shard{'s' if len(new) > 1 else ''} came after this run started, the first "
+            f"is {new[0]}: the run continues without"
         )
     files = tuple(
         found.get(name) or ShardFile(_outer(name, shards), tuple(rows))
@@ -409,13 +409,13 @@ def _started_files(record: Location) -> dict[str, list[int]]:
 
 
 def remember(shards: ShardSet, run: Location) -> None:
-    """Write down what `as_started` reads."""
+    """Record the files of a data set in the run's folder, for `as_started`."""
     files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
     (run / DATA_FILE).write_json({"files": files})
 
 
 def _inner(uri: str, shards: ShardSet) -> str:
-    """A file's name inside its data set, which may be moved as a whole."""
+    """A file's name relative to its data set, so that the whole set may be moved."""
     return uri.removeprefix(shards.uri.rstrip("/") + "/")
 
 

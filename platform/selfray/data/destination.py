@@ -1,4 +1,4 @@
-"""The folder that shards are written to: what it holds at the start, and how a build ends there."""
+"""The folder that shards are written to: its state before a build, and the end of a build."""
 
 import json
 import os
@@ -32,12 +32,12 @@ _OF_A_BUILD = re.compile(
 
 @dataclass(frozen=True)
 class State:
-    """What a destination holds at the start: nothing, a part of a build, or a whole one."""
+    """The content of a destination before a build: nothing, an unfinished or a complete build."""
 
     plan: dict[str, Any] | None = None
     manifest: Manifest | None = None
     damage: str = ""
-    """Why the plan of an unfinished build cannot be used: what it built is not trusted."""
+    """Why the plan of an unfinished build cannot be used; its shards are then built again."""
 
 
 def refuse_overlap(source: Location, destination: Location) -> None:
@@ -54,7 +54,7 @@ def refuse_overlap(source: Location, destination: Location) -> None:
 
 
 def open_destination(destination: Location) -> State:
-    """ValueError where the folder holds anything that no build has put there."""
+    """Read the state of a destination. Raises ValueError if it holds files of other origin."""
     try:
         names = [posixpath.basename(info.path) for info in destination.list()]
     except OSError as error:
@@ -72,7 +72,7 @@ def open_destination(destination: Location) -> State:
         try:
             plan = _plan_in(plan_file)
         except ValueError as error:
-            damage = f"{plan_file} is no plan ({one_line(error)}): building from the start"
+            damage = f"{plan_file} is not a plan ({one_line(error)}): building from the start"
     known = _OF_A_BUILD if plan or damage else re.compile(BUILD_FOLDER)
     foreign = [name for name in names if not known.fullmatch(name)]
     require(
@@ -84,7 +84,7 @@ def open_destination(destination: Location) -> State:
 
 
 def _plan_in(file: Location) -> dict[str, Any]:
-    """What an unfinished build wrote of its plan. ValueError where it is no such thing."""
+    """The plan written by an unfinished build. Raises ValueError if the file is not a plan."""
     plan = file.read_strict_json()
     kinds = {"source": str, "options": dict, "files": int, "bytes": int, "fingerprint": str}
     found = plan if isinstance(plan, dict) else {}
@@ -109,9 +109,9 @@ def refuse_other_plan(destination: Location, state: State, plan: Plan) -> None:
             f"now {now['files']} of {now['bytes']:,}"
         )
         if (then["files"], then["bytes"]) == (now["files"], now["bytes"]):
-            changes = ["files of the source have changed since"]
+            changes = ["files of the source have changed"]
     elif not changes and then.get("understood") != now.get("understood"):
-        changes.append("its folders were understood otherwise: as classes, splits or neither")
+        changes.append("its folders were understood differently: as classes, splits or neither")
     what = "a complete" if state.manifest else "an unfinished"
     require(
         not changes,
@@ -144,7 +144,7 @@ def read_records(destination: Location) -> dict[int, ShardRecord]:
 
 
 def _record_in(file: Location) -> ShardRecord | None:
-    """A shard's record; None where it is damaged, so that the shard is built again."""
+    """A shard's record; None if it is damaged, so that the shard is built again."""
     try:
         record = ShardRecord.from_json(file.read_strict_json())
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -156,7 +156,7 @@ _Stored = TypeVar("_Stored", Shard, ShardRecord)
 
 
 def intact(destination: Location, shards: dict[int, _Stored]) -> dict[int, _Stored]:
-    """Those whose file is there in full size; contents are the business of `check`."""
+    """The shards whose file exists in full size; `selfray shards check` verifies contents."""
     sizes = {posixpath.basename(info.path): info.size for info in destination.list()}
     return {
         number: shard
@@ -184,7 +184,7 @@ def finish(destination: Location, plan: Plan, records: Sequence[ShardRecord]) ->
 
 
 def delete_temporary_files(destination: Location) -> None:
-    """What a killed task has left."""
+    """Delete files left behind by killed tasks."""
     for info in destination.list():
         if info.path.endswith(".tmp"):
             destination.filesystem.delete_file(info.path)

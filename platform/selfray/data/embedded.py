@@ -1,4 +1,4 @@
-"""Data sets that come with a dependency, as shards."""
+"""Writes data sets that come with a dependency as shards."""
 
 import io
 from typing import Any
@@ -10,9 +10,9 @@ from selfray.data.writer import write_arrays
 from selfray.storage import Location
 
 EMBEDDED = "embedded:"
-"""Data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
+"""Prefix of data sets that come with a dependency: `embedded:digits` is scikit-learn's."""
 DIGITS_TEST = 597
-"""A third of the digits is kept for the probes' test, drawn at random."""
+"""Number of digits, a third, drawn at random for the probes' test."""
 
 
 def write_embedded(name: str, output: Location) -> Location:

@@ -1,4 +1,4 @@
-"""The files of a data set, by name: local folders with links and odd names, object stores and
+"""Lists the files of a data set: local folders with links and odd names, object stores,
 patterns."""
 
 import os
@@ -25,7 +25,7 @@ from selfray.storage import Location, one_line
 
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables beside images that say more of them: Hugging Face's ImageFolder."""
+"""Tables of labels beside images, as in Hugging Face's ImageFolder."""
 
 
 class Quarantined(NamedTuple):
@@ -43,21 +43,22 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies at a path."""
+    """The files at a path."""
 
     root: Location
-    """The folder that names count from."""
+    """The folder to which names are relative."""
     files: list[File]
     """Sorted by name."""
     quarantined: list[Quarantined]
-    """What could not be listed."""
+    """Files and folders that could not be listed."""
 
     def uri(self, name: str) -> str:
         return (self.root / name).uri
 
 
 def list_source(source: Location) -> Listing:
-    """The files at a path. FileNotFoundError, ValueError where there is nothing to use."""
+    """List the files at a path. Raises FileNotFoundError or ValueError if there is nothing to
+    use."""
     info = source.info()
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(
@@ -77,10 +78,10 @@ def list_source(source: Location) -> Listing:
 
 
 def list_matching(pattern: str) -> Listing:
-    """The files that a path with * stands for: * is any part of one name, ** any folders, and a
-    folder that matches stands for all that it holds. Every other character means itself.
+    """List the files that match a pattern: * is any part of a name, ** any folders, and a matching
+    folder stands for all files in it. Every other character stands for itself.
 
-    Names count from the last folder without a *. Nothing but what matches is listed.
+    Names are relative to the last folder without a *. Folders that do not match are not read.
     """
     parts = pattern.split("/")
     first = next(index for index, part in enumerate(parts) if "*" in part)
@@ -131,8 +132,8 @@ def _entries(folder: Location, quarantined: list[Quarantined]) -> list[fs.FileIn
 
 
 def parquet_files(path: str | Location) -> list[str]:
-    """The Parquet files at a path: a file, a folder (searched whole) or a pattern with *. Hidden
-    files and folders are passed over. Empty where there are none."""
+    """The Parquet files at a path: a file, a folder (searched recursively) or a pattern with *.
+    Hidden files and folders are skipped. Empty if there are none."""
     text = str(path)
     if "*" in text and not Location.of(path).exists():
         listing = list_matching(text)
@@ -148,7 +149,7 @@ def parquet_files(path: str | Location) -> list[str]:
 
 
 def parquet_names(files: Sequence[File]) -> list[str]:
-    """The Parquet files among some, but for those that other programs are about to write."""
+    """The names of Parquet files, without those that other programs are still writing (_*)."""
     return [
         file.name
         for file in files
@@ -167,7 +168,7 @@ class Selected(NamedTuple):
 
 
 def select(source: object, files: Sequence[File]) -> Selected:
-    """What kind of source this is. ValueError where it is of several."""
+    """Determine the kind of a source. Raises ValueError if its files are of several kinds."""
     by_kind: dict[str, list[File]] = {"images": [], "tar": [], "parquet": []}
     tables, others = [], []
     for file in files:
@@ -181,7 +182,7 @@ def select(source: object, files: Sequence[File]) -> Selected:
         else:
             others.append(file)
     if not by_kind["images"]:
-        # Nothing that they could be tables of: a data set may be called so.
+        # Without images these are not tables of labels: a data set may have such a name.
         by_kind["parquet"] += [file for file in tables if extension(file.name) == "parquet"]
         by_kind["parquet"].sort()
         others += [file for file in tables if extension(file.name) != "parquet"]
@@ -198,8 +199,7 @@ def select(source: object, files: Sequence[File]) -> Selected:
         return Selected("tar", by_kind["tar"], [])
     if present == ["parquet"]:
         return Selected("parquet", by_kind["parquet"], [])
-    # Not by_kind["images"] alone: an image may have no extension or a wrong one, and what is no
-    # image is to be reported.
+    # With the others: images may have no or a wrong extension, and non-images must be reported.
     return Selected("images", sorted(by_kind["images"] + others), tables)
 
 
@@ -208,7 +208,7 @@ def _file(info: fs.FileInfo, name: str) -> File:
 
 
 def _below(folder: Location) -> tuple[list[File], list[Quarantined]]:
-    """(all files below a folder, sorted by name, what could not be listed)."""
+    """(all files below a folder, sorted by name; those that could not be listed)."""
     if folder.is_local:
         return _walk(folder.path)
     prefix = len(folder.path.rstrip("/")) + 1
@@ -221,11 +221,11 @@ def _below(folder: Location) -> tuple[list[File], list[Quarantined]]:
 
 
 def _walk(root: str) -> tuple[list[File], list[Quarantined]]:
-    """All files below a local folder, each folder once, whatever links lead to it.
+    """All files below a local folder; each folder counts once, however many links lead to it.
 
-    pyarrow's own listing follows links in a circle, giving each image forty times, leaves dangling
-    links out and gives up at the first folder that it may not open. Folders are known by device
-    and inode; those of the tree itself come before those that links lead to.
+    pyarrow's own listing follows circular links and returns each image forty times, omits dangling
+    links, and fails at the first folder without permission. Here folders are identified by device
+    and inode, and folders of the tree are listed before those that links lead to.
     """
     files: list[File] = []
     quarantined: list[Quarantined] = []
@@ -241,7 +241,7 @@ def _walk(root: str) -> tuple[list[File], list[Quarantined]]:
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                refuse(prefix.rstrip("/"), "this link leads to a folder that is listed already")
+                refuse(prefix.rstrip("/"), "this link leads to a folder that is already listed")
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
@@ -260,7 +260,7 @@ def _walk(root: str) -> tuple[list[File], list[Quarantined]]:
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append((entry.path, name + "/"))
                 elif not entry.is_file():
-                    kind = "a link to nowhere" if entry.is_symlink() else "no regular file"
+                    kind = "a dangling link" if entry.is_symlink() else "not a regular file"
                     refuse(name, f"this is {kind}")
                 else:
                     status = entry.stat()
@@ -281,7 +281,7 @@ def is_ignored(name: str) -> bool:
 
 
 def split_files(uris: Sequence[str], folder: str | Location) -> tuple[list[str], list[str]]:
-    """(files to train on, test files) among the Parquet files of a folder, by their names."""
+    """(train files, test files) among the Parquet files of a folder, by their names."""
     root = (str(folder) if "://" in str(folder) else Location.of(folder).uri).rstrip("/") + "/"
     names = [
         uri.removeprefix(root) if uri.startswith(root) else posixpath.basename(uri) for uri in uris

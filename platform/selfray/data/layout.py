@@ -1,8 +1,8 @@
-"""What the names of a data set mean: train and test, classes, and what is left out.
+"""The meaning of a data set's file names: train and test, classes, and files that are left out.
 
-Decided here, once, for every command: `pretrain.py`, the sweeps, `selfray probe` and `selfray
-shards build` ask `understand` with the names of all files, and get the same answer. The table of
-layouts is in docs/layouts.md, and what a Parquet file's columns mean in columns.py.
+It is decided only here, for every command: `selfray pretrain`, the sweeps, `selfray probe` and
+`selfray shards build` call `understand` with the names of all files and get the same answer. The
+table of layouts is in docs/layouts.md; columns.py gives the meaning of Parquet columns.
 """
 
 import collections
@@ -27,7 +27,7 @@ IMAGE_EXTENSIONS = frozenset({
 
 TRAIN, UNLABELED, VALIDATION, TEST = "train", "unlabeled", "validation", "test"
 SPLITS = (TRAIN, UNLABELED, VALIDATION, TEST)
-"""In the order of a data set's shards. The first two are trained on, the others never."""
+"""In the order of a data set's shards. The first two are used for training, the others never."""
 
 _SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training", "trainval"), TRAIN),
@@ -42,30 +42,30 @@ _NEUTRAL_WORDS = frozenset({
     "png", "sample", "samples", "set", "shard", "shards", "split", "subset", "tar",
 })
 # fmt: on
-"""Beside a split's name in a folder's name, these say nothing more: `test_images`, `trainingSet`"""
+"""Words without meaning beside the name of a split, as in `test_images` and `trainingSet`."""
 _SPLIT_KEYS = ("split", "subset", "partition")
 LABEL_KEYS = ("label", "labels", "class", "target", "category")
-"""Of folders named like `label=cat`, as Hive and pyarrow's partitioned data sets have them."""
+"""Keys of folders named like `label=cat`, as in partitioned data sets of Hive and pyarrow."""
 
 
 @dataclass(frozen=True)
 class Understood:
-    """What the names of some files say, in the order of the files."""
+    """The meaning of files' names, in the order of the files."""
 
     splits: tuple[str | None, ...]
-    """One of SPLITS; None for what is left out."""
+    """One of SPLITS for each file; None for files that are left out."""
     labels: tuple[str | None, ...]
-    """The name of the class, where a folder is one."""
+    """The class of each file whose folder is a class."""
     has_splits: bool
-    """Whether any name is a split's; else all are train."""
+    """Whether any name is that of a split; if not, all files are train."""
     origins: Mapping[str, str]
-    """split -> what the files call it, such as `val2017/`."""
+    """split -> its name in the data set, such as `val2017/`."""
     left_out: Mapping[str, int]
-    """What is neither train nor test beside those that are: top folder or file -> files."""
+    """Files outside of the splits, if there are splits: top folder or file -> number of files."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The classes in the order of their labels; None where no folder is a class."""
+        """The classes in the order of their labels; None if no folder is a class."""
         found = {label for label in self.labels if label is not None}
         return tuple(sorted(found)) if found else None
 
@@ -73,12 +73,16 @@ class Understood:
 def understand(
     names: Sequence[str], kind: SourceKind, rule: LabelRule = "auto", source: object = ""
 ) -> Understood:
-    """What the names of all files of a data set mean.
+    """Determine splits and classes from the names of all files of a data set.
 
     Args:
         names: paths inside the data set, with /.
+        kind: the kind of files.
         rule: where class names come from; see BuildOptions.labels.
         source: the data set, for messages.
+
+    Raises:
+        ValueError: the rule is "folders", and an image lies outside of class folders.
     """
     folders = _Folders(pictures(names, kind), kind)
     splits: list[str | None] = []
@@ -90,7 +94,7 @@ def understand(
         splits.append(split)
         marks.append(mark)
     if kind != "images" and not set(splits) & {TRAIN, UNLABELED, None}:
-        # A file named `crash-test.parquet` alone is no test set.
+        # A single file named `crash-test.parquet` is not a test set.
         splits = [
             split if mark.endswith("/") or not _parsed(posixpath.basename(name))[1] else None
             for name, split, mark in zip(names, splits, marks, strict=True)
@@ -120,15 +124,15 @@ def extension(name: str) -> str:
 
 
 def pictures(names: Sequence[str], kind: SourceKind) -> Sequence[str]:
-    """The names that tell what is meant: beside images, a README or a folder of .xml files is no
-    class and no split."""
+    """The names that determine splits and classes: in a folder of images, a README or a folder of
+    .xml files is neither."""
     if kind != "images":
         return names
     return [name for name in names if extension(name) in IMAGE_EXTENSIONS] or names
 
 
 def natural(name: str) -> tuple[int, int, str]:
-    """Sorts numbers by their value, and before words."""
+    """A sort key: numbers by value, before words."""
     is_number = name.isascii() and name.isdigit() and len(name) < 30
     return (0, int(name), name) if is_number else (1, 0, name)
 
@@ -138,7 +142,7 @@ def natural(name: str) -> tuple[int, int, str]:
 
 @lru_cache(maxsize=65_536)
 def _parsed(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """(the split that a name tells, its other words)."""
+    """(the split in a name, its other words)."""
     key, _, value = name.partition("=")
     if value and key.lower() in _SPLIT_KEYS:
         name = value
@@ -182,7 +186,7 @@ class _Folders:
         self._known = {}
 
     def split_of(self, folder: str) -> tuple[str | None, str]:
-        """(split, the folder's own name with a /) of what lies in a folder."""
+        """(split, name of the split's folder with a /) of the files in a folder."""
         if folder not in self._known:
             above = ""
             self._known[folder] = (None, "")
@@ -195,7 +199,7 @@ class _Folders:
         return self._known[folder]
 
     def parts(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The folders above a split's and those below it; all of them below where there is none."""
+        """(folders above the split's folder, folders below it); without a split, all are below."""
         above, parts = "", tuple(folder.split("/")) if folder else ()
         for index, part in enumerate(parts):
             if part in self._splits_in(above):
@@ -226,8 +230,8 @@ class _Folders:
         return splits
 
     def _train_is_a_class(self, above: str, splits: Mapping[str, str], others: set[str]) -> bool:
-        """Among buses and cars, `train` is what runs on rails: with images of its own, beside other
-        folders, and no folder of test images, or one that has the same classes."""
+        """Whether `train` is the class of railway trains: it holds images directly, beside folders
+        of other classes, and there is no test folder, or the test folder has the same classes."""
 
         def inside(part: str) -> set[str]:
             return self._inside.get(f"{above}/{part}" if above else part, set())
@@ -262,7 +266,7 @@ def _labels(
         return nothing
     if rule == "folders":
         return _first_folders(names, folders, source)
-    # Each folder is looked at once: a data set has millions of images, and few folders.
+    # Work per folder, not per image: a data set has millions of images, but few folders.
     seen = set(pictures(names, kind))
     is_used = {
         posixpath.dirname(name): split
@@ -278,17 +282,17 @@ def _labels(
             for name, label, split in zip(names, labels, splits, strict=True)
             if name in seen and (split == TRAIN or (split is None and TRAIN not in splits))
         ]
-        # Some images beside the class folders cost their own label; if most are, those are none.
+        # Images outside of class folders have no label; if most are outside, there are no classes.
         if 2 * sum(label is not None for label in trained) > len(trained):
             return labels
     return nothing
 
 
 def _classes(parts_of: Mapping[str, tuple[str, ...]], has_splits: bool) -> dict[str, str]:
-    """Folder -> class, by the folders that lead to it; empty where they are no classes."""
+    """Folder -> class, from the folders that lead to it; empty if they are not classes."""
     paths = {parts for parts in parts_of.values() if parts}
     depth = 0
-    # A folder around all others, such as `images`, is no class.
+    # A folder that contains all others, such as `images`, is not a class.
     while paths and len({p[depth] for p in paths}) == 1 and all(len(p) > depth + 1 for p in paths):
         depth += 1
     found = {parts[depth] for parts in paths}
@@ -310,7 +314,7 @@ def _hive_label(name: str) -> str | None:
 
 
 def _first_folders(names: Sequence[str], folders: _Folders, source: object) -> list[str | None]:
-    """The rule `folders`: whatever lies deeper, the first folder is the class."""
+    """The rule `folders`: the first folder is the class, deeper ones are ignored."""
     labels: list[str | None] = []
     seen = set(pictures(names, "images"))
     for name in names:

@@ -1,11 +1,11 @@
-"""What shards are made from: a folder of images, WebDataset tars or Parquet files, as a plan.
+"""Plans a build: lists a folder of images, WebDataset tars or Parquet files as work items.
 
-A plan is data: every shard number belongs to one work item, and a work item's shards follow from
-its inputs and the seed alone. `make_plan` lists a source.
+A plan is data: every shard number belongs to one work item, and a work item's shards follow only
+from its inputs and the seed. `make_plan` lists a source.
 
-What is passed over without a word: files and folders whose name starts with a dot, Thumbs.db,
-desktop.ini and __MACOSX; beside Parquet files or tars, every other file. Whatever else is no sound
-image becomes a Quarantined with its reason. What is left out beside the splits is told.
+Skipped silently: files and folders whose name starts with a dot, Thumbs.db, desktop.ini and
+__MACOSX; beside Parquet files or tars, all other files. Any other file that is not a sound image
+becomes a Quarantined with its reason. Files left out because they belong to no split are reported.
 """
 
 import dataclasses
@@ -34,30 +34,31 @@ from selfray.pixels import codecs
 from selfray.storage import Location, one_line
 
 TAR_SAMPLE_BYTES = 1024
-"""No member of a tar takes less: 512 bytes of header, and its content in blocks of 512."""
+"""Smallest size of a member of a tar: 512 bytes of header, and content in blocks of 512."""
 TAR_LABELS_LOOKED_AT = 100
-"""So many samples of a tar tell whether its labels are text."""
+"""Number of samples of a tar that are read to see whether labels are text."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     max_side: int | None = None
-    """Shrink images so that the longer side has at most this many pixels, as JPEGs of quality 95,
-    whatever their format was; None keeps the bytes. Smaller images keep their bytes too."""
+    """Shrink larger images so that the longer side has this many pixels, and store them as JPEGs of
+    quality 95; None shrinks none. Other images keep their bytes."""
     shard_bytes: int = 128 * MIB
-    """Target size of a shard. One task takes about three times this memory: 155 MiB were measured
-    for shards of 64 MiB from a folder, 212 MiB from a tar."""
+    """Target size of a shard in bytes. One task takes about three times this memory: measured 155
+    MiB for shards of 64 MiB from a folder, 212 MiB from a tar."""
     max_pixels: int = codecs.MAX_PIXELS
     """Images with more pixels than this are quarantined before they are decoded."""
     labels: LabelRule = "auto"
-    """auto: class folders, a metadata table beside images, `.cls` or `.json` members of tars, a
-    label column of Parquet. folders: the first folder below the source, or below its split, is the
-    class, whatever lies deeper. none: no labels."""
+    """Where labels come from. auto: class folders, a metadata table beside images, `.cls` or
+    `.json` members of tars, a label column of Parquet files. folders: the first folder below the
+    source or split is the class, deeper ones are ignored. none: no labels."""
     seed: int = 0
     image_column: str | None = None
-    """Parquet sources only: the column that holds the images; None finds it."""
+    """The column that holds the images (only for Parquet sources); None finds it."""
     label_column: str | None = None
-    """Of Parquet, of a metadata table beside images, or of `.json` members; None finds it."""
+    """The label column of Parquet files, of a metadata table beside images, or the label's key in
+    `.json` members of tars; None finds it."""
 
     def __post_init__(self) -> None:
         require(
@@ -72,7 +73,7 @@ class BuildOptions:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As manifests hold it; a field that came later is left out while it has its default."""
+        """The JSON stored in manifests; a field added later is left out at its default."""
         values = dataclasses.asdict(self)
         if self.label_column is None:
             del values["label_column"]
@@ -84,13 +85,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What one task does: these inputs become these shards (some may stay empty)."""
+    """The work of one task: these inputs become these shards (some may stay empty)."""
 
     first_shard: int
     shards: int
     inputs: tuple[Input, ...]
     split: str = ""
-    """One of SPLITS, which the shards are named after; empty where the source has no splits."""
+    """One of SPLITS, used in the shards' names; empty if the source has no splits."""
 
     @property
     def shard_numbers(self) -> range:
@@ -104,26 +105,26 @@ class WorkItem:
 @dataclass(frozen=True)
 class Plan:
     source: Location
-    """The folder that inputs are named from."""
+    """The folder to which the names of inputs are relative."""
     source_uri: str
-    """What the user asked for."""
+    """The path that the user gave."""
     layout: Layout
     options: BuildOptions
     items: tuple[WorkItem, ...]
     quarantined: tuple[Quarantined, ...]
-    """What could not even be listed or opened."""
+    """Files that could not be listed or opened."""
     images_total: int | None
     files: int
     bytes: int
     fingerprint: str
     understood: Mapping[str, Any] = field(default_factory=dict)
-    """What the names say, where they say more than classes one folder down: `origins` of splits,
+    """The meaning of the names, if it is more than classes one folder down: `origins` of splits,
     files `left_out`, whether there are `tables`, whether classes lie `deeper`."""
     notes: tuple[str, ...] = ()
-    """What a user has to know, one line each."""
+    """Notes for the user, one line each."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two builds to be the same build."""
+        """The values that identify a build: two builds with equal values are the same."""
         understood = {"understood": dict(self.understood)} if self.understood else {}
         return {
             "source": self.source_uri,
@@ -136,10 +137,10 @@ class Plan:
 
 
 def make_plan(source: Location, options: BuildOptions) -> Plan:
-    """List a source and divide it into work items; reads names, sizes and Parquet footers, and
-    labels where they are not in names.
+    """List a source and divide it into work items. Reads names, sizes and Parquet footers, and
+    labels if they are not in names.
 
-    FileNotFoundError where the source does not exist; ValueError where it holds nothing to build.
+    Raises FileNotFoundError if the source does not exist, ValueError if there is nothing to build.
     """
     listing = list_source(source)
     kind, files, tables = select(source, listing.files)
@@ -184,8 +185,8 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
 def says_more(
     names: Sequence[str], understood: Understood, kind: SourceKind, has_tables: bool
 ) -> bool:
-    """Whether names say more than classes one folder down, which is all that the first version of
-    selfray read in them."""
+    """Whether names mean more than classes one folder down, which is all that the first version of
+    selfray understood."""
     if understood.has_splits or has_tables:
         return True
     if kind != "images" or understood.classes is None:
@@ -218,7 +219,7 @@ def _items(
     has_splits: bool,
     options: BuildOptions,
 ) -> Iterator[WorkItem]:
-    """Work items of each split in turn, their shards numbered on."""
+    """Work items, split by split, with consecutive shard numbers."""
     first = 0
     for split in SPLITS:
         own = [entry for entry in inputs if split_of[entry.name] == split]
@@ -229,7 +230,7 @@ def _items(
 
 
 def _pack(inputs: Iterable[Input], shard_bytes: int, first: int, split: str) -> Iterator[WorkItem]:
-    """Gather inputs until the next one would lead away from the target; a large one is divided."""
+    """Group inputs into items near the target size; a large input gets several shards."""
     gathered: list[Input] = []
 
     def close() -> WorkItem:
@@ -269,7 +270,7 @@ def _plan_images(
             known = {label for label in labels if label is not None}
             names = tuple(sorted(known, key=columns.natural)) if known else None
             if lost := len(found.keys() - {file.name for file in files}):
-                notes.append(f"{lost:,} images of {tables[0].name} are not there")
+                notes.append(f"{lost:,} images named in {tables[0].name} do not exist")
     elif options.label_column is not None:
         notes = [f"--data.label-column {options.label_column}: a folder of images has no columns"]
     place = {name: index for index, name in enumerate(names or ())}
@@ -322,7 +323,7 @@ def _plan_parquet(
     understood: Understood,
     options: BuildOptions,
 ) -> tuple[list[Input], Layout, list[Quarantined], list[str]]:
-    """(one input for each row group, the layout by the first sound file, broken files, notes)."""
+    """(one input for each row group, the layout of the first sound file, broken files, notes)."""
 
     def footer(file: File) -> tuple[pq.FileMetaData, pa.Schema] | Quarantined:
         location = listing.root / file.name
@@ -372,7 +373,7 @@ def _plan_parquet(
     for file, metadata, _ in sound:
         inputs += _row_groups(file.name, metadata, by_uri[listing.uri(file.name)])
     names = shards.label_names if options.labels != "none" else None
-    # Plain numbers without names stay what they are.
+    # Plain numbers without names are kept as numbers.
     counted = names is not None and names == tuple(str(i) for i in range(len(names)))
     layout = Layout(
         "parquet",

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards, and the records of shards that it is made from."""
+"""The manifest of a folder of shards, and the records of single shards that add up to it."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from selfray.data.listing import Plan
 from selfray.storage import Location, one_line
 
 MANIFEST = "manifest.json"
-BUILD_FOLDER = "_build"  # readers of Parquet folders pass over names that start with _
+BUILD_FOLDER = "_build"  # readers of Parquet folders skip names that start with _
 PLAN = "plan.json"
 SHARD_NAME = rf"(({'|'.join(SPLITS)})-)?shard-\d{{5,}}\.parquet"
 
@@ -32,7 +32,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Shard":
-        """ValueError, TypeError where it is none. Its name is a file's, inside the folder."""
+        """Parse and check a shard. Raises ValueError or TypeError for anything else."""
         shard = cls(**{**value, "row_groups": tuple(value["row_groups"])})
         _require_shard(shard.name, shard.rows, shard.bytes, shard.sha256, shard.row_groups)
         return shard
@@ -41,16 +41,16 @@ class Shard:
 @dataclass(frozen=True)
 class Labels:
     names: tuple[str, ...] | None
-    """names[label] is the class's name; None where the source has integers only."""
+    """names[label] is the class's name; None if the source has only integers."""
     counts: dict[str, int]
-    """Images of each class, by name, or by the integer as text where there is no name."""
+    """Number of images of each class, by name, or by the integer as text without names."""
     unlabelled: int
-    """Images with label -1: the source has labels, but none for these."""
+    """Number of images with label -1, for which the source has no label."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Sizes in pixels over all stored images."""
+    """Statistics of a side's length in pixels over all stored images."""
 
     min: int
     median: int
@@ -65,7 +65,7 @@ class QuarantineCount:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds; stored as manifest.json."""
+    """The content of a folder of shards; stored as manifest.json."""
 
     source: str
     options: dict[str, Any]
@@ -79,7 +79,7 @@ class Manifest:
     quarantined: QuarantineCount
     max_side: int | None
     plan: dict[str, Any]
-    """files, bytes and fingerprint of the source's listing: tells one build from another."""
+    """Number of files, bytes and fingerprint of the source's listing, which identify the build."""
 
     FORMAT = "selfray-shards"
     VERSION = 1
@@ -89,10 +89,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
-        """The inverse of to_json. ValueError where this is no manifest or of another version."""
+        """The inverse of to_json. Raises ValueError for anything but a manifest of this version."""
         require(
             isinstance(value, dict) and value.get("format") == cls.FORMAT,
-            f'this is no manifest of selfray shards: it lacks "format": "{cls.FORMAT}"',
+            f'it is not a manifest of selfray shards: it lacks "format": "{cls.FORMAT}"',
         )
         require(
             value.get("version") == cls.VERSION,
@@ -115,22 +115,23 @@ class Manifest:
             and isinstance(manifest.options, dict)
             and isinstance(manifest.plan, dict)
             and isinstance(manifest.plan.get("fingerprint"), str),
-            "its source, options or plan are of another kind",
+            "its source, options or plan have the wrong type",
         )
         if manifest.labels is not None:
             names = manifest.labels.names or ()
-            require(all(isinstance(n, str) for n in names), "its label names are no texts")
+            require(all(isinstance(n, str) for n in names), "its label names are not strings")
             _require_counts(**manifest.labels.counts)
             _require_counts(unlabelled=manifest.labels.unlabelled)
         return manifest
 
     @classmethod
     def load(cls, folder: str | Path | Location) -> "Manifest":
-        """Read the manifest of a folder of shards. FileNotFoundError, ValueError name the file."""
+        """Read the manifest of a folder of shards. Raises FileNotFoundError or ValueError that
+        names the file."""
         location = Location.of(folder) / MANIFEST
         if not location.exists():
             raise FileNotFoundError(
-                f"{location} does not exist: give a folder that `selfray shards build` has finished"
+                f"{location} does not exist: give a folder in which `selfray shards build` finished"
             )
         try:
             return cls.from_json(location.read_strict_json())
@@ -143,12 +144,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a finished shard adds to the manifest; stored beside it until the build is complete."""
+    """The contribution of one finished shard to the manifest; kept until the build is complete."""
 
     number: int
     name: str
     rows: int
-    """0 where nothing sound was left: there is no file then."""
+    """0 if no sound image was left; then there is no file."""
     bytes: int
     sha256: str
     row_groups: tuple[int, ...]
@@ -160,7 +161,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "ShardRecord":
-        """ValueError, TypeError, KeyError where it is none."""
+        """Parse and check a record. Raises ValueError, TypeError or KeyError for anything else."""
         value["row_groups"] = tuple(value["row_groups"])
         value["quarantined"] = tuple(Quarantined(*entry) for entry in value["quarantined"])
         record = cls(**value)
@@ -170,7 +171,7 @@ class ShardRecord:
             _require_counts(**counts)
         require(
             all(isinstance(text, str) for entry in record.quarantined for text in entry),
-            "what it has quarantined has no names",
+            "its quarantined entries are not strings",
         )
         return record
 
@@ -187,12 +188,12 @@ def _require_shard(name: str, rows: int, size: int, sha256: str, row_groups: Seq
 def _require_counts(**counts: object) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-            raise ValueError(f"{name} is {value!r}, no count")
+            raise ValueError(f"{name} is {value!r}, not a count")
 
 
 def shard_name(number: int, split: str = "") -> str:
-    """Such as shard-00007.parquet, or validation-shard-00007.parquet where there are splits: the
-    names by which `datasets` and selfray find a split."""
+    """Such as shard-00007.parquet or, with splits, validation-shard-00007.parquet, by which
+    `datasets` and selfray recognise a split."""
     return f"{split}-shard-{number:05d}.parquet" if split else f"shard-{number:05d}.parquet"
 
 

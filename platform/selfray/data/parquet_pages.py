@@ -1,12 +1,12 @@
-"""Where single values lie in a Parquet file, so that one image can be read without its row group.
+"""Finds the offsets of single values in a Parquet file, to read one image without its row group.
 
-A shuffled batch wants one photograph from each of many row groups, of which each holds some 40.
-Read whole they are forty times what is used: with 16,000 photographs of 100 kB that took 3 to 4 ms
-for each image, more than decoding and augmenting it; one by one they take 0.04 ms.
+A shuffled batch needs one photograph from each of many row groups, each of which holds about 40.
+Reading whole row groups reads forty times too much: with 16,000 photographs of 100 kB it took 3 to
+4 ms per image, more than decoding and augmenting it. Reading single images takes 0.04 ms.
 
-From the format's specification (https://parquet.apache.org/docs/file-format/data-pages/). Where a
-column is anything but plain (compressed, with a dictionary, nulls or pages of version 2) its
-values have no places of their own, and it is read whole.
+It follows the format's specification (https://parquet.apache.org/docs/file-format/data-pages/). If
+a column is not plain (compressed, with a dictionary, nulls or pages of version 2), its values have
+no offsets, and the column is read as a whole.
 """
 
 import struct
@@ -22,8 +22,8 @@ Read = Callable[[int, int], bytes]
 _HEADER_ROOMS = (256, 65_536)
 """A data page's header takes 20 to 40 bytes, and more only with statistics of long values."""
 _SMALL_VALUES = 16_384
-"""Where values are shorter than this on average, a page is read whole to find them; else only the
-length in front of each."""
+"""If values are shorter than this on average, a whole page is read to find them; otherwise only the
+length before each value."""
 _DATA_PAGE, _PLAIN, _RLE = 0, 0, 3
 _TYPE, _PAGE_BYTES, _CHECKSUM, _DATA_PAGE_HEADER = 1, 3, 4, 5
 _VALUES, _ENCODING, _LEVEL_ENCODING = 1, 2, 3
@@ -39,10 +39,14 @@ def value_places(
 ) -> np.ndarray | None:
     """(offset, length) of each value of a row group's binary column: int64 [rows, 2].
 
-    `column` is its path, such as "image.bytes". None where the values have no places. `at_once`
-    asks for the whole column in one read, for storage where each read waits. `checked` says that
-    each value has a checksum of its own; otherwise pages with a checksum are left to pyarrow, which
-    verifies it, since one value does not tell that of its page.
+    Args:
+        column: the path of the column, such as "image.bytes".
+        at_once: fetch the whole column in one read, for storage with slow requests.
+        checked: each value has its own checksum. If not, pages with a checksum are left to pyarrow,
+            which verifies them: a single value cannot verify its page.
+
+    Returns:
+        None if the values have no offsets.
     """
     chunks = footer.row_group(group)
     for index in range(chunks.num_columns):
@@ -68,19 +72,19 @@ def value_places(
     return None
 
 
-class _NotPlain(Exception):  # noqa: N818 - it is no error: such a column is read whole
-    """A page of another kind than this module reads."""
+class _NotPlain(Exception):  # noqa: N818 - not an error: such a column is read as a whole
+    """Raised for a page of a kind that this module does not read."""
 
 
 _DAMAGE = (
     *(_NotPlain, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
     *(RecursionError, struct.error),
 )
-"""What reading bytes that are no page headers can end in."""
+"""Exceptions that reading damaged page headers can raise."""
 
 
 def _inside(read: Read, start: int, end: int) -> Read:
-    """Only what lies in a column: damaged lengths must ask for nothing else, nor for gigabytes."""
+    """Limit reads to a column's bytes, so that damaged lengths cannot request gigabytes."""
 
     def checked(at: int, length: int) -> bytes:
         if length < 0 or at < start or at + length > end:
@@ -107,8 +111,8 @@ def _in_pages(
         if has_levels:
             if page.get(_LEVEL_ENCODING) != _RLE:
                 raise _NotPlain
-            # What they say need not be known: a null is counted and takes no bytes, so the values
-            # of a page with nulls do not end where it ends.
+            # The levels need not be decoded: nulls take no bytes, so the values of a page with
+            # nulls do not end at its end, and the check in _in_values fails.
             first += 4 + struct.unpack("<I", read(first, 4))[0]
         places += _in_values(read, first, start, page[_VALUES])
     if len(places) != count:
@@ -143,7 +147,7 @@ def _ahead(read: Read, start: int, end: int) -> Read:
     return lambda at, length: data[at - start : at - start + length]
 
 
-# Thrift's compact protocol, as far as page headers use it
+# Thrift's compact protocol, as far as needed for page headers
 
 
 def _structure(data: bytes, position: int) -> tuple[dict[int, Any], int]:

@@ -1,13 +1,13 @@
 """The read plan as data: which image is seen at which position of the run. Pure; no Ray, no I/O.
 
 A run is a sequence of positions 0, 1, 2, ...; step s of global batch size B covers positions
-[s*B, (s+1)*B). What lies at a position follows from the seed alone, so workers, restarts and
-changes of world size only decide who reads a position, never what is there.
+[s*B, (s+1)*B). The image at a position follows only from the seed, so workers, restarts and changes
+of world size decide who reads a position, but never which image it is.
 
-Shuffling works as storage does: Parquet is read by row groups. Each epoch permutes the row groups
-of all shards, joins consecutive ones into windows of at least `window_rows` rows and permutes the
-rows inside each window. Since a window gathers row groups from all over the data set, its mixture
-is close to the data set's own even where the shards are sorted.
+Shuffling respects that Parquet is read by row groups. Each epoch permutes the row groups of all
+shards, joins consecutive ones into windows of at least `window_rows` rows and permutes the rows
+inside each window. Since a window contains row groups from all over the data set, its mixture of
+classes is close to that of the data set even if shards are sorted.
 """
 
 import math
@@ -22,14 +22,14 @@ from selfray.check import require
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of the data set, in the order in which they are seen."""
+    """Rows of the data set, in the order in which they are seen."""
 
     positions: np.ndarray
-    """int64 [n]: their places in the run."""
+    """int64 [n]: their positions in the run."""
     groups: np.ndarray
-    """int64 [n]: the row group (counted over all shards) that holds each."""
+    """int64 [n]: the row group of each, counted over all shards."""
     rows: np.ndarray
-    """int64 [n]: the row inside that row group."""
+    """int64 [n]: the row within its row group."""
     epoch: int
 
 
@@ -38,7 +38,7 @@ class ReadPlan:
     """The order of all images over all epochs of a run."""
 
     group_rows: tuple[int, ...]
-    """How many rows each row group holds, over all shards in their order."""
+    """Rows of each row group, over all shards in order."""
     batch_size: int
     epochs: int
     seed: int
@@ -54,8 +54,8 @@ class ReadPlan:
         )
 
     def __hash__(self) -> int:
-        # Not over all row groups, nor summed anew: of 10^6 rows in 25,000 groups, that took 12 ms
-        # for each batch.
+        # Neither hashes nor sums all row groups: for 10^6 rows in 25,000 groups that took 12 ms
+        # per batch.
         return hash((len(self.group_rows), self.batch_size, self.epochs, self.seed))
 
     @cached_property
@@ -68,7 +68,7 @@ class ReadPlan:
 
     @property
     def tail(self) -> int:
-        """Images of each epoch that fill no global batch; a different few in every epoch."""
+        """Images left over in each epoch after the last full global batch; they differ by epoch."""
         return self.rows - self.steps_per_epoch * self.batch_size
 
     @property
@@ -97,8 +97,9 @@ class ReadPlan:
         return Rows(positions, np.concatenate(groups), np.concatenate(rows), epoch)
 
     def quantiles(self, positions: np.ndarray, views: int) -> np.ndarray:
-        """Where each of an image's views stands among all of its global batch, in [0, 1): float
-        [n, views]. Each of a batch's B * views equal parts of [0, 1) holds one, in random order."""
+        """The rank of each view within its global batch, in [0, 1): positions int64 [n] -> float64
+        [n, views]. Each of a batch's B * views equal parts of [0, 1) contains one, in random order.
+        """
         standing = [_standing(self, int(step), views) for step in positions // self.batch_size]
         offsets = positions % self.batch_size
         return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
@@ -150,12 +151,13 @@ def _standing(plan: ReadPlan, step: int, views: int) -> np.ndarray:
 
 
 QUANTILES = 0x9A
-"""Sets the generator of quantiles apart from those of the order."""
+"""Part of the seed of quantiles, which separates their generator from those of the order."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch one rank reads: `accumulate` micro-batches in a row."""
+    """The part of every global batch that one rank reads: `accumulate` consecutive
+    micro-batches."""
 
     rank: int
     world_size: int
@@ -165,7 +167,8 @@ class Share:
         require(0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}")
 
     def micro_batch(self, batch_size: int) -> int:
-        """Images in one forward of one rank. ValueError where the batch can't be shared evenly."""
+        """Images in one forward pass of one rank. Raises ValueError if the batch does not
+        divide."""
         parts = self.world_size * self.accumulate
         require(
             batch_size % parts == 0,
@@ -183,5 +186,5 @@ class Share:
 
 
 def even_steps(total: int, times: int) -> set[int]:
-    """`times` steps spread evenly over a run, the last at its end."""
+    """`times` steps, evenly spread over a run; the last is the final step."""
     return {math.ceil(total * i / times) for i in range(1, times + 1)} if times else set()

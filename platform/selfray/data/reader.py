@@ -1,4 +1,4 @@
-"""Reading Parquet shards: the bytes and labels of chosen rows. pyarrow only."""
+"""Reads chosen rows of Parquet shards: image bytes and labels. Needs only pyarrow."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,27 +11,30 @@ from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet
 from selfray.storage import Location
 
 REMOTE_READS = 16
-"""Requests of one micro-batch that a task has under way at a time."""
+"""Largest number of concurrent requests of a task."""
 CACHE = RowGroupCache(limit_bytes=256 * 2**20)
 
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Some rows of a data set, in the order in which they were asked for."""
+    """Rows of a data set, in the requested order."""
 
     images: list[bytes]
-    """Empty where the row has no bytes or its shard cannot be read."""
+    """The n encoded images; empty bytes for a row without image or in an unreadable shard."""
     labels: np.ndarray
-    """int64 [n]; -1 where there is none."""
+    """int64 [n]; -1 for none."""
     unreadable: dict[int, UnreadableShard]
-    """Why a row's shard could not be read, by its place among the rows."""
+    """The reasons for unreadable rows, by index among the n rows."""
 
 
 def read_chosen(
     shards: ShardSet, groups: np.ndarray, rows: np.ndarray, cache: RowGroupCache = CACHE
 ) -> ChosenRows:
-    """The chosen rows. A lost or damaged shard costs its own rows only; OSError where the storage
-    fails for longer than it is waited for."""
+    """Read the chosen rows, given by groups int64 [n] and rows int64 [n].
+
+    A lost or damaged shard affects only its own rows. Raises OSError if the storage fails for
+    longer than it is retried.
+    """
     chosen = ChosenRows([b""] * len(rows), np.full(len(rows), NO_LABEL, dtype=np.int64), {})
     where = _group_index(shards)
 
@@ -57,7 +60,7 @@ def read_chosen(
         for group in distinct:
             take(group)
     else:
-        # Each request to an object store waits some 10 ms before its first byte.
+        # A request to an object store takes about 10 ms before its first byte.
         with ThreadPoolExecutor(REMOTE_READS) as pool:
             list(pool.map(take, distinct))
     return chosen
@@ -66,8 +69,8 @@ def read_chosen(
 def read_rows(
     shards: ShardSet, groups: np.ndarray, rows: np.ndarray, cache: RowGroupCache = CACHE
 ) -> tuple[list[bytes], np.ndarray]:
-    """(image bytes, labels int64 [n]) of chosen rows, in their order; the label is -1 where there
-    is none, the bytes are empty where the row has none or its shard cannot be read."""
+    """(encoded images, labels int64 [n]) of chosen rows in order. A label is -1 for none; an image
+    is empty bytes if the row has none or its shard cannot be read."""
     chosen = read_chosen(shards, groups, rows, cache)
     return chosen.images, chosen.labels
 
@@ -78,7 +81,7 @@ def _group_index(shards: ShardSet) -> list[tuple[ShardFile, int]]:
 
 
 def sample_rows(shards: ShardSet, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(groups, rows) of some rows spread over the data set, the same ones for the same seed."""
+    """(groups, rows), int64 [count] each, of a random sample of rows that follows from the seed."""
     starts = np.concatenate([[0], np.cumsum(shards.group_rows)])
     chosen = np.random.default_rng(seed).permutation(shards.rows)[:count]
     groups = np.searchsorted(starts, chosen, side="right") - 1

@@ -1,4 +1,4 @@
-"""What one process knows of the row groups that it read, and how it opens their files again."""
+"""A process's cache of row groups, of image offsets and of open files."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 class UnreadableShard(OSError):  # noqa: N818 - it names the file, not the fault
-    """A shard, or a row group of one, that is lost or damaged: `name` says which, `reason` why."""
+    """Raised for a lost or damaged shard or row group: `name` says which, `reason` why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -41,17 +41,17 @@ class _Places:
     """A row group whose images are read one by one."""
 
     places: np.ndarray
-    """int64 [rows, 2]: offset and length of each."""
+    """int64 [rows, 2]: (offset, length) of each image in the file."""
     labels: np.ndarray
     """int64 [rows]."""
     stamp: "_Stamp"
-    """Of the file that they are places in."""
+    """The stamp of the file to which the offsets belong."""
     checksums: np.ndarray | None = None
-    """uint32 [rows] of the images, where the file has them."""
+    """uint32 [rows] of the images; None if the file has none."""
 
 
 _Stamp = tuple[int, ...]
-"""Tells a file from another one that took its place."""
+"""Size, time of change and inode, which distinguish a file from one that replaced it."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class _OpenFile:
     footer: pq.FileMetaData
     stamp: _Stamp
     asked: float
-    """When the storage last said that it is the one of its name, by time.monotonic."""
+    """When the stamp was last verified, by time.monotonic."""
     checksums: np.ndarray | None = None
-    """uint32 [rows] of the file's images, where it has them."""
+    """uint32 [rows] of the file's images; None if it has none."""
     is_checked: bool = False
-    """Whether its footer has a checksum and is whole."""
+    """Whether its footer has a valid checksum."""
 
     def of_group(self, group: int) -> np.ndarray | None:
         """The checksums of a row group's images."""
@@ -74,22 +74,22 @@ class _OpenFile:
 
 
 class RowGroupCache:
-    """What this process knows of the row groups that it read: whole ones, up to a number of bytes,
-    and beyond that where their images lie.
+    """Caches whole row groups up to a number of bytes and, beyond that, the offsets of their
+    images.
 
-    A small data set is soon in memory. Of a larger one, row groups read whole would push each other
-    out before their other rows' turn comes, so its images are read one by one (parquet_pages.py)
-    where the files are plain, as `selfray shards build` writes them. What cannot be read is
-    remembered too, for a while. Threads may share a cache.
+    A small data set soon fits in memory. In a larger one, whole row groups would evict each other
+    before their other rows are needed, so images are read one by one (parquet_pages.py) if the
+    files are plain, as `selfray shards build` writes them. Unreadable shards are remembered for a
+    while. The cache is thread-safe.
     """
 
     FORGET_SECONDS = 300.0
-    """How long a lost shard is not asked for again: each asking may wait for the storage."""
+    """A lost shard is not tried again for this long, because each try may wait for the storage."""
     OPEN_FILES = 256
     ASK_SECONDS = 60.0
-    """How long an object is taken for the one that was opened: each asking is a request."""
+    """An object is checked for replacement at most this often, because each check is a request."""
     KNOWN_IMAGES = 2_000_000
-    """Images whose places are kept: 24 bytes each."""
+    """Largest number of images whose offsets are kept, 24 bytes each."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -99,16 +99,16 @@ class RowGroupCache:
         self._placed = 0
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._is_plain: dict[tuple[str, str], bool] = {}
-        """Whether a file's images have places, by its name and column; checked once."""
+        """Whether a file's images have offsets, by name and column; checked once."""
         self._unreadable: dict[tuple[str, int | None], tuple[float, UnreadableShard]] = {}
         self._lock = threading.Lock()
         self._check = threading.Lock()
 
     def take(self, shards: ShardSet, file: ShardFile, group: int, rows: np.ndarray) -> Taken:
-        """Some rows of a row group.
+        """Read rows int64 [n] of a row group.
 
-        UnreadableShard where the file is lost or damaged; OSError where its storage fails for
-        longer than it is waited for.
+        Raises UnreadableShard if the file is lost or damaged, OSError if its storage fails for
+        longer than it is retried.
         """
         label = shards.label_column if file.classes is not None else None
         key = (file.uri, group, (shards.image_column, label), file.classes)
@@ -185,7 +185,7 @@ class RowGroupCache:
                 self._placed -= len(self._places.popitem(last=False)[1].labels)
 
     def _find(self, shards: ShardSet, file: ShardFile, group: int) -> _Places | None:
-        """Where a row group's images lie; None where they must be read with it."""
+        """The offsets of a row group's images; None if the group must be read as a whole."""
         is_local = Location.of(file.uri).is_local
         places = self._with_file(
             file, group, lambda opened: _places_in(opened, shards, file, group, is_local)
@@ -195,8 +195,8 @@ class RowGroupCache:
             if places is None:
                 self._is_plain[name] = False
             elif name not in self._is_plain:
-                # Read once by what knows every kind of file: a mistake about where things lie is
-                # found before an image of it is used.
+                # Compare once with pyarrow's own reading, so that wrong offsets are found before an
+                # image is used.
                 read = self._read(file, group, shards.image_column, None)
                 ends = np.array([0, len(read.table) - 1])
                 images = images_of(read.table.column(shards.image_column), file, ends, {})
@@ -206,7 +206,7 @@ class RowGroupCache:
     def _images_at(
         self, places: _Places, file: ShardFile, group: int, rows: np.ndarray
     ) -> list[bytes] | None:
-        """Images by their places; None where these are of an earlier file of that name."""
+        """Read images at their offsets; None if these belong to an earlier file of that name."""
         wanted = places.places[rows].tolist()
 
         def read(opened: _OpenFile) -> list[bytes] | None:
@@ -222,7 +222,8 @@ class RowGroupCache:
     def _with_file(
         self, file: ShardFile, group: int, action: Callable[[_OpenFile], _Result]
     ) -> _Result:
-        """action(the open file), tried again while its storage fails; faults as `take` has them."""
+        """Call action(open file), and retry while its storage fails; raises the errors of
+        `take`."""
         location = Location.of(file.uri)
         name = file.uri
 
@@ -299,7 +300,7 @@ class RowGroupCache:
 
 
 def _opened(location: Location) -> _OpenFile:
-    # Before it is opened: of a file that is replaced meanwhile, the stamp is the one that is gone.
+    # Before opening: if the file is replaced in between, the stamp is outdated and is noticed.
     stamp = _stamp_of(location)
     stream = location.filesystem.open_input_file(location.path)
     is_checked = footer_is_checked(stream)
@@ -317,8 +318,8 @@ def _stamp_of(location: Location) -> _Stamp:
 
 
 def _still(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile | None:
-    """An open file if it is the one of its name, None if it is not. An object store is asked if it
-    was not for so many seconds. A local file that was deleted can be read on."""
+    """The open file if it was not replaced, else None. Object stores are checked again only after
+    `seconds`, local files in every call. A deleted local file can still be read."""
     now = time.monotonic()
     if not location.is_local and now - opened.asked < seconds:
         return opened
@@ -326,7 +327,7 @@ def _still(opened: _OpenFile, location: Location, seconds: float) -> _OpenFile |
         same = _stamp_of(location) == opened.stamp
     except OSError:
         if not location.is_local:
-            raise  # the store is away: it is waited for
+            raise  # the store is away: the caller retries
         same = True
     return replace(opened, asked=now) if same else None
 
@@ -338,8 +339,8 @@ def _places_in(
     column = shards.image_column + (".bytes" if pa.types.is_struct(kind) else "")
     checksums = opened.of_group(group)
     if not opened.is_checked:
-        # Of a footer that may be damaged, pyarrow's own reading raises an error where the look at
-        # a column's place, which follows, would end the process.
+        # If an unverified footer is damaged, this read raises an error, whereas value_places below
+        # would crash the process.
         parquet = pq.ParquetFile(opened.stream, metadata=opened.footer)
         next(parquet.iter_batches(1, [group], [column]), None)
     places = value_places(
@@ -366,14 +367,14 @@ def _places_in(
 
 @contextmanager
 def _faults_named(location: Location, name: Callable[[], str]) -> Iterator[None]:
-    """UnreadableShard in place of what pyarrow raises over a lost or damaged file."""
+    """Turn pyarrow's errors about a lost or damaged file into UnreadableShard."""
     try:
         yield
     except pa.ArrowException as error:
         raise UnreadableShard(name(), one_line(error)) from error
     except OSError as error:
         if not location.is_local and not is_about_the_file(error):
-            raise  # the store is away, for longer than it was waited for: no fault of the file
+            raise  # the store was away for longer than it was retried: not a fault of the file
         raise UnreadableShard(name(), _reason(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""A row group: read with its pages verified, and the images and labels of chosen rows of it."""
+"""Reads a row group with its pages verified, and takes images and labels of chosen rows."""
 
 from typing import NamedTuple
 
@@ -14,22 +14,22 @@ from selfray.storage import one_line
 
 
 class Taken(NamedTuple):
-    """Some rows of a row group."""
+    """Chosen rows of a row group."""
 
     images: list[bytes]
-    """Empty where a row has none."""
+    """The n encoded images; empty bytes for none."""
     labels: np.ndarray
-    """int64 [n]; -1 where there is none."""
+    """int64 [n]; -1 for none."""
     faults: dict[int, str]
-    """Why the image of a row is damaged or out of reach, by its place among the rows."""
+    """Why the image of a row is damaged or cannot be reached, by index among the n rows."""
 
 
 class HeldGroup(NamedTuple):
-    """A row group that is held whole."""
+    """A whole row group in memory."""
 
     table: pa.Table
     faults: dict[int, str]
-    """Why a row's image is damaged, by the row."""
+    """Why a row's image is damaged, by row."""
 
 
 def read_group(
@@ -40,8 +40,8 @@ def read_group(
     label: str | None,
     is_checked: bool,
 ) -> HeldGroup:
-    """A row group, its pages verified. Where one is damaged and the images have checksums of their
-    own, the sound images of the group are kept."""
+    """Read a row group and verify its pages. If a page is damaged and images have their own
+    checksums, the sound images of the group are kept."""
     wanted = [image] if label is None else [image, label]
     rows = parquet.metadata.row_group(group).num_rows
     faults: dict[int, str] = {}
@@ -63,14 +63,14 @@ def read_group(
             table = table.append_column(label, parquet.read_row_group(group, [label]).column(0))
     if table.num_rows != rows:
         raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer has {rows}")
-    if label is not None:  # rows are taken of it, which not every type can do
+    if label is not None:  # converted, because not every type supports `take`
         place = table.column_names.index(label)
         table = table.set_column(place, label, plain_or_none(table.column(label)))
     return HeldGroup(table, faults)
 
 
 def damaged(images: list[bytes], rows: np.ndarray, checksums: np.ndarray | None) -> dict[int, str]:
-    """Which of some images are not those that were written, and how to mend it."""
+    """The images whose checksum is wrong, by index, with the reason and the way to repair them."""
     if checksums is None:
         return {}
     wanted = checksums[rows].tolist()
@@ -83,7 +83,7 @@ def damaged(images: list[bytes], rows: np.ndarray, checksums: np.ndarray | None)
 
 DAMAGED = (
     "damaged: its bytes are not those that were written (checksum); `selfray shards check` finds "
-    "the shard, and building again mends it"
+    "the shard, and building again repairs it"
 )
 
 
@@ -101,10 +101,12 @@ def rows_of(read: HeldGroup, shards: ShardSet, file: ShardFile, rows: np.ndarray
 def images_of(
     column: pa.ChunkedArray, file: ShardFile, rows: np.ndarray, faults: dict[int, str]
 ) -> list[bytes]:
-    """The bytes of chosen rows; faults, by their place, are left out and added to."""
+    """The image bytes of chosen rows. Rows in `faults` (by index) are left out; new faults are
+    added.
+    """
     paths = None
     if pa.types.is_struct(column.type):
-        # flatten, not field: a struct that is null has bytes that mean nothing.
+        # flatten, not field: the bytes of a null struct are meaningless.
         names = [column.type.field(i).name for i in range(column.type.num_fields)]
         parts = column.flatten()
         paths = parts[names.index("path")] if "path" in names else None
@@ -113,8 +115,8 @@ def images_of(
         else:
             column = parts[names.index("bytes")]
     images = []
-    # One by one: a window's rows are in many row groups, few in each, and for one row `take` and
-    # `to_pylist` need 12 us where this needs 2.
+    # One by one: a window's rows are spread over many row groups, and for a single row `take` and
+    # `to_pylist` take 12 us, this loop 2 us.
     for index, row in enumerate(rows.tolist()):
         value = b"" if index in faults else column[row].as_py()
         path = value if isinstance(value, str) else None

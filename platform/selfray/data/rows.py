@@ -1,4 +1,4 @@
-"""Rows on their way into shards: where they come from, and what they hold."""
+"""Rows during a build: the inputs that they come from, and their content."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """How the source is read, and whether its rows have labels."""
+    """How a source is read, and whether its rows have labels."""
 
     kind: SourceKind
     has_labels: bool
@@ -29,13 +29,13 @@ class Input(NamedTuple):
     name: str
     bytes: int
     rows: int = 1
-    """How many rows it may have at most."""
+    """Largest possible number of rows."""
     row_group: int = 0
     first_row: int = 0
     label: int = NO_LABEL
-    """Of all its images, where a folder or a table beside it says so."""
+    """The label of all its images, if a folder or a table beside it gives one."""
     classes: Classes | None = None
-    """How its label column's values become labels."""
+    """How values of its label column become labels."""
 
 
 class Sample(NamedTuple):
@@ -43,17 +43,17 @@ class Sample(NamedTuple):
     data: bytes
     label: int = NO_LABEL
     path: str = ""
-    """What the row's `path` says, where that is not the name."""
+    """The row's `path`, if it differs from the name."""
     text: str | None = None
-    """The label as a tar has it."""
+    """The label as text, from a tar."""
 
 
 Row = Sample | Quarantined
 
 
 def raise_if_outage(error: Exception, location: Location) -> None:
-    """Raise what is a fault of the storage, not of one file: a build can go on after it, while
-    quarantine would throw away sound images."""
+    """Raise an error that concerns the storage, not one file: the build can be resumed later, while
+    quarantine would drop sound images."""
     if isinstance(error, OSError) and not location.is_local and not is_about_the_file(error):
         raise error
 

@@ -1,6 +1,6 @@
-"""Reading what a shard is built from: image files, the members of tars, the rows of Parquet files.
+"""Reads the inputs of a shard: image files, members of tars, rows of Parquet files.
 
-Whatever is no sound image becomes a Quarantined with its reason.
+Everything that is not a sound image becomes a Quarantined with its reason.
 """
 
 import collections
@@ -33,7 +33,7 @@ def _read_files(root: Location, inputs: Iterable[Input]) -> Iterator[Row]:
             return Quarantined(name, "unreadable", one_line(error))
         return Sample(name, data, entry.label)
 
-    # Some files are read ahead: object stores and network disks answer slowly, but many at once.
+    # Read ahead: object stores and network disks are slow per request, but serve many in parallel.
     ahead: collections.deque[tuple[int, Future[Row]]] = collections.deque()
     bytes_ahead = 0
     with ThreadPoolExecutor(8) as pool:
@@ -58,7 +58,7 @@ def _read_row_groups(root: Location, layout: Layout, inputs: Iterable[Input]) ->
         try:
             with location.filesystem.open_input_file(location.path) as stream:
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-                # Few rows at a time: the row groups of others are as large as a whole shard.
+                # Few rows at a time: row groups of other writers may be as large as a shard.
                 for batch in parquet.iter_batches(
                     batch_size=64, row_groups=[entry.row_group], columns=columns
                 ):
@@ -98,7 +98,7 @@ def _row_of(file: Location, name: str, picture: Any, label: int) -> Row:
 
 
 def read_samples(root: Location, layout: Layout, inputs: Iterable[Input]) -> Iterator[Row]:
-    """What some inputs of a source hold, in their order."""
+    """The rows of some inputs of a source, in order."""
     if layout.kind == "images":
         return _read_files(root, inputs)
     if layout.kind == "tar":

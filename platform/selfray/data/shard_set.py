@@ -1,7 +1,7 @@
 """Parquet shards as one data set: its files, its row groups, its columns and its classes.
 
 The layout is Hugging Face's: a column of struct<bytes: binary, path: string>, and a label column
-if there are labels. Files written by `datasets` open as they are.
+if there are labels. Files written by `datasets` can be opened directly.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ class ShardFile:
     group_rows: tuple[int, ...]
     """Rows of each row group."""
     classes: Classes | None = field(default=None, compare=False, repr=False)
-    """How its label column's values become labels; None where it has none that can be used."""
+    """How values of its label column become labels; None without a usable label column."""
     label: int = field(default=NO_LABEL, compare=False)
-    """That of all its rows, where a folder named like `label=cat` gives it."""
+    """The label of all its rows, if a folder named like `label=cat` gives one."""
     labelled: int = field(default=0, compare=False)
-    """Rows that have a label."""
+    """Number of rows with a label."""
 
     @property
     def rows(self) -> int:
@@ -47,17 +47,17 @@ class ShardSet:
     image_column: str
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
-    """label_names[label] is the class; None where nothing bears a label."""
+    """label_names[label] is the class; None without labels."""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """What a user has to know about its columns, one line each."""
+    """Notes for the user about its columns, one line each."""
 
     def __hash__(self) -> int:
-        # Asked for in each read: not over thousands of files and their row groups.
+        # Each read needs the hash, and there may be thousands of files: hash only their number.
         return hash((self.uri, self.image_column, len(self.files)))
 
     @property
     def digest(self) -> str:
-        """32 hex digits that are others for other files: by the name and the rows of each."""
+        """32 hex digits that identify the files, by their names and rows."""
         text = "\n".join(f"{file.uri} {file.group_rows}" for file in self.files)
         return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
@@ -75,7 +75,7 @@ class ShardSet:
 
     @property
     def labelled(self) -> "ShardSet":
-        """The files that hold any label."""
+        """The data set with only those files that have labels."""
         files = tuple(file for file in self.files if file.labelled)
         return self if len(files) == len(self.files) else replace(self, files=files)
 
@@ -87,16 +87,16 @@ def open_shards(
     label_column: str | None = None,
     folder_labels: Mapping[str, str] | None = None,
 ) -> ShardSet:
-    """Read the footers of some Parquet files, and which labels they hold.
+    """Open Parquet files as one data set: read their footers and their labels.
 
     Args:
         uris: the files.
         uri: the data set, for messages.
         image_column, label_column: None finds them.
-        folder_labels: the class of all rows of a file, by its URI, where folders are classes.
+        folder_labels: the class of all rows of a file, by its URI, if folders are classes.
 
     Raises:
-        ValueError: the file that cannot be used, with the reason and the way out.
+        ValueError: a file cannot be used; the message names it, the reason and the way out.
     """
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(_footer, uris))
@@ -137,7 +137,7 @@ def open_shards(
 
 @dataclass(frozen=True)
 class _Labels:
-    """What one file's label column holds."""
+    """The content of one file's label column."""
 
     names: tuple[str, ...] | None = None
     counts: Mapping[Value, int] = field(default_factory=dict)
@@ -145,7 +145,7 @@ class _Labels:
 
 
 def _with_classes(shards: ShardSet, column: LabelColumn, scans: Sequence[_Labels]) -> ShardSet:
-    """The data set with the classes of all its files."""
+    """Add the classes of all files to the data set."""
     reasons = [scan.refused for scan in scans if scan.refused]
     notes = [f"{column.refused}: it is not used"] if column.refused else []
     notes += [f"{reason}: its images have no labels" for reason in reasons[:1]]
@@ -178,7 +178,7 @@ def _with_classes(shards: ShardSet, column: LabelColumn, scans: Sequence[_Labels
 
 
 def with_common_classes(train: ShardSet, test: ShardSet) -> tuple[ShardSet, ShardSet]:
-    """Two data sets whose labels mean the same classes: those of both, by their names."""
+    """Recode the labels of two data sets to common classes: the union of both, by name."""
     if not (train.has_labels and test.has_labels) or train.label_names == test.label_names:
         return train, test
     names = tuple(dict.fromkeys([*(train.label_names or ()), *(test.label_names or ())]))
@@ -210,18 +210,18 @@ class _Footer(NamedTuple):
     metadata: pq.FileMetaData
     schema: pa.Schema
     is_checked: bool
-    """Whether it has a checksum, which only selfray writes, and is whole."""
+    """Whether it has a valid checksum, which only selfray writes."""
 
 
 def _footer(uri: str) -> _Footer:
     location = Location.of(uri)
     try:
         return patiently(lambda: _metadata(location), location)
-    # Damaged bytes make pyarrow raise whatever comes: out of its own code, or out of Thrift's.
+    # For damaged bytes pyarrow raises many types, of its own and of Thrift's.
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{uri} is not a readable Parquet file ({reason}); mend or remove it, "
+            f"{uri} is not a readable Parquet file ({reason}); repair or remove it, "
             "`selfray shards check FOLDER` tests them all"
         ) from None
 
@@ -260,9 +260,9 @@ def _scanner(column: str) -> Callable[[str, _Footer], _Labels]:
 
 
 def label_counts(location: Location, column: str) -> Counter[Value]:
-    """The values of a file's label column, and how many rows have each.
+    """The values of a file's label column and the number of rows of each.
 
-    NoClassesError where they are no classes; OSError and ArrowException where they cannot be read.
+    Raises NoClassesError if they are not classes, OSError or ArrowException if they cannot be read.
     """
     counts: Counter[Value] = Counter()
     with location.filesystem.open_input_file(location.path) as stream:
@@ -279,7 +279,7 @@ def label_counts(location: Location, column: str) -> Counter[Value]:
 
 
 def rows_of(uris: Sequence[str]) -> int:
-    """How many rows some files have, as far as they can be read."""
+    """The number of rows of those files that can be read."""
 
     def rows(uri: str) -> int:
         try:
@@ -292,5 +292,5 @@ def rows_of(uris: Sequence[str]) -> int:
 
 
 def only(shards: ShardSet, file: ShardFile) -> ShardSet:
-    """The data set cut down to one of its files."""
+    """The data set reduced to one of its files."""
     return replace(shards, files=(file,))

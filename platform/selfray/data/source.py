@@ -1,6 +1,6 @@
-"""What the data tasks do: rows of the plan -> augmented views. numpy and pyarrow, no torch, no ray.
+"""The work of data tasks: rows of the plan -> augmented views, with numpy and pyarrow only.
 
-A data task's process starts in a second because of that; torch alone would take four.
+Without torch and ray a data task's process starts in a second; torch alone would take four.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 POSITION, LABEL, BROKEN, VIEWS = "position", "label", "broken", "views"
 REASON = "reason"
 SUBSTITUTES = 16
-"""Where a whole micro-batch is unreadable, this many others, spread over the epoch, are asked for
-one readable image."""
+"""If a whole micro-batch is unreadable, up to this many others, spread over the epoch, are searched
+for a readable image."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -38,18 +38,20 @@ class Source:
     channels: int = 3
 
     def allocate(self, count: int) -> Arrays:
-        """Room for the views of so many images, with their masks: what `draw` fills."""
+        """Arrays for the views and masks of `count` images, to be filled by `draw`."""
         return allocate(self.views, count, self.photometric, self.channels)
 
     def draw(self, start: int, count: int, out: Arrays | None = None) -> Arrays:
-        """The augmented images at positions [start, start + count): one micro-batch; its views
-        lie in `out`, which `allocate` made, if that is given.
+        """The augmented images at positions [start, start + count), one micro-batch.
 
-        Each group of views as uint8 [count, V, C, H, W], its masks as bool [count, V, N]; with
-        `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` text, all [count].
-        A broken image's place is taken by a neighbour, so that counts stay what the plan says;
-        `reason` says what is broken and why: "FILE row 7: truncated: ...", or the same
-        "FILE: ..." for all rows of a shard that cannot be read. Empty for readable images.
+        Views are written to `out`, arrays from `allocate`, if given.
+
+        Returns:
+            Each group of views as uint8 [count, V, C, H, W] and its masks as bool [count, V, N];
+            `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` str, all
+            [count]. A broken image is replaced by a neighbour, so that counts follow the plan; its
+            `reason` is "FILE row 7: truncated: ...", or the same "FILE: ..." for all rows of an
+            unreadable shard. It is empty for readable images.
         """
         chosen = self.plan.read(start, count)
         read = read_chosen(self.shards, chosen.groups, chosen.rows)
@@ -90,7 +92,7 @@ class Source:
         )
 
     def _substitute(self, start: int, count: int, reason: str) -> bytes:
-        """A readable image from elsewhere in the epoch. BrokenImage where none is found."""
+        """A readable image from elsewhere in the epoch. Raises BrokenImage if none is found."""
         epoch, offset = divmod(start, self.plan.images_per_epoch)
         batches = self.plan.images_per_epoch // count
         for step in np.unique(np.linspace(0, batches - 1, SUBSTITUTES + 1).astype(int))[1:]:
@@ -108,7 +110,7 @@ class Source:
         )
 
     def originals(self, start: int, count: int, size: int) -> np.ndarray:
-        """The same images unaugmented: central views uint8 [count, C, size, size]."""
+        """The unaugmented images at these positions: central views uint8 [count, C, size, size]."""
         chosen = self.plan.read(start, count)
         images, _ = read_rows(self.shards, chosen.groups, chosen.rows)
         return evaluation_views(images, size, self.channels)[0]
@@ -139,7 +141,7 @@ class Segment:
 
     @property
     def batches(self) -> int:
-        """How many micro-batches all chunks have."""
+        """The number of micro-batches in all chunks."""
         return (self.bounds[-1] - self.bounds[0]) * self.share.accumulate
 
     @property
@@ -152,11 +154,11 @@ class Segment:
             yield from self.share.starts(self.source.plan, step)
 
     def draw(self, ids: Arrays) -> Iterator[Arrays]:
-        """The chunks in ids["id"], each its micro-batches end to end: what one data task does."""
-        cv2.setNumThreads(1)  # a task has one CPU; a library that takes all would only fight
+        """The work of one data task: each chunk in ids["id"], its micro-batches concatenated."""
+        cv2.setNumThreads(1)  # a task has one CPU; more threads would compete with other tasks
         for chunk in ids["id"]:
             starts = list(self.starts(int(chunk)))
-            # Drawn where they will lie: joining them would copy them all.
+            # Views are drawn directly into the chunk's arrays, which avoids a copy.
             views = self.source.allocate(len(starts) * self.micro_batch)
             others = []
             for start, out in zip(starts, self.micro_batches(views), strict=True):
@@ -165,7 +167,7 @@ class Segment:
             yield views | {name: np.concatenate([o[name] for o in others]) for name in others[0]}
 
     def micro_batches(self, chunk: Arrays) -> Iterator[Arrays]:
-        """A chunk's arrays taken apart, without a copy."""
+        """A chunk's arrays split into micro-batches, without a copy."""
         rows = len(next(iter(chunk.values())))
         for first in range(0, rows, self.micro_batch):
             part = slice(first, first + self.micro_batch)
@@ -174,7 +176,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of a data set as probes see them: central views, in blocks of one task each."""
+    """Rows of a data set as the probes see them: central views, in blocks of one task each."""
 
     shards: ShardSet
     groups: np.ndarray
@@ -199,7 +201,7 @@ class Sample:
 def evaluation_views(
     images: Sequence[bytes], size: int, channels: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images' central views, uint8 [n, C, size, size], and bool [n]: which could be read."""
+    """(central views uint8 [n, C, size, size], whether each image could be read, bool [n])."""
     views = np.zeros((len(images), channels, size, size), dtype=np.uint8)
     readable = np.ones(len(images), dtype=bool)
     for index, data in enumerate(images):

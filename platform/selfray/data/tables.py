@@ -1,5 +1,5 @@
-"""Labels from a table beside images: Hugging Face's ImageFolder with metadata.csv, .jsonl or
-.parquet."""
+"""Reads labels from a table beside images, as in Hugging Face's ImageFolder: metadata.csv, .jsonl
+or .parquet."""
 
 import csv
 import io
@@ -16,15 +16,15 @@ from selfray.data.files import File
 from selfray.storage import Location, one_line
 
 NAME_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image")
-"""Which column holds the images' paths, relative to the table's folder."""
+"""Possible names of the column of image paths, which are relative to the table's folder."""
 
 
 def labels_in_tables(
     root: Location, tables: Sequence[File], label_column: str | None
 ) -> tuple[dict[str, str], list[str]]:
-    """(label by the image's name in the data set, what a user has to know).
+    """(label by the image's name in the data set, notes for the user).
 
-    ValueError where the `label_column` that was asked for is in no table.
+    Raises ValueError if a table lacks the requested `label_column`.
     """
     labels: dict[str, str] = {}
     notes: list[str] = []
@@ -43,8 +43,8 @@ def labels_in_tables(
                     labels[posixpath.normpath(posixpath.join(folder, name))] = label
         except (OSError, pa.ArrowException, UnicodeError, csv.Error, json.JSONDecodeError) as error:
             notes.append(
-                f"{root / table.name} cannot be read ({one_line(error)}): the labels that it has "
-                "from there on are not used"
+                f"{root / table.name} cannot be read ({one_line(error)}): its labels from there on "
+                "are not used"
             )
     if not labels and not notes:
         notes.append(f"{root / tables[0].name} has no column {' or '.join(LABEL_COLUMNS[:2])}")
@@ -71,7 +71,7 @@ def _rows(location: Location) -> Iterator[dict[str, Any]]:
 
 
 def _value(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """A row's entry in the first of some columns that has one, as text."""
+    """A row's entry, as text, in the first of the columns that has one; empty if none has."""
     lower = {str(key).lower(): value for key, value in row.items()}
     for column in columns:
         value = row.get(column, lower.get(column.lower()))

@@ -1,7 +1,7 @@
-"""The samples of WebDataset tars, in one pass and bounded memory, whoever wrote them.
+"""Reads the samples of WebDataset tars, also of untrusted ones, in one pass and bounded memory.
 
-Nothing is unpacked. A member that is no plain file inside the archive (a link, a device, an
-absolute name, one with .. in it) is quarantined by its name, and the rest is read on.
+Nothing is unpacked to disk. A member that is not a plain file inside the archive (a link, a device,
+an absolute name, a name with ..) is quarantined, and reading continues.
 """
 
 import json
@@ -20,9 +20,9 @@ from selfray.storage import Location, one_line
 
 MAX_LABEL_BYTES = 64 * 1024
 MAX_HEADER_BYTES = MIB
-"""Of a long name or of extended attributes, which tarfile reads into memory."""
+"""Largest header of a long name or of extended attributes, which tarfile reads into memory."""
 MAX_MEMBERS = 1000
-"""Of one sample; more are counted and no longer remembered."""
+"""Names kept of the members of one sample; further ones are only counted."""
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -33,7 +33,8 @@ _HEADERS = (
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Makes a damaged or missing header an error; tarfile takes it for the end of the archive."""
+    """Raises an error for a damaged or missing header; tarfile would treat it as the archive's
+    end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "tarfile.TarInfo":  # type: ignore[override]
@@ -58,7 +59,7 @@ class _Sample:
 
     key: str | None = None
     image: str | None = None
-    """The picture that is taken: `0001.jpg` before `0001.mask.png`."""
+    """The image that is used: `0001.jpg` rather than `0001.mask.png`."""
     data: bytes = b""
     cls: str | None = None
     json: str | None = None
@@ -75,7 +76,7 @@ class _Sample:
 def read_tar(
     root: Location, name: str, label_column: str | None = None, only_labels: bool = False
 ) -> Iterator[Row]:
-    """The samples of a WebDataset tar: one for each key. `only_labels` leaves out the bytes."""
+    """The samples of a WebDataset tar, one for each key. `only_labels` leaves out the images."""
     location = root / name
     sample = _Sample()
     try:
@@ -116,12 +117,12 @@ def read_tar(
 
 
 def shown(name: str) -> str:
-    """A member's name as text that any file can hold; in tars they may be of any encoding."""
+    """A member's name as valid UTF-8; in tars names may have any encoding."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def _why_not(archive: str, member: tarfile.TarInfo) -> Quarantined | None:
-    """Why a member is not read; None where it is a plain file inside the archive."""
+    """Why a member is refused; None for a plain file inside the archive."""
     what = f"{archive}!{shown(member.name)}"
     if not member.isreg() or member.issparse():
         kinds = {
@@ -188,7 +189,7 @@ def _finished(archive: str, sample: _Sample) -> Iterator[Row]:
 
 
 def _text(content: bytes) -> str | None:
-    """A label as text; None where there is none."""
+    """A label as text; None for an empty, negative or undecodable one."""
     try:
         text = content.decode().strip()
     except UnicodeDecodeError:

@@ -1,7 +1,6 @@
-"""How shards are written: Parquet files of verified images, and a record of each.
+"""Writes shards: Parquet files of verified images, and a record of each.
 
-A shard's record lies in DST/_build until the build is complete; what all records add up to is the
-Manifest.
+A shard's record lies in DST/_build until the build is complete; all records add up to the Manifest.
 """
 
 import collections
@@ -39,7 +38,7 @@ ROW_GROUP_ROWS = 1024
 
 
 def schema_of(layout: Layout) -> pa.Schema:
-    """Hugging Face's image layout, with the features where `datasets` looks for them."""
+    """Hugging Face's image layout, with the metadata of features that `datasets` reads."""
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     fields = [pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
     if layout.has_labels:
@@ -52,7 +51,7 @@ def schema_of(layout: Layout) -> pa.Schema:
 
 
 class _ParquetShard:
-    """A Parquet file in memory; a row group is closed as soon as it is full."""
+    """Builds a Parquet file in memory; closes each row group as soon as it is full."""
 
     def __init__(self, layout: Layout) -> None:
         self._schema = schema_of(layout)
@@ -61,9 +60,9 @@ class _ParquetShard:
         self._labels: collections.Counter[int] | None = (
             collections.Counter() if has_labels else None
         )
-        # JPEG does not compress: on 300 photographs (32 MB) ZSTD saved 0.6 %, SNAPPY 0.3 %, and
-        # reading was a fifth slower. A dictionary of images that are all different halves the
-        # speed of writing; statistics of image bytes serve no query.
+        # JPEGs do not compress further: on 300 photographs (32 MB) ZSTD saved 0.6 %, SNAPPY 0.3 %,
+        # and reading was a fifth slower. A dictionary of distinct images halves the speed of
+        # writing, and statistics of image bytes are useless.
         self._parquet = pq.ParquetWriter(
             self._file,
             self._schema,
@@ -108,7 +107,7 @@ class _ParquetShard:
 
 
 class ShardBuilder:
-    """Verifies samples, shrinks them where asked, and counts what the manifest tells."""
+    """Verifies samples, shrinks them if asked, and collects the counts for the manifest."""
 
     def __init__(
         self, layout: Layout, options: BuildOptions, shuffle_seed: str | None = None
@@ -154,7 +153,7 @@ class ShardBuilder:
         if self._shuffle_seed is not None:
             random.Random(self._shuffle_seed).shuffle(self._waiting)
         while self._waiting:
-            self._shard.add(self._waiting.pop())  # popped: one shard's bytes in memory, not two
+            self._shard.add(self._waiting.pop())  # pop: never two copies in memory
         data = self._shard.finish()
         name, rows = shard_name(number, split), sum(self._shard.row_groups)
         if rows:
@@ -185,7 +184,7 @@ def _sorted_counts(counts: collections.Counter[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Job:
-    """What the tasks of one build have in common."""
+    """Settings shared by all tasks of a build."""
 
     source: Location
     destination: Location
@@ -194,10 +193,10 @@ class Job:
 
 
 def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[ShardRecord]:
-    """Build the shards of a work item that are not there yet; runs as a Ray task.
+    """Build the missing shards of a work item; runs as a Ray task.
 
-    Memory: the rows of one shard and their Parquet file, some images read ahead; never a source
-    file as a whole.
+    It holds in memory the rows of one shard, their Parquet file and some images read ahead, but
+    never a whole source file.
     """
     _require_shared_storage(job)
     records = []
@@ -207,7 +206,7 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
     for number, rows in by_shard:
         if number in finished:
             continue
-        # A folder's files come in shuffled order; what lies in one file is shuffled here.
+        # Files of a folder were shuffled by the plan; rows of tars and Parquet are shuffled here.
         shuffle_seed = None if job.layout.kind == "images" else f"{job.options.seed} shard {number}"
         builder = ShardBuilder(job.layout, job.options, shuffle_seed)
         for _, row in rows:
@@ -220,7 +219,7 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
 
 
 def _cut(item: WorkItem, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
-    """Name the shard of each row. By bytes read, so that it does not depend on what is sound."""
+    """Assign a shard number to each row, by bytes read, so that broken images do not matter."""
     share = item.bytes / item.shards
     number, read = 0, 0
     for row in rows:
@@ -232,12 +231,12 @@ def _cut(item: WorkItem, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
 
 
 def _require_shared_storage(job: Job) -> None:
-    """A local folder exists on one node only: without this, the others would find every image
-    missing, and write their shards where nobody looks."""
+    """Raise FileNotFoundError if this node cannot see source and destination. A local folder exists
+    only on one node: others would find no images and write their shards to their own disks."""
     for location in (job.source, job.destination / BUILD_FOLDER / PLAN):
         if not location.exists():
             raise FileNotFoundError(
-                f"{location} is not there on the node {os.uname().nodename}: source and "
+                f"{location} does not exist on the node {os.uname().nodename}: source and "
                 "destination must be on storage that every node reaches, such as s3:// or NFS"
             )
 
@@ -256,9 +255,9 @@ def write_arrays(
 ) -> Manifest:
     """Write a small data set from memory, without Ray and in the given order.
 
-    `images` are encoded files (JPEG, PNG, ...), `names` their paths, `source` says in the manifest
-    where they come from. The same call a second time finds its result and returns it. ValueError
-    where an image is broken, lengths differ, or the folder holds something else.
+    `images` are encoded files (JPEG, PNG, ...), `names` their paths; the manifest records `source`
+    as their origin. The same call a second time returns the existing result. Raises ValueError if
+    an image is broken, lengths differ, or the folder holds something else.
     """
     destination = Location.of(destination)
     require(len(images) > 0, "images is empty: give at least one encoded image")

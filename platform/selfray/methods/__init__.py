@@ -1,1 +1,1 @@
-"""One file a method. Adding a method is adding a file here: tests and recipes import it by name."""
+"""One file per method. A new method is one new file here; tests and recipes import it by name."""

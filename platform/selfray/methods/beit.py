@@ -34,10 +34,10 @@ class BEiTConfig(MethodConfig):
     smallest_block: int = 16
     """Patches of the smallest rectangle that is hidden."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.08, 1.0), color_jitter=JITTER))
-    """The crop that encoder and tokenizer see alike. The authors jitter the whole image before they
-    crop it; here as everywhere the crop comes first, which leaves jitter that many pixels fewer:
-    only the mean that contrast turns about is another, the crop's. Their tokenizer's view is
-    resized from the image by Lanczos; here, by bicubic interpolation from the crop."""
+    """The crop that both encoder and tokenizer see. Two differences from the authors' code: they
+    jitter the whole image before they crop it, here the crop comes first, so contrast is taken
+    about the crop's mean instead of the image's; and they resize the tokenizer's view from the
+    image by Lanczos, here it is resized from the crop by bicubic interpolation."""
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie in (0, 1), got {self.mask_ratio}")
@@ -51,7 +51,7 @@ class BEiTConfig(MethodConfig):
         require(
             encoder.is_vit,
             f"BEiT hides patches, so it needs a ViT, not encoder.name {encoder.name}: give "
-            "--encoder.name beit_base_patch16_224 --encoder.position relative, for one",
+            "--encoder.name beit_base_patch16_224 --encoder.position relative, for example",
         )
         return {"global": (whole(self.view, encoder, mask=self.mask),)}
 
@@ -96,7 +96,7 @@ class BEiT(Method):
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
         """All but biases, norms, layer scales, class token and learned positions, as in the
-        authors' code: the mask token, too."""
+        authors' code. The mask token is decayed."""
         if name == "mask_token":
             return True
         return parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
@@ -108,12 +108,12 @@ class BEiT(Method):
         features = self.encoder(images, mask=mask, mask_token=self.mask_token)
         logits = self.head(features.patches.flatten(0, 1)[hidden]).float()  # [M, K]
         accuracy = (logits.argmax(-1) == tokens).float().mean()
-        # What an encoder has for its class token alone gets a gradient of zero, as DDP wants.
+        # DDP needs a gradient for every parameter: those of the class token get zero.
         loss = F.cross_entropy(logits, tokens) + 0 * features.cls.sum()
         return loss, {"token_accuracy": accuracy}
 
-    # The tokenizer is no part of the checkpoint, since it never changes; but a run that goes on
-    # with another one would go on learning another language.
+    # The tokenizer never changes, so checkpoints hold only its sha256: a run resumed with a
+    # different tokenizer would have to predict different tokens.
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(list(bytes.fromhex(self.tokenizer_digest)), dtype=torch.uint8)

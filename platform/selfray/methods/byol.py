@@ -1,4 +1,4 @@
-"""BYOL: predict another network's view of the same image; no negatives.
+"""BYOL: predict a target network's projection of another view of the image; no negatives.
 
 Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733.
 """
@@ -37,7 +37,7 @@ class BYOLConfig(MethodConfig):
     compares: ClassVar[bool] = True
 
     momentum: Schedule = field(default_factory=lambda: Cosine(0.996, 1.0))
-    """How much of the target network stays in each step."""
+    """Momentum of the target network: the share that is kept in each step."""
     projector_hidden: int = 4096
     """Width of the hidden layers of projector and predictor."""
     projector_width: int = 256
@@ -45,8 +45,8 @@ class BYOLConfig(MethodConfig):
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
     last_bias: bool = added(False, before=True)
-    """The last linear layers of projector and predictor have a bias; not so in the authors' code.
-    """
+    """The last linear layers of projector and predictor have a bias; those of the authors' code
+    have none."""
     first_view: View = FIRST
     """The first of the two views of an image."""
     second_view: View = SECOND
@@ -72,11 +72,11 @@ class BYOL(ComparingMethod):
         self.config = config
         self.encoder = encoder
         if encoder.config.is_resnet:
-            # The authors': a gain of 0 in bottlenecks alone.
+            # As in the authors' code: a gain of 0 only in bottleneck blocks.
             initial.fill_residual_branches(encoder.backbone, bottlenecks=False)
         self.projector = projector(encoder.width, hidden, width, 2, "none", config.last_bias)
         self.predictor = projector(width, hidden, width, 2, "none", config.last_bias)
-        # In train mode, as the paper's: the target normalises by the batch's own statistics.
+        # The target stays in train mode, as in the paper: it uses the statistics of the batch.
         self.target_encoder = teacher_of(self.encoder)
         self.target_projector = teacher_of(self.projector)
 
@@ -98,7 +98,7 @@ class BYOL(ComparingMethod):
         loss = regression_to_target(self._predict(embedded["first"]), aim)
         other = self._aim(targets["first"])
         loss = loss + regression_to_target(self._predict(embedded["second"]), other)
-        # Collapse shows here: the encoder's batch norms keep its features apart all the same.
+        # Collapse shows only in projections: batch norms keep the encoder's features apart.
         return loss, {"projection_std": deviation(aim)}
 
     def _predict(self, features: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""DINO: a student's crops agree with a centred and sharpened teacher's view of the whole image.
+"""DINO: the student's output for any crop matches the centred and sharpened output of a teacher
+that sees large crops.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv:2104.14294.
 """
@@ -25,26 +26,27 @@ FIRST, SECOND = asymmetric_views((0.4, 1.0))
 @dataclass(frozen=True)
 class DINOConfig(MethodConfig):
     prototypes: int = 65_536
-    """K, the dimension of the head's output."""
+    """Number of prototypes K, the dimension of the head's output."""
     hidden: int = 2048
     """Width of the head's hidden layers."""
     bottleneck: int = 256
     """Dimension in which embeddings and prototypes are compared."""
     free_norms: bool = False
-    """Train the prototypes' lengths too, as the paper does for ViT-S; unit ones are more stable."""
+    """Also train the prototypes' norms, as the paper does for ViT-S; unit norms are more stable."""
     student_temperature: float = 0.1
     teacher_temperature: Schedule = field(default_factory=lambda: Ramp(0.04, 0.07, 0.3))
-    """The teacher's, sharper than the student's: rises over the first 30 of 100 epochs."""
+    """Softmax temperature of the teacher, lower than the student's; it rises over the first 30 of
+    100 epochs."""
     center_momentum: float = 0.9
-    """How much of the running mean of the teacher's logits stays in each step."""
+    """Momentum of the running mean of the teacher's logits: the share kept in each step."""
     momentum: Schedule = field(default_factory=lambda: Cosine(0.996, 1.0))
-    """How much of the teacher stays in each step."""
+    """Momentum of the teacher: the share that is kept in each step."""
     freeze_prototypes: float = 0.01
-    """Share of the run in which the prototypes stay at their start: 1 epoch of 100."""
+    """Share of the run, at its start, in which the prototypes are frozen: 1 epoch of 100."""
     local_crops: int = 8
-    """Small crops of each image that only the student sees; 0 for none."""
+    """Number of small crops of each image, which only the student sees; 0 for none."""
     global_batchnorm: bool = True
-    """Batch norm, where the encoder has any, over the global batch."""
+    """Use the statistics of the global batch in batch norms, if the encoder has any."""
     first_view: View = FIRST
     """The first of the two global crops."""
     second_view: View = SECOND
@@ -92,7 +94,7 @@ class DINO(Method):
         if encoder.config.is_vit:
             initial.as_dino(encoder.backbone, class_deviation=0.02)
         elif encoder.config.is_resnet:
-            initial.fill_residual_branches(encoder.backbone)  # torchvision's, as the authors'
+            initial.fill_residual_branches(encoder.backbone)  # as torchvision and the authors do
         self.student_head = PrototypeHead(
             encoder.width, config.hidden, config.bottleneck, config.prototypes, config.free_norms
         )
@@ -102,7 +104,7 @@ class DINO(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         crops = [batch[name] for name in ("global", "local") if name in batch]
-        # Crops of one size go through the student together.
+        # All crops of one size go through the student in one batch.
         student = torch.cat(
             [self._logits(self.student, self.student_head, images) for images in crops], dim=1
         )  # [b, S, K]
@@ -110,8 +112,8 @@ class DINO(Method):
             logits = self._logits(self.encoder, self.teacher_head, batch["global"])  # [b, 2, K]
             teacher = self.centering(logits, self.config.teacher_temperature(progress))
         loss = self_distillation(student, teacher, self.config.student_temperature)
-        # Cross entropy = the teacher's entropy + the divergence: collapse shows in the first (0 or
-        # log K), learning in the second.
+        # Cross entropy = the teacher's entropy + the divergence. Collapse shows in the entropy (0
+        # or log K), learning in the divergence.
         entropy = torch.special.entr(teacher).sum(-1).mean()
         return loss, {
             "teacher_entropy": entropy,
@@ -125,8 +127,8 @@ class DINO(Method):
         return head(encoder(images.flatten(0, 1)).cls).unflatten(0, images.shape[:2])
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All but biases and norms, as in the authors' code: the class token, too, and the lengths
-        of the prototypes."""
+        """All but biases and norms, as in the authors' code. The class token and the prototypes'
+        norms are decayed."""
         return parameter.ndim > 1 or name == "student_head.norms"
 
     def before_step(self, progress: Progress) -> None:

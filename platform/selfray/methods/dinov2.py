@@ -38,41 +38,41 @@ class DINOv2Config(MethodConfig):
     compares: ClassVar[bool] = True
 
     prototypes: int = 65_536
-    """K, the dimension of the image head's output."""
+    """Number of prototypes K, the dimension of the image head's output."""
     hidden: int = 2048
     """Width of the heads' hidden layers."""
     bottleneck: int = 256
     """Dimension in which embeddings and prototypes are compared."""
     free_norms: bool = added(True, before=False)
-    """Train the prototypes' lengths too, in all heads, as the authors' code does."""
+    """Also train the prototypes' norms, in all heads, as the authors' code does."""
     separate_heads: bool = False
-    """Patches have a head of their own, as in the long recipe."""
+    """Use a separate head for patches, as in the long recipe."""
     patch_prototypes: int = 65_536
-    """Prototypes of the patches' own head."""
+    """Number of prototypes of the separate patch head."""
     centering: Literal["softmax", "sinkhorn"] = "softmax"
-    """How the teacher's outputs are kept from collapsing: by a running centre (the short recipe),
-    or balanced over the batch (the long one)."""
+    """How the teacher's outputs are kept from collapsing: by a running centre (softmax, the short
+    recipe) or by balancing them over the batch (sinkhorn, the long recipe)."""
     student_temperature: float = 0.1
     teacher_temperature: Schedule = field(default_factory=lambda: Ramp(0.04, 0.07, 0.3))
-    """The teacher's, sharper than the student's."""
+    """Softmax temperature of the teacher, lower than the student's."""
     center_momentum: float = 0.9
-    """How much of the running mean of the teacher's logits stays in each step."""
+    """Momentum of the running mean of the teacher's logits: the share kept in each step."""
     momentum: Schedule = field(default_factory=lambda: Cosine(0.992, 1.0))
-    """How much of the teacher stays in each step."""
+    """Momentum of the teacher: the share that is kept in each step."""
     freeze_prototypes: float = 0.01
-    """Share of the run in which the prototypes stay at their start."""
+    """Share of the run, at its start, in which the prototypes are frozen."""
     patch_weight: float = 1.0
     """Weight of iBOT's loss."""
     koleo_weight: float = 0.1
-    """Weight of KoLeo's loss of each global crop."""
+    """Weight of the KoLeo loss, which is summed over the two global crops."""
     masked_share: float = 0.5
-    """Share of the global crops that hide patches."""
+    """Share of the global crops in which patches are hidden."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Smallest and largest share of a crop's patches that is hidden, evenly spread over a batch."""
+    """Smallest and largest share of a crop's patches that is hidden; spread evenly over a batch."""
     smallest_block: int = 4
-    """Patches of the smallest rectangle that is hidden."""
+    """Smallest area, in patches, of a hidden rectangle."""
     local_crops: int = 8
-    """Small crops of each image that only the student sees; 0 for none."""
+    """Number of small crops of each image, which only the student sees; 0 for none."""
     first_view: View = FIRST
     """The first of the two global crops."""
     second_view: View = SECOND
@@ -109,7 +109,7 @@ class DINOv2Config(MethodConfig):
         require(
             encoder.is_vit,
             f"DINOv2 hides patches, so it needs a ViT, not encoder.name {encoder.name}: give "
-            "--encoder.name vit_small_patch16_224, for one",
+            "--encoder.name vit_small_patch16_224, for example",
         )
         views: Views = {
             "global": (
@@ -134,7 +134,7 @@ class DINOv2(ComparingMethod):
         initial.as_dino(encoder.backbone, class_deviation=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         self.student_head = self._new_head(config.prototypes)
-        # A head that images and patches share is one module under one name.
+        # A head shared by images and patches is registered once, as student_head.
         self.student_patch_head = (
             self._new_head(config.patch_prototypes) if config.separate_heads else None
         )
@@ -232,8 +232,8 @@ class DINOv2(ComparingMethod):
         return koleo(features, everyone, distributed.rank() * len(features))
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All but biases, norms and layer scales, as in the authors' code: tokens, too, and the
-        lengths of the prototypes."""
+        """All but biases, norms and layer scales, as in the authors' code. Tokens and the
+        prototypes' norms are decayed."""
         return parameter.ndim > 1 or name == "mask_token" or name.endswith("head.norms")
 
     def before_step(self, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""MAE: hide three quarters of the patches, encode the rest, rebuild the hidden pixels.
+"""MAE: hide three quarters of the patches, encode the rest, and reconstruct the hidden pixels.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377.
 """
@@ -31,7 +31,7 @@ class MAEConfig(MethodConfig):
     mask_ratio: float = 0.75
     """Share of the patches that is hidden."""
     normalize_pixels: bool = True
-    """Rebuild each patch's pixels normalised by their own mean and deviation."""
+    """Reconstruct each patch's pixels normalised by the patch's mean and deviation."""
     decoder_width: int = 512
     """The decoder's embedding dimension."""
     decoder_depth: int = 8
@@ -39,7 +39,7 @@ class MAEConfig(MethodConfig):
     decoder_heads: int = 16
     """The decoder's number of attention heads."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.2, 1.0)))
-    """Crop and flip alone: MAE needs no colour augmentation."""
+    """Crop and flip only: MAE needs no colour augmentation."""
 
     def __post_init__(self) -> None:
         RandomMask(self.mask_ratio)
@@ -57,12 +57,12 @@ class MAEConfig(MethodConfig):
         require(
             encoder.is_vit,
             f"MAE leaves patches out, so it needs a ViT, not encoder.name {encoder.name}: give "
-            "--encoder.name vit_small_patch16_224, for one",
+            "--encoder.name vit_small_patch16_224, for example",
         )
         require(
             not encoder.is_beit,
-            f"the relative positions of {encoder.name} are for all patches, and MAE leaves some "
-            "out: give --encoder.name vit_small_patch16_224, for one",
+            f"the relative positions of {encoder.name} need all patches, but MAE leaves some "
+            "out: give --encoder.name vit_small_patch16_224, for example",
         )
         return {"global": (whole(self.view, encoder, mask=RandomMask(self.mask_ratio)),)}
 
@@ -91,7 +91,7 @@ class MAE(Method):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All but biases and norms, as in the authors' code: class and mask token, too."""
+        """All but biases and norms, as in the authors' code. Class and mask token are decayed."""
         return parameter.ndim > 1
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,7 +103,7 @@ class MAE(Method):
     def pictures(
         self, images: np.ndarray, views: Views, normalization: Normalization
     ) -> Mapping[str, "Image"]:
-        """Test images as they are, as MAE saw them, and as it rebuilt them."""
+        """A sheet of test images: originals, masked inputs and reconstructions."""
         from selfray.report.sheets import rebuild, reconstructions
 
         (view,) = views["global"]
@@ -119,11 +119,17 @@ class MAE(Method):
         return {"reconstructions": reconstructions(images, mask, rebuilt)}
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The decoder's pixels [B, N, 3 * patch^2] for all patches, hidden ones in `mask` [B, N].
+        """Predict the pixels of all patches.
 
-        Every image hides the same number of patches, that of `mask_ratio`.
+        Args:
+            images: float [B, C, H, W], normalised.
+            mask: bool [B, N], True for hidden patches; `mask_ratio` sets their number, the same in
+                every image.
+
+        Returns:
+            Pixels [B, N, C * patch^2].
         """
-        # A stable sort of False before True: the visible patches' indices in their order.
+        # A stable sort puts False before True: the visible patches' indices in their order.
         order = mask.int().argsort(dim=1, stable=True)
         hides = RandomMask(self.config.mask_ratio)
         visible = order[:, : hides.visible(mask.shape[1])]  # [B, Nv]

@@ -1,4 +1,4 @@
-"""MoCo v1 and v2: a query agrees with its momentum-encoded key, against a queue of earlier keys.
+"""MoCo v1 and v2: match a query to its momentum-encoded key, against a queue of earlier keys.
 
 He et al., "Momentum Contrast", arXiv:1911.05722; Chen et al., "Improved Baselines with Momentum
 Contrastive Learning" (v2: MLP head, stronger augmentation, cosine schedule), arXiv:2003.04297.
@@ -27,23 +27,24 @@ from selfray.views import ColorJitter, View, Views
 @dataclass(frozen=True)
 class MoCoConfig(MethodConfig):
     why_not_accumulate: ClassVar[str | None] = (
-        "the queue moves once a step, and batch norm would see micro-batches"
+        "the queue moves once per step, and batch norm would see micro-batches"
     )
 
     temperature: float = 0.2
     """Softmax temperature of the loss: 0.07 in v1, 0.2 in v2."""
     queue_size: int = 65_536
-    """How many earlier keys are the negatives."""
+    """Number of earlier keys that serve as negatives."""
     momentum: Schedule = field(default_factory=lambda: Constant(0.999))
-    """How much of the key encoder stays in each step."""
+    """Momentum of the key encoder: the share that is kept in each step."""
     head: Literal["linear", "mlp"] = "mlp"
-    """One linear layer as in v1, or two with ReLU between as in v2."""
+    """One linear layer (linear, v1), or two with ReLU between (mlp, v2)."""
     projector_width: int = 128
     """Dimension of queries and keys."""
     batchnorm_groups: int = added(1)
-    """Into how many parts each worker splits its batch for the encoders' batch norms, keys dealt
-    out anew. On one worker, 8 do what the paper's 8 GPUs do: with one batch norm for all, queries
-    and their keys share its statistics, which the queue's keys do not (section 3.3)."""
+    """Number of groups into which each worker splits its batch for the encoders' batch norms; keys
+    are shuffled first. On one worker, 8 groups do what the paper's 8 GPUs do. With a single group,
+    queries and their keys share batch statistics and the queue's keys do not, which reveals the
+    positive (section 3.3)."""
     view: View = field(
         default_factory=lambda: View(
             crop_scale=(0.2, 1.0),
@@ -52,10 +53,10 @@ class MoCoConfig(MethodConfig):
             blur=0.5,
         )
     )
-    """Query and key are drawn from this: v2's. v1 jitters always (probability 1, hue 0.4) and
-    does not blur. Two choices of the authors' code are not taken, to have one order and one resizer
-    for all methods: v1 drops the colour before it jitters, where here the turn of the hue changes
-    the luma of what turns gray; both crop bilinearly, where here it is bicubic."""
+    """Query and key are drawn from this view, v2's. v1 always jitters (probability 1, hue 0.4) and
+    does not blur. Two differences from the authors' code keep one order and one resizer for all
+    methods: v1 drops the colour before it jitters, here after, so the hue shift changes the luma of
+    gray views; and both versions crop bilinearly, here bicubically."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
@@ -67,7 +68,7 @@ class MoCoConfig(MethodConfig):
     def check_batch_size(self, batch_size: int) -> None:
         require(
             batch_size <= self.queue_size,
-            f"batch_size {batch_size} does not fit into the queue: give --method.queue-size "
+            f"batch_size {batch_size} is larger than the queue: give --method.queue-size "
             f"{batch_size} or more",
         )
         require(
@@ -95,7 +96,7 @@ class MoCo(Method):
         self.config = config
         self.encoder = encoder
         if encoder.config.is_resnet:
-            initial.fill_residual_branches(encoder.backbone)  # torchvision's, as the authors'
+            initial.fill_residual_branches(encoder.backbone)  # as torchvision and the authors do
         if config.batchnorm_groups > 1:
             with_grouped_batchnorm(encoder, config.batchnorm_groups)
         hidden = [nn.Linear(encoder.width, encoder.width), nn.ReLU(inplace=True)]
@@ -126,7 +127,7 @@ class MoCo(Method):
         return distributed.unshuffled(self.key_head(self.key_encoder(mine).cls), order)
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All of them, as in the authors' code."""
+        """All parameters are decayed, as in the authors' code."""
         return True
 
     @torch.no_grad()

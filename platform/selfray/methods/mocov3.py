@@ -41,19 +41,20 @@ class MoCoV3Config(MethodConfig):
     temperature: float = 0.2
     """Softmax temperature of the loss: 0.2 for ViTs, 1.0 for ResNets."""
     momentum: Schedule = field(default_factory=lambda: Cosine(0.99, 1.0))
-    """How much of the momentum encoder stays in each step."""
+    """Momentum of the momentum encoder: the share that is kept in each step."""
     projector_hidden: int = 4096
     """Width of the hidden layers of projector and predictor."""
     projector_width: int = 256
     """Dimension of queries and keys."""
     freeze_patches: bool = True
-    """Keep a ViT's patch embedding at its random start: training it makes runs unstable."""
+    """Freeze a ViT's patch embedding at its random initialisation: training it makes runs unstable.
+    """
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
     last_bias: bool = added(False, before=True)
-    """A ResNet's predictor ends in a linear layer with a bias; not so in the authors' code."""
+    """With a ResNet, the predictor's last linear layer has a bias; the authors' code has none."""
     first_view: View = FIRST
-    """The first of the two views of an image; bicubic crops, where the authors' are bilinear."""
+    """The first of the two views of an image. Crops are bicubic; the authors' are bilinear."""
     second_view: View = SECOND
     """The second view."""
 
@@ -102,7 +103,7 @@ class MoCoV3(ComparingMethod):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._contrast(embedded["first"], targets["second"])
         loss = loss + self._contrast(embedded["second"], targets["first"])
-        # Two cross entropies, each times twice the temperature.
+        # The loss is a sum of two cross entropies, each multiplied by twice the temperature.
         one = loss.detach() / (4 * self.config.temperature)
         candidates = len(embedded["first"]) * distributed.world_size()
         return loss, {"below_chance": below_chance(one, candidates)}
@@ -115,7 +116,8 @@ class MoCoV3(ComparingMethod):
         return batch_contrast(queries, keys, first, self.config.temperature)
 
     def is_decayed(self, name: str, parameter: Tensor) -> bool:
-        """All of them, as in the authors' code (by AdamW; LARS leaves vectors alone)."""
+        """All parameters are decayed, as in the authors' code (AdamW; LARS never decays
+        vectors)."""
         return True
 
     def after_step(self, progress: Progress) -> None:

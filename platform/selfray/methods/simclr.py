@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image agree, against all other images of the global batch.
+"""SimCLR: match two views of an image, against all other images of the global batch.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations",
 arXiv:2002.05709; the deeper projector: arXiv:2006.10029.
@@ -36,7 +36,7 @@ class SimCLRConfig(MethodConfig):
     global_batchnorm: bool = True
     """Batch norm over the global batch, not over each rank's share (the paper's)."""
     last_bias: bool = added(False, before=True)
-    """The projector's last batch norm has a bias; not so in the authors' code."""
+    """The projector's last batch norm has a bias; that of the authors' code has none."""
     view: View = field(
         default_factory=lambda: View(
             crop_scale=(0.08, 1.0), color_jitter=ColorJitter(), grayscale=0.2, blur=0.5

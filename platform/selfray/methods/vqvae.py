@@ -1,8 +1,8 @@
-"""VQ-VAE: a tokenizer, trained to rebuild images from a discrete code for each patch.
+"""VQ-VAE: train a tokenizer to reconstruct images from one discrete code per patch.
 
-van den Oord et al., "Neural Discrete Representation Learning", arXiv:1711.00937, with a ViT on
-both sides as in BEiT v2's tokenizer (Peng et al., arXiv:2208.06366), whose target are a teacher's
-features where these are pixels.
+van den Oord et al., "Neural Discrete Representation Learning", arXiv:1711.00937. Encoder and
+decoder are ViTs as in BEiT v2's tokenizer (Peng et al., arXiv:2208.06366), but the targets are
+pixels, not a teacher's features.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class VQVAEConfig(TokenizerConfig):
     judged_by: ClassVar[Literal["knn", "linear"]] = "linear"
 
     code_momentum: float = 0.99
-    """How much of each code stays in each step."""
+    """Momentum of the codes: the share of each code that is kept in each step."""
     commitment: float = 0.25
     """Weight of the distance between the features and their codes."""
     decoder_width: int = 512
@@ -42,7 +42,7 @@ class VQVAEConfig(TokenizerConfig):
     decoder_heads: int = 8
     """The decoder's number of attention heads."""
     view: View = field(default_factory=lambda: View(crop_scale=(0.2, 1.0)))
-    """Crop and flip alone: what is to be told apart has to stay in the image."""
+    """Crop and flip only: the tokens must encode the colours too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class VQVAEConfig(TokenizerConfig):
         require(
             encoder.is_vit,
             f"a tokenizer has a token for each patch, so it needs a ViT, not encoder.name "
-            f"{encoder.name}: give --encoder.name vit_small_patch16_224, for one",
+            f"{encoder.name}: give --encoder.name vit_small_patch16_224, for example",
         )
         return {"global": (whole(self.view, encoder),)}
 
@@ -96,22 +96,22 @@ class VQVAE(Method):
         embedded = self.quantizer.embed(features.patches)  # [B, N, C]
         self._embedded.append(embedded.detach().flatten(0, 1))
         codes = self.quantizer.lookup(self.quantizer.tokens(embedded))  # [B, N, C]
-        # The nearest code has no gradient: the features get that of the code.
+        # Straight-through: the choice of a code has no gradient, so features get that of the code.
         rebuilt = self._decode(embedded + (codes - embedded).detach())
         error = F.mse_loss(rebuilt, patchify(images, self.patch))
         distance = (embedded - codes).square().sum(-1).mean()
-        # What an encoder has for its class token alone gets a gradient of zero, as DDP wants.
+        # DDP needs a gradient for every parameter: those of the class token get zero.
         loss = error + self.config.commitment * distance + 0 * features.cls.sum()
         return loss, {"pixel_error": error.detach(), **self.quantizer.health()}
 
     def _decode(self, codes: Tensor) -> Tensor:
-        """[B, N, C] -> pixels [B, N, 3 * patch^2]."""
+        """Codes [B, N, C] -> float32 pixels [B, N, 3 * patch^2]."""
         return self.decoder(self.decoder.embed(codes)).float()
 
     def pictures(
         self, images: np.ndarray, views: Views, normalization: Normalization
     ) -> Mapping[str, "Image"]:
-        """Test images as they are, as tokens, and as rebuilt from the tokens."""
+        """A sheet of test images: originals, tokens, and reconstructions from the tokens."""
         from selfray.report import sheets
 
         with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Encoders (timm underneath) and the heads that methods put on them."""
+"""Encoders, built on timm, and the heads that methods add to them."""

@@ -1,4 +1,4 @@
-"""Batch norm over groups of a worker's batch: what several GPUs do, in one process."""
+"""Batch norm over groups of a worker's batch: imitates several GPUs in one process."""
 
 from typing import TypeVar, cast
 
@@ -11,8 +11,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class GroupedBatchNorm(_BatchNorm):
-    """Normalises each of `groups` equal parts of a batch by its own statistics while training; the
-    running ones are the mean over groups. Parameters and buffers bear nn.BatchNorm's names."""
+    """In training, normalises each of `groups` equal parts of a batch by its own statistics.
+    Running statistics are means over the groups. Parameters and buffers have the names of
+    nn.BatchNorm."""
 
     groups: int = 1
 
@@ -23,10 +24,10 @@ class GroupedBatchNorm(_BatchNorm):
         if rows % self.groups or rows < 2 * self.groups:
             raise ValueError(
                 f"method.batchnorm_groups {self.groups}: a worker's micro-batch of {rows} images "
-                "does not divide into so many groups of two or more: give another --batch-size or "
-                "--workers"
+                "does not divide into that many groups of two or more: give another --batch-size "
+                "or --workers"
             )
-        # [G * m, C, ...] -> [m, G * C, ...]: a group's channels are channels of their own.
+        # [G * m, C, ...] -> [m, G * C, ...]: each group has its own copy of the channels.
         parts = input.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1, 2)
         mean, variance = self.running_mean, self.running_var
         means = None if mean is None else mean.repeat(self.groups)
@@ -55,7 +56,7 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 class GroupedBatchNormAct(GroupedBatchNorm):
-    """The same for timm's fused batch norm, dropout and activation."""
+    """GroupedBatchNorm for timm's fused batch norm, dropout and activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -65,7 +66,8 @@ class GroupedBatchNormAct(GroupedBatchNorm):
 
 
 def with_grouped_batchnorm(module: Module, groups: int) -> Module:
-    """Replace every batch norm inside a module by one over so many groups of the batch."""
+    """Replace every batch norm inside a module, in place, by one over `groups` parts of the
+    batch."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             setattr(module, name, _grouped(child, groups))
@@ -75,7 +77,7 @@ def with_grouped_batchnorm(module: Module, groups: int) -> Module:
 
 
 def _grouped(norm: _BatchNorm, groups: int) -> GroupedBatchNorm:
-    fused = hasattr(norm, "act")  # timm's BatchNormAct2d is known by nothing else
+    fused = hasattr(norm, "act")  # the only mark of timm's BatchNormAct2d
     twin = (GroupedBatchNormAct if fused else GroupedBatchNorm)(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )

@@ -8,7 +8,8 @@ from selfray.models.vit import sincos_positions
 
 
 class PatchDecoder(nn.Module):
-    """Transformer blocks over all patches, and a linear layer to each patch's pixels."""
+    """Transformer blocks over all patches, then a linear layer that predicts each patch's
+    pixels."""
 
     def __init__(
         self,
@@ -36,8 +37,8 @@ class PatchDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, cls: Tensor | None = None) -> Tensor:
-        """Pixels [B, N, C * patch^2] from embedded tokens [B, N, W] of all patches in their order,
-        and an embedded class token [B, W] where there is one."""
+        """Pixels [B, N, C * patch^2] from embedded tokens [B, N, W] of all patches in row-major
+        order and, optionally, an embedded class token [B, W]."""
         tokens = tokens + self.get_buffer("positions")
         if cls is not None:
             tokens = torch.cat([cls.unsqueeze(1), tokens], dim=1)
@@ -54,7 +55,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of patchify, for square images."""
+    """The inverse of patchify, for square images: [B, N, patch * patch * C] -> [B, C, H, W]."""
     b, n, _ = patches.shape
     side = int(n**0.5)
     cells = patches.reshape(b, side, side, patch, patch, -1)

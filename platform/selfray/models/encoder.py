@@ -1,4 +1,4 @@
-"""EncoderConfig and Encoder: a timm backbone that answers with Features."""
+"""EncoderConfig and Encoder: a timm backbone whose output is always Features."""
 
 import difflib
 import re
@@ -19,12 +19,12 @@ from selfray.views import MOST_CHANNELS
 
 
 class Features(NamedTuple):
-    """The one output of every encoder."""
+    """The output of every encoder."""
 
     cls: Tensor
-    """[B, D]: the image's feature: the class token, or the pooled map."""
+    """Features of the images [B, D]: the class token, or the pooled map."""
     patches: Tensor
-    """[B, N, D]: a feature for each patch (under a mask: for each visible one)."""
+    """Features of the patches [B, N, D]; [B, Nv, D] if only Nv patches were visible."""
 
 
 Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
@@ -32,13 +32,13 @@ Position = Literal["learned", "sincos", "relative", "relative_each", "rotary"]
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A timm backbone by name, with the few changes that pretraining needs.
+    """The name of a timm backbone, and changes to it for pretraining.
 
-    Fields left at None keep timm's own value.
+    A field that is None keeps timm's value.
     """
 
     name: str = "vit_small_patch16_224"
-    """Name of a timm model that is like a ViT or a ResNet."""
+    """Name of a timm model: a ViT, a ResNet or similar."""
     image_size: int = 224
     """Side of the square images in pixels."""
     patch_size: int | None = None
@@ -50,20 +50,23 @@ class EncoderConfig:
     heads: int | None = None
     """A ViT's number of attention heads."""
     position: Position = "learned"
-    """A ViT's position embedding; `sincos` is fixed (MAE, MoCo v3), `relative` is a bias on the
-    attention that all blocks share (BEiT; for the names beit_*), `relative_each` one of each block
-    (fine-tuned BEiT), `rotary` turns queries and keys by their place (DINOv3, EVA-02)."""
+    """A ViT's position embedding: `learned`; `sincos`, fixed (MAE, MoCo v3); `relative`, an
+    attention bias shared by all blocks (BEiT; for names beit_*); `relative_each`, an attention bias
+    of each block (fine-tuned BEiT); `rotary`, which rotates queries and keys by position (DINOv3,
+    EVA-02)."""
     layer_scale: float | None = None
-    """Start of a ViT's factors on the channels of each residual branch (BEiT, DINOv2)."""
+    """Initial value of a ViT's per-channel factors on each residual branch (BEiT, DINOv2)."""
     registers: int = 0
-    """A ViT's tokens beside the class token that stand for nothing (arXiv:2309.16588)."""
+    """A ViT's number of register tokens beside the class token (arXiv:2309.16588)."""
     swiglu: bool = False
-    """A ViT's feed-forward layers are gated, with two thirds of the hidden width, rounded up to a
-    multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
+    """Gate a ViT's feed-forward layers; the hidden width is two thirds of the usual one, rounded up
+    to a multiple of 8 (DINOv2: 2736 at ViT-L, not 2730)."""
     drop_path: float = 0.0
-    """Stochastic depth: the probability that the last block is skipped; earlier ones, less."""
+    """Stochastic depth: the probability to skip the last block; it falls linearly to 0 at the
+    first.
+    """
     drop_path_uniform: bool = False
-    """Skip every block of a ViT with the probability `drop_path` (DINOv2)."""
+    """Skip every block of a ViT with the same probability `drop_path` (DINOv2)."""
     small_stem: bool = False
     """A ResNet's stem for small images: 3 x 3, stride 1, no max-pool (SimCLR, appendix B.9)."""
     layers: tuple[int, ...] | None = None
@@ -71,19 +74,19 @@ class EncoderConfig:
     channels: tuple[int, ...] | None = None
     """A ResNet's channels in each stage."""
     norm: Literal["batch", "ghost", "group"] = added("batch")
-    """A ResNet's norms: statistics of the batch, which refuses --accumulate; of each micro-batch
-    (ghost); or of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
+    """A ResNet's norms. batch: statistics of the whole batch, without --accumulate; ghost: of each
+    micro-batch; group: of groups of 32 channels of each image (GroupNorm, arXiv:1803.08494)."""
     recompute: bool = added(False)
-    """A ViT's blocks keep their inputs alone and are computed again in the backward pass: a third
-    more time, a fraction of the memory, the same numbers."""
+    """Keep only the inputs of a ViT's blocks and compute the blocks again in the backward pass: a
+    third more time, a fraction of the memory, the same numbers."""
     in_channels: int = added(3)
-    """Channels of the images: those of data.channels."""
+    """Channels of the images; must equal data.channels."""
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
             close = difflib.get_close_matches(self.name, timm.list_models(), n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"encoder.name {self.name!r} is no timm model{hint}")
+            raise ValueError(f"encoder.name {self.name!r} is not a timm model{hint}")
         require(self.image_size > 0, f"encoder.image_size must be positive, got {self.image_size}")
         require(
             0 <= self.drop_path < 1, f"encoder.drop_path must lie in [0, 1), got {self.drop_path}"
@@ -101,19 +104,17 @@ class EncoderConfig:
         for name, wanted in self._vit_choices().items():
             require(
                 self.is_vit or not wanted,
-                f"encoder.{name} {getattr(self, name)} is for ViTs, not for {self.name}: take a "
+                f"encoder.{name} {getattr(self, name)} is for ViTs, not for {self.name}: give a "
                 f"ViT, such as vit_small_patch16_224, or leave --encoder.{name.replace('_', '-')} "
                 "out",
             )
         fitting = positions_of(self.name)
         require(
             self.position in fitting,
-            f"encoder.position {self.position} does not go with {self.name}: give "
+            f"encoder.position {self.position} is not possible with {self.name}: give "
             f"--encoder.position {' or '.join(fitting)}",
         )
-        require(
-            not (self.is_beit and self.registers), "encoder.registers are not for BEiT's encoders"
-        )
+        require(not (self.is_beit and self.registers), "encoder.registers is not for BEiT encoders")
         if self.is_vit:
             require(self.patch > 0, f"encoder.patch_size must be positive, got {self.patch}")
             require(
@@ -155,7 +156,7 @@ class EncoderConfig:
 
     @property
     def is_rotary(self) -> bool:
-        """Whether timm builds it as an `Eva` whose attention has rotary positions."""
+        """Whether timm builds the model as an `Eva` with rotary positions."""
         return _is_rotary(self.name)
 
     @property
@@ -176,11 +177,11 @@ class EncoderConfig:
 
     @property
     def grid(self) -> int | None:
-        """Patches along a side, for a ViT; None for others."""
+        """Patches along a side for a ViT; None for other models."""
         return self.image_size // self.patch if self.is_vit else None
 
     def _vit_choices(self) -> dict[str, bool]:
-        """Whether each field that only ViTs have was given a value."""
+        """For each field that is only for ViTs, whether it was given a value."""
         return {
             "position": self.position != "learned",
             "layer_scale": self.layer_scale is not None,
@@ -192,7 +193,7 @@ class EncoderConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that make this backbone from timm's name."""
+        """The keyword arguments with which timm.create_model builds this backbone."""
         options: dict[str, Any] = {"num_classes": 0}
         if self.is_vit:
             options["img_size"] = self.image_size
@@ -210,7 +211,7 @@ class EncoderConfig:
             "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
-            # timm's names are of fine-tuned models: a bias for each block, averaged patches.
+            # timm's defaults are those of fine-tuned models: a bias per block, averaged patches.
             shared = self.position == "relative"
             options |= {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
         if self.is_beit or self.is_rotary:
@@ -224,12 +225,12 @@ class EncoderConfig:
 
     @property
     def _gated_ratio(self) -> float:
-        """timm's `mlp_ratio` that gives the gated layers their hidden width."""
+        """The `mlp_ratio` with which timm gives the gated layers the right hidden width."""
         width = self.width or _width_of(self.name)
         wanted = 4 * width * 2 // 3
         rounded = -(-wanted // 8) * 8
         ratio = 8 / 3 if rounded == wanted else rounded / width
-        # timm cuts the product off.
+        # timm truncates the product to an integer.
         return ratio if int(width * ratio) == rounded else (rounded + 0.5) / width
 
     def build(self) -> "Encoder":
@@ -238,13 +239,13 @@ class EncoderConfig:
 
 @lru_cache
 def _is_rotary(name: str) -> bool:
-    # The names eva_* are of the first EVA, whose positions are learned alone.
+    # Names eva_* are models of the first EVA, which has learned positions only.
     built_by = timm.model_entrypoint(name).__module__
     return built_by == "timm.models.eva" and not name.startswith("eva_")
 
 
 def positions_of(name: str) -> tuple[Position, ...]:
-    """The kinds of position embedding that timm's model of a name can have here."""
+    """The position embeddings that a timm model of this name can have."""
     if name.startswith(("beit_", "beitv2_")):
         return ("relative", "relative_each")
     return ("rotary",) if _is_rotary(name) else ("learned", "sincos")
@@ -262,13 +263,13 @@ def _largest_divisor(size: int, most: int) -> int:
 
 
 class Encoder(nn.Module):
-    """What is pretrained, probed and exported. `backbone` is a plain timm model."""
+    """The module that is pretrained, probed and exported. `backbone` is a plain timm model."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         try:
-            # Crops of several sizes go through one ViT: its positions are interpolated for them.
+            # A ViT takes crops of several sizes: its positions are interpolated for each.
             any_size = config.is_vit and not config.is_beit
             sizes: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
             self.backbone = timm.create_model(config.name, **config.options, **sizes)
@@ -276,13 +277,13 @@ class Encoder(nn.Module):
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             what = unknown.group(1) if unknown else str(error)
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
-        except AssertionError as error:  # timm's own mistakes are ValueErrors and TypeErrors
-            raise ValueError(f"encoder.name {config.name} cannot be had here: {error}") from None
+        except AssertionError as error:  # how timm refuses some combinations of arguments
+            raise ValueError(f"encoder.name {config.name} cannot be built: {error}") from None
         if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
             raise ValueError(
                 f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
-                "that is not known here: take a vit_*, deit_* or beit_* model of learned or rotary "
-                "positions"
+                "that selfray does not support: give a vit_*, deit_* or beit_* model with learned "
+                "or rotary positions"
             )
         self.width: int = cast(int, self.backbone.num_features)
         """D, the dimension of the features."""
@@ -304,10 +305,10 @@ class Encoder(nn.Module):
 
         Args:
             images: float [B, C, H, W], normalised.
-            visible: int64 [B, Nv], the patches that are to be seen; the others cost nothing and
-                reach nothing (MAE). Only for ViTs. None shows all.
+            visible: int64 [B, Nv], indices of the patches to encode; the others are dropped before
+                the first block and cost no time (MAE). Only for ViTs. None encodes all.
             mask: bool [B, N], the patches whose embeddings the mask token replaces (BEiT, iBOT).
-            mask_token: [D].
+            mask_token: [D]; needed with `mask`.
 
         Returns:
             Features with patches [B, N, D], or [B, Nv, D] in the order of `visible`.
@@ -321,12 +322,11 @@ class Encoder(nn.Module):
 
 
 def export_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's weights under timm's names, so that plain timm loads them strictly.
+    """The backbone's weights on the CPU under timm's names, so that plain timm loads them strictly.
 
-    At the encoder's image size its features are ours. At others, where timm is asked for them
-    (`dynamic_img_size`), they differ: timm resizes a ViT's positions with antialiasing, and here
-    they are resized as local crops have them (vit.resized_positions). Where ranks hold shares of
-    the weights, all must ask.
+    At the encoder's image size timm computes the same features. At other sizes (`dynamic_img_size`)
+    they differ: timm resizes a ViT's positions with antialiasing, selfray without, as for local
+    crops (vit.resized_positions). Collective if weights are sharded: every rank must call it.
     """
     tensors = distributed.gathered(encoder.backbone.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -336,7 +336,7 @@ def export_weights(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
-    """The inverse of export_weights. ValueError where the weights are of another encoder."""
+    """The inverse of export_weights. Raises ValueError if the weights do not fit the encoder."""
     weights = dict(weights)
     if encoder.config.small_stem and "conv1.weight" in weights:
         weights["conv1.weight"] = resnet.narrow_stem(weights["conv1.weight"])
@@ -349,15 +349,16 @@ def import_weights(encoder: Encoder, weights: dict[str, Tensor]) -> None:
 
 
 def _hint(config: EncoderConfig) -> str:
-    """Why weights that an earlier version wrote may not fit."""
-    return " (of before gated layers were rounded to multiples of 8?)" if config.swiglu else ""
+    """Why weights written by an earlier version may not fit."""
+    older = " (written before gated layers were rounded to multiples of 8?)"
+    return older if config.swiglu else ""
 
 
 @torch.no_grad()
 def encode_uint8(
     encoder: Encoder, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Features:
-    """Features of uint8 images [B, C, H, W], normalised here."""
+    """Normalise uint8 images [B, C, H, W] and return their features, without gradient."""
     return encoder(normalize(images, mean, std))
 
 
@@ -369,5 +370,5 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1] in 0..255; kept, since a copy to a GPU in every step would wait for it."""
+    """float32 [C, 1, 1] in 0..255; cached, because a copy to the GPU in every step would block."""
     return (torch.tensor(values, dtype=torch.float32, device=device) * 255).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""Public weights in the shapes of one encoder: what is taken, what is changed, what stays."""
+"""Fits public weights to an encoder: which tensors are taken, changed, or left out."""
 
 import math
 import re
@@ -17,35 +17,36 @@ from selfray.models.weights import PublicWeights, read
 
 @dataclass(frozen=True)
 class Fitted:
-    """Public weights as one encoder takes them."""
+    """Public weights, fitted to one encoder."""
 
     tensors: Tensors
-    """Under the backbone's names, in its shapes."""
+    """The tensors taken, under the backbone's names and in its shapes."""
     weights: PublicWeights
     encoder: EncoderConfig
     missing: tuple[str, ...]
-    """The encoder's tensors that stay at their random start."""
+    """The encoder's tensors that keep their random initialisation."""
     unused: tuple[str, ...]
-    """What the file holds beside them."""
+    """Tensors of the file that were not taken."""
     changes: tuple[str, ...]
-    """What was done to make them fit, for people."""
+    """Changes that made the weights fit, as sentences."""
     share: float
-    """Of the encoder's weights, those that were taken: 0..1."""
+    """The share of the encoder's weights that were taken, 0..1."""
     size: int
-    """The encoder's weights."""
+    """The number of the encoder's weights."""
     heads: tuple[int, int]
-    """Attention heads of the file, where its layout tells them, and of the encoder: no shape does,
-    and with others the same weights compute something else."""
+    """(attention heads of the file, of the encoder). Shapes do not show the number of heads, and
+    with another number the same weights compute something else."""
 
     def refuse(self, least: float) -> None:
-        """ValueError where less than the `least` share fits, or what gives it its eyes does not."""
+        """Raise ValueError if less than the share `least` fits, or if the first layer or the
+        positions do not fit."""
         source, name = self.weights.source, self.encoder.name
         if self.heads[0] != self.heads[1]:
             raise ValueError(
-                f"--init-from {source} is of a ViT of {self.heads[0]} heads, and encoder.name "
+                f"--init-from {source} has a ViT with {self.heads[0]} heads, but encoder.name "
                 f"{name} has {self.heads[1]}: give --encoder.heads {self.heads[0]}"
             )
-        # A ViT without its positions has most of its weights, and sees nothing that it learnt.
+        # Without positions a ViT has most of its weights, but its features are useless.
         blind = [name for name in self.missing if _ESSENTIAL.search(name)]
         if self.share >= least and not blind:
             return
@@ -69,7 +70,7 @@ class Fitted:
 
     @property
     def described(self) -> list[str]:
-        """Lines for the console: what was taken, what was not, and whose it stays."""
+        """Lines for the console: which tensors were taken, which were not, and the licence."""
         own = len(self.tensors) + len(self.missing)
         lines = [
             f"starting from {self.weights.source} ({self.weights.named.layout} layout): "
@@ -77,13 +78,13 @@ class Fitted:
             f"{self.size / 1e6:,.1f} million weights"
         ]
         if self.missing:
-            lines.append(f"not in it, left at their random start: {_some(self.missing)}")
+            lines.append(f"not in the file, initialised at random: {_some(self.missing)}")
         if self.unused:
-            lines.append(f"in it and not taken: {_some(self.unused)}")
+            lines.append(f"in the file, not used: {_some(self.unused)}")
         lines += self.changes
         if self.weights.named.licence:
             lines.append(
-                f"the weights, and what is trained from them, stay under: "
+                f"licence of these weights and of all that is trained from them: "
                 f"{self.weights.named.licence}"
             )
         return lines
@@ -101,8 +102,8 @@ def _some(names: tuple[str, ...] | list[str], most: int = 4) -> str:
 
 @torch.no_grad()
 def fit(weights: PublicWeights, encoder: Encoder) -> Fitted:
-    """The weights in the encoder's shapes: positions interpolated, a first layer for another number
-    of channels or size of patches adapted, gated layers as the encoder has them."""
+    """Fit weights to an encoder's shapes: interpolate positions, adapt the first layer to another
+    number of channels or patch size, and pack or split gated layers."""
     backbone: Any = encoder.backbone
     own = {n: t for n, t in backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
     theirs, changes = dict(weights.named.tensors), []
@@ -132,7 +133,7 @@ def _heads(weights: PublicWeights, backbone: Any) -> tuple[int, int]:
 
 
 def _biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
-    """Biases of queries and values that are 0, which an encoder without them has as well."""
+    """Drop zero biases of queries and values if the encoder has no such biases."""
     for name in [n for n in theirs if n.endswith((".q_bias", ".v_bias"))]:
         if name not in own and not theirs[name].any():
             del theirs[name]
@@ -140,7 +141,7 @@ def _biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
 
 
 def _gates(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
-    """A gated layer in one matrix, gates first, or in two."""
+    """Convert gated layers between one matrix, gates first, and two matrices."""
     for name in [n for n in theirs if ".mlp.fc1." in n]:
         gate, value = name.replace(".fc1.", ".fc1_g."), name.replace(".fc1.", ".fc1_x.")
         if name not in own and gate in own:
@@ -156,12 +157,12 @@ def _final_norm(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
     if "fc_norm.weight" in theirs and "norm.weight" in own and "norm.weight" not in theirs:
         for name in ("weight", "bias"):
             theirs[f"norm.{name}"] = theirs.pop(f"fc_norm.{name}")
-        return ["its norm behind the pooling is taken as the last norm of all tokens"]
+        return ["the norm after the pooling is used as the last norm of all tokens"]
     return []
 
 
 def _stem(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
-    """A small-image stem in timm's shape, as `selfray export` writes it; other channels."""
+    """Adapt a ResNet's stem: narrow one that `selfray export` widened, and change its channels."""
     stem = theirs.get("conv1.weight")
     if stem is None or "conv1.weight" not in own:
         return []
@@ -180,7 +181,7 @@ def _patches(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
     old, new = theirs[name].shape[-1], own[name].shape[-1]
     if old != new:
         theirs[name] = resample_patch_embed(theirs[name], [new, new])
-        changes.append(f"patches of {old} pixels: their embedding is resampled to {new}")
+        changes.append(f"patch embedding of {old} pixels resampled to {new} pixels")
     return changes
 
 
@@ -188,19 +189,19 @@ def _other_channels(name: str, theirs: Tensors, own: Tensors) -> list[str]:
     old, new = theirs[name].shape[1], own[name].shape[1]
     if old != new:
         theirs[name] = for_channels(theirs[name], new)
-        return [f"images of {new} channels: the mean over the {old} of {name} is taken for each"]
+        return [f"{name}: the mean over its {old} channels is used for each of {new} channels"]
     return []
 
 
 def for_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first layer [D, C, p, p] for other channels: each has the mean over the old ones, scaled so
-    that an image whose channels are all alike gives what it gave."""
+    """Adapt a first layer [D, C, p, p] to [D, channels, p, p]: each channel has the mean of the old
+    ones, scaled so that the output for an image with equal channels is unchanged."""
     mean = weight.mean(1, keepdim=True)  # [D, 1, p, p]
     return mean.repeat(1, channels, 1, 1) * (weight.shape[1] / channels)
 
 
 def _positions(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
-    """Position embeddings for the encoder's grid and prefix tokens."""
+    """Adapt position embeddings to the encoder's grid and prefix tokens."""
     if "pos_embed" not in theirs or "pos_embed" not in own:
         return []
     positions, wanted = theirs["pos_embed"], own["pos_embed"]  # [1, P + N, D]
@@ -222,7 +223,7 @@ def _positions(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
 
 
 def _prefix_of(length: int, theirs: Tensors) -> int:
-    """How many of the positions are of tokens before the patches, which form a square."""
+    """The number of positions of prefix tokens: the others, of patches, form a square."""
     registers = theirs["reg_token"].shape[1] if "reg_token" in theirs else 0
     for prefix in (0, 1, 1 + registers, 2):
         if math.isqrt(length - prefix) ** 2 == length - prefix:
@@ -231,7 +232,8 @@ def _prefix_of(length: int, theirs: Tensors) -> int:
 
 
 def _position_biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
-    """Relative positions for the encoder's grid; one table for all blocks is one for each."""
+    """Adapt relative positions to the encoder's grid; copy a shared table to each block if
+    needed."""
     shared = "rel_pos_bias.relative_position_bias_table"
     each = [n for n in own if n.endswith(".attn.relative_position_bias_table")]
     if shared in theirs and each:
@@ -252,8 +254,8 @@ def _position_biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
 
 
 def fitted_for(reference: str, encoder: EncoderConfig, least: float) -> Fitted:
-    """Read public weights and fit them to an encoder. ValueError and FileNotFoundError as of
-    `read`, and where less than the `least` share of the encoder's weights fits."""
+    """Read public weights and fit them to an encoder. Raises the errors of `read` and
+    `Fitted.refuse`: at least the share `least` of the encoder's weights must fit."""
     found = fit(read(reference), encoder.build())
     found.refuse(least)
     return found

@@ -1,4 +1,4 @@
-"""Heads that are put on an encoder while it is pretrained, and dropped afterwards."""
+"""Heads that are added to an encoder for pretraining and dropped afterwards."""
 
 import itertools
 from typing import Literal
@@ -13,8 +13,8 @@ LastBatchNorm = Literal["affine", "scaled", "plain", "none"]
 
 
 class Scale(nn.Module):
-    """A factor on each of [n, width]'s columns, 1 at the start: what is left of a batch norm's
-    affine part without its bias."""
+    """A learned factor on each column of [n, width], initially 1: a batch norm's affine part
+    without bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ def projector(
     last_batchnorm: LastBatchNorm = "affine",
     last_bias: bool = True,
 ) -> nn.Sequential:
-    """`layers` linear layers, batch norm after each, ReLU between; no bias where a batch norm
-    follows, no ReLU after the last.
+    """An MLP [n, width] -> [n, output] of `layers` linear layers, with batch norm and ReLU between.
 
-    The last batch norm is `scaled` (a weight, no bias) in SimCLR's code (arXiv:2002.05709; v2's
-    deeper head: arXiv:2006.10029), `plain` (neither) in MoCo v3 (arXiv:2104.02057), and absent in
-    BYOL (arXiv:2006.07733), whose last linear layer has a bias with `last_bias` alone.
+    Linear layers before a batch norm have no bias, and no ReLU follows the last layer. The last
+    batch norm is `scaled` (weight, no bias) in SimCLR's code (arXiv:2002.05709; v2's deeper head:
+    arXiv:2006.10029), `plain` (neither) in MoCo v3 (arXiv:2104.02057), and absent (`none`) in BYOL
+    (arXiv:2006.07733), whose last linear layer has a bias only with `last_bias`.
 
-    The linear layers are drawn as PyTorch draws them. SimCLR's authors draw a normal of deviation
-    0.01 and BYOL's a truncated one of 1 / sqrt(inputs): before a batch norm, or under a cosine,
-    the scale of a layer changes nothing, and LARS's steps follow it.
+    Linear layers have PyTorch's initialisation. SimCLR's authors draw from a normal of deviation
+    0.01 and BYOL's from a truncated one of 1 / sqrt(inputs). The difference has no effect: before a
+    batch norm or a cosine the scale of a layer cancels, and LARS scales its steps with the weights.
     """
     widths = [width, *[hidden] * (layers - 1), output]
     modules: list[nn.Module] = []
@@ -62,8 +62,8 @@ def projector(
 class PrototypeHead(nn.Module):
     """DINO's head: three linear layers with GELU, L2 normalisation, then K unit prototypes.
 
-    Caron et al., arXiv:2104.14294, appendix C. With `free_norms` each prototype has a length of its
-    own that is trained; the paper finds that unit ones are more stable.
+    Caron et al., arXiv:2104.14294, appendix C. With `free_norms` each prototype has a trained norm;
+    the paper finds unit norms more stable.
     """
 
     def __init__(
@@ -81,29 +81,30 @@ class PrototypeHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # Drawn as PyTorch draws a linear layer, as the authors' are: a length of 0.58. Their
-        # directions alone count, but an optimizer's step turns longer ones less.
+        # PyTorch's initialisation, as in the authors' code: a norm of 0.58. Only directions matter
+        # for the output, but an optimizer's step turns a longer vector less.
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
         self.norms = (
             nn.Parameter(self.prototypes.weight.new_ones(prototypes)) if free_norms else None
         )
 
     def freeze_prototypes(self) -> None:
-        """Drop this step's gradients of the prototypes: the optimizer leaves them as they are."""
+        """Drop the prototypes' gradients of this step, so that the optimizer does not change
+        them."""
         self.prototypes.weight.grad = None
         if self.norms is not None:
             self.norms.grad = None
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, D] -> logits [n, K], cosines between an image and each prototype (times its norm)."""
+        """Features [n, D] -> float32 logits [n, K]: cosines to each prototype (times its norm)."""
         embedded = F.normalize(self.mlp(features).float(), dim=-1)  # [n, bottleneck]
         logits = F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
         return logits if self.norms is None else logits * self.norms
 
 
 class Centering(nn.Module):
-    """A teacher's softmax, of its logits minus their running mean over all ranks: without it one
-    prototype would win everywhere (DINO, arXiv:2104.14294, section 3.1)."""
+    """A teacher's softmax of logits minus their running mean over all ranks. Without the centring
+    one prototype would dominate (DINO, arXiv:2104.14294, section 3.1)."""
 
     def __init__(self, prototypes: int, momentum: float) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move the centre towards the mean of all logits of the step."""
+        """Move the centre towards the mean of all logits of this step, over all ranks."""
         center = self.get_buffer("center")
         total = torch.stack([rows for rows, _ in self._seen]).sum(0)
         count = torch.full_like(total[:1], sum(count for _, count in self._seen))  # [1]

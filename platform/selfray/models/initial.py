@@ -1,10 +1,10 @@
-"""The first weights of an encoder, as each method's authors draw them.
+"""Initialisation of an encoder's weights, as each method's authors do it.
 
 timm draws a ViT's linear layers from a normal of deviation 0.02, its class token from one of 1e-6,
-and the patch embedding as PyTorch draws any convolution. Every method that starts otherwise says so
-by one of these. `fill_residual_branches` is for ResNets, the others for ViTs.
+and the patch embedding as PyTorch draws any convolution. A method with another initialisation calls
+one of these functions. `fill_residual_branches` is for ResNets, the others are for ViTs.
 
-All shapes and names stay as they are, so checkpoints fit whatever the first weights were.
+Shapes and names do not change, so checkpoints fit regardless of the initialisation.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def as_mae(backbone: Any) -> None:
-    """MAE (arXiv:2111.06377, appendix A.1): every linear layer Xavier-uniform with a bias of zero,
-    the patch embedding as the matrix that it is, the class token a normal of deviation 0.02."""
+    """MAE (arXiv:2111.06377, appendix A.1): linear layers and the patch embedding, taken as a
+    matrix, Xavier-uniform; linear biases zero; class token from a normal of deviation 0.02."""
     for linear in _linears(backbone).values():
         _xavier(linear)
     nn.init.xavier_uniform_(backbone.patch_embed.proj.weight.flatten(1))
@@ -28,8 +28,8 @@ def as_mae(backbone: Any) -> None:
 @torch.no_grad()
 def as_mocov3(backbone: Any) -> None:
     """MoCo v3 (arXiv:2104.02057, appendix A): linear layers and the patch embedding Xavier-uniform
-    with biases of zero; of qkv and of the patch embedding, each matrix counts by itself: a bound of
-    sqrt(6 / (3 patch^2 + width)) for the latter. Class token: a normal of deviation 1e-6."""
+    with zero biases. The bounds of qkv are those of three separate matrices, the bound of the patch
+    embedding is sqrt(6 / (3 patch^2 + width)). Class token: a normal of deviation 1e-6."""
     for name, linear in _linears(backbone).items():
         if name.endswith("qkv"):
             width = linear.weight.shape[0] // 3
@@ -49,9 +49,10 @@ def as_mocov3(backbone: Any) -> None:
 
 @torch.no_grad()
 def as_beit(backbone: Any) -> None:
-    """BEiT (arXiv:2106.08254, section 2.5 and the authors' code): normals of deviation 0.02 cut off
-    at one deviation for linear layers, patch embedding, class token and learned positions; biases
-    of zero; what ends the l-th block's two branches, over sqrt(2 l)."""
+    """BEiT (arXiv:2106.08254, section 2.5 and the authors' code): normals of deviation 0.02,
+    truncated at one deviation, for linear layers, patch embedding, class token and learned
+    positions; zero biases; the last layers of the l-th block's two branches divided by sqrt(2 l).
+    """
     for layer in [*_linears(backbone).values(), backbone.patch_embed.proj]:
         cut_normal(layer.weight)
         if layer.bias is not None:
@@ -67,9 +68,10 @@ def as_beit(backbone: Any) -> None:
 
 @torch.no_grad()
 def as_dino(backbone: Any, class_deviation: float) -> None:
-    """DINO and DINOv2 (the authors' code): normals of deviation 0.02 with biases of zero for every
-    linear layer, SwiGLU's gates included, which timm starts at 0 and 1; the class token, too, in
-    DINO, and at 1e-6 in DINOv2. Patch embedding: PyTorch's."""
+    """DINO and DINOv2 (the authors' code): linear layers from a normal of deviation 0.02 with zero
+    biases, SwiGLU's gates included, which timm initialises differently; the class token from a
+    normal of `class_deviation`, 0.02 in DINO and 1e-6 in DINOv2; the patch embedding as PyTorch
+    does."""
     for linear in _linears(backbone).values():
         nn.init.trunc_normal_(linear.weight, std=0.02)
         if linear.bias is not None:
@@ -80,10 +82,10 @@ def as_dino(backbone: Any, class_deviation: float) -> None:
 
 @torch.no_grad()
 def fill_residual_branches(backbone: Any, bottlenecks: bool = True) -> None:
-    """A gain of 1 for the last batch norm of each of a ResNet's blocks, as torchvision starts them;
-    timm's 0 makes each block pass on its input (Goyal et al., arXiv:1706.02677, section 5.1).
+    """Set the gain of the last batch norm in each of a ResNet's blocks to 1, as in torchvision.
 
-    Without `bottlenecks`, of basic blocks (ResNet-18, 34) alone.
+    timm's 0 makes each block start as the identity (Goyal et al., arXiv:1706.02677, section 5.1).
+    With `bottlenecks` False, only basic blocks (ResNet-18, 34) are changed.
     """
     for block in backbone.modules():
         # timm's blocks: the last batch norm is the third of a bottleneck, the second of others.
@@ -94,8 +96,7 @@ def fill_residual_branches(backbone: Any, bottlenecks: bool = True) -> None:
 
 
 def cut_normal(weight: Tensor, deviation: float = 0.02) -> None:
-    """Fill with a normal of this deviation, cut off at one deviation: what is left has 0.54 of it
-    (BEiT)."""
+    """Fill with a normal truncated at one deviation (BEiT); its own deviation is 0.54 of that."""
     nn.init.trunc_normal_(weight, std=deviation, a=-deviation, b=deviation)
 
 

@@ -1,7 +1,7 @@
-"""The layouts in which others publish encoders, told by the names of their tensors, under timm's.
+"""Layouts of published encoders: recognised by their tensors' names, and converted to timm's names.
 
-Names were written down from the public code of DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision
-and timm. Nothing of an encoder is computed here: tensors get other names, or are cut and added.
+The names come from the public code of DINO, DINOv2, DINOv3, MAE, MoCo, BEiT, torchvision and timm.
+Conversion only renames tensors, splits them or adds them up.
 """
 
 import re
@@ -18,18 +18,18 @@ class Named:
     """An encoder's tensors under timm's names."""
 
     layout: str
-    """Whose layout the file had."""
+    """Name of the file's layout."""
     tensors: Tensors
     left_out: tuple[str, ...] = ()
-    """Names in the file of what is no part of an encoder: heads, decoders, queues."""
+    """Names of tensors in the file that do not belong to the encoder: heads, decoders, queues."""
     facts: Mapping[str, int | str] = field(default_factory=dict)
     """Fields of an EncoderConfig that follow from the layout and not from the shapes."""
     licence: str | None = None
-    """The owner's terms, where a layout is published under some of its own."""
+    """The licence of the layout's publisher, if it has its own."""
 
 
 _INSIDE = ("teacher", "model_ema", "model", "state_dict", "module", "student")
-"""Under which names files hold their weights, the encoder that their authors use first."""
+"""Keys under which files hold their weights; the encoder that the authors evaluate comes first."""
 
 _PREFIXES = (
     ("module.encoder_q.", "MoCo"),
@@ -51,11 +51,14 @@ KNOWN = (
 
 
 def named(content: object, source: str) -> Named:
-    """What a file holds, under timm's names. ValueError names the file and what is known.
+    """The encoder in a file's content, under timm's names.
 
     Args:
-        content: what torch.load or safetensors gave.
+        content: the value returned by torch.load or safetensors.
         source: the file, for messages.
+
+    Raises:
+        ValueError: the layout is unknown; the message lists the known ones.
     """
     found = _unwrapped(content)
     for prefix, owner in _PREFIXES:
@@ -65,8 +68,8 @@ def named(content: object, source: str) -> Named:
             return _by_layout(inner, owner, outside)
     shown = ", ".join(list(found)[:3]) or "no tensor at all"
     raise ValueError(
-        f"--init-from {source} is in no layout that is known here, it holds {shown}: known are "
-        f"{KNOWN}; load it with its own code and save its encoder under timm's names"
+        f"--init-from {source} has an unknown layout, it holds {shown}: known are {KNOWN}; load it "
+        "with its own code and save its encoder under timm's names"
     )
 
 
@@ -105,11 +108,11 @@ def _by_layout(tensors: Tensors, owner: str, outside: tuple[str, ...]) -> Named:
     elif owner:
         layout, facts["position"] = "MoCo v3", "sincos"
         if tensors["patch_embed.proj.weight"].shape[0] == 384:
-            facts["heads"] = 12  # its ViT-S has twice the heads of others (arXiv:2104.02057)
+            facts["heads"] = 12  # MoCo v3's ViT-S has twice the usual heads (arXiv:2104.02057)
     else:
         layout = "ViT"
         if any(".ls1.gamma" in name for name in names):
-            layout, rename = "DINOv2", _from_dinov2  # the mask token may have been left out
+            layout, rename = "DINOv2", _from_dinov2  # some files have no mask token
     renamed = rename(tensors)
     kept = {name: tensor.float() for name, tensor in renamed.items() if not _OUTSIDE.match(name)}
     left = (*outside, *(name for name in renamed if _OUTSIDE.match(name)))
@@ -120,7 +123,7 @@ _OUTSIDE = re.compile(
     r"(mask_token|decoder_|head|heads\.|head_dist|fc\.|classifier|lm_head|projector|predictor"
     r"|dino_head|ibot_head|cls_pt_layers|local_cls_norm|projectors\.|norm_pix)"
 )
-"""What is no part of an encoder under timm's names."""
+"""Tensors that do not belong to the encoder, under timm's names."""
 
 
 def _is_rotary(tensors: Tensors) -> bool:
@@ -131,7 +134,8 @@ def _is_rotary(tensors: Tensors) -> bool:
 
 
 def _from_dinov2(tensors: Tensors) -> Tensors:
-    """Gated layers as timm packs them; with registers, no position but the patches'."""
+    """Rename gated layers to timm's packed form. With registers, timm has positions only for
+    patches: that of the class token is added to the token."""
     found = {_packed(name): tensor for name, tensor in tensors.items()}
     if "register_tokens" in found:
         found["reg_token"] = found.pop("register_tokens")
@@ -155,11 +159,11 @@ _DINOV3 = (
 
 
 def _from_dinov3(tensors: Tensors) -> Tensors:
-    """As timm's Eva has them. Keys have no bias: a mask makes theirs 0."""
+    """Rename to timm's Eva. The bias of keys is dropped: the authors' code masks it to 0."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         if name.startswith("rope_embed.") or name.endswith(".bias_mask"):
-            continue  # they follow from the settings
+            continue  # computed from the settings
         if name.endswith(".attn.qkv.bias"):
             query, _, value = tensor.chunk(3)
             found[name.replace("qkv.bias", "q_bias")] = query

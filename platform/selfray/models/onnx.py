@@ -1,4 +1,4 @@
-"""An encoder as an ONNX file, and its check against torch. Needs the extra `onnx`."""
+"""Writes an encoder as an ONNX file and checks it against torch. Needs the extra `onnx`."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ class _Outputs(nn.Module):
 
 
 def save_onnx(encoder: Encoder, file: Path) -> None:
-    """Write `images` float32 [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D], for any B."""
+    """Write an ONNX file: `images` float32 [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D], any
+    B."""
     side = encoder.config.image_size
     shape = (2, encoder.config.in_channels, side, side)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -42,8 +43,8 @@ def save_onnx(encoder: Encoder, file: Path) -> None:
 
 @torch.no_grad()
 def check_onnx(encoder: Encoder, file: Path, images: Tensor) -> float:
-    """The largest difference between onnxruntime's features and torch's, for all images and for
-    one alone. RuntimeError where it is more than rounding."""
+    """The largest absolute difference between the features of onnxruntime and torch, for a batch of
+    images float32 [B, C, H, W] and for a single one. Raises RuntimeError if it exceeds rounding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -55,7 +56,8 @@ def check_onnx(encoder: Encoder, file: Path, images: Tensor) -> float:
             theirs = torch.from_numpy(theirs)  # type: ignore[arg-type]
             if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
                 raise RuntimeError(
-                    f"onnxruntime gives other features for {encoder.config.name}: please report it"
+                    f"onnxruntime computes different features for {encoder.config.name}: please "
+                    "report it"
                 )
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst

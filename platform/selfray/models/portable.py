@@ -1,4 +1,4 @@
-"""An encoder as plain timm opens it: its architecture's name, arguments and weights."""
+"""An encoder in a form that plain timm opens: architecture name, arguments and weights."""
 
 import json
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from selfray.models.encoder import Encoder, EncoderConfig, export_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PACKED = "vit_giant_patch14_dinov2"
-"""The architecture of timm's that has gated feed-forward layers: they cannot be asked for in JSON
-by another name. Every size of it is an argument."""
+"""A timm architecture with gated feed-forward layers, whose sizes are all arguments. Other names
+take a gated layer only as a Python class, which JSON cannot hold."""
 
 
 @dataclass(frozen=True)
 class Portable:
-    """What a folder holds that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
+    """Content of a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
 
     architecture: str
     arguments: dict[str, Any]
@@ -32,7 +32,7 @@ class Portable:
         config, weights = encoder.config, export_weights(encoder)
         arguments = {k: v for k, v in config.options.items() if k != "num_classes"}
         if config.norm == "group":
-            arguments["norm_layer"] = "groupnorm"  # timm knows it by this word, too
+            arguments["norm_layer"] = "groupnorm"  # timm accepts this name for the class
         if config.is_vit and not config.is_beit:
             arguments["dynamic_img_size"] = True
         if config.swiglu and not (config.is_beit or config.is_rotary):
@@ -42,8 +42,8 @@ class Portable:
     def config(
         self, encoder: Encoder, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> dict[str, Any]:
-        """timm's config.json. Images are resized by bicubic interpolation so that the central
-        square of the shorter side fills the view, as the probes do."""
+        """The content of timm's config.json. Preprocessing is that of the probes: the central
+        square is resized to the view by bicubic interpolation."""
         size = encoder.config.image_size
         known = getattr(encoder.backbone, "pretrained_cfg", {})
         pool = self.arguments.get("global_pool") or getattr(encoder.backbone, "global_pool", "avg")
@@ -79,20 +79,20 @@ class Portable:
         normalization: tuple[tuple[float, ...], tuple[float, ...]],
         metadata: dict[str, str],
     ) -> None:
-        """The two files, into a folder that exists."""
+        """Write both files into an existing folder."""
         config = self.config(encoder, *normalization)
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         safetensors.torch.save_file(self.weights, folder / WEIGHTS, metadata)
 
 
 def _is_packed(config: EncoderConfig) -> bool:
-    """Whether its gated layers have another form in the folder: BEiT and rotary ViTs have an
-    argument for them."""
+    """Whether gated layers are packed into one matrix in the folder. BEiT and rotary ViTs have an
+    argument for gated layers instead."""
     return config.swiglu and not (config.is_beit or config.is_rotary)
 
 
 def own_weights(config: EncoderConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of what Portable does to weights, for `import_weights`."""
+    """Undo the packing of `Portable.of`, so that `import_weights` takes the weights."""
     if not _is_packed(config):
         return weights
     found = {}
@@ -116,7 +116,7 @@ def _packed_arguments(encoder: Encoder, arguments: dict[str, Any]) -> dict[str, 
         "embed_dim": width,
         "depth": len(backbone.blocks),
         "num_heads": backbone.blocks[0].attn.num_heads,
-        # Of both halves; a fraction that int() of the product does not round down.
+        # The width of both halves; + 0.5 because timm truncates the product to an integer.
         "mlp_ratio": (2 * hidden + 0.5) / width,
         "init_values": encoder.config.layer_scale,
     }
@@ -124,7 +124,7 @@ def _packed_arguments(encoder: Encoder, arguments: dict[str, Any]) -> dict[str, 
 
 
 def _packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm keeps the gate and the value of a packed layer in one matrix, the gate first."""
+    """Join gate and value of gated layers into one matrix, gate first, as timm's packed layers."""
     found = {}
     for name, tensor in weights.items():
         if ".mlp.fc1_g." in name:
@@ -156,12 +156,12 @@ def opening_lines(config: EncoderConfig, folder: str, to: str = "timm") -> str:
 
 
 def verify(folder: Path, encoder: Encoder) -> str:
-    """Open a folder as its users will, and compare features. RuntimeError where they differ.
+    """Open a folder as its users will, and compare features. Raises RuntimeError if they differ.
 
-    Returns what was verified, in a sentence.
+    Returns a sentence that says what was verified.
     """
     scope: dict[str, object] = {}
-    # Nothing of a stranger is run: the folder's name enters as a literal.
+    # exec is safe here: the folder's name enters the code as a literal.
     exec(opening_lines(encoder.config, str(folder)), scope)
     model: Any = scope["model"]
     side = encoder.config.image_size
@@ -173,16 +173,18 @@ def verify(folder: Path, encoder: Encoder) -> str:
     # A ResNet's map is [B, D, h, w]; a ViT's tokens are [B, P + N, D].
     patches = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
     if not _same(patches[:, -ours.patches.shape[1] :], ours.patches):
-        raise RuntimeError(f"timm gives other features for {encoder.config.name}: please report it")
+        raise RuntimeError(
+            f"timm computes different features for {encoder.config.name}: please report it"
+        )
     name = f"local-dir:{folder}"
     with_head = timm.create_model(name, pretrained=True, num_classes=10)
     own, headed = model.state_dict(), with_head.state_dict()
     wrong = [k for k in own if k not in headed or not torch.equal(own[k], headed[k])]
     if wrong and not encoder.config.small_stem:
         raise RuntimeError(f"timm loses {wrong[0]} with num_classes=10: please report it")
-    verdict = "verified: timm opens it, with num_classes=10 too, and gives the same features"
+    verdict = "verified: timm opens it, also with num_classes=10, and computes the same features"
     if not _same(theirs, ours.cls):
-        verdict += " (model.forward_features; the pooling behind it is not pretrained)"
+        verdict += " (model.forward_features; the pooling after it is not pretrained)"
     return verdict
 
 

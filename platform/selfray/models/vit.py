@@ -1,4 +1,4 @@
-"""ViT-like backbones of timm: tokens, masked encoding, fixed sine-cosine positions."""
+"""ViT-like timm backbones: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KNOWN = (VisionTransformer, Beit, Eva)
-"""The classes of timm whose tokens can be left out and replaced here."""
+"""The timm classes that `encode` supports."""
 
 
 def encode(
@@ -25,11 +25,11 @@ def encode(
     mask_token: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """[B, 3, H, W] -> the class token [B, D] and patch tokens [B, N or Nv, D].
+    """Images [B, C, H, W] -> (class token [B, D], patch tokens [B, N or Nv, D]).
 
-    Patches outside `visible` are left out before the first block: this is where MAE's speed comes
-    from. Embeddings of patches in `mask` are replaced by `mask_token` before positions are added.
-    With `recompute`, the backward pass computes each block again.
+    Patches that are not in `visible`, int64 [B, Nv], are dropped before the first block, which
+    makes MAE fast. Embeddings of patches in `mask`, bool [B, N], are replaced by `mask_token` [D]
+    before positions are added. With `recompute`, the backward pass computes each block again.
     """
     embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
     if mask is not None:
@@ -56,7 +56,7 @@ def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompu
 
 
 def _seen(tokens: Tensor, visible: Tensor | None, prefix: int) -> Tensor:
-    """The prefix and the visible ones of the patches: [B, P + N, D] -> [B, P + Nv, D]."""
+    """Keep the prefix tokens and the visible patches: [B, P + N, D] -> [B, P + Nv, D]."""
     if visible is None:
         return tokens
     index = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
@@ -69,19 +69,19 @@ def _rotary_blocks(
     tokens, angles = backbone._pos_embed(embedded)  # [B, P + N, D], [(depth, heads,) N, E]
     tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
     if visible is not None and angles is not None:
-        # Each image has angles of its own places: [(depth,) B, 1 or heads, Nv, E].
+        # Each image has the angles of its own visible patches: [(depth,) B, 1 or heads, Nv, E].
         chosen = angles[..., visible, :]  # [(depth, heads,) B, Nv, E]
         angles = chosen.transpose(1, 2) if backbone.rope_mixed else chosen.unsqueeze(1)
     for number, block in enumerate(backbone.blocks):
-        mixed = backbone.rope_mixed and angles is not None  # each block has angles of its own
+        mixed = backbone.rope_mixed and angles is not None  # each block has its own angles
         rope = angles[number] if mixed and angles is not None else angles
         tokens = _through(block, recompute, tokens, rope=rope)
     return backbone.norm(tokens)
 
 
 def _with_positions(backbone: Any, embedded: Tensor) -> Tensor:
-    """Patch embeddings [B, h, w, D] -> tokens [B, P + N, D], as timm's own `_pos_embed` has them
-    at the backbone's image size; at others, with positions resized as DINO's authors do."""
+    """Patch embeddings [B, h, w, D] -> tokens [B, P + N, D] with positions added. At the backbone's
+    image size this is timm's `_pos_embed`; at others positions are resized as DINO's authors do."""
     grid, native = tuple(embedded.shape[1:3]), tuple(backbone.patch_embed.grid_size)
     if embedded.ndim != 4 or grid == native or backbone.pos_embed is None:
         return backbone._pos_embed(embedded)
@@ -104,11 +104,11 @@ def _with_positions(backbone: Any, embedded: Tensor) -> Tensor:
 
 
 def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Positions [1, D, h, w] for another grid: [1, D, *grid], by plain bicubic interpolation, whose
-    scale is (grid + 0.1) / (h, w), as in the code of DINO and DINOv2 for their local crops.
+    """Resize positions [1, D, h, w] to [1, D, *grid] by bicubic interpolation without antialiasing.
 
-    timm resizes with antialiasing, which leaves of random positions less than half: a deviation of
-    0.007 instead of 0.017, from 14 x 14 to 6 x 6.
+    The scale is (grid + 0.1) / (h, w), as in the code of DINO and DINOv2 for local crops. timm uses
+    antialiasing, which shrinks random positions: from 14 x 14 to 6 x 6 their deviation falls to
+    0.007 instead of 0.017.
     """
     scale = [(new + 0.1) / old for new, old in zip(grid, positions.shape[2:], strict=True)]
     resized = F.interpolate(positions, scale_factor=scale, mode="bicubic")
@@ -132,17 +132,18 @@ def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
 
 
 def skip_blocks_alike(backbone: Any, probability: float) -> None:
-    """Stochastic depth with one probability for all blocks; timm's own grows with depth."""
+    """Set the same stochastic-depth probability in all blocks; timm's grows with depth."""
     for block in backbone.blocks:
         block.drop_path1 = DropPath(probability)
         block.drop_path2 = DropPath(probability)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Two-dimensional sine-cosine position embedding [grid * grid, width].
+    """Two-dimensional sine-cosine position embedding, float32 [grid * grid, width].
 
-    Half of the width encodes the row, half the column, each by sines and cosines of frequencies
-    10000^(-i / (width / 4)) (Vaswani et al. 2017, in two dimensions as in MoCo v3 and MAE).
+    The first half of the width encodes the column, the second half the row, each by sines and
+    cosines of frequencies 10000^(-i / (width / 4)) (Vaswani et al. 2017, in two dimensions as in
+    MoCo v3 and MAE).
     """
     frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # [grid, width / 4]
@@ -155,7 +156,8 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 def fix_sincos_positions(backbone: Any) -> None:
     """Replace the learned position embedding by the fixed one, with zeros for prefix tokens.
 
-    A buffer, because it is never trained; under the same name, so that weights fit plain timm.
+    It becomes a buffer, because it is never trained, under the same name, so that plain timm loads
+    the weights.
     """
     learned = backbone.pos_embed  # [1, P + N, D], or [1, N, D]
     grid = backbone.patch_embed.grid_size[0]
@@ -166,10 +168,10 @@ def fix_sincos_positions(backbone: Any) -> None:
 
 
 def freeze_patch_embedding(backbone: Any) -> None:
-    """Keep the patch embedding at its random start (MoCo v3, arXiv:2104.02057, section 4.3).
+    """Freeze the patch embedding at its initialisation (MoCo v3, arXiv:2104.02057, section 4.3).
 
-    Its tensors become buffers, because they are never trained; under the same names, so that
-    weights fit plain timm.
+    Its tensors become buffers, because they are never trained, under the same names, so that plain
+    timm loads the weights.
     """
     projection = backbone.patch_embed.proj
     for name in ("weight", "bias"):
@@ -181,12 +183,12 @@ def freeze_patch_embedding(backbone: Any) -> None:
 def fit_positions(
     weights: dict[str, Tensor], own: dict[str, Tensor], backbone: Any
 ) -> dict[str, Tensor]:
-    """Weights of a method around a ViT, for the image size of `own`: position embeddings, learned
-    or fixed, and relative biases are interpolated; all else stays what it is.
+    """Adapt a method's weights to another image size: interpolate position embeddings, learned or
+    fixed, and relative biases of its ViT; leave all other tensors unchanged.
 
     Args:
         weights: a state dict of another image size.
-        own: the state dict of the method that is to take them.
+        own: the state dict of the method that will load them.
         backbone: its ViT.
     """
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens

@@ -1,7 +1,7 @@
-"""Public weights for an encoder to start from: found, and read without running any code.
+"""Finds and reads public weights for an encoder to start from, without running any code in them.
 
-Named by `timm:NAME` (through the user's Hugging Face cache), or by a file: .safetensors, or .pth in
-a layout that `models.layouts` knows, read by torch.load(weights_only=True) and nothing else.
+They are named by `timm:NAME` (through the user's Hugging Face cache) or by a file: .safetensors, or
+.pth in a layout that `models.layouts` knows, read only by torch.load(weights_only=True).
 """
 
 import argparse
@@ -31,17 +31,17 @@ FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
 
 
 def is_public(reference: str) -> bool:
-    """Whether --init-from names public weights; else it names a checkpoint of selfray."""
+    """Whether --init-from names public weights; otherwise it names a checkpoint of selfray."""
     return reference.startswith(TIMM) or reference.endswith(FILES)
 
 
 def located(reference: str) -> str:
-    """The same with an absolute path: a worker has another current folder than its driver."""
+    """The reference with an absolute path: the current folder of a worker is not its driver's."""
     return reference if reference.startswith(TIMM) else Location.of(reference).uri
 
 
 def licence_in_timm(reference: str) -> str | None:
-    """The licence that timm knows of weights of its own; None for files."""
+    """The licence of timm's weights, as far as timm knows it; None for files."""
     if not reference.startswith(TIMM):
         return None
     settings = _settings(reference)
@@ -49,7 +49,7 @@ def licence_in_timm(reference: str) -> str | None:
 
 
 def _settings(reference: str) -> Any:
-    """What timm knows of weights of its own; None where it has none of that name."""
+    """timm's settings of its pretrained weights; None if it has none of that name."""
     try:
         return timm.get_pretrained_cfg(reference.removeprefix(TIMM), allow_unregistered=False)
     except RuntimeError:
@@ -58,20 +58,20 @@ def _settings(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class PublicWeights:
-    """An encoder's weights as they were published, under timm's names."""
+    """Published weights of an encoder, under timm's names."""
 
     source: str
     named: Named
     name: str | None
-    """The timm name of the encoder; None where neither file nor shapes tell it."""
+    """The encoder's timm name; None if neither file nor shapes show it."""
     fields: Mapping[str, Any]
-    """Further fields of the EncoderConfig, as far as they are known."""
+    """Further known fields of the EncoderConfig."""
     sha256: str | None
-    """Of the file; None where timm found it."""
+    """The file's sha256 in hex; None for weights from timm."""
 
     def encoder(self, given: EncoderConfig) -> EncoderConfig | None:
-        """The encoder that these are of, at the image size and stochastic depth that are given;
-        None where it cannot be known."""
+        """The config of the encoder of these weights, with image size and stochastic depth from
+        `given`; None if it is unknown."""
         if self.name is None:
             return None
         kept = {n: getattr(given, n) for n in ("image_size", "drop_path", "drop_path_uniform")}
@@ -88,9 +88,9 @@ def read(reference: str) -> PublicWeights:
     """Find and read public weights.
 
     Raises:
-        FileNotFoundError: there is no such file; timm's weights are out of reach.
-        ValueError: a file that is damaged, needs code to be read, or is in no known layout. Each
-            is one line that names the file and the way out.
+        FileNotFoundError: the file does not exist, or timm's weights cannot be fetched.
+        ValueError: the file is damaged, needs code to be read, or has an unknown layout. The
+            message is one line that names the file and the way out.
     """
     if reference.startswith(TIMM):
         return _from_timm(reference)
@@ -118,7 +118,7 @@ def _from_timm(reference: str) -> PublicWeights:
     full = reference.removeprefix(TIMM)
     name = full.partition(".")[0]
     if not timm.is_model(name):
-        EncoderConfig(name)  # says so, with the names that are near
+        EncoderConfig(name)  # raises, with similar names
     settings = _settings(reference)
     if settings is None or not settings.has_weights:
         known = ", ".join(timm.list_pretrained(f"{name}.*")[:6]) or "none for this name"
@@ -127,8 +127,8 @@ def _from_timm(reference: str) -> PublicWeights:
         model: Any = timm.create_model(full, pretrained=True, num_classes=0)
     except Exception as error:  # hub, network, proxy and disk each raise their own
         raise FileNotFoundError(
-            f"--init-from {reference} cannot be had ({one_line(error)[:200]}): it is looked for in "
-            "the Hugging Face cache, then on the network; give a file, or fill the cache first"
+            f"--init-from {reference} cannot be fetched ({one_line(error)[:200]}): it is looked up "
+            "in the Hugging Face cache, then on the network; give a file, or fill the cache first"
         ) from None
     tensors = {k: v.detach().float() for k, v in model.state_dict().items()}
     kept = Named("timm's", tensors, licence=settings.license)
@@ -143,14 +143,14 @@ def _safetensors(data: bytes, reference: str) -> tuple[Tensors, dict[str, str]]:
         return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"--init-from {reference} is no whole safetensors file ({one_line(error)[:120]}): get "
-            "it again, it may have been cut off"
+            f"--init-from {reference} is not a complete safetensors file "
+            f"({one_line(error)[:120]}): download it again, it may be truncated"
         ) from None
 
 
 def _pickled(data: bytes, reference: str) -> object:
     try:
-        # A Namespace holds the flags of the authors' runs, and nothing that could be run.
+        # Files hold the flags of the authors' runs as a Namespace, which cannot run code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -160,8 +160,9 @@ def _pickled(data: bytes, reference: str) -> object:
             raise _cut_off(reference, text) from None
         what = f" ({wanted[1].rstrip('.,')})" if wanted else ""
         raise ValueError(
-            f"--init-from {reference} needs code to be read{what}, which is not run here: load it "
-            "with its own project and save its state dict alone, best as .safetensors"
+            f"--init-from {reference} can only be read by running code in it{what}, which selfray "
+            "never does: load it with its own project and save only its state dict, best as "
+            ".safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise _cut_off(reference, one_line(error)) from None
@@ -169,8 +170,8 @@ def _pickled(data: bytes, reference: str) -> object:
 
 def _cut_off(reference: str, text: str) -> ValueError:
     return ValueError(
-        f"--init-from {reference} is no whole file of torch.save ({text[:120]}): get it again, it "
-        "may have been cut off"
+        f"--init-from {reference} is not a complete torch.save file ({text[:120]}): download it "
+        "again, it may be truncated"
     )
 
 
@@ -188,7 +189,7 @@ _OPTIONS = {
 
 
 def _told(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
-    """The encoder that a file of `selfray export` says it is of; None for other files."""
+    """(name, fields) of the encoder recorded by `selfray export`; None for other files."""
     if "encoder_config" in metadata:
         told: EncoderConfig = config.loads(metadata["encoder_config"])
         kept = ("name", "image_size", "drop_path", "drop_path_uniform")
@@ -214,7 +215,8 @@ _SIZES = {
     (1536, 40): "giant",
     (4096, 40): "7b",
 }
-"""Of a ViT, by its width and depth."""
+"""(width, depth) of a ViT -> the size in its name."""
+# (whether blocks are bottlenecks, number of blocks in each stage) -> name
 _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -225,7 +227,8 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 
 
 def architecture(found: Named) -> tuple[str | None, dict[str, Any]]:
-    """timm's name for an encoder of a layout and its shapes; None where shapes do not tell it."""
+    """(timm name, fields) of an encoder from its layout and shapes; the name is None if they do not
+    show it."""
     tensors = found.tensors
     if "conv1.weight" in tensors:
         name = _RESNETS.get((any(".conv3." in n for n in tensors), _blocks_of_stages(tensors)))
@@ -263,10 +266,10 @@ def _blocks_of_stages(tensors: Tensors) -> tuple[int, ...]:
 
 
 def encoder_of(reference: str, given: EncoderConfig | None = None) -> EncoderConfig:
-    """The encoder that public weights are of, such as `timm:vit_small_patch14_dinov2.lvd142m`, at
-    the image size of `given`. ValueError where it cannot be known."""
+    """The encoder config of public weights, such as `timm:vit_small_patch14_dinov2.lvd142m`, at the
+    image size of `given`. Raises ValueError if it is unknown."""
     given = given or EncoderConfig()
-    if reference.startswith(TIMM):  # the name tells all; nothing is fetched
+    if reference.startswith(TIMM):  # the name is enough; nothing is fetched
         name = reference.removeprefix(TIMM).partition(".")[0]
         position = "relative_each" if "beit" in name else None
         if not timm.is_model(name):
@@ -280,7 +283,7 @@ def _like(weights: PublicWeights, given: EncoderConfig) -> EncoderConfig:
     known = weights.encoder(given)
     if known is None:
         raise ValueError(
-            f"--init-from {weights.source}: its shapes do not tell which encoder it is of; give "
-            "--encoder.name"
+            f"--init-from {weights.source}: its shapes do not show which encoder it belongs to; "
+            "give --encoder.name"
         )
     return known

@@ -62,7 +62,7 @@ class Augmented:
     reasons: dict[int, str]
 
 
-# What is drawn
+# Keys and generators
 
 
 def image_key(data: bytes) -> int:
@@ -86,7 +86,7 @@ def generator(seed: int, epoch: int, key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=words, counter=counter))
 
 
-# How it is applied
+# Views of one image
 
 
 _workspace = Workspace()
@@ -188,7 +188,7 @@ def allocate(
         require(len(group) > 0, f"views.{name} is empty")
         require(
             name != BROKEN and not name.endswith((MASK_SUFFIX, PARAMETERS_SUFFIX)),
-            f"a group of views cannot be called {name!r}; the batch needs that name itself",
+            f"a group of views cannot be called {name!r}: the batch uses that name itself",
         )
         size, grid = group[0].size, group[0].grid
         require(size is not None, f"views.{name} has no size; fill in the encoder's image size")
@@ -211,13 +211,14 @@ def allocate(
 
 
 class _Recent(threading.local):
-    """The arrays of a thread's last batches. Two threads must not find the same one free."""
+    """The arrays of a thread's last batches; per thread, so that two never take the same free
+    one."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
 
     def is_free(self, place: int) -> bool:
-        """Whether nobody else holds it: slices of an array and tensors of its memory do."""
+        """Whether an array has no other references, such as slices or tensors of its memory."""
         return sys.getrefcount(self.arrays[place]) == _UNHELD
 
 
@@ -227,7 +228,7 @@ _UNHELD = sys.getrefcount(_sample[0])
 
 
 def _recycled(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised uint8 array, in the memory of an earlier one that nobody holds any more.
+    """An uninitialised uint8 array, in the memory of an earlier one that is no longer referenced.
 
     For a plane of 224 x 224 pixels, fresh memory costs 64 us, a page fault for each 4 kB; memory
     used before costs 3 us (measured on a virtual machine). That is a fifth of the time that
@@ -282,8 +283,10 @@ def augment_batch(
         images: encoded images, B of them.
         views: groups of views with their `size` and, with a mask, their `grid` filled in.
         seed, epoch: each in [0, 2**64).
-        quantiles: the masks' places among those of the batch, float [B, V] by group.
-        photometric: "device" leaves out what follows crop and flip, and returns its parameters.
+        quantiles: the rank of each mask within the batch, float [B, V] in [0, 1) by group; see
+            Mask.draw.
+        photometric: "device" leaves out the operations after crop and flip, and returns their
+            parameters.
         out: arrays of `allocate` to fill; None to make them.
         channels: those of the views: 1 for gray, 3 for RGB, others for multispectral images.
 

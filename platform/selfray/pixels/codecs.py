@@ -161,7 +161,7 @@ class OpenImage:
         if pixels.shape[0] < height or pixels.shape[1] != width:
             raise BrokenImage(
                 "corrupt",
-                f"the header declares {stored_width} x {stored_height} pixels, and "
+                f"the header declares {stored_width} x {stored_height} pixels, but "
                 f"{pixels.shape[1]} x {pixels.shape[0]} were decoded",
             )
         return pixels, reduction
@@ -180,13 +180,14 @@ class ImageInfo:
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -> np.ndarray:
     """The pixels of an encoded image: uint8 [H, W, channels], C-contiguous.
 
-    With 3 channels they are RGB, and gray images are tripled. With 1 they are gray, and of colour
-    images the brightness. With others, the image must have as many (see encode_channels).
+    With 3 channels they are RGB, and gray images are repeated in all three. With 1 they are gray,
+    and colour images are reduced to brightness. With any other number, the image must have as many
+    channels (see encode_channels).
 
-    The image is turned upright by its EXIF orientation; of an animation it is the first frame.
-    Transparency is composited on white, and 16-bit values are scaled to 8. Raises BrokenImage, for
-    a declared size above max_pixels before any pixel is allocated. (Pillow refuses more than about
-    179 million pixels in the formats that it reads, whatever max_pixels says.)
+    The image is turned upright by its EXIF orientation; of an animation, the first frame is
+    decoded. Transparency is composited on white, and 16-bit values are scaled to 8. Raises
+    BrokenImage, for a declared size above max_pixels before any pixel is allocated. (Pillow refuses
+    more than about 179 million pixels in the formats that it reads, whatever max_pixels says.)
     """
     return _decode(data, max_pixels, channels)[0]
 
@@ -206,7 +207,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -
 
 
 def _header(data: bytes) -> Header | None:
-    """The header of what OpenCV decodes as Pillow would; None for the rest. BrokenImage."""
+    """The header of an image that OpenCV decodes like Pillow; None for others. Raises
+    BrokenImage."""
     header = plain_header(data)
     # Decoders differ on a JPEG that ends early: some fill the rest with gray. So it is refused. The
     # search starts at the frame header, because EXIF thumbnails have end markers too.
@@ -328,12 +330,12 @@ def _decode(data: bytes, max_pixels: int, channels: int) -> tuple[np.ndarray, st
 
 
 def _decode_stack(data: bytes, header: Header, max_pixels: int, channels: int) -> np.ndarray:
-    """The pixels uint8 [H, W, C] of what encode_channels wrote."""
+    """The pixels uint8 [H, W, C] of a PNG written by encode_channels."""
     require_channels(header.stack, channels)
     require_size(header.width, header.height, max_pixels, "PNG", data)
     pixels, _ = codec_messages.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.ndim != 2 or len(pixels) % channels:
-        raise BrokenImage("corrupt", f"these are no {channels} channels in a PNG")
+        raise BrokenImage("corrupt", f"the PNG does not hold {channels} stacked channels")
     stack = pixels.reshape(channels, -1, pixels.shape[1])
     return np.ascontiguousarray(to_8_bits(stack).transpose(1, 2, 0))
 

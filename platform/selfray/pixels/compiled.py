@@ -129,7 +129,7 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def digest() -> str:
-    """A hash of what the machine code depends on, as 16 hexadecimal digits.
+    """A hash of everything the machine code depends on, as 16 hexadecimal digits.
 
     SOURCES, numba's version and settings, and the processor: nodes of two kinds may share a home
     folder, and numba's index allows one writer at a time.

@@ -56,7 +56,8 @@ whole plane's height and width; and by what the image's height and width are div
 
 @compiled
 def recolour(planes, row, orders, reach, padded, blurred):
-    """Apply what follows crop and flip to planes uint8 [C, H, W], in the order of SimCLR and BYOL.
+    """Apply the operations after crop and flip to planes uint8 [C, H, W], in SimCLR's and BYOL's
+    order.
 
     row float64 [15] is the view's parameters, and orders int64 [orders, 4] the operations of each
     jitter order; `reach`, `padded` and `blurred` are those of gaussian_blur.

@@ -2,8 +2,8 @@
 
 The same uniform numbers give the same parameters as in augment.py. The operations are the same
 too, cut to whole levels after each, but for all images of a batch at once, which keeps a GPU busy.
-`recolour` does only what follows crop and flip, with parameters that augment.py drew. Masks are
-drawn on the host: `augment` refuses views that have one.
+`recolour` applies only the operations after crop and flip, with parameters that augment.py drew.
+Masks are drawn on the host: `augment` refuses views that have one.
 
 It is meant for GPUs. On one busy CPU core, two SimCLR views of CIFAR-10 at 32 pixels: 3,300
 images/s, where augment.py makes 5,900 with decoding; medians of 11 runs.
@@ -114,12 +114,12 @@ def _size_of(name: str, group: tuple[View, ...]) -> int:
     )
     require(
         all(view.mask is None for view in group),
-        f"views.{name} has masks, which are drawn on the host: take selfray.pixels.augment for it",
+        f"views.{name} has masks, which are drawn on the host: use selfray.pixels.augment for it",
     )
     return size
 
 
-# How it is applied
+# Operations
 
 
 def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
@@ -140,7 +140,7 @@ def apply(images: Tensor, parameters: BatchParameters, view: View) -> Tensor:
 
 @torch.no_grad()
 def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
-    """Do what follows crop and flips for a group of views: uint8 [B, V, C, s, s] -> the same shape.
+    """Apply the operations after crop and flips to a group of views: uint8 [B, V, C, s, s] -> same.
 
     rows float64 [B, V, 15] are the parameters that augment.augment_batch drew.
     """
@@ -152,7 +152,7 @@ def recolour(crops: Tensor, rows: Tensor, group: tuple[View, ...]) -> Tensor:
 
 
 def _recoloured(pixels: Tensor, parameters: BatchParameters, view: View) -> Tensor:
-    """What follows crop and flips: float32 [n, C, s, s] of whole levels -> the same."""
+    """The operations after crop and flips, on whole levels: float32 [n, C, s, s] -> the same."""
     assert view.size is not None
     is_colour = pixels.shape[1] == RGB
     if view.color_jitter is not None and not is_colour:
@@ -290,7 +290,7 @@ def gaussian_blur(pixels: Tensor, kernel_size: int, sigma: Tensor) -> Tensor:
     height, width = pixels.shape[-2:]
     offsets = torch.arange(-reach, reach + 1, device=pixels.device)
     exponent = -0.5 * (offsets / sigma.float()[:, None]).square()
-    # colour.gaussian_blur ends its kernel at three sigma, too.
+    # As in colour.gaussian_blur, the kernel ends at three sigma.
     within = offsets.abs() <= (3 * sigma.float()).ceil()[:, None]
     weights = torch.where(within, exponent.exp(), 0.0)  # [n, k]
     weights = [_column(weight) for weight in (weights / weights.sum(1, keepdim=True)).unbind(1)]

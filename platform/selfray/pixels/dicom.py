@@ -1,6 +1,6 @@
 """DICOM files to values, by pydicom: `pip install 'selfray[dicom]'` brings it and its decoders.
 
-Nothing of a DICOM's tags is kept but size, depth and modality: they name patients.
+Of a DICOM's tags only size, depth and modality are kept, because others may identify patients.
 """
 
 import io
@@ -18,7 +18,8 @@ def is_dicom(data: bytes) -> bool:
 
 
 def frames_of(data: bytes, max_pixels: int) -> list[Raw]:
-    """The frames of a DICOM file, rescaled to its units such as Hounsfield's. BrokenImage."""
+    """The frames of a DICOM file, rescaled to its units such as Hounsfield units. Raises
+    BrokenImage for bad files and for more than `max_pixels` pixels."""
     pydicom = _pydicom()
     try:
         dataset = pydicom.dcmread(io.BytesIO(data))
@@ -31,7 +32,7 @@ def frames_of(data: bytes, max_pixels: int) -> list[Raw]:
     except BrokenImage:
         raise
     except MemoryError as error:
-        raise BrokenImage("too large", "the DICOM needs more memory than there is") from error
+        raise BrokenImage("too large", "the DICOM needs more memory than is available") from error
     except Exception as error:
         raise BrokenImage("corrupt", str(error).splitlines()[0] if str(error) else "") from error
 
@@ -58,7 +59,7 @@ def _frames(pydicom: Any, dataset: Any, max_pixels: int) -> list[Raw]:
 
 
 def _window(dataset: Any) -> tuple[float, float] | None:
-    """The first window of a DICOM, as its lowest and highest value."""
+    """(lowest, highest) value of a DICOM's first window; None if it has no valid one."""
     found = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
     first = [
         value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value

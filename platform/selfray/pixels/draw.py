@@ -1,4 +1,4 @@
-"""From uniform random numbers to the parameters of views, compiled."""
+"""Turns uniform random numbers into the parameters of views; compiled."""
 
 import math
 
@@ -85,10 +85,10 @@ def draw_parameters(specs, uniform, attempts, aspects, sigmas, orders, height, w
 
 @compiled
 def draw_more(specs, uniform, gains, out):
-    """Set what draw_parameters leaves out, from further uniform numbers float64 [V, 2 + gains].
+    """Set the parameters that draw_parameters leaves out, from uniform float64 [V, 2 + gains].
 
-    These are drawn only for views that need them: vertical flips, turns, and the brightness factors
-    of `gains` channels.
+    These numbers are drawn only for views that need them: vertical flips, turns, and the brightness
+    factors of `gains` channels.
     """
     for view in range(len(specs)):
         spec, row, drawn = specs[view], out[view], uniform[view]

@@ -1,4 +1,4 @@
-"""Headers of JPEG, PNG and WebP files: the declared size and what it takes to decode the rest.
+"""Headers of JPEG, PNG and WebP files: the declared size and the data needed to decode the rest.
 
 Each header is parsed once, here. Pillow takes 20 us to open an image that OpenCV decodes in 17 us.
 """
@@ -31,7 +31,7 @@ class Header(NamedTuple):
     """Byte offset of a JPEG's frame header (its 0xFF)."""
     progressive: bool = False
     exif: bytes | None = None
-    """A JPEG's EXIF segment; b"" if it has several, of which decoders choose differently."""
+    """A JPEG's EXIF segment; b"" if it has several, because decoders choose differently."""
     segments: np.ndarray | None = None
     """A JPEG's segments: see read_segments."""
     stack: int = 0
@@ -53,7 +53,7 @@ MARKER, START, END = range(3)
 """Columns of a segment: its marker's second byte, and the byte offsets where its content starts and
 ends."""
 MAX_SEGMENTS = 64
-"""More tables and frames than this are in no file that a camera or an encoder wrote."""
+"""Cameras and encoders never write more tables and frames than this."""
 SCAN = 0xDA
 """The marker after whose segment the Huffman codes start."""
 DEFINE_HUFFMAN, DEFINE_QUANTISATION, RESTART_INTERVAL, ADOBE = 0xC4, 0xDB, 0xDD, 0xEE
@@ -94,7 +94,7 @@ def _read_segments(source, segments):
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
             position += 2
             continue
-        if marker < 0xC0 or marker == 0xD9:  # no segment: decoders differ on where to go on
+        if marker < 0xC0 or marker == 0xD9:  # not a segment: decoders differ on where to continue
             return count
         start, end = position + 4, position + 2 + two_bytes(source, position + 2)
         matters = marker <= LAST_FRAME or marker in (DEFINE_QUANTISATION, SCAN)
@@ -120,7 +120,7 @@ def _jpeg_header(data: bytes) -> Header | None:
         elif marker == SCAN:
             return None
         elif marker <= LAST_FRAME and marker not in _NO_FRAMES:
-            # A frame header whose first component is cut off is left to Pillow, which says so.
+            # A frame header whose first component is cut off is left to Pillow, which reports it.
             if start + 6 >= len(data):
                 return None
             precision, height, width, channels = struct.unpack_from(">BHHB", data, start)
@@ -132,7 +132,7 @@ def _jpeg_header(data: bytes) -> Header | None:
 
 
 def least_bytes(data: bytes, width: int, height: int) -> int:
-    """The fewest bytes in which a JPEG or PNG of this size in pixels can be encoded, about.
+    """About the fewest bytes in which a JPEG or PNG of this size in pixels can be encoded.
 
     A file that has fewer is cut off or a decompression bomb. 0 for other formats, and for kinds of
     JPEG that have no such bound.
@@ -175,7 +175,7 @@ _ORIENTATION_TAG, _SHORT = 0x0112, 3
 
 
 def turn_of(exif: bytes | None) -> int | None:
-    """The turn that an EXIF segment asks for; None where decoders would not agree on it."""
+    """The turn that an EXIF segment asks for; None if decoders would not agree on it."""
     if exif is None:
         return 0
     tiff, found = exif[6:], []

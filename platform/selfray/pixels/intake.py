@@ -1,8 +1,8 @@
-"""Image files as people have them -> what shards store: 8-bit images of 1 to 16 channels.
+"""Converts users' image files to what shards store: 8-bit images of 1 to 16 channels.
 
-What every decoder reads alike is kept byte for byte. Deep images (16 bits, signed or float values,
-DICOM), multispectral ones and files of several pages are converted: a window of values is mapped to
-0..255, or to 0..65535 to keep the depth. What was done is told, for the manifest.
+Files that all decoders read in the same way are kept byte for byte. Deep images (16 bits, signed or
+float values, DICOM), multispectral images and files of several pages are converted: a window of
+values is mapped to 0..255, or to 0..65535 to keep the depth. The manifest records the conversion.
 """
 
 import io
@@ -23,26 +23,27 @@ from selfray.pixels.other_formats import open_with_pillow
 from selfray.pixels.raw import Raw
 
 PERCENTILES = (0.5, 99.5)
-"""The window of deep images for which none is given and the file names none."""
+"""The window of deep images if neither the user nor the file gives one."""
 _SAMPLES_PER_PIXEL = 277
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
 class Intake:
-    """How image files become what is stored."""
+    """How image files are converted for storage."""
 
     window: tuple[float, float] | None = None
     """The values that become black and white: percentiles of each image such as 0.5 99.5, or fixed
-    values such as -1000 400. None takes a DICOM's own window, and percentiles 0.5 99.5 of others
-    that have more than 8 bits."""
+    values such as -1000 400. None takes a DICOM's own window, and percentiles 0.5 99.5 for other
+    images of more than 8 bits."""
     window_of: Literal["image", "fixed"] | None = None
-    """What `window` means: percentiles of each image, or fixed values. None takes two numbers
-    within 0..100 for percentiles, and others for values."""
+    """The meaning of `window`: percentiles of each image (image) or values (fixed). None takes two
+    numbers within 0..100 as percentiles and others as values."""
     keep_depth: bool = False
-    """Store 16 bits where there are more than 8."""
+    """Store images of more than 8 bits with 16 bits."""
     page: int | None = None
-    """Only this page of files that have several, counted from 0; None takes each as an image."""
+    """Take only this page of files with several pages, counted from 0; None takes every page as an
+    image."""
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -53,8 +54,8 @@ class Intake:
             )
             require(
                 not self.by_percentiles or 0 <= low < high <= 100,
-                f"window {low:g} {high:g} are no percentiles: give two numbers within 0..100, or "
-                "--window-of fixed",
+                f"window {low:g} {high:g} is not a pair of percentiles: give two numbers within "
+                "0..100, or --window-of fixed",
             )
         require(self.page is None or self.page >= 0, f"page must be at least 0, got {self.page}")
 
@@ -71,15 +72,16 @@ class Taken:
 
     data: bytes
     channels: int
-    """1 for gray, 3 for RGB (and for what is kept as it is), others for multispectral images."""
+    """1 for gray, 3 for RGB (and for files kept byte for byte), others for multispectral images."""
     page: int | None = None
-    """Its page or frame, in a file of several."""
+    """The page or frame, for a file of several."""
     done: dict[str, Any] = field(default_factory=dict)
-    """What was done, for the manifest: depth, window, modality. Empty for the file's own bytes."""
+    """The conversion, for the manifest: depth, window, modality. Empty for the file's own bytes."""
 
 
 def take(data: bytes, intake: Intake, max_pixels: int = MAX_PIXELS) -> Iterator[Taken]:
-    """The images of a file. Raises BrokenImage, at the latest where the broken page would come."""
+    """The images of a file. Raises BrokenImage, at the latest at the position of the broken
+    page."""
     if dicom.is_dicom(data):
         raws = dicom.frames_of(data, max_pixels)
     elif tiff.is_tiff(data) and not _is_plain(data, max_pixels):
@@ -99,7 +101,7 @@ def take(data: bytes, intake: Intake, max_pixels: int = MAX_PIXELS) -> Iterator[
 
 
 def _is_plain(data: bytes, max_pixels: int) -> bool:
-    """Whether Pillow reads a TIFF as every program does: one page of 8-bit colours."""
+    """Whether a TIFF is one page of 8-bit colours, which all programs read in the same way."""
     try:
         image: Any = open_with_pillow(data, max_pixels)
         # Pillow reads two channels as gray, and drops the second.
@@ -134,7 +136,9 @@ def _deep_png(data: bytes, max_pixels: int) -> Raw:
 
 
 def _windowed(raw: Raw, intake: Intake) -> tuple[np.ndarray, dict[str, Any]]:
-    """The values of a window as uint8 or uint16 [H, W, C], and what was done."""
+    """Map a window of values to uint8 or uint16 [H, W, C]; returns them and a record of the
+    mapping.
+    """
     values = raw.values
     done: dict[str, Any] = {"from": f"{values.dtype.name} x {values.shape[2]}", **raw.kept}
     if values.dtype == np.uint8 and intake.window is None:

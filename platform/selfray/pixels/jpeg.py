@@ -5,9 +5,9 @@ need it resized. So this decoder (ITU-T T.81) stops below the lowest crop, trans
 blocks under the crops, and keeps colour at the resolution that it is stored in: views are resized
 from the planes, and only the pixels of the views are converted to RGB.
 
-It reads files with one scan of Huffman codes and 8 bits per value, as cameras write them and most
-of the web has them. Any other JPEG, and any that is damaged, is left to libjpeg. numba compiles it,
-as it compiles the modules that resize and compose the views.
+It reads files with one scan of Huffman codes and 8 bits per value, which cameras and most web sites
+produce. Any other or damaged JPEG is left to libjpeg. numba compiles it, like the modules that
+resize and compose the views.
 
 Measured on 150 photographs against views of the whole images as libjpeg decodes them: views of 224
 pixels differ by 0.37 of 255 on average, and 99 % of their values by at most 2. At 96 pixels, where
@@ -33,7 +33,7 @@ u8, u64 = np.uint8, np.uint64
 
 
 class _Tables(threading.local):
-    """What the headers of a JPEG say and what follows from it: arrays of each thread, reused."""
+    """Tables read from a JPEG's headers, or derived from them: arrays of each thread, reused."""
 
     def __init__(self) -> None:
         self.frame = np.zeros(4, np.int64)
@@ -325,7 +325,7 @@ def _refill(ahead, window, place, held):
 
 @compiled
 def _meaning(entry, window):
-    """What an entry says of the next bits: how many they are, the advance, and the value."""
+    """Decode an entry: (number of bits it takes, advance, value)."""
     taken, size = entry & u64(31), (entry >> u64(5)) & u64(15)
     rest = window << (taken - size)
     value = (rest >> (u64(63) - size)) >> u64(1)
@@ -341,12 +341,12 @@ def _meaning(entry, window):
 
 _GROUP = 16
 _GROUP_STRIDE = 64 * _GROUP + 2 * _GROUP
-"""int16 values of a group, with room for what is written behind the end of a block."""
+"""int16 values of a group, with room for writes beyond the end of a block."""
 _MARGIN = 320
-"""Zero bytes behind the codes: more than one block can take."""
+"""Zero bytes after the codes: more than one block can take."""
 _PLACES = np.full(192, 64 * _GROUP, np.uint64)
-"""Where a coefficient lies in its group, by its number in the file; numbers beyond 63, which the
-end of a block gives, lie in the room behind the group."""
+"""The place of a coefficient in its group, by its number in the file; numbers beyond 63, which the
+end of a block gives, map to the room after the group."""
 _PLACES[:64] = _ZIGZAG * _GROUP
 
 _COMPONENT, _DC_TABLE, _AC_TABLE, _FIRST, _STEP = range(5)

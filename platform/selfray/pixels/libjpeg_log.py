@@ -1,4 +1,4 @@
-"""What OpenCV's libjpeg and libpng complain about while they decode.
+"""Captures the warnings of OpenCV's libjpeg and libpng while they decode.
 
 They print warnings such as "Corrupt JPEG data: ..." straight to C's stderr, and OpenCV offers no
 way to stop them or to read them.

@@ -1,11 +1,11 @@
-"""What is refused before it is decoded, and the error that says why."""
+"""Limits checked before an image is decoded, and the error that says why one is refused."""
 
 import numpy as np
 
 from selfray.pixels import headers
 
 MAX_PIXELS = 100_000_000
-"""Images that declare more pixels than this are refused. Decoded, so many take 300 MB."""
+"""Images that declare more pixels than this are refused. Decoded, this many take 300 MB."""
 MAX_MEMORY = 1_200_000_000
 """Bytes that decoding one image may take at its peak. An image that would take more is refused."""
 MEMORY_PER_PIXEL = {
@@ -26,7 +26,7 @@ CMYK_JPEG_MEMORY = 16
 
 
 class BrokenImage(ValueError):  # noqa: N818 - it names the image, not the fault
-    """Bytes that are no usable image; `reason` is a short category to count by.
+    """Raised for bytes that are not a usable image; `reason` is a short category for counts.
 
     Reasons: "empty", "not an image", "truncated", "corrupt", "too large", "zero-sized",
     "unsupported" and "channels"; "no readable image" for a whole batch in which none is usable.
@@ -69,11 +69,13 @@ def require_size(
 
 def require_channels(found: int, channels: int) -> None:
     if found != channels:
-        raise BrokenImage("channels", f"the image has {found} and data.channels is {channels}")
+        raise BrokenImage(
+            "channels", f"the image has {found} channels, but data.channels is {channels}"
+        )
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 values as uint8: 65535 becomes 255."""
+    """Scale uint8 or uint16 values to uint8: 65535 becomes 255."""
     if values.dtype == np.uint8:
         return values
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

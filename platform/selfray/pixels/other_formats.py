@@ -1,4 +1,4 @@
-"""Formats and modes that OpenCV does not decode as wanted, decoded by Pillow and tifffile."""
+"""Decodes formats and modes that OpenCV cannot decode as needed, by Pillow and tifffile."""
 
 import io
 import logging
@@ -38,7 +38,7 @@ def _broken(error: Exception) -> BrokenImage:
 
 
 def open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises what it logs
     # Not catch_warnings, which would change the filters of other threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if not data:

@@ -1,4 +1,4 @@
-"""What is random in a view: its parameters, and how uniform numbers give them."""
+"""The random parameters of a view, and how they follow from uniform numbers."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
 CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
 DRAWS = CROP_DRAWS + 11
 MORE_DRAWS = 2
-"""Further numbers of views that are flipped vertically or turned: vertical flip and turn, and one
-for each multispectral channel. They are drawn after all views' others, which so stay as they are.
+"""Further numbers for views with vertical flips or turns: one for each of the two, plus one for
+each multispectral channel. They are drawn after the other numbers of all views, which thus do not
+change.
 """
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 ORDERS = np.array([[_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
@@ -41,7 +42,7 @@ class Jitter:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What was drawn for one view; the crop box is in pixels of the source image."""
+    """The random parameters of one view; the crop box is in pixels of the source image."""
 
     top: int
     left: int
@@ -58,7 +59,7 @@ class Parameters:
 
     @property
     def row(self) -> np.ndarray:
-        """The same as float64 [15], in the columns that draw.py names."""
+        """The parameters as float64 [15], in the columns that draw.py names."""
         jitter = self.jitter
         colour = (-1, 1.0, 1.0, 1.0, 0.0)
         if jitter is not None:
@@ -88,7 +89,8 @@ def draw(view: View, rng: np.random.Generator, height: int, width: int) -> Param
 def parameters_from(
     view: View, uniform: Sequence[float] | np.ndarray, height: int, width: int
 ) -> Parameters:
-    """The parameters that DRAWS uniform numbers in [0, 1) give a view: their whole distribution."""
+    """The parameters of a view from DRAWS uniform numbers in [0, 1); the only place that maps
+    them."""
     drawn = np.asarray(uniform, np.float64)[None]
     return Parameters.of(draw_rows(specs_of((view,)), drawn, height, width)[0])
 
@@ -109,12 +111,13 @@ def specs_of(views: tuple[View, ...]) -> np.ndarray:
 
 
 def gains_of(channels: int) -> int:
-    """How many channels of an image have a brightness factor of their own."""
+    """The number of channels with a brightness factor of their own: all of a multispectral
+    image."""
     return 0 if channels in (1, RGB) else channels
 
 
 def draws_of(views: Views, channels: int = RGB) -> tuple[int, int]:
-    """How many random numbers each view takes at first, and how many more after all views."""
+    """(random numbers of each view at first, further numbers of each view after all views)."""
     more = any(v.vertical_flip or v.rotate90 for group in views.values() for v in group)
     gains = gains_of(channels)
     return DRAWS, MORE_DRAWS + gains if more or gains else 0

@@ -13,7 +13,7 @@ from selfray.pixels.compiled import compiled
 def digest(words, lanes):
     """Mix words uint64 [4 * n] into lanes uint64 [4], as part of an image's key.
 
-    Each step is a bijection of its lane, so two inputs that differ in one word give other lanes.
+    Each step is a bijection of its lane, so inputs that differ in one word give different lanes.
     """
     factor, half = np.uint64(0xD2E7470EE14C6C93), np.uint64(32)
     a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
@@ -41,8 +41,8 @@ def _high_product(a, b):
 def fill_uniforms(keys, seed, epoch, out):
     """Fill out float64 [n, m] with numbers in [0, 1) that follow from keys uint64 [n].
 
-    Row i is what numpy's Generator(Philox(key=(keys[i], seed), counter=(0, 0, 0, epoch))) gives by
-    random(m).
+    Row i equals random(m) of numpy's Generator(Philox(key=(keys[i], seed), counter=(0, 0, 0,
+    epoch))).
     """
     factor_0, factor_1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
     step_0, step_1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)

@@ -1,4 +1,4 @@
-"""An image's values as its file has them, before a window maps them to what is stored."""
+"""The values of an image as in its file, before a window maps them to the stored depth."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,10 @@ import numpy as np
 @dataclass(frozen=True)
 class Raw:
     values: np.ndarray
-    """[H, W, C] of any integers or floats."""
+    """[H, W, C], integers or floats of any size."""
     window: tuple[float, float] | None = None
-    """The values that the file itself calls black and white."""
+    """The values of black and white, if the file gives them."""
     is_inverted: bool = False
     """Whether low values are bright (DICOM's MONOCHROME1)."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """What else the manifest keeps of it, such as a modality."""
+    """Further properties for the manifest, such as a modality."""

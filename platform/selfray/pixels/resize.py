@@ -13,7 +13,7 @@ from selfray.pixels.intrinsics import TILE, add_product, transpose_tile
 
 i16, i64, u8, u64 = np.int16, np.int64, np.uint8, np.uint64
 ZERO = i64(0)
-"""For a parameter that is int64 elsewhere: numba compiles a function anew for a literal 0."""
+"""For an int64 parameter: for a literal 0, numba would compile the function once more."""
 
 
 @compiled
@@ -36,8 +36,8 @@ def weigh(lines, places, weights, new, number, out, to, length):
 
     `number` lines of `length` int16; weights are int16 [new pixels, n], where 2**15 is 1. The sum
     has one fractional bit less than the lines. Six lines are added at a time, so that partial sums
-    stay in registers: behind `number` the weights must be 0, up to a multiple of six, and the
-    places may be any line.
+    stay in registers: from `number` up to a multiple of six the weights must be 0, and the places
+    may be any line.
     """
     # Products are cut, not rounded, which loses half a unit each on average. Give it back here.
     half = i16((number + 1) // 2)
@@ -88,7 +88,7 @@ def resampling(length, start, span, size, flip):
     many of these columns are used. With `flip` the new pixels come in reverse order.
 
     A place beyond an edge means the pixel at the edge. A weight there can exceed 1, which int16
-    cannot hold; what exceeds it is given to the place beyond the edge.
+    cannot hold; the excess goes to the place beyond the edge.
     """
     step = span / size
     scale = max(step, 1.0)

@@ -1,6 +1,6 @@
-"""TIFF files that Pillow does not read: more than four channels, 16 bits by channel, floats.
+"""Reads TIFF files that Pillow cannot: more than four channels, 16 bits per channel, floats.
 
-Read by tifffile, which `pip install 'selfray[tiff]'` brings.
+It uses tifffile, which `pip install 'selfray[tiff]'` installs.
 """
 
 import io
@@ -25,9 +25,10 @@ def channels_of(data: bytes, max_pixels: int, page: int = 0) -> np.ndarray:
 
 
 def pages_of(data: bytes, max_pixels: int, only: tuple[int, ...] | None = None) -> list[np.ndarray]:
-    """The pages of a TIFF as stored, [H, W, C] each; or `only` some of them. BrokenImage."""
+    """The pages of a TIFF as stored, [H, W, C] each; with `only`, these pages. Raises
+    BrokenImage."""
     tifffile = _tifffile()
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs is of no use here
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its log messages are of no use here
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             chosen = range(len(file.pages)) if only is None else only
@@ -35,7 +36,7 @@ def pages_of(data: bytes, max_pixels: int, only: tuple[int, ...] | None = None) 
     except BrokenImage:
         raise
     except MemoryError as error:
-        raise BrokenImage("too large", "the TIFF needs more memory than there is") from error
+        raise BrokenImage("too large", "the TIFF needs more memory than is available") from error
     except Exception as error:  # tifffile raises many types on hostile bytes
         raise BrokenImage("corrupt", str(error) or type(error).__name__) from error
 
@@ -44,7 +45,9 @@ def _page(page: Any, max_pixels: int, size: int) -> np.ndarray:
     height, width = int(page.imagelength), int(page.imagewidth)
     samples = int(page.samplesperpixel)
     if not 1 <= samples <= MOST_CHANNELS:
-        raise BrokenImage("channels", f"the image has {samples}; at most {MOST_CHANNELS} are read")
+        raise BrokenImage(
+            "channels", f"the image has {samples} channels; the limit is {MOST_CHANNELS}"
+        )
     bytes_per_pixel = 3 * samples * max(1, int(page.bitspersample) // 8)
     require_size(width, height, max_pixels, "TIFF", b"", bytes_per_pixel)
     stored = sum(int(count) for count in page.databytecounts)

@@ -1,20 +1,20 @@
-"""Arrays to work in, kept from image to image."""
+"""Scratch arrays that are reused from image to image."""
 
 import threading
 
 import numpy as np
 
 MOST_BYTES = 32 << 20
-"""A larger array is not kept, so that one large image does not take memory for good."""
+"""Larger arrays are not kept, so that one large image does not occupy memory forever."""
 LINE = 64
-"""Bytes of a cache line and of the widest vector register. A vector that crosses the border of two
-lines takes two accesses."""
+"""Bytes of a cache line and of the widest vector register. A vector that crosses a line's border
+takes two accesses."""
 
 
 class Workspace(threading.local):
     """Arrays by name, separate for each thread.
 
-    To allocate them for each image would cost a page fault for every 4 kB.
+    Allocating them for each image would cost a page fault for every 4 kB.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""What an encoder is worth: frozen features, judged by named and versioned protocols."""
+"""Evaluation of encoders: frozen features, judged by named and versioned protocols."""

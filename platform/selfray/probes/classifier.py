@@ -1,4 +1,4 @@
-"""What every protocol that names classes has in common: it never sees a test label."""
+"""The base of all protocols that predict classes: they never see a test label."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -11,23 +11,23 @@ from torch import Tensor
 from selfray.probes.protocol import Protocol
 
 CHUNK_ROWS = 16_384
-"""Rows of a gallery that are worked on at a time: features may lie on a disk, not in memory."""
+"""Rows of a gallery processed at a time: features may lie on disk, not in memory."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Features of images whose classes are known: what a protocol learns from."""
+    """Features of images with known classes, from which a protocol learns."""
 
     features: Tensor
-    """float32 [n, D], or [n, 2D] for a ViT: the class token, then the mean of the patch tokens. It
-    may be mapped from a file: take rows of it, not all at once."""
+    """float32 [n, D], or [n, 2D] for a ViT: the class token, then the mean of the patch tokens.
+    They may be memory-mapped from a file: read them in chunks."""
     labels: Tensor
     """int64 [n], in 0..classes-1."""
     keys: np.ndarray
-    """uint64 [n]: which image each is, by its bytes."""
+    """uint64 [n]: a hash of each image's bytes."""
     classes: int
     cls_width: int | None = None
-    """D, the width of the class token's part; None where the features have no other part."""
+    """D, the width of the class token's part; None if the features have only that part."""
 
     def rows(self, chosen: np.ndarray | Tensor) -> "Gallery":
         index = torch.as_tensor(chosen)
@@ -39,22 +39,22 @@ class Classified(NamedTuple):
     predicted: Tensor
     """int64 [m]: the class of each test image."""
     chosen: dict[str, Any]
-    """Settings that held-out train images decided, by name."""
+    """Settings that were chosen on held-out train images, by name."""
 
 
 @dataclass(frozen=True)
 class Classifier(Protocol, ABC):
-    """A protocol that learns classes from a gallery and names those of other features."""
+    """A protocol that learns classes from a gallery and predicts those of other features."""
 
     @abstractmethod
     def classify(self, train: Gallery, test: Tensor) -> Classified:
-        """The classes of test features [m, D or 2D]. Nothing of the test but its features is
-        there, so no test label can choose anything."""
+        """Predict the classes of test features float [m, D or 2D]. The method gets no test labels,
+        so they cannot influence any choice."""
 
 
 @dataclass
 class Moments:
-    """Mean and standard deviation of features, read in chunks."""
+    """Mean and standard deviation of each feature, float32 [D], computed in chunks."""
 
     count: int = 0
     total: Tensor = field(default_factory=lambda: torch.zeros(0))

@@ -1,4 +1,4 @@
-"""Images -> Parquet files of embeddings, block by block: each file a pure function of its rows."""
+"""Images -> Parquet files of embeddings, in blocks: each file is a pure function of its rows."""
 
 import hashlib
 import io
@@ -26,11 +26,12 @@ from selfray.probes.subsets import image_digest
 from selfray.storage import Location
 
 VERSION = 1
-"""Changes whenever the same settings would give other files."""
+"""Changes whenever the same settings would give different files."""
 PLAN = "_embeddings.json"
-"""In a folder of embeddings: of what they are. The _ makes readers of the folder pass it by."""
+"""The file in a folder of embeddings that says what they are of. Readers of Parquet folders skip
+names that begin with _."""
 BATCH = 128
-"""Images that an encoder sees at a time; fixed, since rounding follows it."""
+"""Images in one forward pass; fixed, because rounding depends on it."""
 LAYERS = 4
 PATH, LABEL, KEY, EMBEDDING = "path", "label", "key", "embedding"
 PATCH_MEAN, PATCHES, EARLIER, OF_CROP = "patch_mean", "patches", "earlier_layers", "of_crop"
@@ -38,7 +39,7 @@ PATCH_MEAN, PATCHES, EARLIER, OF_CROP = "patch_mean", "patches", "earlier_layers
 
 @dataclass(frozen=True)
 class Contents:
-    """What is written of each image, beside its label and `embedding` [D]."""
+    """What is written for each image, beside its label and `embedding` [D]."""
 
     path: bool = False
     key: bool = False
@@ -48,11 +49,11 @@ class Contents:
     earlier_layers: bool = False
     """The class tokens of the three blocks before the last, [3 D]."""
     of_crop: bool = False
-    """The embedding of a random crop, [D]; always the same crop."""
+    """The embedding of one fixed random crop, [D]."""
     patches: bool = False
     """All patch tokens as float16, [N, D] in row-major order."""
     normalize: bool = False
-    """Embeddings have length 1."""
+    """Normalise embeddings to length 1."""
     dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -61,13 +62,13 @@ class Contents:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a data set, in an order."""
+    """Chosen rows of a data set, in a fixed order."""
 
     shards: ShardSet
     groups: np.ndarray
-    """int64 [n]: each image's row group, counted over all files."""
+    """int64 [n]: the row group of each image, counted over all files."""
     rows: np.ndarray
-    """int64 [n]: its row in there."""
+    """int64 [n]: the row of each image within its row group."""
 
     @classmethod
     def all_of(cls, shards: ShardSet) -> "Rows":
@@ -80,7 +81,7 @@ class Rows:
         return len(self.rows)
 
     def digest(self) -> str:
-        """Which rows of which files these are: files count by name, size and time of change."""
+        """A sha256 of the chosen rows and their files (name, size and time of change)."""
         read = [self.shards.image_column, self.shards.label_column, self.shards.label_names]
         found = hashlib.sha256(json.dumps(read).encode())
         for file in self.shards.files:
@@ -93,23 +94,23 @@ class Rows:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A folder of embeddings to be written: of these rows, by this encoder, at this size."""
+    """A folder of embeddings to write: of which rows, by which encoder, at which image size."""
 
     rows: Rows
     encoder: EncoderRef | None
-    """None gives raw pixels."""
+    """None writes raw pixels."""
     size: int
-    """Side in pixels that images are brought to."""
+    """Side in pixels to which images are resized."""
     contents: Contents
     block_rows: int = 512
-    """Images of one file."""
+    """Images per file."""
 
     @property
     def blocks(self) -> int:
         return -(-len(self.rows) // self.block_rows)
 
     def plan(self) -> dict[str, Any]:
-        """What proves of what a folder's files are."""
+        """The content of PLAN: it identifies encoder, rows and settings of a folder's files."""
         encoder = None
         if self.encoder is not None:
             mean, std = self.encoder.normalization
@@ -130,7 +131,7 @@ class Embedding:
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, block: int, folder: Location) -> int:
-        """Write one block's file, all or none of it. Returns how many images could be read."""
+        """Write one block's file atomically. Returns the number of readable images."""
         table = self.table(block)
         data = io.BytesIO()
         pq.write_table(table, data, compression="zstd", use_dictionary=False)
@@ -138,7 +139,7 @@ class Embedding:
         return table.num_rows
 
     def table(self, block: int) -> pa.Table:
-        """The block's readable images; unreadable ones are left out."""
+        """The table of a block: one row for each readable image."""
         cv2.setNumThreads(1)
         chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
         groups, rows = self.rows.groups[chosen], self.rows.rows[chosen]
@@ -177,7 +178,7 @@ def part_name(block: int) -> str:
 
 @lru_cache(maxsize=2)
 def loaded(ref: EncoderRef) -> Encoder:
-    """A process that works on several blocks loads the encoder once."""
+    """The encoder on this process's device; cached, so that several blocks load it once."""
     return ref.load().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -189,7 +190,11 @@ def embedded(
     std: tuple[float, ...],
     contents: Contents,
 ) -> dict[str, np.ndarray]:
-    """The columns of uint8 views [n, 3, H, W], by name."""
+    """Embed uint8 views [n, C, H, W].
+
+    Returns the columns by name, each [n, width] in `contents.dtype` (patches always in float16).
+    Raises ValueError if earlier layers are asked of an encoder that is not a ViT.
+    """
     device = next(encoder.parameters()).device
     is_vit = encoder.config.is_vit
     require(
@@ -219,13 +224,13 @@ def embedded(
 
 
 def _nothing(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of no image, of the right shapes: a block may hold none that can be read."""
+    """Empty features of the right shapes, for a block without any readable image."""
     cls, patches = encoder(torch.zeros(1, *images.shape[1:], device=images.device))
     return cls[:0], patches[:0]
 
 
 def earlier_layers(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
-    """Class tokens of the three blocks before the last, normed: [b, 3 D]."""
+    """Class tokens of the three blocks before the last, after the final norm: [b, 3 D]."""
     backbone: Any = encoder.backbone
     found = backbone.forward_intermediates(
         images,
@@ -244,7 +249,7 @@ def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def paths_of(shards: ShardSet, groups: np.ndarray, rows: np.ndarray) -> list[str]:
-    """Each row's path as its file has it, else the file's name and the row's number."""
+    """Each row's path as stored in its file, or else `file name#row number`."""
     return [_paths_of_group(shards, int(g))[int(r)] for g, r in zip(groups, rows, strict=True)]
 
 
@@ -268,7 +273,8 @@ def _paths_of_group(shards: ShardSet, group: int) -> Sequence[str]:
 
 
 def _file_of(shards: ShardSet, group: int) -> tuple[str, int, int]:
-    """(file, its row group, that group's first row in the file) of a row group of the set."""
+    """(file, row group within it, first row of that group in the file) of a row group of the
+    set."""
     for file in shards.files:
         if group < len(file.group_rows):
             return file.uri, group, sum(file.group_rows[:group])

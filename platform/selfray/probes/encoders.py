@@ -1,4 +1,4 @@
-"""An encoder by whatever a user calls it, as data that a task on another machine can load."""
+"""References to encoders of any origin, as data from which a task on any machine can load them."""
 
 import hashlib
 import json
@@ -29,19 +29,19 @@ Channels = tuple[float, ...]
 
 @dataclass(frozen=True)
 class EncoderRef:
-    """An encoder that a task can load by itself: of a run, a file, or timm. One of `experiment`,
-    `file` and `timm_name` says which."""
+    """An encoder that a task can load by itself, from a run, a file, or timm. Exactly one of
+    `experiment`, `file` and `timm_name` is set."""
 
     experiment: str | None = None
     """The Experiment as JSON."""
     checkpoint: str | None = None
     """A checkpoint's folder; None means the experiment's weights before the first step."""
     file: str | None = None
-    """A file that `selfray export` wrote."""
+    """A file written by `selfray export`."""
     timm_name: str | None = None
-    """A model of timm's, with its published weights."""
+    """The name of a timm model with published weights."""
     started: str | None = None
-    """The folder of the experiment's run: the weights that it started from are meant."""
+    """The folder of the experiment's run, if the weights that it started from are meant."""
 
     @classmethod
     def untrained(cls, experiment: Experiment) -> "EncoderRef":
@@ -49,7 +49,7 @@ class EncoderRef:
 
     @classmethod
     def start(cls, experiment: Experiment, run: Location) -> "EncoderRef":
-        """What a run started from: public weights, a checkpoint's, or random ones."""
+        """The weights that a run started from: public ones, a checkpoint's, or random ones."""
         return cls(config.dumps(experiment), started=run.uri)
 
     @classmethod
@@ -58,7 +58,7 @@ class EncoderRef:
 
     @classmethod
     def of_file(cls, path: str) -> "EncoderRef":
-        """A file of `selfray export`, or the folder that holds it. ValueError where it is none."""
+        """A file written by `selfray export`, or its folder. Raises ValueError for other files."""
         place = Location.of(path)
         if place.is_folder():
             place = place / WEIGHTS
@@ -68,7 +68,7 @@ class EncoderRef:
 
     @classmethod
     def of_timm(cls, name: str) -> "EncoderRef":
-        """ValueError where timm has no such model or no weights for it."""
+        """A timm model. Raises ValueError if timm has no such model or no weights for it."""
         ref = cls(timm_name=name)
         _ = ref.encoder_config
         return ref
@@ -100,7 +100,7 @@ class EncoderRef:
 
     @property
     def digest(self) -> str:
-        """Hex of 64 digits that differs where the weights do."""
+        """64 hex digits that identify the weights."""
         if self.checkpoint is not None:
             files = Checkpoint.open(self.checkpoint).manifest["files"]
             return files["encoder.safetensors"]["sha256"]
@@ -116,7 +116,7 @@ class EncoderRef:
         return digest.hexdigest()
 
     def load(self) -> Encoder:
-        """The encoder, in eval mode on the CPU. ValueError or OSError where it cannot be had."""
+        """Load the encoder, in eval mode on the CPU. Raises ValueError or OSError if it cannot."""
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
         if self.experiment is not None and self.started is not None:
@@ -145,11 +145,11 @@ class EncoderRef:
             size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
         except (ValueError, AttributeError):
-            raise ValueError(f"{self.file} is no safetensors file") from None
+            raise ValueError(f"{self.file} is not a safetensors file") from None
         require(
             ENCODER_CONFIG in header,
-            f"{self.file} does not say which encoder it holds: give a file that this version's "
-            "`selfray export` wrote",
+            f"{self.file} does not say which encoder it holds: give a file written by this "
+            "version's `selfray export`",
         )
         return header
 
@@ -163,7 +163,7 @@ class EncoderRef:
 
     def _timm_weights(self) -> dict[str, torch.Tensor]:
         assert self.timm_name is not None
-        # As the encoder builds it, and not by timm's own name alone: BEiT's pooling differs.
+        # With the encoder's options, not only the name: BEiT's pooling differs from timm's.
         options = self.encoder_config.options
         try:
             return timm.create_model(self.timm_name, pretrained=True, **options).state_dict()
@@ -171,5 +171,5 @@ class EncoderRef:
             first = str(error).strip().splitlines()[0]
             raise OSError(
                 f"{TIMM}{self.timm_name}: its weights are not on this machine and cannot be "
-                f"fetched ({first}): fetch them where there is a network, or export a run instead"
+                f"fetched ({first}): fetch them on a machine with network, or export a run instead"
             ) from None

@@ -1,4 +1,6 @@
-"""Labelled images before they judge anything: what makes a number a lie is said, or refused."""
+"""Checks of labelled images before an evaluation: faults that falsify a number give a note or
+error.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +12,16 @@ from selfray.check import require
 
 @dataclass(frozen=True)
 class Examined:
-    """Labels as 0, 1, 2, ..., whatever the data calls them."""
+    """Labels renumbered to 0, 1, 2, ..."""
 
     train: np.ndarray
     """int64 [n], in 0..classes-1."""
     test: np.ndarray
-    """int64 [m]; `classes` and above for classes that train lacks, which no protocol can name."""
+    """int64 [m]; numbers from `classes` on are classes without train images: always wrong."""
     names: tuple[str, ...]
-    """Of train's classes."""
+    """Names of the train classes."""
     notes: tuple[str, ...]
-    """What a reader of the numbers has to know."""
+    """Sentences that a reader of the numbers must know."""
 
     @property
     def classes(self) -> int:
@@ -34,18 +36,20 @@ def examine(
     test_keys: np.ndarray,
     label_names: Sequence[str] | None = None,
 ) -> Examined:
-    """Number the classes and look for what spoils an evaluation. ValueError where there is nothing
-    to judge by.
+    """Number the classes and look for faults that falsify an evaluation.
 
     Args:
         where: the data set, for messages.
-        train_labels: int64 [n] of labelled images, any integers; test_labels: [m].
-        train_keys: uint64 [n], a hash of each image's bytes; test_keys: [m].
+        train_labels: int64 [n] of labelled images, any integers; test_labels: int64 [m].
+        train_keys: uint64 [n], a hash of each image's bytes; test_keys: uint64 [m].
+
+    Raises:
+        ValueError: there are no labelled train or test images, or only one class.
     """
     require(
         len(train_labels) > 0 and len(test_labels) > 0,
         f"{where} has {len(train_labels):,} labelled train and {len(test_labels):,} labelled test "
-        "images, and both are needed: give labels as class folders or an integer column `label`",
+        "images, but needs both: give labels as class folders or an integer column `label`",
     )
     known, train, counts = np.unique(train_labels, return_inverse=True, return_counts=True)
     names: tuple[str, ...] = tuple(
@@ -54,7 +58,7 @@ def examine(
     )
     require(
         len(known) > 1,
-        f"{where} has one class ({names[0]}) in its train images: there is nothing to tell apart",
+        f"{where} has only one class ({names[0]}) in its train images: give at least two classes",
     )
     every = np.concatenate([known, np.setdiff1d(test_labels, known)])
     place = np.argsort(every)
@@ -63,18 +67,18 @@ def examine(
     both = np.isin(test_keys, train_keys)
     if both.any():
         notes.append(
-            f"warning: {int(both.sum()):,} of {len(test_keys):,} test images of {where} are in "
-            "train, too (the same bytes): every number below is too high"
+            f"warning: {int(both.sum()):,} of {len(test_keys):,} test images of {where} are also "
+            "in train (the same bytes): every number below is too high"
         )
     alone = [names[int(i)] for i in np.flatnonzero(counts == 1)]
     if alone:
         notes.append(
-            f"{_counted(len(alone), 'class')} with one train image ({_listed(alone)}): none of it "
+            f"{_counted(len(alone), 'class')} with one train image ({_listed(alone)}): no image "
             "can be held out"
         )
     if (strange := int((test >= len(known)).sum())) > 0:
         notes.append(
-            f"{strange:,} test images are of classes that train lacks: they count as wrong"
+            f"{strange:,} test images are of classes without train images: they count as wrong"
         )
     return Examined(train.astype(np.int64), test.astype(np.int64), names, tuple(notes))
 

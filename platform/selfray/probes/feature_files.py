@@ -1,4 +1,4 @@
-"""Folders of embeddings read back: labels and keys at once, features mapped from a scratch file."""
+"""Reads folders of embeddings: labels and keys at once, features mapped from a scratch file."""
 
 import tempfile
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from selfray.probes.embedding import EMBEDDING, KEY, LABEL, PATCH_MEAN, part_nam
 from selfray.storage import Location
 
 IN_MEMORY = 2**28
-"""Bytes of features that are held in memory; more are mapped from a file."""
+"""Up to this many bytes, features are held in memory; larger ones are mapped from a file."""
 READERS = 8
 
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """The files of a folder of embeddings, all written."""
+    """The complete files of a folder of embeddings."""
 
     folder: Location
     blocks: int
 
     def labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n], -1 where there is no label; uint64 [n]."""
+        """(labels int64 [n], -1 for none; keys uint64 [n])."""
         tables = self._tables([LABEL, KEY])
         labels = [t[LABEL].fill_null(-1).to_numpy() for t in tables]
         keys = [t[KEY].to_numpy() for t in tables]
@@ -35,9 +35,10 @@ class FeatureFiles:
     def features(
         self, columns: Sequence[str] = (EMBEDDING, PATCH_MEAN), kept: np.ndarray | None = None
     ) -> torch.Tensor:
-        """float32 [n, widths of the columns that there are]; rows where `kept`, bool [n], is true.
+        """The existing ones of `columns`, side by side: float32 [n, sum of widths].
 
-        What is larger than IN_MEMORY lies in a file without a name, and pages of it come and go.
+        `kept`, bool [n], selects rows. Features larger than IN_MEMORY are memory-mapped from an
+        unnamed temporary file.
         """
         first = self._schema()
         wanted = [name for name in columns if name in first.names]
@@ -83,7 +84,7 @@ class FeatureFiles:
 
 
 def _matrix(values: pa.FixedSizeListArray | pa.ChunkedArray) -> np.ndarray:
-    """[n, width] of a column of fixed-size lists."""
+    """A column of fixed-size lists as an array [n, width]."""
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks)
     return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)

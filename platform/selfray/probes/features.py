@@ -1,4 +1,4 @@
-"""Frozen features of labelled images, and the probes that judge them."""
+"""Frozen features of labelled images, and the probes of a run, which judge them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,13 +19,13 @@ from selfray.probes.linear import Linear
 @dataclass(frozen=True)
 class LabelledFeatures:
     features: Tensor
-    """float32 [n, D], or [n, 2D] for a ViT: what `embed` gives."""
+    """float32 [n, D], or [n, 2D] for a ViT, as from `embed`."""
     labels: Tensor
-    """int64 [n]; -1 where an image has none."""
+    """int64 [n]; -1 for an image without label."""
     cls_width: int | None = None
-    """D, the width of the class token's part; None where the features have no other part."""
+    """D, the width of the class token's part; None if the features have only that part."""
     of_crops: Tensor | None = None
-    """float32 [n, D]: class tokens of a crop of each image, where they were asked for."""
+    """float32 [n, D]: class tokens of a crop of each image; None if not computed."""
 
     @property
     def cls(self) -> Tensor:
@@ -39,8 +39,8 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The numbers of one encoder, with the protocols that made them: accuracies in 0..1 (None where
-    there are no labels), and what can be told without (see LabelFree; None where not asked for)."""
+    """The numbers of one encoder and the protocols that produced them: accuracies in 0..1 (None
+    without labels), and label-free figures (see LabelFree; None if not computed)."""
 
     knn: float | None
     linear: float | None
@@ -51,10 +51,12 @@ class ProbeResult:
     uniformity: float | None = None
     alignment: float | None = None
     hits: Mapping[str, str] = field(default_factory=dict)
-    """By probe: which test images were told right, as the hex digits of packed bits."""
+    """For each probe, one bit per test image, 1 if it was classified correctly: packed, in hex."""
 
     def told_right(self, probe: str) -> np.ndarray | None:
-        """float [m], 1 where a probe told a test image right; None where that was not kept."""
+        """float64 [m]: 1 for each test image that a probe classified correctly; None if not
+        recorded.
+        """
         if probe not in self.hits:
             return None
         packed = np.frombuffer(bytes.fromhex(self.hits[probe]), np.uint8)
@@ -62,12 +64,12 @@ class ProbeResult:
 
     @property
     def described(self) -> str:
-        """The accuracies, or where there are none what is told without labels."""
+        """The accuracies, or the label-free figures if there are none, as text."""
         return described(vars(self))
 
 
 def described(found: Mapping[str, Any]) -> str:
-    """A probe's numbers by name, as a person reads them: the accuracies, or what there is."""
+    """A probe's numbers by name as text: the accuracies, or the label-free figures."""
     if all(found[name] is not None for name in ACCURACIES):
         return ", ".join(f"{PROBES[n].name} {PROBES[n].shown(found[n])}" for n in ACCURACIES)
     known = [(metric, found[name]) for name, metric in PROBES.items() if not metric.is_accuracy]
@@ -81,10 +83,10 @@ def embed(
     std: tuple[float, ...],
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Features of uint8 views [n, 3, H, W], on the encoder's device.
+    """Features of uint8 views [n, C, H, W], computed on the encoder's device.
 
-    float32 [n, D]; for a ViT [n, 2D], the class token beside the mean of the patch tokens, since
-    some methods (MAE, BEiT) put what they learn into the patches.
+    Returns float32 [n, D]; for a ViT [n, 2D], the class token and the mean of the patch tokens,
+    since some methods (MAE, BEiT) put most information into the patches.
     """
     device = next(encoder.parameters()).device
     chunks = []
@@ -99,14 +101,14 @@ def embed(
 
 
 def pixels(views: np.ndarray) -> np.ndarray:
-    """The raw-pixel baseline's features: float32 [n, 3 * H * W] in 0..1."""
+    """Features of the raw-pixel baseline: uint8 [n, C, H, W] -> float32 [n, C * H * W] in 0..1."""
     return views.reshape(len(views), -1).astype(np.float32) / 255
 
 
 def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult:
-    """Judge features by every protocol: kNN sees the class token, as in DINO's paper, the linear
-    probe all that there is. Without `train`, by what needs no labels alone. ValueError where train
-    or test holds no label."""
+    """Judge features by every protocol: kNN uses the class token, as in DINO's paper; the linear
+    probe uses all features. Without `train`, only label-free figures are computed. Raises
+    ValueError if train or test has no labels."""
     labelfree = LabelFree()
     if train is None:
         found = _without_labels(labelfree, test)
@@ -115,8 +117,8 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
     train, test = train.labelled(), test.labelled()
     if len(train.labels) < 2 or len(test.labels) < 1:
         raise ValueError(
-            f"probes need labelled images; {len(train.labels)} of train and {len(test.labels)} of "
-            "test have a label"
+            f"probes need labelled images, but only {len(train.labels)} train and "
+            f"{len(test.labels)} test images have a label"
         )
     train, test = _renumbered(train, test)
     knn, linear = KNN(), Linear()
@@ -140,10 +142,11 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
 def _renumbered(
     train: LabelledFeatures, test: LabelledFeatures
 ) -> tuple[LabelledFeatures, LabelledFeatures]:
-    """Labels as 0..C-1 where their ids leave gaps: probes take room for each id up to the largest.
+    """Renumber labels to 0..C-1 if an id exceeds the number of images, because probes allocate
+    memory for each id up to the largest.
 
-    Where there is no more of them than of images, ids stay: a class that no image has is then a
-    class that the linear probe can be wrong with, as in the numbers of before.
+    Smaller ids stay, gaps included, so that numbers do not change from earlier versions: the linear
+    probe has an output for each gap too.
     """
     both = torch.cat([train.labels, test.labels])
     if int(both.max()) < len(both):
@@ -156,7 +159,7 @@ def _renumbered(
 def _without_labels(
     labelfree: LabelFree, test: LabelledFeatures
 ) -> tuple[float, float, float | None]:
-    """RankMe, uniformity, and alignment where there are crops."""
+    """(RankMe, uniformity, alignment; None without crops)."""
     crops = test.of_crops
     alignment = None if crops is None else labelfree.alignment(test.cls, crops)
     return labelfree.rankme(test.cls), labelfree.uniformity(test.cls), alignment

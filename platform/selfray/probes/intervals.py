@@ -1,4 +1,4 @@
-"""How sure a number is: 95 % intervals by the bootstrap over test images."""
+"""95 % intervals of numbers, by the bootstrap over test images."""
 
 from collections.abc import Callable
 from itertools import combinations_with_replacement
@@ -9,9 +9,11 @@ import numpy as np
 from selfray.check import require
 
 DRAWS = 2_000
-"""Resamples of the test images."""
+"""Number of resamples of the test images."""
 _CELLS = 2**24
-"""Counts held at a time."""
+"""Largest number of counts held at a time."""
+_INTERSECTION, _UNION = 0, 1
+"""The last axis of overlaps."""
 
 
 class Interval(NamedTuple):
@@ -27,24 +29,24 @@ class Interval(NamedTuple):
 
 
 def interval(scores: np.ndarray, seed: int = 0) -> Interval:
-    """The mean of scores and how far chance may have moved it.
+    """The mean of scores with its bootstrap interval.
 
     Args:
-        scores: float [m], one for each test image; or [S, m] where S subsets of the labels were
-            used, which are then drawn anew, too.
+        scores: float [m], one for each test image; or [S, m] for S subsets of the labels, which are
+            resampled as well.
     """
     scores = np.atleast_2d(np.asarray(scores, np.float64))
     require(scores.size > 0, "an interval needs at least one score")
     rng = np.random.default_rng(seed)
     subsets, images = scores.shape
-    # Drawing S of S subsets gives few mixtures, each with its probability.
+    # S draws from S subsets give only a few distinct mixtures, each with its own frequency.
     mixtures = sorted(set(combinations_with_replacement(range(subsets), subsets)))
     drawn = np.sort(rng.integers(0, subsets, (DRAWS, subsets)), axis=1)
     means = []
     for mixture in mixtures:
         count = int((drawn == mixture).all(1).sum())
         if count:
-            # Images of equal score are drawn together: exact, and cheap where scores are 0 or 1.
+            # Images with equal scores are drawn as one group: exact, and fast for scores 0 and 1.
             values, counts = np.unique(scores[list(mixture)].mean(0), return_counts=True)
             means.append(_resampled(counts, count, rng, lambda c, v=values: c @ v / images))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
@@ -52,19 +54,22 @@ def interval(scores: np.ndarray, seed: int = 0) -> Interval:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
-    """The paired bootstrap: of the difference of two encoders' scores on the same images."""
+    """ours - theirs with its interval: the paired bootstrap of scores on the same images, shaped as
+    in `interval`."""
     require(
         np.shape(ours) == np.shape(theirs),
-        f"scores of {np.shape(ours)} and {np.shape(theirs)} are not of the same images",
+        f"scores of shapes {np.shape(ours)} and {np.shape(theirs)} are not of the same images",
     )
     return interval(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
 
 
 def overlap_interval(overlaps: np.ndarray, seed: int = 0) -> Interval:
-    """Mean over classes of intersection over union, which is no mean over images.
+    """mIoU with its interval: intersection over union of pixels summed over images, mean over
+    classes.
 
     Args:
-        overlaps: float [m, C, 2], pixels in the intersection and in the union, by image and class.
+        overlaps: float [m, C, 2], number of pixels in the (intersection, union) of each image and
+            class.
     """
     images, classes, _ = overlaps.shape
     flat = overlaps.reshape(images, -1).astype(np.float64)
@@ -78,7 +83,8 @@ def overlap_interval(overlaps: np.ndarray, seed: int = 0) -> Interval:
 
 
 def overlap_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> Interval:
-    """The paired bootstrap for mIoU; arguments as of `overlap_interval`."""
+    """mIoU of `ours` minus that of `theirs`, by the paired bootstrap; arguments as in
+    `overlap_interval`."""
     require(ours.shape == theirs.shape, "overlaps are not of the same images and classes")
     images, classes, _ = ours.shape
     flat = np.concatenate([a.reshape(images, -1) for a in (ours, theirs)], 1).astype(np.float64)
@@ -93,8 +99,8 @@ def overlap_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> I
 
 
 def mean_overlap(totals: np.ndarray) -> np.ndarray:
-    """[b, C, 2] -> [b]: mIoU over the classes that occur."""
-    inside, union = totals[..., 0], totals[..., 1]
+    """mIoU over the classes that occur: totals [b, C, 2] of (intersection, union) -> [b]."""
+    inside, union = totals[..., _INTERSECTION], totals[..., _UNION]
     shares = np.where(union > 0, inside / np.maximum(union, 1e-12), np.nan)
     occurs = (union > 0).any(-1)
     return np.where(occurs, np.nansum(shares, -1) / np.maximum((union > 0).sum(-1), 1), 0.0)
@@ -106,7 +112,8 @@ def _resampled(
     rng: np.random.Generator,
     statistic: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """[draws]: a statistic of how often each group of equal images is drawn."""
+    """Bootstrap values [draws] of a statistic, which maps the counts [b, groups] of drawn images to
+    [b]."""
     total = int(counts.sum())
     shares = counts / total
     step = max(1, _CELLS // len(counts))

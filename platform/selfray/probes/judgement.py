@@ -1,4 +1,4 @@
-"""A number with its interval, its protocol and what it was computed from; and how two compare."""
+"""Numbers of an evaluation, with interval, protocol and the scores behind them; and comparisons."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,29 +19,29 @@ from selfray.probes.intervals import (
 from selfray.probes.retrieval import Retrieval
 
 UNEVEN = 1.5
-"""Balanced accuracy is shown where the largest class has so many times the smallest one's test
-images."""
+"""Balanced accuracy is shown if the largest class has more than this many times the test images of
+the smallest."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one protocol says of one encoder on one data set."""
+    """The result of one protocol for one encoder on one data set."""
 
     key: str
     """The protocol's short name, such as `knn` or `low-shot-1%`."""
     protocol: str
     """Its name, version and settings."""
     metric: str
-    """accuracy, mAP, Jaccard or mIoU: what `value` is."""
+    """accuracy, mAP, Jaccard or mIoU."""
     scores: np.ndarray
-    """float [S, m]: by subset of the labels (one where all are used) and test image; or
+    """float64 [S, m], by subset of the labels (S = 1 if all are used) and test image; or
     [m, C, 2] for mIoU, see `overlap_interval`."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    """What held-out train images decided."""
+    """Settings that were chosen on held-out train images."""
     more: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     predicted: np.ndarray | None = None
-    """int64 [m]: the class of each test image, where there is one answer for each."""
+    """int64 [m]: the predicted class of each test image; None if there is no single prediction."""
     seconds: float = 0.0
 
     @property
@@ -49,12 +49,12 @@ class Judgement:
         return interval(self.scores) if self.scores.ndim == 2 else overlap_interval(self.scores)
 
     def against(self, other: "Judgement") -> Interval:
-        """This one's value minus another's, on the same test images."""
+        """This value minus another's on the same test images, with its interval."""
         paired = difference if self.scores.ndim == 2 else overlap_difference
         return paired(self.scores, other.scores)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it: a file of an earlier start is read instead of computing anew."""
+        """All fields as JSON, so that a later start reads the file instead of computing again."""
         return {
             "key": self.key,
             "protocol": self.protocol,
@@ -78,13 +78,13 @@ class Judgement:
         )
 
     def numbers(self) -> dict[str, float]:
-        """Everything that is logged, by name: the value itself has the empty name."""
+        """All logged numbers by name; the value itself has the empty name."""
         found = self.interval
         return {"": found.value, "low": found.low, "high": found.high, **self.more}
 
 
 def classified(key: str, protocol: Classifier, train: Gallery, test: Gallery) -> Judgement:
-    """Accuracy of a classifier: the only place where its answers meet the test labels."""
+    """Accuracy of a classifier. Only here are its predictions compared with test labels."""
     predicted, chosen = protocol.classify(train, test.features)
     return of_predictions(key, str(protocol), predicted.numpy(), test.labels.numpy(), chosen)
 
@@ -96,7 +96,8 @@ def of_predictions(
     labels: np.ndarray,
     chosen: Mapping[str, Any] | None = None,
 ) -> Judgement:
-    """Accuracy of predictions [m], or [S, m] of several subsets of the labels."""
+    """Accuracy of predictions int64 [m], or [S, m] for S subsets of the labels, against labels
+    int64 [m]."""
     each = np.atleast_2d(predicted)
     scores = (each == labels).astype(np.float64)
     more = {"balanced": float(np.mean([balanced_accuracy(p, labels) for p in each]))}
@@ -111,18 +112,18 @@ def retrieved(key: str, protocol: Retrieval, train: Gallery, test: Gallery) -> J
 
 
 def accuracy_by_class(predicted: np.ndarray, labels: np.ndarray) -> dict[int, float]:
-    """The share of each class's test images that are found."""
+    """The share of each class's test images that are classified correctly."""
     return {int(c): float((predicted[labels == c] == c).mean()) for c in np.unique(labels)}
 
 
 def balanced_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over classes of the share of their images that are found."""
+    """The mean over classes of `accuracy_by_class`."""
     return float(np.mean(list(accuracy_by_class(predicted, labels).values())))
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [C, C]: how many test images of each class (row) were given each class (column). Test
-    images of classes that train lacks are left out."""
+    """int64 [C, C]: the number of test images of each class (row) predicted as each class (column).
+    Test images of classes without train images are left out."""
     known = labels < classes
     cells = labels[known] * classes + predicted[known]
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
@@ -134,8 +135,8 @@ def is_uneven(labels: np.ndarray) -> bool:
 
 
 def verdicts(by_encoder: Mapping[str, Sequence[Judgement]], images: int) -> Iterator[str]:
-    """Sentences on which encoders differ by more than chance, protocol by protocol: the best
-    against each other one, by paired bootstrap."""
+    """One sentence for each protocol: by how much its best encoder differs from each other one, and
+    whether that may be chance (paired bootstrap)."""
     if len(by_encoder) < 2:
         return
     keys = list(dict.fromkeys(j.key for found in by_encoder.values() for j in found))
@@ -169,17 +170,16 @@ def _sentence(found: Mapping[str, Judgement], images: int) -> str:
         parts.append(f"{best} is better than {' and '.join(beaten)}")
     if equal:
         parts.append(
-            f"no difference that these {images:,} images can show between {best} and "
-            f"{' or '.join(equal)}"
+            f"{images:,} images show no difference between {best} and {' or '.join(equal)}"
         )
     return "; ".join(parts)
 
 
 def mean_ranks(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """For each encoder the mean over columns of its rank, 1 the best; equal values share a rank.
+    """The mean over columns of each encoder's rank; 1 is best, equal values share a rank.
 
     Args:
-        values: by encoder, one value for each column; higher is better.
+        values: for each encoder, one value per column; higher is better.
     """
     table = torch.tensor(list(values.values()), dtype=torch.float64)  # [E, columns]
     better = (table[None] > table[:, None]).sum(1)  # [E, columns]

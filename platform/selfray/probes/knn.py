@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features: no training, so hardly anything to tune."""
+"""k nearest neighbours on frozen features: no training, and hardly any settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from selfray.probes.subsets import held_out
 
 @dataclass(frozen=True)
 class KNN(Classifier):
-    """DINO's protocol (arXiv:2104.14294): cosine similarity s, each of the k nearest train images
-    votes for its class with weight exp(s / temperature)."""
+    """DINO's protocol (arXiv:2104.14294): each of the k nearest train images, by cosine similarity
+    s, votes for its class with weight exp(s / temperature)."""
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 1
@@ -26,17 +26,17 @@ class KNN(Classifier):
     def accuracy(
         self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
     ) -> float:
-        """Share of test images whose class is found, 0..1.
+        """Share of test images that are classified correctly, 0..1.
 
         Args:
-            train: float [n, D] features, any length; test: [m, D].
+            train: float [n, D] features of any norm; test: [m, D].
             train_labels: int64 [n], 0-based; test_labels: [m].
         """
         predicted = self.predict(train, train_labels, test)
         return float((predicted == test_labels).float().mean())
 
     def predict(self, train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
-        """The class of each test feature: int64 [m]."""
+        """The predicted class of each test feature: int64 [m]."""
         return votes(train, train_labels, test, (self.k,), self.temperature)[:, 0]
 
     def classify(self, train: Gallery, test: Tensor) -> Classified:
@@ -47,8 +47,7 @@ class KNN(Classifier):
 
 @dataclass(frozen=True)
 class ChosenKNN(Classifier):
-    """The same vote for several k in one pass; the k that is best on held-out train images counts,
-    the smallest of equal ones."""
+    """KNN with the k that is best on held-out train images; of equal ones the smallest."""
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 2
@@ -82,7 +81,14 @@ class ChosenKNN(Classifier):
 def votes(
     train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], temperature: float
 ) -> Tensor:
-    """int64 [m, len(ks)]: the class that the k nearest train features vote for, for each k."""
+    """The class that the k nearest train features vote for, for each k in one pass.
+
+    Args:
+        train: float [n, D]; labels: int64 [n]; test: float [m, D].
+
+    Returns:
+        int64 [m, len(ks)].
+    """
     classes = int(labels.max()) + 1
     most = min(max(ks), len(train))
     found = []
@@ -100,13 +106,14 @@ def votes(
 
 
 def nearest(train: Tensor, test: Tensor, k: int) -> Tensor:
-    """Indices int64 [m, k] of the train features most similar (cosine) to each test feature."""
+    """Indices int64 [m, k] of the train features [n, D] nearest by cosine to test features [m,
+    D]."""
     return _nearest(train, F.normalize(test.float(), dim=1), min(k, len(train)))[1]
 
 
 def _nearest(train: Tensor, unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and indices [c, k] of the train features nearest to unit vectors [c, D], the
-    nearest first; train is read in chunks."""
+    """(similarities, indices) [c, k] of the train features nearest to unit vectors [c, D], nearest
+    first; train is read in chunks."""
     best: tuple[Tensor, Tensor] | None = None
     for first in range(0, len(train), CHUNK_ROWS):
         part = F.normalize(train[first : first + CHUNK_ROWS].float(), dim=1)

@@ -1,4 +1,4 @@
-"""What features tell of an encoder without any label."""
+"""Figures of an encoder's features that need no labels."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,30 +25,30 @@ class LabelFree(Protocol):
 
     limit: int = 2_000
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area of the crop that alignment compares with the whole central view."""
+    """Area range of the crop that alignment compares with the whole central view."""
 
     @torch.no_grad()
     def rankme(self, features: Tensor) -> float:
-        """exp of the entropy of the singular values' shares of [n, D]: 1 to min(n, D), higher is
-        richer. Of no use where a method does not put what it learns into one vector (MAE, BEiT)."""
+        """exp of the entropy of the normalised singular values of [n, D]: 1 to min(n, D), higher is
+        richer. Unreliable for methods that put most information into patches (MAE, BEiT)."""
         return float(effective_rank(features[: self.limit].float()))
 
     @torch.no_grad()
     def uniformity(self, features: Tensor) -> float:
-        """log of the mean of exp(-2 |x - y|^2) over pairs of unit vectors: 0 at collapse, about -4
-        where they fill the sphere; lower is better."""
+        """log of the mean of exp(-2 |x - y|^2) over pairs of normalised features [n, D]: 0 at
+        collapse, about -4 if they fill the sphere; lower is better."""
         unit = F.normalize(features[: self.limit].float(), dim=-1)
         return float(torch.pdist(unit).square().mul(-2).exp().mean().log())
 
     @torch.no_grad()
     def alignment(self, features: Tensor, of_crops: Tensor) -> float:
-        """Mean of |x - y|^2 over an image's unit vector [n, D] and that of a crop of it: 0 to 4,
-        lower is better."""
+        """Mean of |x - y|^2 between the normalised features [n, D] of images and of their crops: 0
+        to 4, lower is better."""
         unit, other = (F.normalize(f[: self.limit].float(), dim=-1) for f in (features, of_crops))
         return float((unit - other).square().sum(-1).mean())
 
     def crops(self, views: np.ndarray) -> np.ndarray:
-        """A random crop of each view uint8 [n, 3, H, W], enlarged to its size; always the same."""
+        """A fixed random crop of each view, resized to its size: uint8 [n, C, H, W] -> the same."""
         size = views.shape[-1]
         view = View(size=size, crop_scale=self.crop_scale, flip=0.0)
         crops = np.empty_like(views)

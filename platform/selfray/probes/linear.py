@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, several learning rates in one pass."""
+"""A linear classifier on frozen features, trained with several learning rates in one pass."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class LinearResult(NamedTuple):
     accuracy: float
     """On the test images, 0..1."""
     learning_rate: float
-    """The one that was best on the held-out part of train."""
+    """The learning rate that was best on held-out train images."""
     held_out_accuracy: float
 
 
@@ -31,7 +31,7 @@ class Linear(Classifier):
     steps: int = 2000
     batch_size: int = 256
     held_out: float = 0.1
-    """Share of train kept out to choose the learning rate."""
+    """Share of the train images held out to choose the learning rate."""
     seed: int = 0
 
     def accuracy(
@@ -56,7 +56,7 @@ class Linear(Classifier):
     def _predict(
         self, train: Tensor, train_labels: Tensor, test: Tensor, classes: int
     ) -> tuple[Tensor, float, float]:
-        """The classes of test [m], the learning rate, and its held-out accuracy."""
+        """(classes of test int64 [m], learning rate, its held-out accuracy)."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train), generator=generator)
         held = max(1, int(len(train) * self.held_out))
@@ -74,7 +74,7 @@ class Linear(Classifier):
     def _fit(
         self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """One classifier for each of R learning rates: weight [D, R * C] and bias [R * C]."""
+        """Train one classifier for each of R learning rates: weights [D, R * C], biases [R * C]."""
         rates = torch.tensor(self.learning_rates).repeat_interleave(classes)  # [R * C]
         columns = len(rates)
         parameters = [torch.zeros(features.shape[1], columns), torch.zeros(columns)]
@@ -87,8 +87,8 @@ class Linear(Classifier):
                 order = torch.randperm(len(features), generator=generator)
             chosen, order = order[:batch], order[batch:]
             x = features[chosen]
-            # The gradient of softmax cross entropy, written out: all learning rates in one
-            # product and no autograd.
+            # The gradient of softmax cross entropy in closed form: one matrix product for all
+            # learning rates, without autograd.
             logits = torch.addmm(parameters[1], x, parameters[0]).unflatten(1, (-1, classes))
             error = logits.softmax(-1).div_(batch).sub_(wanted[chosen]).flatten(1)  # [b, R * C]
             rate = rates * (0.5 * (1 + math.cos(math.pi * step / self.steps)))
@@ -101,6 +101,6 @@ class Linear(Classifier):
 
 
 def _predictions(parameters: list[Tensor], features: Tensor, rates: int) -> Tensor:
-    """int64 [n, R]: the class of each feature by the classifiers of R learning rates."""
+    """int64 [n, R]: the class that each of R classifiers predicts for each feature [n, D]."""
     logits = torch.addmm(parameters[1], features, parameters[0])  # [n, R * C]
     return logits.unflatten(1, (rates, -1)).argmax(-1)

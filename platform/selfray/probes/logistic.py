@@ -1,4 +1,4 @@
-"""Logistic regression by L-BFGS: the tool for few labels, where SGD is the wrong one."""
+"""Logistic regression by L-BFGS, which suits few labels better than SGD."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,22 +12,22 @@ from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Galler
 from selfray.probes.subsets import folds, held_out
 
 FEW = 1_000
-"""Up to so many train images all are used to choose the regularisation, by cross-validation."""
+"""With at most this many train images, the regularisation is chosen by cross-validation."""
 
 
 @dataclass(frozen=True)
 class Logistic(Classifier):
-    """Multinomial logistic regression on standardised features (mean of the cross entropy plus
-    l2 / 2 |W|^2), minimised by L-BFGS; l2 is chosen on held-out train images, or by
-    cross-validation where there are few, and the classifier is then fitted to all."""
+    """Multinomial logistic regression on standardised features: the mean cross entropy plus
+    l2 / 2 |W|^2, minimised by L-BFGS. l2 is chosen on held-out train images, or by cross-validation
+    if there are few; the classifier is then fitted to all train images."""
 
     name: ClassVar[str] = "logistic"
     version: ClassVar[int] = 1
 
     l2: tuple[float, ...] = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    """From strong to weak: each fit starts from the one before."""
+    """From strong to weak: each fit starts from the result of the previous one."""
     without_choice: float = 1e-2
-    """l2 where a class has one image only, so that none can be held out."""
+    """l2 if a class has only one image, so that none can be held out."""
     iterations: int = 100
     held_out: float = 0.1
     folds: int = 5
@@ -35,7 +35,7 @@ class Logistic(Classifier):
 
     def classify(self, train: Gallery, test: Tensor) -> Classified:
         moments = Moments.of(train.features)
-        # Left out of the search where nothing may be held out of a class.
+        # No search if a class has a single image, which cannot be held out.
         l2 = self._choose(train) if int(_smallest(train)) > 1 else self.without_choice
         weights = None
         for strength in (*(s for s in self.l2 if s > l2), l2):
@@ -60,7 +60,7 @@ class Logistic(Classifier):
                 weights = _fit(kept, moments, strength, self.iterations, weights)
                 found = _predict(weights, moments, chosen.features)
                 right[place] += int((found == chosen.labels).sum())
-        # Of equal ones the strongest: argmax takes the first.
+        # argmax takes the first of equal values, which is the strongest.
         return self.l2[int(right.argmax())]
 
 
@@ -72,7 +72,7 @@ def _smallest(train: Gallery) -> Tensor:
 def _fit(
     train: Gallery, moments: Moments, l2: float, iterations: int, start: Tensor | None
 ) -> Tensor:
-    """Weights [D + 1, C], the bias last, from weights of another strength."""
+    """Fit weights [D + 1, C], bias in the last row, starting from those of another strength."""
     n, width = len(train.labels), train.features.shape[1]
     weights = torch.zeros(width + 1, train.classes) if start is None else start.clone()
     weights.requires_grad_(True)
@@ -83,7 +83,7 @@ def _fit(
 
     @torch.no_grad()
     def loss() -> Tensor:
-        # The gradient of softmax cross entropy, written out: no autograd over chunks.
+        # The gradient of softmax cross entropy in closed form: no autograd over chunks.
         gradient = torch.zeros_like(weights)
         total = torch.zeros(())
         for first in range(0, n, CHUNK_ROWS):

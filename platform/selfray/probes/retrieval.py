@@ -1,4 +1,4 @@
-"""Retrieval: do an image's nearest neighbours show the same thing?"""
+"""Retrieval: whether the nearest neighbours of an image have the same label."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -11,21 +11,22 @@ from selfray.probes.classifier import Gallery
 from selfray.probes.protocol import Protocol
 
 _CELLS = 2**24
-"""Similarities held at a time."""
+"""Largest number of similarities held at a time."""
 
 
 class Retrieved(NamedTuple):
     average_precision: Tensor
-    """float [m]: of each test image's ranking of all train images; 0 where none is relevant."""
+    """float [m]: average precision of each test image's ranking of all train images; 0 if none is
+    relevant."""
     found_at: dict[int, Tensor]
-    """For each k, float [m]: 1 where one of the k nearest is relevant, else 0."""
+    """For each k, float [m]: 1 if one of the k nearest is relevant, else 0."""
 
 
 @dataclass(frozen=True)
 class Retrieval(Protocol):
-    """Each test image asks for train images by cosine similarity of class tokens; relevant is what
-    has its label. mAP is the mean over test images of the average precision of the whole ranking,
-    recall@k the share of them with a relevant image among the k nearest."""
+    """Each test image ranks the train images by cosine similarity of class tokens; images with its
+    label are relevant. mAP is the mean over test images of the average precision of the whole
+    ranking; recall@k is the share of test images with a relevant image among the k nearest."""
 
     name: ClassVar[str] = "retrieval"
     version: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""The protocols of `selfray evaluate` that need features alone, by the names that a user types."""
+"""The protocols of `selfray evaluate` that need only features, by the names that a user types."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from selfray.probes.subsets import balanced
 
 LOW_SHOT = "low-shot"
 OF_FEATURES = ("knn", "linear", "logistic", "retrieval", LOW_SHOT)
-"""By these names; `low-shot` makes one judgement for each size."""
+"""Names of these protocols; `low-shot` gives one judgement for each size."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class FewLabels(Protocol):
     version: ClassVar[int] = 1
 
     share: float | None = None
-    """Share of the train labels, or"""
+    """Share of the train labels in a subset; None if `labels` is given."""
     labels: int | None = None
-    """their number."""
+    """Number of train labels in a subset; None if `share` is given."""
     subsets: int = 3
     classifier: Classifier = field(default_factory=Logistic)
 
@@ -44,7 +44,7 @@ class FewLabels(Protocol):
         return self.labels if self.share is None else max(1, round(self.share * images))  # type: ignore[return-value]
 
     def chosen(self, train: Gallery, seed: int) -> np.ndarray:
-        """Indices of a subset's images."""
+        """Indices int64 of a subset's images."""
         count = self.count(len(train.labels))
         return balanced(train.keys, train.labels.numpy(), count, seed)
 
@@ -78,7 +78,7 @@ class Suite:
     labels: tuple[int, ...] = ()
     """Numbers of labels for the label-efficiency curve."""
     subsets: int = 3
-    """Subsets of the labels of each size."""
+    """Number of subsets of the labels for each size."""
 
     def __post_init__(self) -> None:
         require(
@@ -100,7 +100,7 @@ class Suite:
             yield FewLabels(None, count, self.subsets, self.logistic)
 
     def tasks(self, by: Sequence[str]) -> dict[str, Protocol]:
-        """What is to be judged by, each a task of its own: key -> protocol."""
+        """The protocols to run by key; each is a task of its own."""
         found: dict[str, Protocol] = {}
         for name in by:
             if name == LOW_SHOT:
@@ -111,7 +111,7 @@ class Suite:
 
 
 def judge(key: str, protocol: Protocol, train: Gallery, test: Gallery) -> Judgement:
-    """One protocol's number for features of train and test."""
+    """The judgement of one protocol on features of train and test images."""
     if isinstance(protocol, FewLabels):
         return protocol.judge(train, test)
     if isinstance(protocol, Retrieval):

@@ -1,4 +1,4 @@
-"""Did training make the encoder better than the weights that it started from?"""
+"""The verdict: whether training made the encoder better than the weights it started from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ from selfray.probes.intervals import Interval, difference
 
 @dataclass(frozen=True)
 class Verdict:
-    """The best probe of a run beside that of its start, on the same test images."""
+    """The best probe of a run compared with that of its start, on the same test images."""
 
     by: Literal["knn", "linear"]
     start: float
-    """Accuracy of the weights that it started from, 0..1."""
+    """Accuracy of the weights that the run started from, 0..1."""
     best: float
+    """Accuracy of the best probe, 0..1."""
     step: int
-    """Where the best one was found."""
+    """The step of the best probe."""
     probes: int
-    """Out of how many it is the best."""
+    """Number of probes after the start."""
     test_images: int
     gain: Interval
     """best - start, with its 95 % interval by the paired bootstrap over the test images."""
@@ -45,8 +46,8 @@ class Verdict:
 
 
 def verdict(probes: Mapping[int, ProbeResult], by: Literal["knn", "linear"]) -> Verdict | None:
-    """The verdict on a run's probes by step, of which step 0 is its start; None where there is none
-    to give: no labels, no probe of the start, or none after it."""
+    """The verdict on a run's probes by step, where step 0 is the start. None without labels,
+    without a probe of the start or without one after it."""
     start = probes.get(0)
     later = {step: p for step, p in probes.items() if step > 0 and getattr(p, by) is not None}
     if start is None or not later:
@@ -60,8 +61,8 @@ def verdict(probes: Mapping[int, ProbeResult], by: Literal["knn", "linear"]) -> 
 
 
 def gain_over(start: ProbeResult, other: ProbeResult, by: str) -> Interval | None:
-    """What another probe of the same test images has more than the start's; None where it was not
-    kept which images were told right."""
+    """Accuracy of `other` minus that of `start` on the same test images, with its interval; None if
+    the correctly classified images were not recorded."""
     ours, theirs = other.told_right(by), start.told_right(by)
     if ours is None or theirs is None or len(ours) != len(theirs):
         return None
@@ -69,7 +70,7 @@ def gain_over(start: ProbeResult, other: ProbeResult, by: str) -> Interval | Non
 
 
 def without_labels(probes: Mapping[int, ProbeResult]) -> str | None:
-    """What can be said where no image has a label; None where there is nothing to compare."""
+    """A sentence for runs without labels; None if there is no probe to compare."""
     later = [step for step in probes if step > 0]
     if 0 not in probes or not later:
         return None
@@ -80,6 +81,6 @@ def without_labels(probes: Mapping[int, ProbeResult]) -> str | None:
         if getattr(start, name) is not None and getattr(last, name) is not None
     )
     return (
-        f"without labels it cannot be said whether it is better than the weights it started from; "
-        f"what can be measured: {moved}; give some labelled images with --data.test-path to know"
+        f"without labels selfray cannot say whether it is better than the weights it started from; "
+        f"measured without labels: {moved}; give labelled images with --data.test-path to know"
     )

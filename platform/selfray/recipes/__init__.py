@@ -1,4 +1,4 @@
-"""Named Experiments: one value for each method and data set, each a lab note."""
+"""Recipes: a named Experiment for each method and data set, with notes on its source."""
 
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ NAMES = (
     "mae-adapt",
     "simclr-adapt",
 )
-"""The recipes by name, for whoever must not wait for torch; `every` has what they are."""
+"""The names of all recipes, available without importing torch; `every` returns the recipes."""
 
 
 def every() -> "dict[str, Experiment]":

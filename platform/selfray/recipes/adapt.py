@@ -1,13 +1,13 @@
-"""Go on from public weights on images of your own: settings for 10 to 50 thousand of them.
+"""Adapt public weights to your own images: settings for 10 to 50 thousand images.
 
 python experiments/pretrain.py dinov2-adapt --data.path ~/scans
 python experiments/pretrain.py mae-adapt --data.path ~/scans --init-from mae_pretrain_vit_base.pth
 python experiments/pretrain.py dino-adapt --data.path ~/scans --init-from dino_deitsmall16.pth
 
-Nothing here was run at this size: the settings follow from the papers' own by the rules in the
-comments, and each needs a GPU for some hours (ViT-S) to a day (ViT-B). The encoder is that of the
-weights: another --init-from brings its own. Labelled images, in the data or as --data.test-path,
-tell whether it helped: the last line of the run says by how much.
+None of these recipes was run at this size. Their settings follow from the papers' by the rules in
+the comments; each needs a GPU for some hours (ViT-S) to a day (ViT-B). --init-from also determines
+the encoder. With labelled images, in the data or given by --data.test-path, the last line of the
+run says by how much the adaptation helped.
 """
 
 from dataclasses import replace
@@ -23,10 +23,11 @@ from selfray.optim import OptimizerConfig
 from selfray.schedules import Constant, Cosine, WarmupCosine
 from selfray.views import ColorJitter, View
 
-# What all share: the encoder's rate is a tenth of the paper's from scratch or less, and falls with
-# each layer towards the input, since early layers are what transfers best; new heads learn alone at
-# first; the teacher is slower, since few steps are made; a whole epoch has 40 to 200 steps.
-# 112 pixels are whole patches of 8, 14 and 16: local crops fit the encoder of any public weights.
+# Common rules: the encoder's learning rate is at most a tenth of the paper's rate from scratch, and
+# falls with each layer towards the input, because early layers transfer best; new heads are trained
+# alone at first; the teacher's momentum is higher, because there are few steps (40 to 200 per
+# epoch). 112 pixels are whole patches of 8, 14 and 16: local crops fit the encoder of any public
+# weights.
 LOCAL = 112
 
 RECIPE = partial(
@@ -36,7 +37,7 @@ RECIPE = partial(
     probe=ProbeConfig(times=10),
     checkpoint=CheckpointConfig(times=20),
 )
-"""What these recipes have in common."""
+"""Settings that these recipes share."""
 
 
 DINO_V2 = RECIPE(
@@ -92,8 +93,8 @@ DINO = RECIPE(
     warm_up_head=0.05,
 )
 
-# MAE's decoder is new: it learns alone for the first tenth. More epochs, since each shows a quarter
-# of an image, and no second network is trained.
+# MAE's decoder is new: it is trained alone for the first tenth. There are more epochs, because each
+# shows only a quarter of an image and there is no second network.
 MAE = RECIPE(
     name="mae-adapt",
     method=MAEConfig(),
@@ -112,7 +113,8 @@ MAE = RECIPE(
     warm_up_head=0.1,
 )
 
-# A ResNet has batch norms, and one rate for all layers: LARS from a tenth of the paper's rate.
+# A ResNet has batch norms and one learning rate for all layers: LARS at a tenth of the paper's
+# rate.
 SIMCLR = RECIPE(
     name="simclr-adapt",
     method=SimCLRConfig(

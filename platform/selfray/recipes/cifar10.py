@@ -52,8 +52,9 @@ SIMCLR = Experiment(
     checkpoint=CheckpointConfig(times=20),
 )
 
-# No paper trains MAE on CIFAR-10. A quarter-width ViT with patches of 4 pixels (64 tokens, 16 of
-# them seen), and MAE's ImageNet optimizer with a larger learning rate for the smaller model.
+# No paper trains MAE on CIFAR-10. This is a quarter-width ViT with patches of 4 pixels (64 tokens,
+# 16 of them visible), with MAE's ImageNet optimizer at a larger learning rate for the smaller
+# model.
 MAE = Experiment(
     name="mae-cifar10",
     method=MAEConfig(
@@ -80,10 +81,10 @@ MAE = Experiment(
     checkpoint=CheckpointConfig(times=20),
 )
 
-# The other methods take the settings that others found for CIFAR-10 on one GPU: ResNet-18, batch
-# 256, 1000 epochs with 10 of warm-up, LARS with a trust coefficient of 0.02, no blur, solarisation
-# on the second view. Linear accuracies that they publish, none of them run here: BYOL 92.6 %,
-# MoCo v2 92.9 %, MoCo v3 93.1 %, DINO 89.5 %.
+# The other methods use published settings for CIFAR-10 on one GPU: ResNet-18, batch 256, 1000
+# epochs with 10 of warm-up, LARS with a trust coefficient of 0.02, no blur, solarization on the
+# second view. Published linear accuracies, not reproduced here: BYOL 92.6 %, MoCo v2 92.9 %, MoCo
+# v3 93.1 %, DINO 89.5 %.
 JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
 FIRST = View(crop_scale=(0.08, 1.0), color_jitter=JITTER, grayscale=0.2)
 SECOND = replace(FIRST, solarize=0.2)
@@ -103,8 +104,8 @@ BYOL = replace(
     batch_size=256,
 )
 
-# On one worker one batch norm sees queries and keys alike, as in the setting that these numbers are
-# of; --method.batchnorm-groups 8 keeps them apart, as the paper does by its 8 GPUs.
+# On one worker, queries and keys share one batch norm, as in the setting of the published numbers.
+# --method.batchnorm-groups 8 separates them, as the paper's 8 GPUs do.
 MOCO_V2 = replace(
     SIMCLR,
     name="mocov2-cifar10",
@@ -135,7 +136,7 @@ DINO = replace(
     batch_size=256,
 )
 
-# MoCo v1's differences, carried over: a linear head, a constant momentum, steps.
+# The differences of MoCo v1: a linear head, a constant momentum, a step schedule.
 MOCO_V1 = replace(
     MOCO_V2,
     name="mocov1-cifar10",
@@ -143,8 +144,8 @@ MOCO_V1 = replace(
     optimizer=replace(MOCO_V2.optimizer, schedule=Steps((0.6, 0.8))),
 )
 
-# No paper trains these on CIFAR-10: MAE's small ViT and optimizer above. BEiT takes the folder of
-# a run of tokenizer-cifar10 as --method.tokenizer.
+# No paper trains the next methods on CIFAR-10: they use the small ViT and the optimizer of MAE
+# above. BEiT needs the folder of a run of tokenizer-cifar10 as --method.tokenizer.
 TOKENIZER = replace(
     MAE,
     name="tokenizer-cifar10",

@@ -1,15 +1,15 @@
 """scikit-learn's handwritten digits: 1,797 real 8 x 8 images, no download, minutes on a laptop.
 
-The images are centred and upright, so views are crops without flips, and gray, so colour jitter is
-brightness and contrast alone.
+The images are centred and upright, so views are crops without flips. They are gray, so colour
+jitter is only brightness and contrast.
 
     python experiments/pretrain.py mocov2-digits
     python experiments/compare_methods.py           # all of them: 30 minutes on two busy CPU cores
 
-The numbers are kNN and linear accuracy on 597 test images, of one run through Ray on two shared CPU
-cores (ResNets in bf16), seed 0, beside 97.2 and 95.8 % of raw pixels. All but SimCLR's and MAE's
-are of the version whose first weights, decay groups and heads were not yet the papers';
-benchmarks/README.md has both versions over seeds.
+The numbers are kNN and linear accuracy on 597 test images, from one run through Ray on two shared
+CPU cores (ResNets in bf16), seed 0; raw pixels reach 97.2 and 95.8 %. All except SimCLR's and MAE's
+were measured with a version whose initial weights, decay groups and heads did not yet follow the
+papers; benchmarks/README.md has both versions over seeds.
 """
 
 from dataclasses import replace
@@ -110,7 +110,7 @@ MOCO_V1 = replace(  # 96.6 and 97.5 %, 160 s
 )
 
 # 95.8 and 96.6 %, 172 s. With SimCLR's warm-up, a sixth as long, some seeds learn little: kNN 84.8,
-# 94.1 and 79.2 % by seeds 0, 1 and 2, in place of 95.8, 95.8 and 87.9 %.
+# 94.1 and 79.2 % with seeds 0, 1 and 2, instead of 95.8, 95.8 and 87.9 %.
 MOCO_V2 = replace(
     MOCO_V1,
     name="mocov2-digits",
@@ -130,9 +130,9 @@ MOCO_V3 = replace(  # 96.3 and 97.8 %, 201 s
     ),
 )
 
-# 90.5 and 94.8 %, 239 s (core alone, seeds 1 and 2: 92.1 and 96.3 %, 90.6 and 97.5 %). Two crops of
-# a digit hardly agree at first, so the paper's teacher, at temperature 0.04 rising to 0.07, gets a
-# student that sees noise and shrinks to the uniform distribution; at 0.02 the agreement grows.
+# 90.5 and 94.8 %, 239 s (core alone, seeds 1 and 2: 92.1 and 96.3 %, 90.6 and 97.5 %). Outputs for
+# two crops of a digit hardly agree at first. With the paper's teacher temperature, 0.04 rising to
+# 0.07, the output shrinks to the uniform distribution; at 0.02 the agreement grows.
 WIDE = replace(VIEW, crop_scale=(0.5, 1.0))
 DINO = replace(
     SIMCLR,
@@ -154,8 +154,8 @@ DINO = replace(
     batch_size=64,
 )
 
-# The next two are on MAE's ViT: untrained kNN and linear are 43.7 and 85.9 % (seed 1: 46.4 and
-# 83.8 %). The tokenizer uses all its 64 codes, at a perplexity of 57.
+# The next two use MAE's ViT, whose untrained kNN and linear accuracies are 43.7 and 85.9 % (seed 1:
+# 46.4 and 83.8 %). The tokenizer uses all of its 64 codes, with a perplexity of 57.
 SLOWER = replace(MAE.optimizer, base_learning_rate=4e-3)
 TOKENIZER = replace(
     MAE,
@@ -173,8 +173,8 @@ TOKENIZER = replace(
     epochs=20,
 )
 
-# 57.0 and 92.3 %, 171 s (core alone, seed 1: 60.3 and 92.5 %). With relative positions in place of
-# fixed ones, 60 epochs gained next to nothing: 83.6 -> 83.9 % (linear).
+# 57.0 and 92.3 %, 171 s (core alone, seed 1: 60.3 and 92.5 %). With relative instead of fixed
+# positions, 60 epochs gained almost nothing: 83.6 -> 83.9 % (linear).
 BEIT = replace(
     MAE,
     name="beit-digits",

@@ -1,4 +1,4 @@
-"""The papers' own ImageNet-1k settings. Nothing here was run whole: each needs a GPU cluster.
+"""The papers' ImageNet-1k settings. None was run to its end: each needs a GPU cluster.
 
 python experiments/pretrain.py simclr-imagenet --data.path s3://bucket/imagenet --workers 32
 python experiments/pretrain.py mae-imagenet --data.path s3://bucket/imagenet --workers 64
@@ -24,7 +24,7 @@ from selfray.schedules import Constant, Cosine, Steps, WarmupCosine
 from selfray.views import ColorJitter, View
 
 RECIPE = partial(Experiment, data=DataConfig(), precision="bf16", probe=ProbeConfig(times=10))
-"""What these recipes have in common."""
+"""Settings that these recipes share."""
 
 
 # arXiv:2002.05709, section 2 and appendix B.6: ResNet-50, batch 4096, LARS at 0.3 * B / 256 with
@@ -83,8 +83,8 @@ MAE = RECIPE(
 
 # arXiv:2003.04297: ResNet-50, batch 256, SGD at 0.03, a queue of 65,536 keys, cosine schedule; 200
 # epochs reach 67.7 % (linear protocol of MoCo, the authors' code). Not yet measured here. Give
-# --workers 8 as the paper's 8 GPUs, whose batch norms are apart, or on one worker
-# --method.batchnorm-groups 8. Weight decay falls on every parameter, as in the authors' code.
+# --workers 8 as the paper's 8 GPUs with separate batch norms, or on one worker
+# --method.batchnorm-groups 8. Weight decay applies to every parameter, as in the authors' code.
 MOCO_V2 = RECIPE(
     name="mocov2-imagenet",
     method=MoCoConfig(),
@@ -154,9 +154,9 @@ BYOL = RECIPE(
 )
 
 # arXiv:2104.14294: ViT-S/16 for 100 epochs, batch 1024, AdamW at 5e-4 * B / 256 down to 1e-6,
-# weight decay from 0.04 to 0.4; each parameter's gradient is clipped at 3, and prototypes with
-# lengths of their own. The authors' code reaches 74.0 % linear and 69.3 % kNN with the teacher at a
-# constant 0.04 and unit prototypes (DINO's linear and kNN protocols). Not yet measured here.
+# weight decay from 0.04 to 0.4; each parameter's gradient is clipped at 3, and prototypes have
+# trained norms. The authors' code reaches 74.0 % linear and 69.3 % kNN with a constant teacher
+# temperature of 0.04 and unit prototypes (DINO's linear and kNN protocols). Not yet measured here.
 DINO = RECIPE(
     name="dino-imagenet",
     method=DINOConfig(free_norms=True),
@@ -174,9 +174,9 @@ DINO = RECIPE(
     checkpoint=CheckpointConfig(times=20),
 )
 
-# The paper of BEiT takes DALL-E's tokenizer: a dVAE of 8192 codes on 112-pixel images, trained on
-# 250 million images that nobody else has. This one has its number of codes and tokens; its
-# training is our choice, by an optimizer like MAE's.
+# The BEiT paper uses DALL-E's tokenizer: a dVAE with 8192 codes on 112-pixel images, trained on 250
+# million images that are not public. This tokenizer has the same number of codes and tokens; its
+# training is our choice, with an optimizer like MAE's.
 TOKENIZER = RECIPE(
     name="tokenizer-imagenet",
     method=VQVAEConfig(),
@@ -254,7 +254,7 @@ DINO_V2 = RECIPE(
 
 # The high-resolution phase at the end of the paper's runs: 10,000 steps at 518 pixels (512 here:
 # 32 patches of 16). Give --init-from the folder of a run of dinov2-imagenet; its positions are
-# interpolated. The paper does not tell the learning rate: a tenth is our choice.
+# interpolated. The paper does not give the learning rate: a tenth is our choice.
 DINO_V2_HIGH_RESOLUTION = replace(
     DINO_V2,
     name="dinov2-imagenet-512",

@@ -1,5 +1,5 @@
-"""Figures and axes in the house style, placed in pixels, on matplotlib's Agg canvas: no pyplot, and
-no change of matplotlib's settings."""
+"""Figures and axes in one style, placed in pixels, on matplotlib's Agg canvas. It neither uses
+pyplot nor changes matplotlib's settings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +33,10 @@ Points = Sequence[tuple[float, float]]
 """(images seen, value) pairs of one curve, in any order."""
 DPI = 100
 TICKS = 44
-"""The room of an axis's numbers, in pixels."""
+"""Pixels reserved for the numbers of an axis."""
 KEY_GAP, KEY_MARK, KEY_STEP = 18, 22, 26
 ROW_STEP = 46
-"""The height of a row of a chart that has a name for each row, in pixels."""
+"""Height in pixels of a row, in charts with a name for each row."""
 
 
 def new_figure(height: int, title: str) -> Figure:
@@ -48,7 +48,7 @@ def new_figure(height: int, title: str) -> Figure:
 
 
 def new_axes(figure: Figure, left: int, top: int, width: int, height: int, title: str) -> Axes:
-    """Axes at a place in pixels from the top left, in the house style."""
+    """Axes in the common style at (left, top), in pixels from the top left of the figure."""
     full_width, full_height = figure.get_size_inches() * DPI
     axes = figure.add_axes(
         (
@@ -115,7 +115,7 @@ def render(figure: Figure) -> Image.Image:
 
 
 def _count(value: float) -> str:
-    """A number of images as people say it: 800, 20k, 1.5M."""
+    """A number of images in short form: 800, 20k, 1.5M."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{name}"

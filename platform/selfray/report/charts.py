@@ -1,4 +1,4 @@
-"""Charts of runs: losses and probes against images seen, and methods beside one another."""
+"""Charts of runs: losses and probes against images seen, and comparisons of methods."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def training_curves(
     baselines: Mapping[str, float] | None = None,
     title: str = "Pretraining",
 ) -> Image.Image:
-    """The losses, a panel for each method since they do not compare, beside the probes, which do.
+    """Losses, in one panel per method because they are not comparable, and probes in one panel.
 
     Args:
         losses: by method, (images seen, loss).
@@ -60,7 +60,7 @@ def training_curves(
         baselines: accuracies in 0..1 by name, such as {"raw pixels, kNN": 0.35}; dashed lines.
         title: the picture's title.
 
-    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    Raises ValueError if there is nothing to draw or an accuracy lies outside 0..1.
     """
     return render(_curves_figure(losses, probes, baselines or {}, title))
 
@@ -72,7 +72,7 @@ class Compared:
     untrained: Mapping[str, float]
     pretrained: Mapping[str, float]
     judged_by: str
-    """The probe that tells how good this method is; it is drawn in full colour."""
+    """The probe by which this method is ranked; it is drawn in full colour."""
 
 
 def comparison(
@@ -80,14 +80,14 @@ def comparison(
     baselines: Mapping[str, float] | None = None,
     title: str = "Pretrained without labels",
 ) -> Image.Image:
-    """Methods beneath one another, a panel for each probe: from untrained to pretrained.
+    """One row per method and one panel per probe: a line from untrained to pretrained accuracy.
 
     Args:
         methods: by name, from the top down; all with the same probes.
         baselines: raw pixels' accuracy in 0..1 by probe, a dashed line in the probe's panel.
         title: the picture's title.
 
-    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    Raises ValueError if there is nothing to draw or an accuracy lies outside 0..1.
     """
     return render(_comparison_figure(methods, baselines or {}, title))
 
@@ -118,7 +118,7 @@ def _curves_figure(
 
     methods = list(dict.fromkeys([*losses, *probes]))
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(methods)}
-    # Up to three losses stand in a column left of the probes, more of them in rows beneath.
+    # Up to three losses are in a column left of the probes, more than three in rows below.
     column = 0 < len(losses) <= 3 and bool(probes)
     across = 1 if column else min(4, max(1, len(losses)))
     rows = math.ceil(len(losses) / across)
@@ -166,7 +166,7 @@ def _draw_loss(axes: Axes, curve: Points, colour: str) -> None:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The centred mean over `window` values, of fewer at the ends."""
+    """The centred running mean of values [n] over `window` values, over fewer at the ends: [n]."""
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
@@ -180,7 +180,7 @@ def _draw_probes(
     baselines: Mapping[str, float],
     colours: Mapping[str, str],
 ) -> None:
-    """The probes' panel and, right of it, its key: names at the ends of their lines."""
+    """Draw the probes' panel and, right of it, its key, with each name near the end of its line."""
     key: list[_KeyLine] = []
     for method, kinds in probes.items():
         for kind, curve in kinds.items():
@@ -239,14 +239,16 @@ class _KeyLine:
     name: str
     colour: str
     face: str | None
-    """What fills the marker; None is a baseline, which has none."""
+    """Fill colour of the marker; None for a baseline, which has no marker."""
 
 
 def _apart(
     positions: Sequence[float], distance: float, low: float = -math.inf, high: float = math.inf
 ) -> list[float]:
-    """Ascending positions, moved as little as need be to stand `distance` apart in low..high."""
-    # Groups that touch are merged and centred on the mean of where their members wanted to be.
+    """Move ascending positions as little as possible so that they are `distance` apart in
+    low..high.
+    """
+    # Groups that touch are merged and centred on the mean of their members' original positions.
     groups: list[list[float]] = []
 
     def first(group: list[float]) -> float:
@@ -340,7 +342,7 @@ def _draw_compared(
 
 
 def _comparison_key(figure: Figure, has_baselines: bool) -> None:
-    """What the marks mean, in one line at the foot."""
+    """Draw the legend in one line at the bottom."""
     y = 34
     entries = [("white", "untrained encoder"), (INK, "pretrained"), (None, "raw pixels")]
     x = float(MARGIN)
@@ -351,4 +353,4 @@ def _comparison_key(figure: Figure, has_baselines: bool) -> None:
             put_dot(figure, x + 12, y, INK, face)
         put_text(figure, x + 34, y, text, CAPTION, MUTED)
         x += 34 + font(CAPTION).getlength(text) + 30
-    put_text(figure, x, y, "in full colour: the probe that judges the method", CAPTION, MUTED)
+    put_text(figure, x, y, "in full colour: the probe that ranks the method", CAPTION, MUTED)

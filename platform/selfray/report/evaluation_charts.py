@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: which classes are taken for which, and accuracy against labels."""
+"""Pictures of an evaluation: the confusion matrix, and accuracy against the number of labels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +11,17 @@ from selfray.report.canvas import DPI, new_axes, new_figure, put_dot, put_text, 
 from selfray.report.style import INK, LABEL, MARGIN, MUTED, PALETTE, WIDTH, fitted, percent
 
 MOST_NAMES = 40
-"""Up to so many classes are named; of more, the matrix alone is shown."""
+"""With more classes than this, the matrix is drawn without class names."""
 _SIDE, _NAMES = 760, 190
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str) -> Image.Image:
-    """Each class's test images (a row) by the class they were given (a column), as shares.
+    """Shares of each true class's test images (row) predicted as each class (column).
 
     Args:
-        counts: int [C, C]; names: of the C classes.
+        counts: int [C, C], numbers of test images; names: those of the C classes.
 
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError if the shapes do not fit.
     """
     classes = len(names)
     require(
@@ -36,12 +36,12 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str) -> Im
     if classes > MOST_NAMES:
         axes.xaxis.set_major_locator(NullLocator())
         axes.yaxis.set_major_locator(NullLocator())
-        x_label(axes, f"given class, {classes} in all")
+        x_label(axes, f"predicted class, {classes} in all")
         return render(figure)
     shown = [fitted(name, _NAMES - 30, 15) for name in names]
     axes.set_xticks(range(classes), shown, rotation=90 if classes > 10 else 0)
     axes.set_yticks(range(classes), shown)
-    x_label(axes, "given class")
+    x_label(axes, "predicted class")
     if classes <= 20:
         for row, column in np.ndindex(classes, classes):
             if counts[row, column]:

@@ -1,7 +1,7 @@
-"""A run's map of features as data, for a page that shows an image where one points at a dot.
+"""A run's map of features as data, for a page that shows the image of the dot under the mouse.
 
-Beside the pictures of a run lie `embedding.json` and `thumbnails.png`: the dots, and one sheet of
-all images, small.
+A run's folder of pictures holds `embedding.json`, the dots, and `thumbnails.png`, one sheet of all
+images in small.
 """
 
 import base64
@@ -18,14 +18,14 @@ from selfray.storage import Location
 
 POINTS, THUMBNAILS = "embedding.json", "thumbnails.png"
 SIDE = 40
-"""Of a thumbnail, in pixels."""
+"""Side of a thumbnail in pixels."""
 MOST_POINTS = 2_000
 
 
 def as_json(
     maps: Mapping[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The dots of maps float [n, 2] by name, and the labels int [n] of their images."""
+    """JSON of maps float [n, 2] by name, and of the labels int [n] of their images."""
     return {
         "maps": {name: np.round(points, 3).tolist() for name, points in maps.items()},
         "labels": labels.tolist(),
@@ -34,7 +34,7 @@ def as_json(
 
 
 def thumbnails(images: np.ndarray) -> Image.Image:
-    """Images uint8 [n, 3, H, W] on one sheet, row by row, as many in a row as rows."""
+    """Images uint8 [n, 3, H, W] on one square sheet, row by row."""
     across = _across(len(images))
     sheet = Image.new("RGB", (across * SIDE, math.ceil(len(images) / across) * SIDE))
     for number, image in enumerate(images):
@@ -49,8 +49,8 @@ def _across(count: int) -> int:
 
 
 def read(pictures: Location) -> dict[str, Any] | None:
-    """What a run's folder of pictures holds of a map; None where there is none, or it is not as
-    `as_json` writes it."""
+    """The map in a run's folder of pictures, with its sheet as a data URI; None if there is none or
+    it is not as `as_json` writes it."""
     found = read_object(pictures / POINTS)
     try:
         labels = [int(label) for label in found["labels"]]
@@ -65,7 +65,7 @@ def read(pictures: Location) -> dict[str, Any] | None:
                 return None
             packed = io.BytesIO()
             image.convert("RGB").save(packed, "WEBP", quality=70)
-    except Exception:  # a file of a stranger's, or one that is cut: there is no map then
+    except Exception:  # a damaged or foreign file counts as no map
         return None
     is_whole = all(np.isfinite(points).all() for points in maps.values())
     if not maps or not is_whole or not 0 < len(labels) <= MOST_POINTS:
@@ -78,8 +78,8 @@ def read(pictures: Location) -> dict[str, Any] | None:
 
 
 def aligned(found: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The maps of runs by their number, as JSON. Those of the same images are shifted, scaled and
-    turned (or mirrored) onto the first one, so that a cluster has one place in all."""
+    """The maps of runs by run number, as JSON. Maps of the same images are shifted, scaled and
+    rotated (or mirrored) onto the first one, so that a cluster is at the same place in all."""
     first: dict[tuple[int, ...], np.ndarray] = {}
     shown = {}
     for number, one in found.items():
@@ -88,7 +88,7 @@ def aligned(found: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         # The last of a run's maps is the pretrained encoder's.
         target = first.setdefault(tuple(one["labels"]), list(units.values())[-1])
         for name, unit in units.items():
-            # Orthogonal Procrustes: of all turns, the one with the least squared distance.
+            # Orthogonal Procrustes: the rotation with the least squared distance.
             left, _, right = np.linalg.svd(unit.T @ target)
             maps[name] = np.round(unit @ left @ right, 3).tolist()
         shown[str(number)] = {**one, "maps": maps}
@@ -96,6 +96,6 @@ def aligned(found: Mapping[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _unit(points: np.ndarray) -> np.ndarray:
-    """Points [n, 2] around 0, at a mean squared distance of 1 unless all lie in one place."""
+    """Points [n, 2], centred and scaled to a mean squared norm of 1 (unscaled if all are equal)."""
     centred = points - points.mean(0)
     return centred / (np.sqrt((centred**2).sum(1).mean()) or 1.0)

@@ -1,4 +1,4 @@
-"""Features in two dimensions, drawn."""
+"""Scatter plots of features in two dimensions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,11 +37,11 @@ def embedding_maps(
 
     Args:
         maps: float [n, 2] by name, see `project_2d`.
-        labels: int [n]; negative ones are grey. So are all but the 20 commonest.
+        labels: int [n]; negative ones, and all but the 20 most common, are grey.
         label_names: names by label for the legend; None prints the numbers.
         title: the picture's title.
 
-    Raises ValueError where a shape, a type or a label is another.
+    Raises ValueError if a shape, type or label is not as described.
     """
     return render(_maps_figure(maps, labels, label_names, title))
 
@@ -83,7 +83,7 @@ def _maps_figure(
     lines = places[-1][1] + 1
     figure = new_figure(bottom + 40 + 30 * lines, title)
     colour_of = np.array([to_rgb(colours.get(int(label), UNKNOWN)) for label in labels])
-    # In a fixed random order, so that no class lies on top of another.
+    # In a fixed random order, so that no class covers another.
     order = np.random.default_rng(0).permutation(len(labels))
     dots = float(np.clip(38000 / len(labels) * (side / WIDTH), 8, 70))
     for index, (name, points) in enumerate(maps.items()):
@@ -125,6 +125,6 @@ def _key_places(widths: Sequence[float]) -> list[tuple[float, int]]:
 
 
 def _label_colour(index: int) -> Colour:
-    """The palette's colours, then the same ones half way to white."""
+    """The palette's colours, then the same colours halfway to white."""
     colour = PALETTE[index % len(PALETTE)]
     return colour if index < len(PALETTE) else paler(colour, 0.5)

@@ -7,7 +7,7 @@
   const JUDGE = "the judging probe";
   const MARGIN = { left: 66, right: 18, top: 14, bottom: 46 };
 
-  // The best have colours of their own, those of each judging probe in turn.
+  // The best runs have their own colours, alternating between the judging probes.
   const placeOf = [];
   data.featured.forEach((index, place) => (placeOf[index] = place));
 
@@ -46,7 +46,7 @@
     return text.length > most ? `${text.slice(0, Math.max(1, most - 1))}\u2026` : text;
   }
 
-  // Elements. Texts go in as text, never as markup: a run may be called anything.
+  // Elements. Texts are inserted as text, never as markup: a run may have any name.
 
   function make(name, attributes = {}, text = null) {
     const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -172,7 +172,7 @@
   }
 
   function inDrawingOrder() {
-    // The best and the highlighted lie on top.
+    // The best and highlighted runs are drawn on top.
     return [...state.shown].sort((a, b) => state.chosen.has(a) - state.chosen.has(b) || b - a);
   }
 
@@ -192,7 +192,7 @@
     box.style.top = `${Math.max(0, top - box.offsetHeight - 10)}px`;
   }
 
-  // A chart's points answer to the pointer and to the arrow keys.
+  // Points of a chart react to the pointer and to the arrow keys.
   function interactive(host, svg, points, describe) {
     svg.setAttribute("tabindex", "0");
     const dot = make("circle", { r: 5, fill: "var(--page)", "stroke-width": 2.5, visibility: "hidden", "pointer-events": "none" });
@@ -371,7 +371,7 @@
     const host = by("scatter");
     const height = 340;
     const probed = inDrawingOrder().filter((index) => runs[index].score !== null);
-    // A run of a method without the parameter has no place on its axis.
+    // Runs of methods without the parameter are left out.
     const indices = probed.filter((index) => data.varied[name][index] !== null);
     const without = probed.length - indices.length;
     const metric = judged(indices);
@@ -430,7 +430,7 @@
     columns.forEach((column, n) => {
       svg.append(make("line", { class: "rule", x1: column.x, x2: column.x, y1: top, y2: bottom, style: "stroke:var(--muted)" }));
       const short = column.name.split(".").slice(-2).join(".");
-      // Names of neighbours stand on two lines and are cut, so that long ones do not meet.
+      // Names of neighbouring axes alternate between two lines and are cut, so that they do not overlap.
       const letters = Math.floor((gap * (n && n < columns.length - 1 ? 1.8 : 1.3)) / 7.5);
       const heading = make("text", { class: "name", x: column.x, y: n % 2 ? 30 : 14, "text-anchor": n === columns.length - 1 ? "end" : n ? "middle" : "start" }, cut(short + column.y.note, letters));
       heading.append(make("title", {}, column.name));
@@ -479,7 +479,7 @@
       by("maps").append(box);
       hosts.push([host, map, points]);
     }
-    // All boxes stand before the first is measured.
+    // All boxes must exist before the first is measured.
     for (const [host, map, points] of hosts) drawMap(host, map, points, colour, only);
     const key = by("map-key");
     key.replaceChildren();
@@ -587,7 +587,7 @@
     }
   }
 
-  // A picture alone, as large as the window; a click shows its own pixels.
+  // One picture in a dialog, as large as the window; a click shows it at full resolution.
 
   const CHARTS = new Set(["embedding", "curves"]);
   let zoomed = null;
@@ -718,7 +718,7 @@
     if (event.key === "ArrowLeft") zoomNext(-1);
     if (event.key === "ArrowRight") zoomNext(1);
   });
-  // Without anything that was chosen, an empty table would say nothing.
+  // If no run is selected, show all rows instead of an empty table.
   by("recipes").checked = of_recipes.length > 0 && !document.querySelector("#parameters tbody tr:not(.of-recipe)");
   showMore();
   showRecipes();

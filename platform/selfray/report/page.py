@@ -1,7 +1,7 @@
 """A comparison of runs as one HTML file that needs no network.
 
-page.html and page.js are filled with a table for readers without scripts and with the data of the
-charts as JSON; there is no address in them.
+page.html and page.js are filled with a table, for readers without scripts, and with the charts'
+data as JSON. They contain no external address.
 """
 
 import base64
@@ -38,19 +38,19 @@ from selfray.runs.ranking import (
 from selfray.storage import Location, one_line
 
 MOST_POINTS = 150_000
-"""Of all curves of a page together: about 3 MB."""
+"""Largest number of points of all curves on a page together: about 3 MB."""
 POINTS_OF_A_CURVE = (40, 600)
-"""Fewest and most."""
+"""Fewest and most points of one curve."""
 LARGEST_PICTURE_PIXELS = 50_000_000
 LARGEST_PICTURE_BYTES = 300_000
-"""A larger one is packed anew."""
+"""Larger pictures are compressed again."""
 MOST_COLUMNS = 24
-"""Runs in the table of all parameters that differ."""
+"""Largest number of runs in the table of parameters that differ."""
 PAGE = "comparison.html"
 MARK = "<!-- made by selfray compare -->"
-"""Stands in every page: such a file may be written over."""
+"""Contained in every page: a file with this mark may be overwritten."""
 KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
-"""The order in which kinds of pictures are offered where as many runs have them; others follow."""
+"""The order of kinds of pictures that equally many runs have; other kinds follow."""
 
 
 def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12) -> str:
@@ -59,7 +59,7 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
     Args:
         runs: in any order; the page ranks them.
         title: shown above everything.
-        most_pictures: pictures are embedded of that many of the best runs.
+        most_pictures: the number of best runs whose pictures are embedded.
     """
     runs = ranked(runs)
     order = featured(runs)
@@ -94,14 +94,14 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
     files = resources.files("selfray.report")
     values["SCRIPT"] = files.joinpath("page.js").read_text("utf-8")
     template = files.joinpath("page.html").read_text("utf-8")
-    # In one pass: a run that is called {{DATA}} stays what it is.
+    # In one pass, so that a run named {{DATA}} is not replaced.
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)
-    # A file's name may hold half a character, which UTF-8 cannot write.
+    # A file's name may hold a lone surrogate, which UTF-8 cannot encode.
     return page.encode("utf-8", "backslashreplace").decode()
 
 
 def as_script(value: Any) -> str:
-    """JSON that may stand inside a <script>: nothing in it ends the element or opens a comment."""
+    """JSON that is safe inside a <script> element: it cannot end the element or open a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -143,7 +143,8 @@ def _chart_data(run: ComparedRun, curves: Mapping[str, Points]) -> dict[str, Any
 
 
 def _pairs(points: Points) -> list[list[float | None]]:
-    """Two lists, which are shorter than many pairs; what is not finite is a gap."""
+    """[x values, y values], which is shorter than a list of pairs; non-finite values become
+    null."""
     return [[seen for seen, _ in points], [_finite(value) for _, value in points]]
 
 
@@ -154,7 +155,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _thinned(runs: Sequence[ComparedRun]) -> list[dict[str, Points]]:
-    """The curves with so few points that a page of many runs can be opened."""
+    """The curves, thinned so that a browser can open a page of many runs."""
     curves = sum(len(run.curves) for run in runs)
     fewest, most = POINTS_OF_A_CURVE
     limit = max(fewest, min(most, MOST_POINTS // max(1, curves)))
@@ -210,7 +211,7 @@ _FACTS = (
     ("started", "UTC", ""),
     ("MLflow", "the run's page on its tracking server", ""),
 )
-"""(head, hint, parameter) of the columns that tell of a run what any reader asks."""
+"""(head, hint, parameter) of the general columns of a run."""
 
 
 def _fact(run: ComparedRun, name: str, parameter: str) -> str:
@@ -250,7 +251,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         ("images/s", "images trained in a second, median"),
     ]
     varied = list(found.varied.items())
-    # What was varied has a column of its own.
+    # Varied parameters have their own columns.
     facts = [fact for fact in _FACTS if fact[2] not in found.varied]
     heads += [(name, "") for name in found.varied]
     heads += [(name, hint) for name, hint, _ in facts]
@@ -291,12 +292,13 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
 
 
 def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
-    """Every parameter that differs, a line each; a column for each of the best runs."""
+    """A table with one row for each parameter that differs and one column for each of the best
+    runs."""
     everything = {**found.varied, **found.of_recipes}
     columns = sorted(featured(runs)[:MOST_COLUMNS])
     if not everything:
         told = (
-            "The runs have the same settings, but for where and how they were carried out "
+            "The runs have the same settings, except for where and how they were carried out "
             "(workers, output and the like)."
         )
         return f"<p>{told}</p>" if len(runs) > 1 else ""
@@ -313,8 +315,8 @@ def _html_parameters(runs: Sequence[ComparedRun], found: Differences) -> str:
         )
         rows.append(f"<tr{kind}><th scope=row>{html.escape(name)}</th>{cells}</tr>")
     limit = (
-        f"<p class=hint>Of the best {len(columns)} runs; the table of the runs has what was varied "
-        "for all.</p>"
+        f"<p class=hint>Of the best {len(columns)} runs; the table of runs shows varied parameters "
+        "of all.</p>"
         if len(columns) < len(runs)
         else ""
     )
@@ -332,7 +334,7 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
     counts = Counter(kind for index in chosen for kind in runs[index].pictures)
 
     def place(kind: str) -> tuple[int, int, str]:
-        # What most runs have is shown first.
+        # Kinds that most runs have come first.
         return -counts[kind], KINDS.index(kind) if kind in KINDS else len(KINDS), kind
 
     ordered = sorted(counts, key=place)
@@ -341,7 +343,7 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
         for kind in ordered
     )
     limit = (
-        f" Shown of the best {len(chosen)} of {having} runs that have some; --pictures changes it."
+        f" Shown for the best {len(chosen)} of {having} runs with pictures; --pictures changes it."
         if having > len(chosen)
         else ""
     )
@@ -366,10 +368,11 @@ def _html_pictures(runs: Sequence[ComparedRun], chosen: Sequence[int]) -> str:
 
 
 def _picture(file: Location, alternative: str) -> str:
-    """An image with its bytes in it. One that cannot be read is said, not raised."""
+    """An <img> element with the image's bytes inside; for an unreadable file, a sentence
+    instead."""
     try:
         kind, data = _packed(file.read_bytes())
-    except Exception as error:  # Pillow's readers raise all kinds for a file that is no picture
+    except Exception as error:  # Pillow's readers raise many types for bad files
         told = f"{file} cannot be read: {one_line(error)}"
         return f"<p class=missing>{html.escape(told)}</p>"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
@@ -377,8 +380,8 @@ def _picture(file: Location, alternative: str) -> str:
 
 
 def _packed(data: bytes) -> tuple[str, bytes]:
-    """(format, bytes) of a picture of any format that Pillow reads, made small where it is large.
-    OSError where it is no picture."""
+    """(format, bytes) of a picture in any format that Pillow reads; large ones are compressed.
+    Raises OSError for other files and ValueError for too many pixels."""
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > LARGEST_PICTURE_PIXELS:
             raise ValueError(f"it has {image.width:,} x {image.height:,} pixels")

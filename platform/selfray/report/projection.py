@@ -1,4 +1,4 @@
-"""Features -> two dimensions."""
+"""Projects features to two dimensions."""
 
 import numpy as np
 
@@ -8,17 +8,17 @@ from selfray.check import require
 def project_2d(features: np.ndarray, seed: int = 0) -> np.ndarray:
     """Features float [n, D] -> float32 [n, 2]: t-SNE of L2-normalised features.
 
-    On one thread, so that a seed always gives the same map on a machine (which holds the process's
-    other OpenMP and BLAS threads at one meanwhile): 600 features take about 2 s of a core. Fewer
-    than 10 features are projected on their principal components; collapsed features all lie at 0.
-    ValueError where features are empty or not finite.
+    It runs on one thread, so that a seed always gives the same map on a machine; meanwhile all
+    OpenMP and BLAS work of the process is limited to one thread. 600 features take about 2 s of a
+    core. Fewer than 10 features are projected on their principal components; collapsed features all
+    lie at 0. Raises ValueError if features are empty or not finite.
     """
     require(
         features.ndim == 2 and features.size > 0,
         f"features must be [n, D] and not empty, got {list(features.shape)}",
     )
     require(bool(np.isfinite(features).all()), "features hold NaN or infinity: the run diverged")
-    # A second to import, which nobody but this function should pay.
+    # Imported here because it takes a second.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 

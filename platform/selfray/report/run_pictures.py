@@ -1,4 +1,5 @@
-"""The pictures of a run: what the method saw, what it rebuilt, and what its features are like."""
+"""The pictures of a run: augmented views, the method's own pictures, neighbours and feature
+maps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,14 +38,14 @@ class History:
 
     @classmethod
     def from_json(cls, value: dict[str, list[list[float]]]) -> "History":
-        """The inverse of dataclasses.asdict and JSON, which makes lists of pairs."""
+        """Restore from JSON, where pairs have become lists."""
         return cls(**{name: [(x, y) for x, y in points] for name, points in value.items()})
 
 
 def curves(
     runs: Mapping[str, History], baselines: Mapping[str, float] | None = None
 ) -> Image.Image:
-    """Losses and probes of some runs by name; baselines are accuracies in 0..1 by name."""
+    """A chart of losses and probes of runs by name; baselines are accuracies in 0..1 by name."""
     return training_curves(
         {name: history.loss for name, history in runs.items()},
         {
@@ -74,7 +75,7 @@ class LabelledViews:
 
 
 def augmented_views(experiment: Experiment, source: Source) -> Image.Image:
-    """The first images of the run's plan beside the views that were drawn of them."""
+    """The first images of the run's plan, each beside its augmented views."""
     count = min(IMAGES, source.plan.batch_size)
     drawn = source.draw(0, count)
     originals = source.originals(0, count, experiment.encoder.image_size)
@@ -89,7 +90,7 @@ def nearest_neighbours(
     test: LabelledViews,
     label_names: tuple[str, ...] | None,
 ) -> Image.Image:
-    """Some test images beside the train images whose features are the most similar."""
+    """Some test images, each beside the train images with the most similar features."""
     of_train, of_test = (
         features(experiment, encoder, train),
         features(experiment, encoder, LabelledViews(test.views[:IMAGES], test.labels[:IMAGES])),
@@ -111,7 +112,7 @@ def features(experiment: Experiment, encoder: Encoder, images: LabelledViews) ->
 
 
 def untrained_encoder(experiment: Experiment) -> Encoder:
-    """The encoder as it was before the first step."""
+    """The encoder before the first step."""
     return TrainState.start(experiment, total_images=1).method.encoder.eval()
 
 
@@ -123,7 +124,7 @@ def method_of(checkpoint: Checkpoint) -> TrainState:
 
 
 def title_of(experiment: Experiment) -> str:
-    """How a method is called in a picture: the paper's spelling."""
+    """The method's name in pictures, spelled as in its paper."""
     return type(experiment.method).__name__.removesuffix("Config")
 
 
@@ -135,8 +136,8 @@ def run_pictures(
     test: Sample,
     label_names: tuple[str, ...] | None,
 ) -> dict[str, Image.Image | dict[str, Any]]:
-    """All pictures of one run by file name, and the data of those that a page draws itself. What
-    needs labels is left out without any."""
+    """All pictures of one run by file name, and as JSON the data of those that a page draws itself.
+    Without labels, pictures that need them are left out."""
     state = method_of(checkpoint)
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)

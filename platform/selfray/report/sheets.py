@@ -1,5 +1,5 @@
-"""Sheets of images: arrays in, a PIL image out, laid out in whole pixels, so that a pixel of a
-16 x 16 digit is an exact square."""
+"""Sheets of images: arrays -> a PIL image, laid out in whole pixels, so that each pixel of a 16 x
+16 digit is an exact square."""
 
 import math
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ from selfray.report.style import (
 )
 
 HIDDEN = (146, 153, 165)
-"""The slate grey of a hidden patch: no grey that a digit or a scan could hold itself."""
+"""The slate grey of a hidden patch: not a neutral grey, so digits and scans cannot contain it."""
 HEADINGS = 100
-"""The room of a sheet's title, subtitle and column headers above its first tile, in pixels."""
+"""Height in pixels of a sheet's title, subtitle and column headers."""
 
 
 def views_grid(
@@ -54,7 +54,7 @@ def views_grid(
         mask: bool [n, V, N] in row-major patches; True ones are greyed out.
         method: the name for the title.
 
-    Raises ValueError where a shape or type is another.
+    Raises ValueError if a shape or type is not as described.
     """
     images, views = as_rgb(images), as_rgb(views)
     _require_images("images", images, "n 3 H W")
@@ -75,7 +75,7 @@ def views_grid(
 def reconstructions(
     originals: np.ndarray, mask: np.ndarray, rebuilt: np.ndarray, method: str = "MAE"
 ) -> Image.Image:
-    """Each image, what the encoder sees of it, and what the decoder makes of that.
+    """Each image, its visible patches, and its reconstruction.
 
     Args:
         originals: uint8 [n, 3, H, W].
@@ -83,7 +83,7 @@ def reconstructions(
         rebuilt: uint8 [n, 3, H, W], see `rebuild`.
         method: the name for the title.
 
-    Raises ValueError where a shape or type is another.
+    Raises ValueError if a shape or type is not as described.
     """
     originals, rebuilt = as_rgb(originals), as_rgb(rebuilt)
     _require_images("originals", originals, "n 3 H W")
@@ -94,7 +94,7 @@ def reconstructions(
     )
     masked = hide(originals, mask)
     return _sheet(
-        f"What {method} rebuilds",
+        f"What {method} reconstructs",
         f"{percent(mask.mean())} of the patches are hidden from the encoder",
         ["original", "masked", "rebuilt"],
         [[_Tile(image) for image in row] for row in zip(originals, masked, rebuilt, strict=True)],
@@ -105,7 +105,7 @@ def reconstructions(
 def tokens(
     originals: np.ndarray, tokens: np.ndarray, rebuilt: np.ndarray, codes: int
 ) -> Image.Image:
-    """Each image, its tokens as a map with a colour for each code, and the image rebuilt of them.
+    """Each image, its tokens as a map with one colour per code, and its reconstruction from them.
 
     Args:
         originals: uint8 [n, 3, H, W].
@@ -113,7 +113,7 @@ def tokens(
         rebuilt: uint8 [n, 3, H, W].
         codes: the size of the codebook.
 
-    Raises ValueError where a shape or type is another.
+    Raises ValueError if a shape or type is not as described.
     """
     originals, rebuilt = as_rgb(originals), as_rgb(rebuilt)
     _require_images("originals", originals, "n 3 H W")
@@ -123,7 +123,7 @@ def tokens(
         tokens.shape == (len(originals), grid * grid),
         f"tokens must be [{len(originals)}, N] with N a square, got {list(tokens.shape)}",
     )
-    # Hues a golden ratio apart: codes with near numbers look different, the same one alike.
+    # Hues lie a golden ratio apart, so that codes with close numbers look different.
     hues = (np.arange(codes) * 0.618034) % 1
     values = 0.55 + 0.45 * ((np.arange(codes) * 0.381966) % 1)
     palette = hsv_to_rgb(np.stack([hues, np.full(codes, 0.65), values], axis=-1))  # [codes, 3]
@@ -149,7 +149,7 @@ def neighbours(
     label_names: Sequence[str] | None = None,
     title: str = "Nearest neighbours in feature space",
 ) -> Image.Image:
-    """Each test image beside its nearest train images, framed by whether their class agrees.
+    """Each test image beside its nearest train images; frames show whether the classes agree.
 
     Args:
         queries: uint8 [m, 3, H, W].
@@ -159,7 +159,7 @@ def neighbours(
         label_names: captions by label; None prints no captions.
         title: the picture's title, such as the method's name.
 
-    Raises ValueError where a shape, a type or a label is another.
+    Raises ValueError if a shape, type or label is not as described.
     """
     queries, neighbours = as_rgb(queries), as_rgb(neighbours)
     _require_images("queries", queries, "m 3 H W")
@@ -192,9 +192,10 @@ def neighbours(
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [..., C, H, W] as [..., 3, H, W] to look at.
+    """Images uint8 [..., C, H, W] as RGB [..., 3, H, W], for display.
 
-    Gray is tripled; of multispectral images the first three channels are shown (two: the first).
+    Gray is repeated in all channels; multispectral images show their first three channels (with two
+    channels, the first as gray).
     """
     channels = images.shape[-3]
     if channels >= 3:
@@ -213,7 +214,7 @@ def hide(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
     grid = math.isqrt(mask.shape[-1])
     require(
         grid > 0 and grid**2 == mask.shape[-1] and height % grid == 0 and width % grid == 0,
-        f"mask has {mask.shape[-1]} patches, which are no square grid on images of "
+        f"mask has {mask.shape[-1]} patches, which do not form a square grid on images of "
         f"{height} x {width} pixels",
     )
     cells = mask.reshape(*mask.shape[:-1], grid, grid)
@@ -231,19 +232,19 @@ def rebuild(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> np.ndarray:
-    """MAE's predictions as images: hidden patches rebuilt, visible ones as they were.
+    """MAE's predictions as images: hidden patches reconstructed, visible ones from the original.
 
     Args:
         predicted: float [n, N, P], the decoder's patches in the layout of `patchify`.
         originals: uint8 [n, C, H, H].
         mask: bool [n, N], True is a hidden patch.
         patch: side of a patch in pixels.
-        normalize_pixels: whether the predictions are of pixels normalised for each patch; its
-            original's own mean and deviation then undo that (as the paper's pictures do).
-        mean, std: of the data, by channel, in 0..1.
+        normalize_pixels: whether predictions are normalised per patch; the mean and deviation of
+            the original patch then undo it, as in the paper's pictures.
+        mean, std: of each channel of the data, in 0..1.
 
     Returns:
-        uint8 [n, C, H, H]. Raises ValueError where a shape is another or a prediction not finite.
+        uint8 [n, C, H, H]. Raises ValueError if a shape is wrong or a prediction is not finite.
     """
     require(
         originals.dtype == np.uint8 and originals.ndim == 4 and originals.size > 0,
@@ -302,10 +303,10 @@ def _sheet(
     blocks: Sequence[Sequence[_Tile]],
     size: int,
 ) -> Image.Image:
-    """Blocks of tiles under a title; a block is one image and what belongs to it, in a row.
+    """Draw blocks of tiles under a title; a block is a row of one image and its related tiles.
 
     `subtitle` is a line of text, or a key of (colour, text). `header` names a block's columns; an
-    empty name lends its room to the one before. `size` is the side of most tiles in pixels.
+    empty name leaves its space to the previous one. `size` is the side of most tiles in pixels.
     """
     columns = len(header)
     caption = 28 if any(tile.caption for block in blocks for tile in block) else 0
@@ -315,7 +316,7 @@ def _sheet(
     block_width, row_height = offsets[-1] + cell, cell + caption + _LEAD_GAP
     down = math.ceil(len(blocks) / across)
     used = across * (block_width + _BLOCK_GAP) - _BLOCK_GAP
-    # A lone narrow block still has to hold the title.
+    # Even a single narrow block must be wide enough for the title.
     width = 2 * MARGIN + max(used, math.ceil(font(TITLE, bold=True).getlength(title)))
     top = MARGIN + HEADINGS
     sheet = Image.new("RGB", (width, top + down * row_height - _LEAD_GAP + MARGIN), "white")
@@ -334,7 +335,7 @@ def _sheet(
                 draw.text((x, top - 12), text, MUTED, font(LABEL), anchor="ls")
             picture = _enlarged(tile.pixels, cell)
             at_x, at_y = x + (cell - picture.width) // 2, y + (cell - picture.height) // 2
-            # A hairline at least: a photograph with a white background needs an edge.
+            # At least a hairline, so that photographs with a white background have an edge.
             edge = _FRAME if tile.frame else 1
             outline = (at_x - edge, at_y - edge, at_x + picture.width + edge - 1)
             draw.rectangle((*outline, at_y + picture.height + edge - 1), tile.frame or FAINT)
@@ -346,7 +347,8 @@ def _sheet(
 
 
 def _layout(blocks: int, columns: int, size: int, gap: int) -> tuple[int, int]:
-    """(side of a cell, blocks across): multiples of `size`, near WIDTH, rather flat than tall."""
+    """(side of a cell, blocks across): the sheet is near WIDTH and wider than tall; cells are
+    preferably multiples of `size`."""
 
     def extent(cell: int, across: int) -> tuple[int, int]:
         block = columns * cell + (columns - 1) * gap + _LEAD_GAP - gap
@@ -360,7 +362,7 @@ def _layout(blocks: int, columns: int, size: int, gap: int) -> tuple[int, int]:
         shape = math.log(height / width / 0.5)
         return (
             abs(math.log(width / WIDTH))
-            + (2 * shape if shape > 0 else -0.4 * shape)  # taller than wide is worse than flat
+            + (2 * shape if shape > 0 else -0.4 * shape)  # too tall is worse than too wide
             + 4 * (slots - blocks) / slots
             + (2 if cell < 72 else 0)
         )
@@ -379,7 +381,7 @@ def _layout(blocks: int, columns: int, size: int, gap: int) -> tuple[int, int]:
 
 
 def _enlarged(pixels: np.ndarray, side: int) -> Image.Image:
-    """An image uint8 [3, h, w], made to fit a square: nearest-neighbour up, Lanczos down."""
+    """An image uint8 [3, h, w], resized to fit a square: nearest-neighbour up, Lanczos down."""
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     factor = side / max(picture.size)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))

@@ -1,4 +1,4 @@
-"""The palette, the type and the words that sheets and charts share."""
+"""Colours, fonts and number formats shared by sheets and charts."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -19,10 +19,10 @@ PALETTE = (
     "#2aa6b8", "#cf9a12", "#e07bb0", "#8c6248", "#2f3e57",
 )  # fmt: skip
 WIDTH = 1200
-"""What charts are wide, and sheets are near to, in pixels."""
+"""Width of charts, and approximate width of sheets, in pixels."""
 MARGIN = 36
 TITLE, LABEL, CAPTION = 25, 17, 15
-"""Heights of the type in pixels."""
+"""Font sizes in pixels."""
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 REGULAR, BOLD = str(_FONTS / "DejaVuSans.ttf"), str(_FONTS / "DejaVuSans-Bold.ttf")
 
@@ -33,7 +33,7 @@ def font(pixels: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def fitted(text: str, width: float, pixels: int) -> str:
-    """The text, cut with an ellipsis where it is longer than `width` pixels."""
+    """The text, shortened with an ellipsis if it is wider than `width` pixels."""
     face = font(pixels)
     if face.getlength(text) <= width:
         return text
@@ -43,7 +43,7 @@ def fitted(text: str, width: float, pixels: int) -> str:
 
 
 def paler(colour: Colour, share: float = 0.65) -> Colour:
-    """A share of the way to white; opaque, so that nothing shines through it."""
+    """A colour mixed with this share of white; opaque, unlike a transparent colour."""
     red, green, blue = (share + (1 - share) * value for value in to_rgb(colour))
     return red, green, blue
 

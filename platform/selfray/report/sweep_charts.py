@@ -1,4 +1,4 @@
-"""Charts of a sweep: the figure of each value, and every run's curve."""
+"""Charts of a sweep: the result of each tried value, and the curve of each run."""
 
 import math
 import textwrap
@@ -50,17 +50,17 @@ def sweep(
     answer: str = "",
     is_accuracy: bool = True,
 ) -> Image.Image:
-    """What was varied, beneath one another: a dot for each run, a bar at their mean.
+    """One row per tried value: a dot for each run, and a bar at their mean.
 
     Args:
-        values: accuracies in 0..1 of the runs, by what was varied, from the top down.
+        values: accuracies in 0..1 of the runs, by tried value, from the top down.
         metric: the probe's name.
         untrained: the untrained encoder's accuracy, a dashed line; None draws none.
         title: the picture's title.
-        answer: a sentence at the foot.
-        is_accuracy: False where the values are no accuracies but plain figures, such as RankMe.
+        answer: a sentence at the bottom.
+        is_accuracy: False if the values are plain figures such as RankMe, not accuracies.
 
-    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    Raises ValueError if there is nothing to draw or an accuracy lies outside 0..1.
     """
     return render(_sweep_figure(values, metric, untrained, title, answer, is_accuracy))
 
@@ -71,13 +71,13 @@ def sweep_curves(
     """The probes of all runs of a sweep against images seen, in one chart.
 
     Args:
-        curves: (images seen, value) by what was varied and by seed; the seeds of one value share
-            its colour.
+        curves: (images seen, value) pairs by (tried value, seed); the seeds of a value share its
+            colour.
         metric: the probe's name.
         title: the picture's title.
         is_accuracy: whether the values are accuracies in 0..1.
 
-    Raises ValueError where there is nothing to draw or an accuracy is outside 0..1.
+    Raises ValueError if there is nothing to draw or an accuracy lies outside 0..1.
     """
     return render(_sweep_curves_figure(curves, metric, title, is_accuracy))
 
@@ -154,7 +154,7 @@ def _sweep_curves_figure(
             _require_figure(f"curves[{name!r}]", value, is_accuracy)
     unit = 100 if is_accuracy else 1
     labels = list(dict.fromkeys(label for label, _ in curves))
-    # Beyond the palette the key would tell two lines apart by nothing: the best keep a colour.
+    # There are only as many colours as in the palette: they go to the best values.
     ends = {name: [max(c)[1] for (n, _), c in curves.items() if n == name] for name in labels}
     best = sorted(labels, key=lambda name: -max(ends[name]))[: len(PALETTE)]
     colours = {name: PALETTE[i] for i, name in enumerate(n for n in labels if n in best)}
@@ -190,11 +190,11 @@ def _sweep_curves_figure(
 
 
 def _metric_title(metric: str, is_accuracy: bool) -> str:
-    return f"{metric} accuracy on test images" if is_accuracy else f"{metric}, told without labels"
+    return f"{metric} accuracy on test images" if is_accuracy else f"{metric}, label-free"
 
 
 def _limits(drawn: Sequence[float], is_accuracy: bool) -> tuple[float, float]:
-    """An axis's ends around some values; an accuracy's stay within 0 and 100 percent."""
+    """Axis limits around the drawn values; for accuracies within 0 and 100 percent."""
     low, high = min(drawn), max(drawn)
     if not is_accuracy:
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0

@@ -1,1 +1,1 @@
-"""The folder of a run: its files, checkpoints, metrics and what can be read from them."""
+"""The folder of a run: its files, checkpoints and metrics, and how to read and compare them."""

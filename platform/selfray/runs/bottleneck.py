@@ -1,9 +1,9 @@
-"""What a run waited for, in words, and what to change."""
+"""One sentence that says what slowed a run down, and what to change."""
 
 import math
 
 WORTH_SAYING = 0.1
-"""Below this share of waiting, other CPUs would hardly be noticed."""
+"""Below this share of waiting, more CPUs would hardly help."""
 
 
 def bottleneck(
@@ -12,12 +12,16 @@ def bottleneck(
     data_cpus: float | None = None,
     gpu_could_colour: bool = False,
 ) -> str:
-    """One sentence from the mean share of a step that waited for data, in [0, 1).
+    """One sentence about the bottleneck of a run.
 
-    Where trainers wait, the data tasks give all they can; without waiting the trainers would take
-    images_per_second / (1 - waited), and the tasks' speed grows with their CPUs. `data_cpus` None,
-    not known, says how many times as many are needed. `gpu_could_colour`: the trainers have GPUs
-    and the data tasks still do the photometric part.
+    If trainers wait, the data tasks run at full speed. Without waiting, trainers would take
+    images_per_second / (1 - waited), and the data tasks' speed grows with their CPUs.
+
+    Args:
+        waited: mean share of a step spent waiting for data, in [0, 1).
+        images_per_second: measured speed of training.
+        data_cpus: CPUs for data; None, unknown, gives a factor instead of a number.
+        gpu_could_colour: the trainers have GPUs, and data tasks do the photometric operations.
     """
     if waited < WORTH_SAYING:
         return f"trainers waited {waited:.0%} for data: their own compute is the limit"

@@ -1,14 +1,14 @@
-"""TrainState <-> a folder of files, and the encoder out of one.
+"""Checkpoints: a TrainState as a folder of files, and back.
 
     checkpoints/step-00001200/
-        encoder.safetensors     the encoder under timm's names: all that a user takes home
+        encoder.safetensors     the encoder under timm's names, for use elsewhere
         state.safetensors       every tensor of the TrainState
-        state.json              the rest of it, with the tensors' places
+        state.json              the rest of the TrainState, with references to the tensors
         experiment.json         the Experiment
         MANIFEST.json           sizes and sha256 of the others; written last
 
-A folder without a manifest, or whose files differ from it, is not a checkpoint: a crash or a full
-disk in the middle of writing leaves the ones before it as they were. Nothing is unpickled.
+A folder without a manifest, or whose files differ from it, is not a checkpoint. So a crash or a
+full disk during writing does not affect earlier checkpoints. Nothing is unpickled.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole, readable checkpoint; `verify` looks at every byte."""
+    """A checkpoint with a valid manifest; each file is verified when it is read."""
 
     location: Location
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Location) -> "Checkpoint":
-        """A checkpoint's folder, or a run's folder, whose newest whole checkpoint is meant.
+        """Open a checkpoint's folder, or the newest complete checkpoint in a run's folder.
 
-        FileNotFoundError or ValueError names the path and says what is there instead.
+        Raises FileNotFoundError or ValueError that names the path and what is there instead.
         """
         location = Location.of(path)
         if not location.exists():
@@ -55,8 +55,8 @@ class Checkpoint:
         newest = latest(location)
         if newest is None:
             raise ValueError(
-                f"{location} is no checkpoint: it has no {MANIFEST}, and no whole checkpoint lies "
-                f"under it; give a run's folder or one of its {CHECKPOINTS}/step-*"
+                f"{location} is not a checkpoint: it has no {MANIFEST}, and no complete checkpoint "
+                f"lies under it; give a run's folder or one of its {CHECKPOINTS}/step-*"
             )
         return newest
 
@@ -70,11 +70,13 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """sha256 of its state's tensors, in hex: which weights these are."""
+        """sha256 of the state's tensors in hex, which identifies the weights."""
         return self.manifest["files"]["state.safetensors"]["sha256"]
 
     def read(self, name: str) -> bytes:
-        """One file, compared with the manifest. ValueError where it differs."""
+        """Read a file and verify it. Raises ValueError if it is missing or differs from the
+        manifest.
+        """
         try:
             data = (self.location / name).read_bytes()
         except FileNotFoundError:
@@ -100,7 +102,7 @@ class Checkpoint:
         return encoder.eval()
 
     def state(self) -> dict[str, Any]:
-        """What TrainState.load_state_dict takes."""
+        """The state dict for TrainState.load_state_dict."""
         return _join(json.loads(self.read("state.json")), _tensors(self, "state.safetensors"))
 
 
@@ -132,22 +134,22 @@ def save(state: TrainState, experiment: Experiment, run: Location, loss: float) 
 
 
 def take_part(state: TrainState) -> None:
-    """A rank's part in `save` on another rank, where each holds a share of the weights: nothing is
-    written."""
+    """The part of a rank that does not write in `save`, if weights are sharded: it joins the
+    gathering of weights."""
     state.state_dict()
     export_weights(state.method.encoder)
 
 
 def copy(found: Checkpoint, run: Location) -> Checkpoint:
-    """Give another run a checkpoint, in place of its own of that step. OSError leaves nothing of it
-    behind; ValueError where it is damaged."""
+    """Copy a checkpoint into another run, replacing that run's own one of that step. Raises
+    ValueError if it is damaged; an OSError leaves no partial copy."""
     files = {name: found.read(name) for name in found.manifest["files"]}
     return _write(run / CHECKPOINTS / found.location.name, files, found.manifest)
 
 
 def _write(location: Location, files: dict[str, bytes], manifest: dict[str, Any]) -> Checkpoint:
     if location.exists():
-        location.delete_folder()  # a torn one: a whole one of this step would have been resumed
+        location.delete_folder()  # incomplete: a complete one of this step would have been resumed
     try:
         location.make_folder()
         for name, data in files.items():
@@ -160,7 +162,7 @@ def _write(location: Location, files: dict[str, bytes], manifest: dict[str, Any]
 
 
 def _remove_quietly(location: Location) -> None:
-    # Where this fails, too: without a manifest it is no checkpoint, the next start removes it.
+    # If this fails too, the folder has no manifest, so the next start removes it.
     with contextlib.suppress(OSError):
         location.delete_folder()
 
@@ -182,7 +184,7 @@ def all_of(run: Location) -> list[Checkpoint]:
 
 
 def latest(run: Location) -> Checkpoint | None:
-    """The newest checkpoint whose every file is as its manifest says; None where there is none."""
+    """The newest checkpoint whose files all match its manifest; None if there is none."""
     return next(_whole(reversed(all_of(run))), None)
 
 
@@ -197,14 +199,14 @@ def _whole(checkpoints: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
 
 
 def mark_best(run: Location, step: int) -> None:
-    """Write down which checkpoint has the best probe, where that is news."""
+    """Record which checkpoint has the best probe, if it has changed."""
     place = run / BEST
     if not place.exists() or place.read_json() != {"step": step}:
         place.write_json({"step": step})
 
 
 def best(run: Location) -> Checkpoint | None:
-    """The checkpoint with the best probe, where it is whole; None where none was probed."""
+    """The checkpoint with the best probe; None if there is none or it is damaged."""
     try:
         step = (run / BEST).read_json()["step"]
     except (FileNotFoundError, ValueError, KeyError):
@@ -213,16 +215,16 @@ def best(run: Location) -> Checkpoint | None:
 
 
 def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) -> list[int]:
-    """Remove all checkpoints but the last `keep`, the best and those still `needed` (steps).
+    """Remove all checkpoints except the last `keep`, the best one and those of the steps `needed`.
 
-    Returns the steps that were removed.
+    Returns the steps of the removed checkpoints.
     """
     checkpoints = [checkpoint for checkpoint in all_of(run) if _is_complete(checkpoint)]
     kept = {checkpoint.step for checkpoint in checkpoints[-keep:]} | needed
     removed = []
     for checkpoint in checkpoints:
         if checkpoint.step not in kept and checkpoint.step != best_step:
-            # The manifest goes first: a half-removed folder must not look like a checkpoint.
+            # The manifest is deleted first: a half-deleted folder must not look like a checkpoint.
             checkpoint.location.filesystem.delete_file((checkpoint.location / MANIFEST).path)
             checkpoint.location.delete_folder()
             removed.append(checkpoint.step)
@@ -230,7 +232,7 @@ def retain(run: Location, keep: int, best_step: int | None, needed: set[int]) ->
 
 
 def _is_complete(checkpoint: Checkpoint) -> bool:
-    """Whether its files have the sizes of its manifest: no proof, but no byte of them is read."""
+    """Whether its files have the sizes in its manifest: a quick check that reads no contents."""
     sizes = {info.base_name: info.size for info in checkpoint.location.list()}
     files = checkpoint.manifest["files"]
     return all(sizes.get(name) == entry.get("bytes") for name, entry in files.items())
@@ -239,7 +241,7 @@ def _is_complete(checkpoint: Checkpoint) -> bool:
 def _read_manifest(location: Location) -> dict[str, Any]:
     try:
         manifest = (location / MANIFEST).read_json()
-    except ValueError:  # no JSON, or no text at all
+    except ValueError:  # not JSON or not UTF-8
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != "selfray-checkpoint":
         raise ValueError(f"{location / MANIFEST} is not the manifest of a checkpoint")
@@ -260,12 +262,12 @@ def _tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON, its tensors moved into `tensors` under their paths."""
+    """Convert a nested state to JSON; its tensors are moved into `tensors` under their paths."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(value, dict):
-        # Pairs, since JSON would turn the optimizer's integer keys into strings.
+        # As pairs, because JSON would turn the optimizer's integer keys into strings.
         return {"dict": [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         items = [_split(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]

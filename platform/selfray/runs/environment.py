@@ -1,4 +1,4 @@
-"""What a run ran on: code, packages and machine."""
+"""Records the environment of a run: code, packages and machine."""
 
 import getpass
 import importlib.metadata
@@ -14,7 +14,7 @@ _VERSIONS_OF = ("selfray", "torch", "torchvision", "timm", "ray", "mlflow", "pya
 
 
 def environment_tags() -> dict[str, str]:
-    """What code, packages and machine a run had, as tags; what is unknown is left out."""
+    """Tags of the code version, packages and machine of this process; unknown ones are left out."""
     tags = {
         "version.python": platform.python_version(),
         "machine.hostname": socket.gethostname(),
@@ -27,7 +27,7 @@ def environment_tags() -> dict[str, str]:
         tags["mlflow.user"] = getpass.getuser()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     tags["machine.memory_gib"] = f"{memory_bytes / 2**30:.1f}"
-    # Of the checkout that this package is from, wherever the command was started.
+    # The checkout that contains this package, not the current folder.
     git = ("git", "-C", str(Path(__file__).parent))
     is_tracked = _output_of(*git, "ls-files", Path(__file__).name)
     commit = _output_of(*git, "rev-parse", "HEAD") if is_tracked else ""
@@ -44,12 +44,12 @@ def environment_tags() -> dict[str, str]:
         try:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # selfray run from its folder, or a library that this machine does without
+            continue  # selfray runs from its folder, or an optional library is not installed
     return tags
 
 
 def _output_of(*command: str) -> str:
-    """What a command prints, "" where it is absent, fails or takes longer than 5 seconds."""
+    """A command's output; "" if it is absent, fails or takes longer than 5 seconds."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, ValueError, subprocess.SubprocessError):

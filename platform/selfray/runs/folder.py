@@ -1,4 +1,4 @@
-"""A run's folder: the names of what lies in it, and whether a command is writing into it."""
+"""A run's folder: the names of its files, and whether a command is writing into it."""
 
 import fcntl
 from pathlib import Path
@@ -7,35 +7,36 @@ from typing import Any
 from selfray.storage import Location
 
 RUN_FILE = "run.json"
-"""What a run is and how it stands; launch.py writes it."""
+"""A run's settings and status; launch.py writes it."""
 CONFIG = "experiment.yaml"
 """The experiment, as `selfray pretrain --config` reads it."""
 LOCK = "lock"
-"""Held by the command that writes into a run's folder, where that is local."""
+"""Lock file held by the command that writes into a local run folder."""
 STOP = "stop.json"
-"""Why the run's own guard ends it; written by its driver, read by its workers."""
+"""The reason why the run's guard ends it; written by its driver, read by its workers."""
 START = "start.safetensors"
-"""The public weights that it started from, in its encoder's shapes; the header says whose."""
+"""The public weights that the run started from, in its encoder's shapes; the header names them."""
 BEST = "best.json"
 """The step of the checkpoint with the best probe."""
 SPOOL = "spool"
 CHECKPOINTS = "checkpoints"
 ARTIFACTS = "artifacts"
 PICTURES = "pictures"
-"""In the folder of artifacts."""
+"""A folder inside the folder of artifacts."""
 RUN_RECORD = "mlflow.json"
-"""{"tracking_uri", "experiment_id", "run_id"}: which MLflow run this run folder belongs to."""
+"""{"tracking_uri", "experiment_id", "run_id"} of the MLflow run of this run folder."""
 SHIPPED = "shipped.json"
-"""{"key", "run_id", "offsets", "artifacts", "status"}: what of the spool MLflow has by now."""
+"""{"key", "run_id", "offsets", "artifacts", "status"}: how much of the spool MLflow has
+received."""
 TRIALS = "trials"
-"""In a sweep's folder: an outcome for each trial that has ended."""
+"""Folder in a sweep's folder, with the outcome of each trial that has ended."""
 OUTCOMES = "outcomes.json"
-"""Stands in the folder of a sweep that has ended."""
+"""File in the folder of a sweep that has ended."""
 
 
 def is_training(run: Location) -> bool:
-    """Whether a command is writing into the run's folder now; where that is no local one, whether
-    its record says so, which is not taken back by a command that is killed."""
+    """Whether a command is writing into the run's folder now. For an object store this is the
+    status in its record, which stays "running" if the command is killed."""
     if not run.is_local:
         return read_object(run / RUN_FILE).get("status") == "running"
     try:
@@ -49,8 +50,8 @@ def is_training(run: Location) -> bool:
 
 
 def read_object(file: Location) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, or it is damaged: no JSON, no UTF-8, of
-    another shape, or nested without end."""
+    """The object in a JSON file; empty if the file is missing or damaged (not JSON, not UTF-8, not
+    an object, or nested too deeply)."""
     try:
         value = file.read_json()
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):

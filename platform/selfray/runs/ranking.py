@@ -1,4 +1,4 @@
-"""Runs side by side: which is best, and in what they differ. Pure; no Ray, no MLflow, no torch."""
+"""Compares runs: which is best, and how they differ. Pure; no Ray, no MLflow, no torch."""
 
 import itertools
 import math
@@ -23,31 +23,33 @@ _OF_THE_LOSS = (
     "method", "data.path", "data.mean", "data.std", "batch_size", "encoder.image_size",
     "encoder.patch_size",
 )  # fmt: skip
-"""What decides which quantity a loss is. The batch is part of it: it holds the negatives."""
+"""Parameters that define a loss: losses compare only if these are equal. The batch size is one of
+them, because the batch holds the negatives."""
 _OF_THE_PROBES = ("data.path", "data.test_path", "probe.train_limit", "probe.test_limit")
 MOST_LINES = 40
 
 
 def run_page(server: str, experiment_id: str, run_id: str) -> str:
-    """The address of a run's page. Without the kind, MLflow opens it as one of language models."""
+    """The address of a run's page. Without workflowType, MLflow shows it as a language-model
+    run."""
     page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     return f"{server.rstrip('/')}/{page}"
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The MLflow run of a run."""
+    """The MLflow run that belongs to a run."""
 
     run_id: str
     store: str = ""
-    """The tracking URI as it was recorded, without its password."""
+    """The recorded tracking URI, without password."""
     parent: str = ""
-    """The run of the sweep that it is a trial of, where that is known."""
+    """The MLflow run of its sweep, if it is a trial and the sweep is known."""
     experiment_id: str = ""
 
     @property
     def page(self) -> str | None:
-        """The address of the run's page, where a tracking server has it."""
+        """The address of the run's page; None without a tracking server."""
         if not re.fullmatch(r"https?://[^\s\"'<>]+", self.store) or not self.experiment_id:
             return None
         server = self.store.replace(f"{HIDDEN}@", "").rstrip("/")
@@ -56,41 +58,41 @@ class Tracked:
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """What is known of one run, whatever became of it."""
+    """Everything known about one run, also if it failed or is damaged."""
 
     name: str
     folder: str
-    """Where it lies; empty where it was never begun."""
+    """Its folder; empty for a run that never started."""
     status: Status
     method: str = ""
     judged_by: str = "knn"
-    """The probe that judges its method: knn or linear."""
+    """The probe by which its method is ranked: knn or linear."""
     recipe: str = ""
     label: str = ""
-    """Its part of a sweep in the sweep's words; empty outside one."""
+    """The values that its sweep tried in it; empty outside of sweeps."""
     note: str = ""
-    """The cause of a failure, or what of it could not be read."""
+    """The cause of a failure, or what could not be read."""
     parameters: Mapping[str, Scalar] = field(default_factory=dict)
-    """The experiment by dotted names, without those that are None."""
+    """The experiment by dotted names, without fields that are None."""
     curves: Mapping[str, Points] = field(default_factory=dict)
-    """By the metric's name."""
+    """Curves by metric name."""
     protocols: Mapping[str, str] = field(default_factory=dict)
-    """The probes' protocols by the probe's name."""
+    """Protocols by probe name."""
     pictures: Mapping[str, Location] = field(default_factory=dict)
-    """Files by their names without suffix, such as "reconstructions"."""
+    """Files by name without suffix, such as "reconstructions"."""
     images_per_second: float | None = None
     """The median over the run."""
     given: frozenset[str] = frozenset()
-    """The parameters that were set by flag or file: others than the recipe's."""
+    """The parameters set by flag or file, which differ from the recipe's."""
     started: float | None = None
-    """When its first record was written, in seconds since the epoch."""
+    """Time of its first record, in seconds since the epoch."""
     seconds: float | None = None
-    """From its first record to its last, or as it says itself."""
+    """The recorded duration, or the time from its first record to its last."""
     tracked: Tracked | None = None
 
     @property
     def title(self) -> str:
-        """What a person calls it: a sweep's label says more than a folder's name."""
+        """The name shown to a person: a sweep's label says more than a folder's name."""
         if not self.label:
             return self.name
         seed = self.parameters.get("seed")
@@ -98,7 +100,7 @@ class ComparedRun:
 
     @property
     def score(self) -> float | None:
-        """The last figure of the probe that judges its method."""
+        """The last value of the probe by which its method is ranked."""
         return self.last(f"probe/{self.judged_by}")
 
     @property
@@ -107,7 +109,7 @@ class ComparedRun:
         return max(ends, default=None)
 
     def last(self, metric: str) -> float | None:
-        """The last value of a metric; that of an untrained encoder does not count."""
+        """The last finite value of a metric; the untrained encoder's does not count."""
         points = [(seen, value) for seen, value in self.curves.get(metric, ()) if seen > 0]
         return points[-1][1] if points and math.isfinite(points[-1][1]) else None
 
@@ -118,20 +120,20 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Differences:
-    """In what runs differ. Each parameter's values stand in the runs' order, None where it is
-    absent."""
+    """The parameters that differ between runs, each with its values in the order of the runs; None
+    if a run lacks it."""
 
     varied: dict[str, list[Scalar | None]]
-    """What was chosen: set by flag, or differs between runs of one recipe."""
+    """Parameters that were set by a flag or differ between runs of one recipe."""
     of_recipes: dict[str, list[Scalar | None]]
-    """Differs only because the recipes do."""
+    """Parameters that differ only because the recipes differ."""
 
 
 def ranked(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The best first, by the probe that judges each one's method; those without a probe last.
+    """Sort runs, best first, by the probe that ranks each method; runs without a probe come last.
 
-    An accuracy by kNN says nothing beside one by the linear probe, so where both judge, the runs of
-    each stand together, those of the more frequent one first.
+    kNN and linear accuracies are not comparable. If both rank some runs, those of the more frequent
+    probe come first, then those of the other.
     """
     statuses = get_args(Status)
     counts = Counter(run.judged_by for run in runs if run.score is not None)
@@ -146,8 +148,8 @@ def ranked(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def featured(runs: Sequence[ComparedRun]) -> list[int]:
-    """The indices of ranked runs, the best of each judging probe in turn: the order in which
-    pictures and colours are given out."""
+    """The indices of ranked runs, alternating between the best of each judging probe: the order in
+    which pictures and colours are assigned."""
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         groups.setdefault("" if run.score is None else run.judged_by, []).append(index)
@@ -157,7 +159,7 @@ def featured(runs: Sequence[ComparedRun]) -> list[int]:
 
 
 def best(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The best by each probe that judges some."""
+    """The best run of each judging probe."""
     first: dict[str, ComparedRun] = {}
     for run in ranked(runs):
         if run.score is not None:
@@ -166,8 +168,8 @@ def best(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def differences(runs: Sequence[ComparedRun]) -> Differences:
-    """The parameters that are not the same in all runs, but for placement."""
-    known = [run for run in runs if run.parameters]  # a trial that never began differs in nothing
+    """The parameters that differ between runs, except for placement."""
+    known = [run for run in runs if run.parameters]  # a trial that never started has none
     names = sorted({name for run in known for name in run.parameters})
     varied, of_recipes = {}, {}
     for name in names:
@@ -186,13 +188,13 @@ def differences(runs: Sequence[ComparedRun]) -> Differences:
 
 
 def cautions(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    """What must not be compared, in a sentence each: under `loss` and under `probes`."""
+    """Warnings about values that are not comparable, by the keys `loss`, `probes` and `judges`."""
     told = {}
     different = _differing(runs, _OF_THE_LOSS)
     if different:
         told["loss"] = (
-            f"The losses of these runs do not compare, since {_listed(different)} differ"
-            f"{'s' if len(different) == 1 else ''}: a lower one is not a better one."
+            f"The losses of these runs are not comparable, since {_listed(different)} differ"
+            f"{'s' if len(different) == 1 else ''}: a lower loss is not a better one."
         )
     different = _differing(runs, _OF_THE_PROBES)
     for probe in ACCURACIES:
@@ -200,8 +202,8 @@ def cautions(runs: Sequence[ComparedRun]) -> dict[str, str]:
             different.append(f"the protocol of the {probe_name(probe)} probe")
     if different:
         told["probes"] = (
-            f"The probes of these runs do not compare, since {_listed(different)} differ"
-            f"{'s' if len(different) == 1 else ''}: the order of the table is no verdict. "
+            f"The probes of these runs are not comparable, since {_listed(different)} differ"
+            f"{'s' if len(different) == 1 else ''}: the order of the table is not a ranking. "
             "`selfray probe RUN --data PATH` judges them on the same images."
         )
     judges: dict[str, set[str]] = {}
@@ -210,18 +212,18 @@ def cautions(runs: Sequence[ComparedRun]) -> dict[str, str]:
             judges.setdefault(run.judged_by, set()).add(run.method)
     if len(judges) > 1:
         told["judges"] = (
-            "Ranked apart: "
+            "Ranked separately: "
             + "; ".join(
-                f"{probe_name(probe)} judges {_listed(sorted(methods))}"
+                f"{probe_name(probe)} ranks {_listed(sorted(methods))}"
                 for probe, methods in sorted(judges.items())
             )
-            + ". A figure of the one probe says nothing beside a figure of the other."
+            + ". Figures of different probes are not comparable."
         )
     return told
 
 
 def _differing(runs: Sequence[ComparedRun], prefixes: tuple[str, ...]) -> list[str]:
-    """Which of these parameters differ; the method alone where that does."""
+    """The names of these parameters that differ; only "the method" if the methods differ."""
     known = [run for run in runs if run.parameters]
     if len({run.method for run in known}) > 1 and "method" in prefixes:
         return ["the method"]
@@ -244,12 +246,12 @@ def _starts(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _text(value: Scalar | None) -> str:
-    """A value as MLflow keeps it, so that a run's file and MLflow's copy of it are equal."""
+    """A value as MLflow stores it, so that a run's file and MLflow's copy compare as equal."""
     return "" if value is None else str(value)
 
 
 def table(runs: Sequence[ComparedRun]) -> list[str]:
-    """The ranking for a terminal; `runs` in their order."""
+    """The lines of a table for a terminal; `runs` in the given order."""
     varied = differences(runs).varied
     mixed = len({run.recipe for run in runs}) > 1
     # Cells are escaped before their widths are taken.
@@ -296,7 +298,7 @@ def table(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def shown(value: Scalar | None) -> str:
-    """A parameter's value for a person."""
+    """A parameter's value as text for a person."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -313,7 +315,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def as_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """The table for another program: accuracies in 0..1, the best run first."""
+    """The table as JSON for other programs: accuracies in 0..1, runs in the given order."""
     found = differences(runs)
     return {
         "cautions": cautions(runs),

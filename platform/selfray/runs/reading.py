@@ -1,5 +1,5 @@
-"""A run's folder, whatever became of the run -> what can be told of it. No Ray, no MLflow; torch
-only where a folder does not tell which probe judges its method."""
+"""Reads the folder of a run in any state. No Ray, no MLflow; torch only if a folder does not say
+which probe ranks its method."""
 
 import math
 import posixpath
@@ -31,40 +31,40 @@ from selfray.runs.spool import SpoolReader
 from selfray.storage import Location
 
 READERS = 16
-"""Folders read at a time: an object store answers late, but many at once."""
+"""Folders read at a time: object stores are slow per request, but serve many in parallel."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A run that is to be read."""
+    """A run to be read."""
 
     folder: str
-    """Empty for a trial that never began."""
+    """Empty for a trial that never started."""
     label: str = ""
     seed: int | None = None
     failure: str = ""
-    """The cause that its sweep knows."""
+    """The cause of failure recorded by its sweep."""
     parent: str = ""
     """The sweep's MLflow run."""
     known: Any = None
     """MLflow's own record of it."""
 
     def joined(self, other: "Named") -> "Named":
-        """The same run, named twice: what either knows."""
+        """Merge two names of the same run; this one takes precedence."""
         mine = {name: value for name, value in vars(self).items() if value not in ("", None)}
         return Named(**{**vars(other), **mine})
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds: it is a run's, or a sweep's, or one of runs, or one of sweeps."""
+    """The content of a folder: one run, one sweep, several runs or several sweeps."""
 
     runs: tuple[Location, ...] = ()
     sweeps: tuple[Location, ...] = ()
 
 
 def find(folder: Location) -> Found:
-    """The runs in a folder, or, where there are none, the sweeps."""
+    """The runs in a folder or, if there are none, the sweeps."""
     listed_here = folder.list()
     inside = {info.base_name for info in listed_here}
     if TRIALS in inside:
@@ -89,7 +89,7 @@ def has_ended(sweep: Location) -> bool:
 
 
 def trials(sweep: Location, parent: str) -> list[Named]:
-    """The trials that have an outcome in a sweep's folder; none where that is out of sight."""
+    """The trials with an outcome in a sweep's folder; empty if the folder does not exist."""
     found = []
     for info in (sweep / TRIALS).list():
         outcome = read_object(sweep / TRIALS / info.base_name)
@@ -108,7 +108,8 @@ def trials(sweep: Location, parent: str) -> list[Named]:
 
 
 def _where_now(run: str, sweep: Location) -> str:
-    """A trial's folder; where that is gone, beside the sweep's, as if all had been moved."""
+    """A trial's folder; if it is gone, the one beside the sweep's folder, in case both were
+    moved."""
     if not run or Location.of(run).exists():
         return run
     output = posixpath.dirname(posixpath.dirname(sweep.uri.rstrip("/")))
@@ -117,8 +118,8 @@ def _where_now(run: str, sweep: Location) -> str:
 
 
 def read_run(folder: Location) -> ComparedRun:
-    """What a run's folder tells. OSError where it cannot be read. What is damaged in it, or has
-    another shape than selfray writes, counts as absent and is said in the note."""
+    """Read a run's folder. Files that are damaged or not as selfray writes them count as absent and
+    are mentioned in the note. Raises OSError if the folder cannot be read."""
     record, damaged = _record_of(folder)
     experiment = _object(record.get("experiment")) or _experiment_of_checkpoint(folder)
     curves, protocols, corrupt, times = _curves(folder)
@@ -160,7 +161,7 @@ def read_run(folder: Location) -> ComparedRun:
 
 
 def _record_of(folder: Location) -> tuple[dict[str, Any], list[str]]:
-    """(run.json, what is wrong with it)."""
+    """(content of run.json, faults of it)."""
     record = read_object(folder / RUN_FILE)
     if not record and (folder / RUN_FILE).exists():
         return {}, [f"its {RUN_FILE} is damaged"]
@@ -185,7 +186,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A text of a file that may hold anything there."""
+    """A value from a file as text, with credentials hidden; the file may hold any type there."""
     return "" if value is None else masked(str(value))
 
 
@@ -203,7 +204,8 @@ def _status(folder: Location, record: dict[str, Any]) -> Status:
 
 
 def _experiment_of_checkpoint(folder: Location) -> dict[str, Any]:
-    """The experiment of a folder that has no record; empty where it has no checkpoint either."""
+    """The experiment from a checkpoint, for a folder without run.json; empty without
+    checkpoints."""
     for info in reversed((folder / CHECKPOINTS).list()):
         found = read_object(folder / CHECKPOINTS / info.base_name / "experiment.json")
         if found:
@@ -212,8 +214,8 @@ def _experiment_of_checkpoint(folder: Location) -> dict[str, Any]:
 
 
 def _curves(folder: Location) -> tuple[dict[str, Points], dict[str, str], int, list[float]]:
-    """(metrics by name, probes' protocols by probe, damaged lines, the records' times in s). A
-    step that was repeated after a restart is one point: the last."""
+    """(curves by metric, protocols by probe, number of damaged lines, times of records in seconds).
+    Of a step that was repeated after a restart, only the last point counts."""
     reader = SpoolReader(folder / SPOOL)
     records, _ = reader.read({})
     points: dict[str, dict[int, float]] = {}
@@ -227,7 +229,7 @@ def _curves(folder: Location) -> tuple[dict[str, Points], dict[str, str], int, l
             case {"kind": "tags", "values": dict(values)}:
                 protocols |= protocols_in(values)
     curves: dict[str, Points] = {name: sorted(found.items()) for name, found in points.items()}
-    # A thousand years: what a date can be made of.
+    # At most the year 2984, so that datetime can represent it.
     times = [record["time"] / 1000 for record in records if 0 <= record["time"] < 32e12]
     return curves, protocols, reader.corrupt, times
 
@@ -248,7 +250,7 @@ def _pictures(folder: Location) -> dict[str, Location]:
         posixpath.splitext(info.base_name)[0]: place / info.base_name
         for info in place.list()
         if info.is_file
-        and info.base_name != "thumbnails.png"  # the sheet that live_map.py cuts
+        and info.base_name != "thumbnails.png"  # the sheet of live_map.py
         and info.base_name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
     }
 
@@ -260,8 +262,7 @@ def _method(kind: str) -> str:
 
 @cache
 def judge_of(kind: str) -> str:
-    """The probe that judges a method, from its class: this imports torch. kNN where there is no
-    such method here."""
+    """The probe that ranks a method, from its class; imports torch. kNN for an unknown method."""
     if not kind:
         return "knn"
     try:

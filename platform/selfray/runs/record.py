@@ -1,4 +1,4 @@
-"""What a run's folder says of how it stands: run.json, and the lock of whoever writes there."""
+"""A run's status in its folder: run.json, and the lock of the command that writes there."""
 
 import fcntl
 import json
@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 RESERVE = "reserve"
 RESERVE_BYTES = 2**18
-"""Given back when a run fails, so that a full disk still takes its last words."""
+"""Size of a reserve file that is deleted when a run fails, so that a full disk has room for the
+cause."""
 
 Status = Literal["running", "failed", "finished", "stopped", "paused"]
 
 
 def read(run: Location) -> dict[str, Any]:
-    """What an earlier start of this run wrote of itself; empty where there was none."""
+    """The run.json of an earlier start; empty if there is none or it is damaged."""
     try:
         record = (run / RUN_FILE).read_json()
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -33,7 +34,7 @@ def read(run: Location) -> dict[str, Any]:
 
 
 def write(run: Location, experiment: Experiment, status: Status, **more: Any) -> None:
-    """Write run.json. OSError where the folder takes nothing."""
+    """Write run.json. Raises OSError if the folder cannot be written."""
     if status == "running" and run.is_local:
         (run / RESERVE).write_bytes(bytes(RESERVE_BYTES))
     elif run.is_local:
@@ -42,7 +43,7 @@ def write(run: Location, experiment: Experiment, status: Status, **more: Any) ->
         {
             "status": status,
             "name": run.name,
-            # Beside the experiment, whose types bring torch with them, for readers in a hurry.
+            # Stored separately, because parsing the experiment imports torch, which takes seconds.
             "judged_by": experiment.method.judged_by,
             "experiment": config.to_json(experiment),
             **more,
@@ -58,22 +59,23 @@ def write_config(run: Location, experiment: Experiment) -> Location:
 
 
 def give_back_reserve(run: Location) -> None:
-    """Make room for what a failing run has to say."""
+    """Delete the reserve file to make room for the cause of a failure."""
     with suppress(OSError):
         os.unlink(os.path.join(run.path, RESERVE))
 
 
 def write_failure(run: Location, experiment: Experiment, cause: str, **more: Any) -> None:
-    """Write down why a run failed; where even that cannot be written, the log has it."""
+    """Record why a run failed; if that cannot be written, log it."""
     try:
         write(run, experiment, "failed", failure=cause, **more)
     except OSError:
-        log.exception("the failure cannot be written down")
+        log.exception("the failure cannot be recorded")
 
 
 @contextmanager
 def alone(run: Location) -> Iterator[None]:
-    """Two commands must not write into one run's folder. Only a local folder can be guarded."""
+    """Hold the lock of a run's folder, so that only one command writes into it. Raises ValueError
+    if another command holds it. Folders in object stores cannot be locked."""
     if not run.is_local:
         yield
         return
@@ -94,8 +96,8 @@ def alone(run: Location) -> Iterator[None]:
 
 @contextmanager
 def in_turn(output: Location, say: Callable[[str], None]) -> Iterator[None]:
-    """One command at a time makes what all runs of an output folder share: its data. Only a local
-    folder can be guarded."""
+    """Wait for and hold the lock of an output folder's shared data, so that only one command
+    prepares it. Folders in object stores cannot be locked."""
     if not output.is_local:
         yield
         return
@@ -105,6 +107,6 @@ def in_turn(output: Location, say: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say(f"another command is making its data in {folder}: waiting for it")
+            say(f"another command is preparing its data in {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

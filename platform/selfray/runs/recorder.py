@@ -1,16 +1,16 @@
-"""What a run writes while it trains: metrics and events to its spool, checkpoints to its folder."""
+"""Writes metrics and events of a training run to its spool, and checkpoints to its folder."""
 
 import logging
 import math
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from selfray import distributed
-from selfray.data.plan import even_steps
 from selfray.experiment import Experiment
 from selfray.health import CollapsedError, CollapseGuard, feature_health
 from selfray.runs import checkpoint
@@ -30,39 +30,37 @@ LEARN_SLOWER = (
 )
 
 
-class EndedEarly(Exception):  # noqa: N818 - it is no error
-    """A run that pauses or was told to stop, after its checkpoint; raised on all ranks in one
-    step."""
+class EndedEarly(Exception):  # noqa: N818 - not an error
+    """Raised on all ranks, in the same step and after a checkpoint, if a run pauses or must
+    stop."""
 
 
 @dataclass
 class Recorder:
-    """Rank 0's memory of a run: metrics and events to the spool, checkpoints to the run's folder.
+    """Records a run on rank 0: metrics and events to the spool, checkpoints to the run's folder.
 
-    The other ranks keep one that writes nothing, so that the loop is the same on all.
+    Other ranks have a recorder that writes nothing, so that the loop is the same on all ranks.
     """
 
     experiment: Experiment
     run: Location
-    total_steps: int
+    checkpoint_steps: Collection[int]
+    """Steps at whose end a checkpoint is written (runs/milestones.py)."""
     writes: bool
     until_step: int | None = None
     stop_file: Location | None = None
     spool: SpoolWriter = field(init=False)
-    checkpoint_steps: set[int] = field(init=False)
     guard: CollapseGuard = field(init=False)
     window: list[Step] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int | None = None
-    """The last checkpoint's step."""
+    """Step of the last checkpoint."""
     owes_checkpoint: bool = False
-    """Whether a checkpoint was due while the guard held it back."""
+    """Whether a checkpoint that was due has been postponed by the guard."""
 
     def __post_init__(self) -> None:
-        # One writer for each start: two attempts may overlap while a dead worker is not yet gone.
+        # One writer per start: two attempts may overlap until a dying worker has ended.
         self.spool = SpoolWriter(self.run / SPOOL, f"train-{time.time_ns()}")
-        self.checkpoint_steps = even_steps(self.total_steps, self.experiment.checkpoint.times)
-        self.checkpoint_steps |= even_steps(self.total_steps, self.experiment.probe.times)
         self.guard = CollapseGuard(self.experiment.guard)
 
     def started(self, state: TrainState, device: torch.device) -> None:
@@ -79,11 +77,12 @@ class Recorder:
             )
 
     def broken_images(self, names: list[str], total: int) -> None:
-        """Every rank tells of its own: a name that nobody wrote down could not be mended."""
+        """Record broken images of this rank. Every rank records its own; rank 0 never sees
+        others'."""
         self.spool.event("broken_images", names=", ".join(names), total=total)
 
     def on_step(self, state: TrainState, step: Step) -> None:
-        # Without the images, a view into the whole batch: a window of those would fill a GPU.
+        # Without the images, which are a view into the batch: keeping them would fill a GPU.
         self.window.append(replace(step, images=step.images[:0].clone()))
         number = step.progress.step
         ends = self._ends(step)
@@ -98,18 +97,18 @@ class Recorder:
         saves = number in self.checkpoint_steps or age > 60 * self.experiment.checkpoint.minutes
         saves |= ends
         if together:
-            # All gather what one writes, so they save at the same steps, not by each one's clock.
+            # All ranks gather weights for a save, so they must agree on steps, not on clocks.
             due = number in self.checkpoint_steps or ends
             saves = distributed.any_rank(saves, step.loss.device) if logs else due
         if not (logs or saves):
             return
-        # A checkpoint's step is a point of the metrics too, so that nothing is saved unexamined.
+        # Each checkpoint's step is also a point of the metrics, so that the guard sees it first.
         loss = self._record(state, step)
         suspects = self.guard.suspects
         if together:
             suspects = distributed.any_rank(suspects and self.writes, step.loss.device)
         if suspects:
-            # The last good checkpoint must not be followed, and in time removed, by dead ones.
+            # Checkpoints of collapsed weights must not replace the last good one.
             self.owes_checkpoint |= saves
             self.saved_at = time.monotonic()
         elif saves or self.owes_checkpoint:
@@ -119,7 +118,7 @@ class Recorder:
             raise EndedEarly
 
     def _ends(self, step: Step) -> bool:
-        """Whether the run is to end here, before its end; the same on all ranks."""
+        """Whether the run must end early at this step; the same on all ranks."""
         if step.progress.finished:
             return False
         number = step.progress.step
@@ -131,8 +130,8 @@ class Recorder:
         return distributed.any_rank(told, step.loss.device)
 
     def _record(self, state: TrainState, step: Step) -> float:
-        """One point of every metric: means over the steps since the last point. Returns the loss;
-        raises where the run is past saving."""
+        """Record one point of every metric, mostly means over the steps since the last point.
+        Returns the loss. Raises if the run has diverged or collapsed."""
         seconds = sum(s.seconds for s in self.window)
         waited = sum(s.waited_seconds for s in self.window)
         images = len(self.window) * self.experiment.batch_size
@@ -168,9 +167,10 @@ class Recorder:
         return loss
 
     def _check_window(self) -> None:
-        """FloatingPointError names the first step since the last point that was not finite."""
-        # Read here and not in every step: reading waits for the GPU. The norm is that of the ranks'
-        # mean gradient, so it also shows what went wrong on another rank.
+        """Raise FloatingPointError that names the first step with a non-finite loss or gradient
+        norm since the last point."""
+        # Not in every step, because reading values waits for the GPU. The norm is that of the
+        # ranks' mean gradient, so it also shows faults of other ranks.
         figures = torch.stack([torch.stack([s.loss, s.gradient_norm]) for s in self.window])
         for step, (loss, norm) in zip(self.window, figures.tolist(), strict=True):
             for name, value in (("loss", loss), ("gradient norm", norm)):
@@ -184,7 +184,7 @@ class Recorder:
                     )
 
     def _check_weights(self, state: TrainState) -> None:
-        """FloatingPointError where the last update broke a part that no feature goes through."""
+        """Raise FloatingPointError if any weight is not finite, also outside of the encoder."""
         tensors = [*state.method.parameters(), *state.method.buffers()]
         tensors = [distributed.own_part(tensor) for tensor in tensors]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
@@ -194,8 +194,8 @@ class Recorder:
             )
 
     def _check_features(self, values: dict[str, float], progress: Progress) -> None:
-        """CollapsedError where images have had the same features for too long, or at the end;
-        FloatingPointError where this step's update broke the encoder, its loss still finite."""
+        """Raise CollapsedError if features have been collapsed for too long or at the end, and
+        FloatingPointError if this step's update made features non-finite."""
         if math.isnan(values["health/effective_rank"]):
             advice = suspect(self.experiment, progress.step + 1)
             raise FloatingPointError(
@@ -204,10 +204,10 @@ class Recorder:
         self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
             cause = self._obituary(self.guard.verdict, progress)
-            raise CollapsedError(f"{cause} (--guard.patience 0 goes on)")
+            raise CollapsedError(f"{cause} (--guard.patience 0 switches this check off)")
 
     def _obituary(self, cause: str, progress: Progress, advice: str = LEARN_SLOWER) -> str:
-        """What ended the run, what is left of it, and what may help, in one line."""
+        """One line: what ended the run, which checkpoint is left, and what may help."""
         left = (
             "there is no checkpoint yet"
             if self.saved_step is None
@@ -216,7 +216,8 @@ class Recorder:
         return f"{cause} at step {progress.step:,}; {left}: {advice}"
 
     def _save(self, state: TrainState, loss: float, is_last: bool) -> None:
-        """Write a checkpoint. A full disk or a failing store is told, and training goes on."""
+        """Write a checkpoint. If the disk is full or the store fails, report it and continue
+        training, except for the last checkpoint, which raises OSError."""
         if not self.writes:
             checkpoint.take_part(state)
             self.saved_at, self.owes_checkpoint = time.monotonic(), False

@@ -1,7 +1,7 @@
-"""The spool of a run: metrics and events as lines of JSON, written beside the run, never lost.
+"""The spool of a run: metrics and events as JSON lines in the run's folder.
 
-Whoever trains appends; whoever watches (a console, a tracking server's shipper) reads from byte
-offsets of its own. Every record has `time` (milliseconds since the epoch) and `kind`:
+Training processes append; readers (the console, the shipper to MLflow) keep their own byte offsets.
+Every record has `time` (milliseconds since the epoch) and `kind`:
 
     {"time": ..., "kind": "metrics", "images_seen": 4096, "values": {"loss": 5.1}}
     {"time": ..., "kind": "tags", "values": {"probe.knn.protocol": "v1"}}
@@ -38,7 +38,9 @@ _CLOSE_SECONDS = 30.0
 
 
 def _plain(value: Any) -> int | float | str:
-    """Numbers of other libraries as numbers, everything else as text: an event is never refused."""
+    """Convert other libraries' numbers to numbers and anything else to text, so that no event
+    fails.
+    """
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -48,7 +50,7 @@ def _plain(value: Any) -> int | float | str:
 
 @dataclass(frozen=True)
 class _SpoolFile:
-    """The name of a spool file, taken apart; `segment` is None for a file that is appended to."""
+    """The parsed name of a spool file; `segment` is None for a file that is appended to."""
 
     name: str
     writer: str
@@ -67,16 +69,16 @@ class _SpoolFile:
 
 
 class SpoolWriter:
-    """Appends one process's records to a spool folder; trouble with storage never reaches it.
+    """Appends one process's records to a spool folder. Storage errors are never raised to callers.
 
     On a local disk each record is written at once to `<writer_id>.jsonl`. An object store cannot
-    append, so a background thread writes numbered segments `<writer_id>.000017.jsonl`, one every
-    `flush_seconds` at most: a process that is killed loses that many seconds there, and none on a
-    local disk. While the store fails, up to `max_pending` records wait in memory; beyond that the
-    oldest are dropped, and counted in a "dropped" record. Calls may come from several threads.
+    append, so a background thread writes numbered segments `<writer_id>.000017.jsonl`, at most one
+    per `flush_seconds`: a killed process loses up to that many seconds of records there, and none
+    on a local disk. While the store fails, up to `max_pending` records wait in memory; beyond that
+    the oldest are dropped and counted in a "dropped" record. Thread-safe.
 
-    `writer_id` is letters, digits, `_` and `-`, and must be unique among the processes that are
-    alive: a restarted worker may take up its old one, two attempts at once may not share it.
+    `writer_id` consists of letters, digits, `_` and `-` and must be unique among living processes:
+    a restarted worker may reuse its old id, but two attempts at once may not share one.
     """
 
     def __init__(
@@ -110,22 +112,23 @@ class SpoolWriter:
         self._in_flight: bytes | None = None
 
     def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
-        """Record numbers at a point of training; NaN and infinities are kept as they are."""
+        """Record numbers at a point of training; NaN and infinity are kept."""
         numbers = {name: float(value) for name, value in values.items()}
         self._write("metrics", {"images_seen": int(images_seen), "values": numbers})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Record facts about the run that are no numbers, such as a protocol's version."""
+        """Record facts about the run as text, such as a protocol's version."""
         self._write("tags", {"values": {name: str(value) for name, value in values.items()}})
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Record that something happened: "started", "checkpoint", "warning", "finished", ..."""
+        """Record an event such as "started", "checkpoint", "warning" or "finished"."""
         for name in _RESERVED:
             require(name not in fields, f"an event's field cannot be named {name!r}")
         self._write(kind, fields)
 
     def close(self) -> None:
-        """Write what still waits, for at most 30 seconds; the writer may be used again."""
+        """Write waiting records, for at most 30 seconds. The writer may be used again
+        afterwards."""
         if self.folder.is_local:
             with self._lock:
                 self._append()
@@ -163,12 +166,12 @@ class SpoolWriter:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "cannot write to %s (%s): training goes on, records wait in memory",
+                "cannot write to %s (%s): training continues, records wait in memory",
                 self.folder,
                 error,
             )
 
-    # A local disk: one write per line, so that what a full disk took is known to the line.
+    # A local disk: one write per line, so that after a full disk it is known which lines arrived.
 
     def _append(self) -> None:
         """Write all pending lines, or as many as the disk takes. Call with the lock held."""
@@ -197,8 +200,8 @@ class SpoolWriter:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
-            # A killed process or a full disk may have left half a line: end it, so that it costs
-            # one line that readers skip, not the next record too.
+            # A killed process or a full disk may have left half a line: end it, so that the next
+            # record is not joined to it. Readers skip the half line.
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 os.write(descriptor, b"\n")
         except OSError:
@@ -211,10 +214,10 @@ class SpoolWriter:
             descriptor, self._descriptor = self._descriptor, None
             try:
                 os.close(descriptor)
-            except OSError as error:  # a network disk reports a failed write as late as here
+            except OSError as error:  # a network disk may report a failed write only on close
                 self._warn(error)
 
-    # An object store: a thread, because one request may take a minute while the store is ill.
+    # An object store: in a thread, because a request may take a minute while the store has trouble.
 
     def _upload_until(self, stop: threading.Event) -> None:
         stopping = False
@@ -222,7 +225,7 @@ class SpoolWriter:
             stopping = stop.wait(self._flush_seconds)
             try:
                 self._upload()
-            except Exception as error:  # each store's client raises its own; all mean: later
+            except Exception as error:  # each store's client raises its own types: try again later
                 self._warn(error)
 
     def _upload(self) -> None:
@@ -237,8 +240,8 @@ class SpoolWriter:
                     self._dropped = 0
             if self._in_flight is None:
                 return
-            # A failed write may have arrived nevertheless and been read: the same number must
-            # carry the same bytes when it is tried again.
+            # A write that failed may still have arrived and been read, so a retry must write the
+            # same bytes under the same number.
             name = f"{self.writer_id}.{self._segment:06d}.jsonl"
             (self.folder / name).write_bytes(self._in_flight)
             self._in_flight = None
@@ -256,9 +259,9 @@ def _line(kind: str, fields: dict[str, Any]) -> bytes:
 
 
 class SpoolReader:
-    """Reads a spool folder from offsets that the caller keeps: any number of readers at once.
+    """Reads a spool folder from offsets kept by the caller. Any number of readers may read at once.
 
-    `corrupt` counts the lines that this reader skipped because they were no JSON records.
+    `corrupt` counts the lines that this reader skipped because they were not valid records.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -270,13 +273,13 @@ class SpoolReader:
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """All complete records since `offsets` (file name -> bytes read), and the new offsets.
 
-        Start with `{}`. A line that is still being written is left for the next time. With
-        `limit_bytes`, about that much is read: call again until the offsets stay. Records are
-        sorted by time. OSError where the folder cannot be read; one that does not exist is empty.
+        Start with `{}`. A line that is still being written is left for the next call. With
+        `limit_bytes`, about that much is read: call again until the offsets do not change. Records
+        are sorted by time. Raises OSError if the folder cannot be read; a missing folder is empty.
         """
         reached = dict(offsets)
-        # The segment that each writer's reading has come to. Segments are written in order, each
-        # one whole, so the newest offset stands for all before it and the rest are forgotten.
+        # The last segment read of each writer. Segments are written in order and atomically, so the
+        # newest offset implies all earlier ones, which are dropped.
         newest = {
             file.writer: file
             for file in map(_SpoolFile.of, offsets)
@@ -294,7 +297,7 @@ class SpoolReader:
             data = self._read_lines(file.name, start, size, left) if size > start else b""
             complete = data[: data.rfind(b"\n") + 1]
             records += self._parse(complete)
-            # Half a line that a dead writer left must not use up the limit again and again.
+            # Half a line left by a dead writer must not use up the limit in every call.
             if left is not None and complete:
                 left -= len(data)
             if last is not None and last != file:
@@ -315,7 +318,7 @@ class SpoolReader:
         return sorted(found, key=lambda item: (item[0].writer, item[0].order))
 
     def _read_lines(self, name: str, start: int, size: int, limit: int | None) -> bytes:
-        """Bytes from `start` on: to the end, or about `limit` but never less than a line."""
+        """Bytes from `start` to the end, or about `limit` bytes, but at least one line."""
         piece = size - start if limit is None else max(limit, _SMALLEST_READ)
         data = b""
         with self.folder.filesystem.open_input_file((self.folder / name).path) as file:
@@ -348,7 +351,7 @@ _LARGEST = 2**63 - 1
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a line's JSON has the shape of a record: a spool may come from anywhere."""
+    """Whether a line's JSON is a valid record; a spool may come from an untrusted source."""
     match value:
         case {"time": int(at), "kind": str(kind)} if abs(at) <= _LARGEST:
             pass
@@ -367,7 +370,7 @@ def _is_record(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     try:
-        float(value)  # an int may be larger than any float
+        float(value)  # raises OverflowError for huge ints
     except OverflowError:
         return False
     except (TypeError, ValueError):
@@ -376,5 +379,5 @@ def _is_number(value: Any) -> bool:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative path stays in its folder."""
+    """Whether a relative path stays inside its folder."""
     return not path.startswith("/") and ".." not in path.split("/") and "\0" not in path

@@ -1,8 +1,8 @@
-"""What a run starts from: random weights, a checkpoint's, or public ones.
+"""The weights that a run starts from: random ones, a checkpoint's, or public ones.
 
-Public weights are read once, by the driver, and kept in the run's folder in the encoder's shapes:
-train workers and probes on other machines start from them with no file, network or pickle, and a
-run can be compared with its start when the file is long gone.
+The driver reads public weights once and stores them in the run's folder in the encoder's shapes. So
+train workers and probes on other machines need no file, network or pickle, and a run can still be
+compared with its start after the original file is gone.
 """
 
 import json
@@ -26,15 +26,16 @@ _FACTS = "selfray.start"
 
 
 def keep(experiment: Experiment, run: Location, say: Callable[[str], None]) -> dict[str, str]:
-    """Keep the public weights that a run starts from, and say which were taken; nothing where it
-    starts from none, or has kept them before.
+    """Store the public weights that a run starts from, unless done before, and print what was
+    taken.
 
     Returns:
-        What they are, as tags: `start.from`, `start.layout`, `start.sha256`, `start.licence`.
+        Tags about them: `start.from`, `start.layout`, `start.share`, `start.sha256` and
+        `start.licence`; empty if the run does not start from public weights.
 
     Raises:
-        ValueError, FileNotFoundError: of one line, where they are damaged, of another encoder, in
-            no known layout or out of reach.
+        ValueError, FileNotFoundError: one line; the weights are damaged, belong to another encoder,
+            have an unknown layout or cannot be fetched.
     """
     if not starts_from_public(experiment):
         return {}
@@ -68,13 +69,13 @@ def state(
     total_images: int,
     device: torch.device | str = "cpu",
 ) -> TrainState:
-    """The state before the first step: the encoder's weights, and a teacher's, as `keep` kept them
-    or as the checkpoint of --init-from has them; else random ones of the seed."""
+    """The state before the first step: encoder and teacher have the weights stored by `keep` or
+    those of the checkpoint in --init-from; otherwise random weights from the seed."""
     if starts_from_public(experiment):
         tensors, _ = _kept(run / START)
         started = TrainState.start(experiment, total_images, device)
-        # Now, since methods draw first weights of their own for the encoder that they get. Students
-        # and teachers alike: a tokenizer's encoder, all of buffers, is neither.
+        # After building, because methods initialise the encoder themselves. Students and teachers
+        # get the weights; a tokenizer's encoder, which has only buffers, does not.
         for part in started.method.modules():
             if isinstance(part, Encoder) and next(part.parameters(), None) is not None:
                 part.backbone.load_state_dict(part.backbone.state_dict() | tensors)
@@ -93,7 +94,8 @@ def _kept(place: Location) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def licence_of(init_from: str | None, encoder: EncoderConfig) -> str | None:
-    """The terms under which a run's weights stay, where its start has some of its own."""
+    """The licence that a run's weights inherit from the weights it started from; None without
+    one."""
     if init_from is None:
         return None
     if "dinov3" in encoder.name or "dinov3" in init_from:

@@ -1,0 +1,1 @@
+"""One optimizer step on a device: compilation, sharding, gradient caching and memory."""

@@ -1,4 +1,4 @@
-"""torch.compile of a method's parts, in place, so that the names of the weights stay."""
+"""Compiles a method's parts by torch.compile, in place, so that weights keep their names."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ from selfray.models.encoder import Encoder
 log = logging.getLogger(__name__)
 
 VARIANTS = 64
-"""So often a function may be compiled: for each kind of module, size of crop, student or teacher.
-All modules share one function of torch's, and from its limit of 8 on it would not compile more."""
+"""Largest number of compilations of a function: one for each kind of module, crop size, student and
+teacher. All modules share one torch function, whose default limit of 8 would be too low."""
 
 
 def in_place(method: nn.Module, device: torch.device, backend: str = "inductor") -> None:
-    """Compile what a step spends its time in. A compiler that is missing or fails is told in one
-    line, and the part runs as it is."""
+    """Compile the parts in which a step spends its time. If a compiler is missing or fails, a
+    one-line warning is logged and the part runs uncompiled."""
     _keep_code_privately()
     cause = _why_not(device, backend)
     if cause is not None:
-        log.warning("compile: this machine cannot, so the run goes on without: %s", cause)
+        log.warning("compile: impossible on this machine, the run goes on uncompiled: %s", cause)
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for module in parts(method):
@@ -38,9 +38,10 @@ def in_place(method: nn.Module, device: torch.device, backend: str = "inductor")
 
 
 def parts(method: nn.Module) -> Iterator[nn.Module]:
-    """Each block of a transformer by itself, since equal ones are compiled once; other encoders
-    whole; and heads that are a sequence of layers. Losses are left out, which read schedules that
-    change in every step, and heads of patches, whose number does."""
+    """The modules to compile: each transformer block by itself, since equal blocks are compiled
+    once; other encoders as a whole; and heads that are a sequence of layers. Losses are left out,
+    because they read schedules that change in every step, and patch heads, because the number of
+    patches changes."""
     for module in method.modules():
         is_block = isinstance(module, Block | BeitBlock)
         is_whole = isinstance(module, Encoder) and not module.config.is_vit
@@ -50,15 +51,16 @@ def parts(method: nn.Module) -> Iterator[nn.Module]:
 
 
 class SkippedPath(nn.Module):
-    """Stochastic depth whose probability is a tensor: a number would be compiled into the kernels,
-    and each block of a ViT has another."""
+    """Stochastic depth with its probability in a tensor. A Python number would be compiled into the
+    kernels, and each block of a ViT has a different one."""
 
     def __init__(self, probability: float, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("kept", torch.tensor(1 - probability, device=device), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Each image's values [B, ...] as they are over the probability to be kept, or zero."""
+        """Zero each image's values [B, ...] at random; divide the others by the probability to keep
+        them."""
         if not self.training:
             return values
         kept = self.get_buffer("kept")
@@ -75,8 +77,8 @@ def _probabilities_as_tensors(part: nn.Module, device: torch.device) -> None:
 
 
 def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
-    """The module's call, compiled at its first use for each shape."""
-    from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile alone
+    """The module's call, compiled at its first use for each shape; uncompiled if that fails."""
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds: only if compile is on
 
     compiled = torch.compile(module._call_impl, dynamic=False, backend=backend)
 
@@ -85,7 +87,7 @@ def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
             return compiled(*arguments, **named)
         except TorchDynamoException as error:
             log.warning(
-                "compile: %s cannot be compiled and runs as it is: %s",
+                "compile: %s cannot be compiled and runs uncompiled: %s",
                 type(module).__name__,
                 _first_line(error),
             )
@@ -105,7 +107,7 @@ def _keep_code_privately() -> None:
 
 
 def _why_not(device: torch.device, backend: str) -> str | None:
-    """Why the compiler cannot make even a small kernel for this device; None where it can."""
+    """Why the compiler cannot even compile a small kernel for this device; None if it can."""
     try:
         torch.compile(_small, dynamic=False, backend=backend)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""The device of a step: its settings, and batches that arrive while it computes."""
+"""The device of a step: its settings, and batches copied to it while it computes."""
 
 import contextlib
 import queue
@@ -16,21 +16,20 @@ from selfray.pixels.augment import MASK_SUFFIX
 Item = TypeVar("Item")
 
 AHEAD = 2
-"""Micro-batches that lie in pinned memory before the step asks for them."""
+"""Number of micro-batches read ahead into pinned memory."""
 
 
 def settle(device: torch.device, precision: str) -> None:
-    """Every setting of torch that decides how fast a device computes, in one place. On a CPU
-    nothing is set."""
-    # timm would compute attention with its matrix of weights in memory, N times as much of it.
+    """Set all torch settings that decide how fast a device computes. On a CPU nothing is set."""
+    # Without it, timm materialises the attention matrix, which takes N times the memory.
     assert use_fused_attn(), "timm's fused attention is switched off: unset TIMM_FUSED_ATTN"
     if device.type != "cuda":
         return
-    # TF32: products of float32 matrices with 10 bits of mantissa, summed in float32. What bf16
-    # leaves in float32 may have them too, but for losses.
+    # TF32: products of float32 matrices with 10 bits of mantissa, summed in float32. Under bf16 it
+    # applies to what stays in float32, except losses.
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
-    # Shapes stay the same from step to step, so that the fastest convolution is worth a search.
+    # Shapes are the same in every step, so searching for the fastest convolution pays.
     torch.backends.cudnn.benchmark = True
 
 
@@ -39,11 +38,11 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
-    """The batches on the device.
+    """Yield the batches on the device, with `<group>_hidden` added.
 
-    On a GPU a thread reads ahead into pinned memory, and copies run on a stream of their own while
-    the step before computes. Batches that are there already, and all of them on a CPU, are handed
-    through in this thread. Close it, so that the thread ends.
+    On a GPU a thread reads ahead into pinned memory, and copies run on a separate stream while the
+    previous step computes. On a CPU, or if batches are already on the GPU, there is no thread.
+    Close the generator to end the thread.
     """
     first = next(batches, None)
     if first is None:
@@ -62,14 +61,15 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
             for values in batch.values():
-                # Freed memory must not be written by the next copy before the step has read it.
+                # The next copy must not reuse this memory before the step has read it.
                 values.record_stream(current)
             yield batch
 
 
 def with_hidden_places(batch: Batch) -> Batch:
-    """A batch with the places of the patches that its masks hide, which the host can count without
-    waiting for a GPU: `<group>_hidden`, int64 [M], into the flattened mask."""
+    """Add `<group>_hidden`, int64 [M], the indices of hidden patches in the flattened mask. The
+    host computes them here, while masks are on the CPU, so that it need not wait for a GPU
+    later."""
     places = {
         name.removesuffix(MASK_SUFFIX) + HIDDEN_SUFFIX: values.flatten().nonzero().squeeze(1)
         for name, values in batch.items()
@@ -81,8 +81,8 @@ def with_hidden_places(batch: Batch) -> Batch:
 def read_ahead(
     items: Iterator[Item], prepare: Callable[[Item], Item]
 ) -> Generator[Item, None, None]:
-    """Items as a thread has read and prepared them, `AHEAD` at most before they are asked for. What
-    it raises is raised here, in its place."""
+    """Yield items that a thread reads and prepares, at most `AHEAD` in advance. An exception in the
+    thread is raised here, at the position of its item."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(AHEAD)
     stopped = threading.Event()
 
@@ -121,7 +121,7 @@ def read_ahead(
 
 
 def _pinned(batch: Batch, device: torch.device) -> Batch:
-    if device.index is not None:  # else the thread has the process' device already
+    if device.index is not None:  # without an index, the thread uses the process's device
         torch.cuda.set_device(device)
     return {name: values.pin_memory() for name, values in with_hidden_places(batch).items()}
 

@@ -1,10 +1,10 @@
 """A step over micro-batches with the loss and the gradients of the whole batch.
 
 Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-arXiv:2101.06983. The networks embed all micro-batches without a graph; one loss over all of them
-gives a gradient for each embedding; then each micro-batch is embedded once more, with a graph, and
-its cached gradients go back through it. It costs one more forward of the trained encoder, and the
-memory of one micro-batch of it.
+arXiv:2101.06983. The networks embed all micro-batches without a graph; one loss over all embeddings
+gives a gradient for each; then each micro-batch is embedded again, with a graph, through which its
+cached gradients flow back. The cost is one more forward pass of the trained encoder; its
+activations need the memory of one micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +26,17 @@ def backward(
     prepare: Callable[[Batch], Batch],
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss over all of a rank's micro-batches and its metrics; gradients are added up, and not
-    averaged over ranks.
+    """Forward and backward of all micro-batches of a rank: returns (loss, metrics).
+
+    Gradients are added to the parameters; they are not averaged over ranks.
 
     Args:
-        batches: the step's micro-batches, as they lie on the device.
+        batches: the step's micro-batches on the device, views as uint8.
         seed: called with a micro-batch's number before each of its two embeddings, so that dropout
             and stochastic depth are the same in both.
-        prepare: makes of such a batch what the method takes: twice, since views as float32 of all
-            micro-batches would fill the device.
-        autocast: the context of each forward.
+        prepare: turns a batch into the method's input. It is called twice for each, because float32
+            views of all micro-batches would fill the device.
+        autocast: the context of each forward pass.
     """
     parts, targets = [], []
     for number, batch in enumerate(batches):
@@ -66,7 +67,7 @@ def _joined(parts: list[Embedded]) -> Embedded:
 
 
 def _split(embedded: Embedded, sizes: list[dict[str, int]]) -> list[Embedded]:
-    """The gradients of each micro-batch's embeddings."""
+    """The gradients of the joined embeddings, split by micro-batch."""
     parts: list[Embedded] = [{} for _ in sizes]
     for name, values in embedded.items():
         gradient = torch.zeros_like(values) if values.grad is None else values.grad
@@ -77,7 +78,8 @@ def _split(embedded: Embedded, sizes: list[dict[str, int]]) -> list[Embedded]:
 
 @contextmanager
 def _untouched_statistics(method: nn.Module) -> Iterator[None]:
-    """Batch norms keep their running statistics: they take in each micro-batch once, not twice."""
+    """Inside, batch norms do not update running statistics, so that each micro-batch counts
+    once."""
     norms = [module for module in method.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

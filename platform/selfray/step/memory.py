@@ -1,4 +1,4 @@
-"""What to do when a device's memory is too small, in one line."""
+"""One line of advice when a device's memory is too small."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from selfray.experiment import Experiment
 
 @contextmanager
 def explained(experiment: Experiment, device: torch.device) -> Iterator[None]:
-    """Turns torch's OutOfMemoryError into one that names the batch and what would need less."""
+    """Replace torch's OutOfMemoryError by one that names the batch and settings that need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -25,7 +25,7 @@ def advice(experiment: Experiment, device: torch.device, cause: str) -> str:
         more = 2 * experiment.accumulate
         ways.insert(0, f"--accumulate {more} (micro-batches of {images // 2}, the same loss)")
     if experiment.encoder.is_vit and not experiment.encoder.recompute:
-        blocks = "each block keeps its input alone, for a third more time"
+        blocks = "each block keeps only its input, for a third more time"
         ways.insert(0, f"--encoder.recompute True ({blocks})")
     if experiment.precision == "float32":
         ways.append("--precision bf16 (half of the activations)")

@@ -1,8 +1,8 @@
-"""FSDP2: weights, gradients and the optimizer's state shared out among ranks.
+"""FSDP2: weights, gradients and the optimizer's state sharded over ranks.
 
-A rank holds its share of every weight and gathers those of one transformer block at a time, while
-that block computes: student and teacher alike. Everything else of the method, such as heads, is
-gathered for the whole step.
+A rank holds a shard of every weight. It gathers the weights of one transformer block at a time,
+while that block computes, in student and teacher. The other weights of the method, such as heads,
+are gathered for the whole step.
 """
 
 import warnings
@@ -22,24 +22,26 @@ from selfray.models.encoder import Encoder
 
 
 def in_place(method: Method, precision: str) -> None:
-    """Shard a method's weights over all ranks; every rank must hold the same ones."""
+    """Shard a method's weights over all ranks, in place; all ranks must have equal weights before.
+    Raises ValueError in a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("shard fsdp needs several workers: give --workers 2 or more")
     mesh = init_device_mesh(next(method.parameters()).device.type, (dist.get_world_size(),))
-    # Gathered in bf16, half as much; what autocast keeps in float32 computes with their copy.
+    # Under bf16, weights are gathered in bf16, which halves the traffic; operations that autocast
+    # keeps in float32 compute with that copy.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    # It warns of what nothing here does: writing into an encoder's output.
+    # FSDP2 warns about in-place writes into an encoder's output; selfray makes none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in method.modules():
         if isinstance(module, Block | BeitBlock):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in method.modules():
         if isinstance(module, Encoder):
-            # A group of its own, since probes and figures of health ask the encoder alone.
+            # A separate group, because probes and health figures call the encoder alone.
             fully_shard(module, mesh=mesh)
     fully_shard(method, mesh=mesh)
     if isinstance(method, ComparingMethod):
@@ -52,5 +54,5 @@ def is_sharded(method: nn.Module) -> bool:
 
 
 def sync(method: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass averages gradients over ranks."""
+    """Set whether the next backward pass averages gradients over ranks."""
     cast(FSDPModule, method).set_requires_gradient_sync(wanted)

@@ -1,1 +1,1 @@
-"""What a sweep asks and how it chooses: no Ray in here."""
+"""Sweeps without Ray: the question, the choice of what to try next, and the answer."""

@@ -1,6 +1,6 @@
-"""Population-based training (Jaderberg et al., arXiv:1711.09846): runs side by side, of which the
-worse ones now and then take over the weights of the better ones and vary their settings. What a
-survivor went through is a schedule. Pure; no Ray.
+"""Population-based training (Jaderberg et al., arXiv:1711.09846): runs train side by side, and
+after each generation the worst ones copy the weights of the best ones and vary their settings. The
+result is a schedule: the settings that the winner had over time. Pure; no Ray.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,26 @@ from selfray.schedules import Piecewise
 from selfray.sweeps.question import Choice, Question, Range
 
 QUANTILE = 0.25
-"""Share of the members that is replaced, and by whom, after each generation; at least one."""
+"""Share of the members that are replaced after each generation, by as many of the best; at least
+one member."""
 STEP = 0.2
-"""How far a setting moves, up or down, between its bounds' places 0 and 1."""
+"""How far a setting moves up or down, on a scale where its bounds are 0 and 1."""
 RESAMPLE = 0.25
-"""How often a setting is drawn anew instead."""
+"""Probability that a setting is drawn at random instead."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a population, up to the generation that comes next."""
+    """One run of a population, up to and including the next generation."""
 
     places: tuple[Choice, ...]
-    """What it was, and is to be, trained with: one for each generation."""
+    """Its settings in each generation, those of the next one last."""
     copies: int | None = None
-    """The member whose weights, and past, it took over before the last of them."""
+    """The member whose weights and history it copied before the last generation."""
 
     def experiment(self, base: Experiment, question: Question) -> Experiment:
-        """The run whose schedules are the member's own, the last value going on to the end."""
+        """The experiment with this member's settings as schedules; the last value holds to the
+        end."""
         changes: dict[str, Any] = {"seed": question.first_seed}
         for axis in ranges(question):
             values = [axis.value(float(place[axis.name])) for place in self.places]
@@ -42,7 +44,7 @@ class Member:
         return config.override(base, **changes)
 
     def label(self, question: Question) -> str:
-        """Its schedules in words: momentum 0.9, 0.95, 0.99."""
+        """Its schedules as text, such as momentum 0.9, 0.95, 0.99."""
         return "; ".join(
             f"{axis.name} "
             + ", ".join(f"{axis.value(float(place[axis.name])):g}" for place in self.places)
@@ -51,13 +53,14 @@ class Member:
 
 
 def ranges(question: Question) -> list[Range]:
-    """What evolves. ValueError where something can't: only a schedule may change in mid-run."""
+    """The settings that evolve. Raises ValueError for one that is not a schedule, because only
+    schedules can change during a run."""
     found = []
     for axis in question.axes:
         require(
             isinstance(axis, Range) and axis.is_schedule,
-            f"{axis.name} is no schedule between two bounds, so it cannot change in mid-run: give "
-            "--search grid, random or optuna",
+            f"{axis.name} is not a schedule between two bounds, so it cannot change during a run: "
+            "give --search grid, random or optuna",
         )
         assert isinstance(axis, Range)
         found.append(axis)
@@ -65,7 +68,7 @@ def ranges(question: Question) -> list[Range]:
 
 
 def first_generation(question: Question) -> list[Member]:
-    """Members spread evenly between the bounds of each setting."""
+    """The first members, spread evenly between the bounds of each setting."""
     rng = np.random.default_rng((question.first_seed, 0))
     count = question.samples
     drawn = {
@@ -80,8 +83,8 @@ def first_generation(question: Question) -> list[Member]:
 def next_generation(
     question: Question, members: Sequence[Member], scores: Sequence[float | None]
 ) -> list[Member]:
-    """What becomes of each member after a generation: a pure function of how they did (higher is
-    better; None for one that failed)."""
+    """The members of the next generation: a pure function of the members and their scores (higher
+    is better; None for a failed one)."""
     rng = np.random.default_rng((question.first_seed, len(members[0].places)))
     order = sorted(
         range(len(members)),
@@ -90,7 +93,7 @@ def next_generation(
     )
     replaced = max(1, int(QUANTILE * len(members))) if len(members) > 1 else 0
     best = [i for i in order[: max(1, replaced)] if scores[i] is not None]
-    # Whoever failed has nothing to go on from.
+    # Failed members have no weights to continue from, so they are always replaced.
     worst = {i for i in order if scores[i] is None} | set(order[len(order) - replaced :])
     found = []
     for index, member in enumerate(members):

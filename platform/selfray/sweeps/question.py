@@ -1,4 +1,5 @@
-"""A question asked of many runs: what is varied, and what came of it. Pure; no Ray."""
+"""The question of a sweep: which settings are varied, and how the results answer it. Pure; no
+Ray."""
 
 import itertools
 import math
@@ -18,30 +19,30 @@ from selfray.schedules import Constant
 
 @dataclass(frozen=True)
 class Option:
-    """One answer that a question may have, such as mask ratio 0.6."""
+    """One possible answer to a question, such as mask ratio 0.6."""
 
     label: str
     changes: Mapping[str, Any]
-    """The experiment's dotted fields that it sets."""
+    """Values of the experiment's fields, by dotted name."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied."""
+    """One setting that is varied over a list of options."""
 
     name: str
     options: tuple[Option, ...]
 
     def __post_init__(self) -> None:
         labels = [option.label for option in self.options]
-        require(len(labels) > 0, f"there is no value of {self.name} to try")
+        require(len(labels) > 0, f"{self.name} has no value to try: give at least one")
         require(
             len(set(labels)) == len(labels), f"{self.name}: {', '.join(labels)} name a value twice"
         )
 
     @classmethod
     def over(cls, name: str, path: str, values: Sequence[Any]) -> "Axis":
-        """The values of one dotted field, such as method.mask_ratio."""
+        """An axis over values of one dotted field, such as method.mask_ratio."""
         return cls(name, tuple(Option(f"{value}", {path: value}) for value in values))
 
     @property
@@ -49,13 +50,13 @@ class Axis:
         return ", ".join(option.label for option in self.options)
 
     def option(self, value: float | str) -> Option:
-        """The option of a label."""
+        """The option with this label."""
         return next(option for option in self.options if option.label == value)
 
 
 @dataclass(frozen=True)
 class Range:
-    """One number that is varied between two bounds, for a search that draws."""
+    """One number that is varied between two bounds, for a search that draws values."""
 
     name: str
     path: str
@@ -63,16 +64,17 @@ class Range:
     low: float
     high: float
     scale: Literal["linear", "log", "to_one"] = "linear"
-    """What is drawn evenly: the value, its logarithm, or the logarithm of its distance to 1, as
-    suits a momentum."""
+    """What is drawn uniformly: the value (linear), its logarithm (log), or the logarithm of its
+    distance to 1 (to_one, for momenta)."""
     is_schedule: bool = False
-    """Whether the field is a schedule, which then is constant."""
+    """Whether the field is a schedule; it is then set to a constant."""
 
     def __post_init__(self) -> None:
         require_one_of(f"the scale of {self.name}", self.scale, ("linear", "log", "to_one"))
         require(
             self.low < self.high,
-            f"{self.name}: the bounds must grow, got {self.low:g} {self.high:g}",
+            f"{self.name}: the lower bound must be below the upper one, got {self.low:g} "
+            f"{self.high:g}",
         )
         require(
             self.scale != "log" or self.low > 0,
@@ -107,7 +109,7 @@ def _rounded(value: float) -> float:
 
 
 Choice = Mapping[str, float | str]
-"""By an axis's name: an option's label, or a place in [0, 1] of a range."""
+"""For each axis by name: an option's label, or a place in [0, 1] within a range."""
 
 
 @dataclass(frozen=True)
@@ -115,32 +117,33 @@ class Trial:
     """One run of a sweep: an option of each axis, and a seed."""
 
     choice: Mapping[str, Option]
-    """By the axis's name."""
+    """The option of each axis, by name."""
     seed: int
 
     @property
     def label(self) -> str:
-        """What is varied, without the seed: runs of one label are repetitions."""
+        """The options as text, without the seed: runs with the same label are repetitions."""
         return ", ".join(f"{name} {option.label}" for name, option in self.choice.items())
 
     def experiment(self, base: Experiment) -> Experiment:
-        """ValueError where the options make no valid experiment."""
+        """The base experiment with these options. Raises ValueError if they are not valid
+        together."""
         changes = {p: v for option in self.choice.values() for p, v in option.changes.items()}
         return config.override(base, **changes, seed=self.seed)
 
 
 @dataclass(frozen=True)
 class Halving:
-    """When a run is stopped for being among the worse ones: asynchronous successive halving (ASHA,
-    arXiv:1810.05934), its rungs at images seen."""
+    """Rules to stop the worse runs early: asynchronous successive halving (ASHA, arXiv:1810.05934),
+    with rungs at numbers of images seen."""
 
     metric: str | None = None
-    """What runs are compared by at a rung: a probe, or a label-free figure; None takes what
-    ranks."""
+    """The figure by which runs are compared at a rung: a probe or a label-free figure; None takes
+    the metric of the ranking."""
     first: float = 0.25
-    """Share of the images that every run sees."""
+    """Share of the images that every run sees before the first rung."""
     factor: float = 2.0
-    """One in this many goes on from each rung; the rungs lie this factor apart."""
+    """One in this many runs continues after each rung; rungs lie this factor apart."""
 
     def __post_init__(self) -> None:
         if self.metric is not None:
@@ -151,26 +154,26 @@ class Halving:
 
 @dataclass(frozen=True)
 class Question:
-    """What a sweep is to find out."""
+    """What a sweep should find out, and how it searches."""
 
     name: str
     """The first part of the sweep's folder, and its name in MLflow."""
     axes: tuple[Axis | Range, ...]
     metric: str | None = None
-    """What ranks: a probe, or a label-free figure; None takes the probe that judges the method."""
+    """The figure that ranks: a probe or a label-free figure; None takes the method's own probe."""
     seeds: int = 1
     search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """All combinations; some of them, drawn; each drawn where the ones before did well (TPE); or
-    a population whose runs take over from one another (population.py)."""
+    """grid: all combinations; random: some combinations at random; optuna: combinations near those
+    that did well (TPE); population: runs that copy one another (population.py)."""
     samples: int = 8
-    """Combinations that a search draws, or members of a population."""
+    """Number of combinations that a search draws, or of members of a population."""
     generations: int = 4
-    """How often a population's runs are compared, the last time at their end."""
+    """Number of times that a population's runs are compared; the last time is at their end."""
     halving: Halving | None = None
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        require(len(self.axes) > 0, "a sweep needs something to vary")
+        require(len(self.axes) > 0, "a sweep needs at least one setting to vary")
         require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         require(self.generations >= 2, f"generations must be at least 2, got {self.generations}")
@@ -178,20 +181,20 @@ class Question:
             require_one_of("rank_by", self.metric, tuple(PROBES))
         require_one_of("search", self.search, ("grid", "random", "optuna", "population"))
         if self.search == "population":
-            require(self.seeds == 1, "a population has one seed: its members are its spread")
-            require(self.halving is None, "a population replaces its worse runs: it has no rungs")
+            require(self.seeds == 1, "a population has one seed: its members show the spread")
+            require(self.halving is None, "a population replaces its worst runs: it has no rungs")
         if self.search == "grid":
             for axis in self.axes:
                 require(
                     isinstance(axis, Axis),
-                    f"a grid has no end of values of {axis.name} between two bounds: give "
+                    f"a grid needs a list of values of {axis.name}, not two bounds: give "
                     "--search random, optuna or population",
                 )
 
     @property
     def choices(self) -> list[Choice]:
-        """All combinations, the same in every process; of an Optuna search, which draws one after
-        the other (search.py), and of a population none."""
+        """All combinations to run, the same in every process. Empty for an Optuna search, which
+        draws them one by one (search.py), and for a population."""
         if self.search in ("optuna", "population"):
             return []
         if self.search == "grid":
@@ -218,29 +221,29 @@ class Question:
         return [dict(zip(names, found, strict=True)) for found in itertools.product(*labels)]
 
     def trials(self, choice: Choice) -> list[Trial]:
-        """A combination's runs, one for each seed."""
+        """The trials of a combination, one for each seed."""
         options = {axis.name: axis.option(choice[axis.name]) for axis in self.axes}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return [Trial(options, seed) for seed in seeds]
 
     @property
     def runs(self) -> int:
-        """How many runs the sweep has in all."""
+        """The total number of runs of the sweep."""
         combinations = len(self.choices) or self.samples
         return combinations * self.seeds
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the runs of one combination came to."""
+    """The results of all runs of one combination."""
 
     label: str
     values: tuple[float, ...]
-    """The metric of each run that went to its end."""
+    """The metric of each run that finished."""
     failures: tuple[str, ...] = field(default=())
-    """The causes of those that did not end well."""
+    """The causes of failed runs."""
     stopped: tuple[float, ...] = field(default=())
-    """The metric of those that were stopped at a rung, as it was there."""
+    """The metric of each run that was stopped, at its rung."""
 
     @property
     def mean(self) -> float:
@@ -248,12 +251,12 @@ class Score:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over seeds; None where there are fewer than two runs."""
+        """The standard deviation over seeds; None with fewer than two runs."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's: how far two figures order runs alike, -1..1; None where one of them is constant
+    """Spearman's rank correlation of two figures of the same runs, -1..1; None if one is constant
     or there are fewer than three runs."""
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
@@ -261,14 +264,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
 
 
 def _places(values: Sequence[float]) -> np.ndarray:
-    """The rank of each value, equal ones sharing the mean of theirs."""
+    """The rank of each value, float [n]; equal values share the mean of their ranks."""
     array = np.asarray(values)
     below = (array[None] < array[:, None]).sum(1)
     return below + ((array[None] == array[:, None]).sum(1) - 1) / 2
 
 
 def ranked(scores: Sequence[Score], metric: str = "knn") -> list[Score]:
-    """The best mean first; then combinations that were stopped, then those that failed."""
+    """Sort by mean, best first; then stopped combinations, then failed ones."""
     sign = PROBES[metric].sign
 
     def place(score: Score) -> tuple[int, float]:
@@ -280,11 +283,11 @@ def ranked(scores: Sequence[Score], metric: str = "knn") -> list[Score]:
 
 
 def answer(question: str, scores: Sequence[Score], metric: str) -> str:
-    """One sentence: the best, its margin, and whether that is more than the spread over seeds."""
+    """One sentence: the best, its margin, and whether the margin exceeds the spread over seeds."""
     judge = PROBES[metric]
     measured = [score for score in ranked(scores, metric) if score.values]
     if not measured:
-        return f"{question} No run ended well, so there is no answer."
+        return f"{question} No run finished, so there is no answer."
     best, *others = measured
     if not others:
         return (
@@ -295,13 +298,13 @@ def answer(question: str, scores: Sequence[Score], metric: str) -> str:
     margin = abs(best.mean - second.mean)
     lead = (
         f"{question} {best.label}: {judge.name} {judge.shown(best.mean)}, "
-        f"{judge.shown_difference(margin)} before {second.label}"
+        f"{judge.shown_difference(margin)} ahead of {second.label}"
     )
     spreads = [score.spread for score in (best, second) if score.spread is not None]
     if len(spreads) < 2:
         if any(len(score.values) + len(score.stopped) > 1 for score in (best, second)):
-            return f"{lead}. Too few of their seeds went to the end to tell whether that is chance."
-        return f"{lead}. With one seed nobody can tell whether that is chance: give --seeds 3."
+            return f"{lead}. Too few of their seeds finished to show whether that is chance."
+        return f"{lead}. One seed cannot show whether that is chance: give --seeds 3."
     # The deviation of a difference of two means over seeds.
     noise = math.sqrt(
         sum(
@@ -309,7 +312,7 @@ def answer(question: str, scores: Sequence[Score], metric: str) -> str:
             for spread, score in zip(spreads, (best, second), strict=True)
         )
     )
-    seeds = f"{judge.shown_difference(noise)} that seeds make"
+    seeds = f"{judge.shown_difference(noise)} of noise between seeds"
     if margin > 2 * noise:
         return f"{lead}, more than twice the {seeds}."
-    return f"{lead}, within twice the {seeds}: the two are not told apart."
+    return f"{lead}, within twice the {seeds}: the difference may be chance."

@@ -1,4 +1,4 @@
-"""Which combination is tried next, where a search learns from those before: Optuna's TPE."""
+"""Chooses the next combination of a search that learns from earlier ones: Optuna's TPE."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,32 +12,32 @@ from selfray.metrics import PROBES
 from selfray.sweeps.question import Choice, Question, Range
 
 FIRST_DRAWS = 4
-"""Combinations drawn at random before the others are modelled."""
+"""Number of combinations drawn at random before TPE starts to model."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A combination that was tried before, or is under way."""
+    """A combination that was tried before or is running."""
 
     choice: Choice
     state: Literal["running", "finished", "stopped", "failed"]
     value: float | None = None
-    """The metric's mean over seeds; of a stopped one, at its rung."""
+    """The metric's mean over seeds; for a stopped one, at its rung."""
     images_seen: int = 0
-    """Where a stopped one was stopped."""
+    """For a stopped one, the images seen at its rung."""
 
 
 def next_choice(question: Question, known: Sequence[Known]) -> Choice:
-    """The combination to try after these: a pure function of the question and of them.
+    """The combination to try next: a pure function of the question and of the known combinations.
 
-    So a search needs no memory of its own: a sweep that is resumed asks as if it had never ended.
+    So a search has no state of its own, and a resumed sweep continues as if it had never stopped.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(
-        # Another seed for each draw, or the random ones would all be the same.
+        # A different seed for each draw; otherwise all random draws would be equal.
         seed=question.first_seed * 10_007 + len(known),
         n_startup_trials=FIRST_DRAWS,
-        # Runs that are under way count as bad ones, so that the next is drawn elsewhere.
+        # Running combinations count as bad ones, so that the next one is drawn elsewhere.
         constant_liar=True,
     )
     study = optuna.create_study(sampler=sampler, direction="maximize")
@@ -48,7 +48,7 @@ def next_choice(question: Question, known: Sequence[Known]) -> Choice:
 
 
 def _space(question: Question) -> dict[str, BaseDistribution]:
-    # A range is drawn by places in [0, 1]: its scale is Range.value's to know.
+    # A range is drawn as a place in [0, 1]; Range.value applies its scale.
     return {
         axis.name: FloatDistribution(0.0, 1.0)
         if isinstance(axis, Range)
@@ -71,7 +71,7 @@ def _as_trial(
     value = None if known.value is None else sign * known.value
     state = known.state
     if state in ("finished", "stopped") and value is None:
-        state = "failed"  # it left no number to learn from
+        state = "failed"  # there is no number to learn from
     at_rung = {known.images_seen: value} if state == "stopped" and value is not None else {}
     return create_trial(
         state=_STATES[state],

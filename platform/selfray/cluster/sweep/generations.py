@@ -1,4 +1,4 @@
-"""A population's generations, one after the other, as Tune runs them."""
+"""Runs a population's generations one after the other on Tune."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def evolve(plan: SweepPlan, total_steps: int, at_once: int, say: Any) -> None:
-    """Run a population to its end, or go on with it where it stopped. What it came to lies in the
-    sweep's trials/, as of any other sweep."""
+    """Run a population to its end, or resume it where it stopped. Outcomes are written to the
+    sweep's trials/, as for any other sweep."""
     question, folder = plan.question, plan.location
     ends = sorted(even_steps(total_steps, question.generations))
     if len(ends) < question.generations:
@@ -40,11 +40,11 @@ def evolve(plan: SweepPlan, total_steps: int, at_once: int, say: Any) -> None:
                 copied.append([generation, number, member.copies])
                 _copy_state(folder, member.copies, number, ends[generation])
                 say(
-                    f"after generation {generation + 1}, member {number} goes on from member "
+                    f"after generation {generation + 1}, member {number} continues from member "
                     f"{member.copies}: {member.label(question)}"
                 )
         generation += 1
-        # Written last: whatever happened before, the same is done again, from the same files.
+        # Written last: after an interruption before this line, the same steps are repeated.
         (folder / "population.json").write_json(
             {
                 "generation": generation,
@@ -59,7 +59,7 @@ def evolve(plan: SweepPlan, total_steps: int, at_once: int, say: Any) -> None:
 def _run(
     plan: SweepPlan, members: Sequence[Member], generation: int, until_step: int, at_once: int
 ) -> list[Outcome]:
-    """One generation of all members; those that have an outcome by now are not run again."""
+    """Run one generation of all members, except those that already have an outcome."""
     files = [
         plan.location / "generations" / f"{generation}" / f"{number:04d}.json"
         for number in range(len(members))
@@ -85,7 +85,7 @@ def _run(
 
 
 def _score(plan: SweepPlan, outcome: Outcome) -> float | None:
-    """Higher is better; None where it failed."""
+    """The score of an outcome, higher is better; None for a failed one."""
     metric = plan.question.metric
     assert metric is not None
     value = None if outcome.failure else outcome.final(metric)
@@ -93,15 +93,15 @@ def _score(plan: SweepPlan, outcome: Outcome) -> float | None:
 
 
 def _copy_state(folder: Location, source: int, target: int, step: int) -> None:
-    """Give a member another one's checkpoint of this step in place of its own."""
+    """Replace a member's checkpoint of this step by another member's."""
     theirs, ours = (folder / "members" / f"member-{n:02d}" for n in (source, target))
     found = next(c for c in reversed(checkpoint.all_of(theirs)) if c.step == step)
     checkpoint.copy(found, ours)
 
 
 def _read(folder: Location) -> tuple[list[Member], int, list[list[int]]] | None:
-    """The members, the generation that is under way, and who took over from whom after which; None
-    before the first has ended."""
+    """(members, current generation, [generation, target, source] of all copies so far); None before
+    the first generation has ended."""
     try:
         record = (folder / "population.json").read_json()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the runs of one sweep share, and the tasks that are made of it."""
+"""The settings that all runs of a sweep share, and the tasks made from them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from selfray.sweeps.question import Choice, Question, Trial
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Plain values, so that Tune can keep a copy."""
+    """The settings of a sweep, as plain values, so that Tune can copy them."""
 
     folder: str
     base: Experiment
@@ -31,7 +31,7 @@ class SweepPlan:
         return Location.of(self.folder)
 
     def task(self, number: int, trial: Trial) -> Task:
-        """A run's task. ValueError where its options make no valid experiment."""
+        """The task of a run. Raises ValueError if its options do not make a valid experiment."""
         halving = self.question.halving
         return self._task(
             number,
@@ -94,7 +94,7 @@ class SweepPlan:
 
 
 def read_outcome(file: Location) -> Outcome | None:
-    """What a run left; None where it has not ended."""
+    """The outcome of a run; None if it has not ended."""
     try:
         return Outcome.from_json(file.read_json())
     except FileNotFoundError:
@@ -102,8 +102,9 @@ def read_outcome(file: Location) -> Outcome | None:
 
 
 class Asking(TaskSource):
-    """Tasks of an Optuna search: each combination is asked for when a run is free, after all that
-    is known by then. What was asked lies in the sweep's folder, so that nothing is asked twice."""
+    """Tasks of an Optuna search: each combination is chosen when a slot becomes free, from all
+    results known by then. Chosen combinations are stored in the sweep's folder, so none is chosen
+    twice."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
@@ -127,7 +128,7 @@ class Asking(TaskSource):
 
 
 def asked(plan: SweepPlan) -> list[Choice]:
-    """The combinations that an Optuna search has asked for so far."""
+    """The combinations that an Optuna search has chosen so far."""
     try:
         return (plan.location / "asked.json").read_json()
     except FileNotFoundError:
@@ -153,17 +154,17 @@ def _known(plan: SweepPlan, combination: int, choice: Choice) -> Any:
 
 
 def fitting(experiment: Experiment, cluster: Resources) -> int:
-    """How many runs the cluster holds at a time."""
+    """The number of runs that the cluster holds at a time."""
     if cluster.gpus >= 1 and experiment.gpus_per_worker != 0:
         gpus = experiment.max_workers * (experiment.gpus_per_worker or 1)
         return max(1, int(cluster.gpus // gpus))
-    # Without GPUs a run uses what it gets: two cores for each worker, one of them for its data.
+    # Without GPUs: two cores per worker, one of them for its data.
     return max(1, int(cluster.cpus // (2 * experiment.max_workers)))
 
 
 def placed(experiment: Experiment, cluster: Resources, at_once: int) -> Experiment:
-    """The experiment with its part of the cluster written down, so that no run takes it all.
-    ValueError says what is missing where not even one fits."""
+    """The experiment with explicit resources, its share of the cluster, so that no run takes all.
+    Raises ValueError that names the missing resources if not even one run fits."""
     share = replace(
         cluster,
         cpus=(cluster.cpus - TRIAL_CPUS * at_once) / at_once,

@@ -1,5 +1,5 @@
-"""What a sweep came to: the table, the sentence and the figures; on the console, in its folder and
-in MLflow."""
+"""Reports the result of a sweep, as a table, a sentence and figures, on the console, in its folder
+and in MLflow."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from selfray.sweeps.question import (
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to."""
+    """The result of a sweep."""
 
     folder: str
     outcomes: list[Outcome]
     scores: list[Score]
-    """The best first."""
+    """Sorted, best first."""
     answer: str
 
 
@@ -61,21 +61,21 @@ def result_of(plan: SweepPlan, words: str, outcomes: Sequence[Outcome]) -> Sweep
 def _population_answer(words: str, scores: Sequence[Score], metric: str) -> str:
     measured = [score for score in scores if score.values]
     if not measured:
-        return f"{words} No member ended well, so there is no answer."
+        return f"{words} No member finished, so there is no answer."
     best = measured[0]
     parts = f"in {best.label.count(',') + 1} equal parts of the run"
     told = (
-        f"{words} The best of {len(scores)} members came to {PROBES[metric].name} "
+        f"{words} The best of {len(scores)} members reached {PROBES[metric].name} "
         f"{PROBES[metric].shown(best.mean)} with {best.label}, {parts}"
     )
     if len(measured) > 1:
         margin = PROBES[metric].shown_difference(abs(best.mean - measured[1].mean))
-        told += f", {margin} before the next"
-    return f"{told}. Members share their past: what chance makes, only runs from new seeds tell."
+        told += f", {margin} ahead of the next"
+    return f"{told}. Members copy one another: only runs from new seeds show the noise."
 
 
 def table(scores: Sequence[Score], metric: str) -> str:
-    """The ranks in markdown."""
+    """The ranking as a markdown table."""
     lines = [f"| | {PROBES[metric].name} | spread over seeds | runs |", "|---|---|---|---|"]
     for score in scores:
         mean = PROBES[metric].shown(score.mean) if score.values else "-"
@@ -91,8 +91,8 @@ def table(scores: Sequence[Score], metric: str) -> str:
 
 
 def agreement(outcomes: Sequence[Outcome], metric: str = "knn") -> str:
-    """How far the label-free figures order the whole runs as a probe does, in a line; empty for
-    few runs."""
+    """One line with the rank correlation of label-free figures with a probe, over finished runs;
+    empty for few runs."""
     parts = []
     for name, probe in PROBES.items():
         if probe.is_accuracy:
@@ -104,11 +104,11 @@ def agreement(outcomes: Sequence[Outcome], metric: str = "knn") -> str:
             parts.append(f"{probe.name} {found:+.2f}")
     if not parts:
         return ""
-    return f"rank correlation with {PROBES[metric].name}, without labels: {', '.join(parts)}"
+    return f"rank correlation of label-free figures with {PROBES[metric].name}: {', '.join(parts)}"
 
 
 def overhead(outcomes: Sequence[Outcome]) -> str:
-    """What a run took beside its training, in a line; empty where none trained."""
+    """One line with the time of a run and of its training; empty if none trained."""
     trained = [outcome for outcome in outcomes if outcome.training_seconds]
     if not trained:
         return ""
@@ -118,7 +118,7 @@ def overhead(outcomes: Sequence[Outcome]) -> str:
 
 
 def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Console) -> None:
-    """Show and keep what the sweep came to."""
+    """Show the result of a sweep and store it."""
     question, base = plan.question, plan.base
     metric = question.metric
     assert metric is not None
@@ -136,7 +136,7 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
     title = f"{question.name} of {base.name}"
     by_label = {score.label: score.values for score in result.scores if score.values}
     if by_label:
-        # In the order in which it was asked, as an axis of values reads best.
+        # In the order of the tried values, which is best for an axis.
         asked_order = dict.fromkeys(outcome.label for outcome in result.outcomes)
         untrained = [o.untrained(metric) for o in result.outcomes]
         known = [value for value in untrained if value is not None]

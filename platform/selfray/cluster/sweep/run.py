@@ -1,4 +1,4 @@
-"""A question -> Ray Tune -> runs -> an answer: the life of a sweep as its driver sees it."""
+"""Runs a sweep: question -> Ray Tune -> runs -> answer, from the driver's side."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def sweep(
     tracking: str | None = None,
     at_once: int | None = None,
 ) -> SweepResult:
-    """Carry out all runs of a sweep on the Ray that is running, or go on where it stopped.
+    """Carry out all runs of a sweep on the running Ray, or resume it where it stopped.
 
     Args:
         base: the experiment that is varied.
@@ -57,17 +57,17 @@ def sweep(
         at_once: runs at a time; None takes as many as the cluster holds.
 
     Raises:
-        ValueError, FileNotFoundError: bad input, before any run is started.
+        ValueError, FileNotFoundError: bad input; no run was started.
     """
     output = Location.of(base.output)
     base = _probed_at_every_checkpoint(base)
     _refuse_impossible(base, question)
-    # Read, and converted, once and not by each run; a wrong path is told before any is begun.
+    # Opened and converted once, not by each run; a wrong path is reported before any run starts.
     data = open_data(base.data, output, console.say, build)
     question = _with_metrics(question, base, data.can_probe)
     folder = output / "sweeps" / f"{question.name}-{_identity(base, question)}"
     (folder / TRIALS).make_folder()
-    # Generations and rungs are at steps and images of the data that the sweep started with.
+    # Steps of generations and rungs follow from the data that the sweep started with.
     shards = as_started(data.train, folder, console.say)
     remember(shards, folder)
     read_plan = source_of(base, shards).plan
@@ -108,8 +108,8 @@ def sweep(
 
 
 def _run(plan: SweepPlan, read_plan: ReadPlan, at_once: int, console: Console) -> None:
-    """Run what has no outcome yet. A run that was under way goes on from its checkpoint, since
-    `launch` does so: the sweep keeps no second record of it."""
+    """Run everything that has no outcome yet. `launch` resumes an interrupted run from its
+    checkpoint, so the sweep needs no record of it."""
     question, folder = plan.question, plan.location
     if question.search == "population":
         evolve(plan, read_plan.total_steps, at_once, console.say)
@@ -133,7 +133,7 @@ def _left(plan: SweepPlan) -> list[Task]:
 
 
 def _in_order(plan: SweepPlan, found: Mapping[int, Outcome]) -> list[Outcome]:
-    """An outcome for each run of the sweep; of one whose process died, that."""
+    """An outcome for each run of the sweep; a failure for a run whose process died."""
     question = plan.question
     if question.search == "population":
         return [found[number] for number in sorted(found)]
@@ -149,7 +149,8 @@ def _in_order(plan: SweepPlan, found: Mapping[int, Outcome]) -> list[Outcome]:
 
 
 def _probed_at_every_checkpoint(base: Experiment) -> Experiment:
-    """So that a curve, a scheduler and whoever compares see each checkpoint's worth."""
+    """Probe every checkpoint, for curves, schedulers and comparisons. Raises ValueError for runs
+    without probes."""
     if base.probe.times == 0:
         raise ValueError("--probes 0: a sweep ranks runs by their probes; give at least 1")
     return config.override(
@@ -158,13 +159,13 @@ def _probed_at_every_checkpoint(base: Experiment) -> Experiment:
 
 
 def _refuse_impossible(base: Experiment, question: Question) -> None:
-    """ValueError in the experiment's own words where no run could have what is asked."""
+    """Raise the experiment's own ValueError if a combination is not valid."""
     if question.search == "population":
         for member in first_generation(question):
             member.experiment(base, question)
         return
     choices = question.choices
-    if question.search == "optuna":  # what will be asked is not known, but its bounds are
+    if question.search == "optuna":  # combinations are not known yet, but their bounds are
         choices = [_end(question, place) for place in (0.0, 1.0)]
     for choice in choices:
         for trial in question.trials(choice):
@@ -180,16 +181,15 @@ def _end(question: Question, place: float) -> Choice:
 
 
 def _with_metrics(question: Question, base: Experiment, labelled: bool) -> Question:
-    """The question with what ranks and what stops runs written down. ValueError where the images
-    have no labels for it."""
+    """The question with explicit metrics for ranking and stopping. Raises ValueError if the images
+    lack the labels that these need."""
     judged_by = base.method.judged_by
     metric = question.metric
     if metric is None and not labelled:
         if judged_by != "knn":
             raise ValueError(
-                f"the images have no labels, and what can be told without, such as RankMe, "
-                f"misleads for {base.method.name}: name labelled images with --test-data, or "
-                "give --rank-by rankme all the same"
+                f"the images have no labels, and RankMe is unreliable for {base.method.name}: "
+                "give labelled images with --test-data, or force --rank-by rankme"
             )
         metric = "rankme"
     metric = metric or judged_by
@@ -199,14 +199,14 @@ def _with_metrics(question: Question, base: Experiment, labelled: bool) -> Quest
     for name, value in (("rank-by", metric), ("stop-by", halving and halving.metric)):
         if value is not None and PROBES[value].is_accuracy and not labelled:
             raise ValueError(
-                f"--{name} {value} needs labels, and the images have none: name labelled images "
+                f"--{name} {value} needs labels, but the images have none: give labelled images "
                 f"with --test-data, or give --{name} rankme"
             )
     return replace(question, metric=metric, halving=halving)
 
 
 def _identity(base: Experiment, question: Question) -> str:
-    """Eight characters that differ where two sweeps ask something else."""
+    """Eight hex characters that differ between different sweeps."""
     asked_of = json.dumps([base.identity, config.to_json(question)], sort_keys=True)
     return hashlib.sha256(asked_of.encode()).hexdigest()[:8]
 
@@ -225,11 +225,11 @@ def _say_plan(
     if halving is not None:
         assert halving.metric is not None
         console.say(
-            f"from {halving.first:.0%} of the images on, one run in {halving.factor:g} goes on "
+            f"from {halving.first:.0%} of the images on, one run in {halving.factor:g} continues "
             f"at each rung, by {PROBES[halving.metric].name}"
         )
         if not PROBES[halving.metric].is_accuracy and base.method.judged_by != "knn":
-            console.say(f"note: {PROBES[halving.metric].name} misleads for {base.method.name}")
+            console.say(f"note: {PROBES[halving.metric].name} is unreliable for {base.method.name}")
     console.say(f"folder: {folder}")
 
 
@@ -257,7 +257,7 @@ def _parent(
 
 
 def _mark_killed(uri: str, parent_run_id: str | None) -> None:
-    """Say in MLflow that the runs under way were stopped: their processes end with this one."""
+    """Mark running trials as killed in MLflow, because their processes end with this one."""
     if parent_run_id is None:
         return
     children = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and status = 'RUNNING'"
@@ -267,11 +267,11 @@ def _mark_killed(uri: str, parent_run_id: str | None) -> None:
             for run in client.search_runs([experiment], children):
                 client.set_terminated(run.info.run_id, "KILLED")
     except OSError:
-        log.exception("MLflow cannot be told that the runs were stopped")
+        log.exception("the runs cannot be marked as killed in MLflow")
 
 
 class _Watch:
-    """Tells of each run that ends, by its file."""
+    """Reports each run that ends, by watching for its outcome file."""
 
     def __init__(self, folder: Location, runs: int, console: Console) -> None:
         self._folder = folder
@@ -285,13 +285,13 @@ class _Watch:
     def start(self) -> None:
         self._look(tell=False)
         for number, outcome in list(self._found.items()):
-            if outcome.failure is not None:  # it may have been mended
+            if outcome.failure is not None:  # failed runs are tried again
                 file = self._folder / _file(number)
                 file.filesystem.delete_file(file.path)
                 del self._found[number]
         self._before = len(self._found)
         if self._found:
-            self._console.say(f"{len(self._found)} of {self._runs} runs were done before")
+            self._console.say(f"{len(self._found)} of {self._runs} runs were already done")
         self._thread.start()
 
     def finish(self) -> Mapping[int, Outcome]:
@@ -324,7 +324,7 @@ class _Watch:
             self._console.live(self._progress())
 
     def _progress(self) -> str:
-        """How many runs are done, and how long the others will take at the speed so far."""
+        """The number of finished runs, and the remaining time at the speed so far."""
         done = len(self._found)
         line = f"{done} of {self._runs} runs done"
         new = done - self._before

@@ -1,4 +1,4 @@
-"""One run of a sweep, in a process of its own: what it is told, and what it leaves."""
+"""One run of a sweep, in its own process: its task and its outcome."""
 
 import logging
 import os
@@ -24,43 +24,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What a run of a sweep is told. Plain values, so that any process can unpickle it."""
+    """The input of a sweep's run. Plain values, so that any process can unpickle it."""
 
     number: int
-    """Its place in the sweep: the name of its files."""
+    """Its index in the sweep, used in the names of its files."""
     label: str
-    """What is varied, without the seed."""
+    """The tried values, without the seed."""
     seed: int
     experiment: str
-    """As JSON."""
+    """The Experiment as JSON."""
     outcome: str
-    """The file that it leaves."""
+    """The file to which the outcome is written."""
     log: str
-    """Where it tells what a single run would tell a person."""
+    """The file for the console output of the run."""
     stop_file: str
     """See PartOf."""
     cwd: str
-    """The driver's current folder: relative paths of the experiment begin there."""
+    """The driver's current folder, to which the experiment's paths are relative."""
     tracking: str
     parent_run_id: str | None
     params: Mapping[str, str]
     report: str | None = None
-    """The figure that Tune is told of at every probe, for a scheduler; None tells nothing."""
+    """The figure reported to Tune at every probe, for a scheduler; None reports nothing."""
     run_folder: str | None = None
+    """See PartOf.folder."""
     until_step: int | None = None
-    """As in PartOf."""
+    """See PartOf."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of a sweep leaves: its file in the sweep's folder."""
+    """The outcome of a sweep's run, stored as a file in the sweep's folder."""
 
     label: str
     seed: int
     run: str | None
-    """The run's folder; None where it could not be begun."""
+    """The run's folder; None if it could not be started."""
     probes: tuple[Mapping[str, Any], ...] = ()
-    """`images_seen` and what the probes found then, in order; the first is of the untrained."""
+    """`images_seen` and the probes' figures, in order; the first is the untrained encoder's."""
     images_seen: int = 0
     images_per_second: float | None = None
     seconds: float = 0.0
@@ -68,16 +69,16 @@ class Outcome:
     training_seconds: float = 0.0
     """From the first optimizer step to the last."""
     stopped: str | None = None
-    """Why the sweep stopped it before its end."""
+    """Why the sweep stopped it early; None if it did not."""
     failure: str | None = None
-    """The cause in one line where the run did not end well."""
+    """The cause of a failure in one line; None without one."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Outcome":
         return cls(**{**value, "probes": tuple(value["probes"])})
 
     def final(self, metric: str) -> float | None:
-        """What the last probe found of the trained encoder."""
+        """The figure of the last probe of the trained encoder; None without one."""
         trained = [p[metric] for p in self.probes if p["images_seen"] > 0]
         return trained[-1] if trained else None
 
@@ -102,12 +103,13 @@ def failed(label: str, seed: int, cause: str) -> Outcome:
 
 
 def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
-    """What Tune runs for each task. A failure is an outcome: it does not take the sweep down."""
+    """The function that Tune runs for each task. A failed run is an outcome and does not end the
+    sweep."""
     task: Task = setting["task"]
     started = time.time()
     experiment: Experiment = config.loads(task.experiment)
     if Path(task.cwd).is_dir():
-        os.chdir(task.cwd)  # Tune has gone into a folder of its own
+        os.chdir(task.cwd)  # Tune changes to its own folder
     part = PartOf(
         task.parent_run_id,
         task.params,
@@ -145,7 +147,7 @@ def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reporter(task: Task) -> Any:
-    """A function that tells Tune of a probe: what `Rungs` judges."""
+    """A function that reports a probe to Tune, for `Rungs`."""
     metric = task.report
     assert metric is not None
 
@@ -164,7 +166,7 @@ def _reporter(task: Task) -> Any:
 
 
 class _LogConsole(Console):
-    """What a single run would tell a person, in a file."""
+    """A console that writes to a file."""
 
     def __init__(self, path: str) -> None:
         local = Path(path) if "://" not in path else Path(os.devnull)

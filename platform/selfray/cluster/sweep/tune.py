@@ -1,8 +1,8 @@
-"""What Ray Tune is given to carry out a sweep: where tasks come from, and who is stopped.
+"""The parts that Ray Tune needs for a sweep: a source of tasks, and a scheduler that stops runs.
 
-Tune's own snapshot of an experiment leaves the scheduler out (2.60), so that ASHA would forget its
-rungs with the driver. Here all that has to survive lies in the sweep's folder: outcomes, what was
-asked, and every result that was judged, in order, with its verdict.
+Tune's own snapshot of an experiment does not include the scheduler (2.60), so ASHA would lose its
+rungs when the driver ends. Here everything that must survive lies in the sweep's folder: outcomes,
+chosen combinations, and every judged result in order, with its verdict.
 """
 
 import json
@@ -24,11 +24,11 @@ from selfray.sweeps.question import Halving
 log = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.01
-"""A trial only waits for the Ray Train run that it started, whose workers take the CPUs."""
+"""CPUs of a trial, which only waits for the Ray Train run that it started."""
 
 
 class TaskSource(Searcher):
-    """Hands out tasks one by one; the base of those that think of the next one."""
+    """Gives tasks to Tune one by one; base class of sources that choose the next task."""
 
     def __init__(self, tasks: Iterable[Task] = ()) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class TaskSource(Searcher):
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to hand out."""
+        """Whether there are no more tasks."""
         if not self._waiting:
             self._waiting.extend(self.more())
         return not self._waiting
 
     def more(self) -> Sequence[Task]:
-        """Tasks to go on with when those at hand are used up; none ends the sweep."""
+        """Further tasks after the current ones; an empty sequence ends the sweep."""
         return []
 
     def suggest(self, trial_id: str) -> Any:
@@ -52,18 +52,18 @@ class TaskSource(Searcher):
         pass  # outcomes are read from the sweep's folder
 
     def save(self, checkpoint_path: str) -> None:
-        pass  # nothing here has to be remembered
+        pass  # there is no state to save
 
     def restore(self, checkpoint_path: str) -> None:
         pass
 
 
 class Rungs(FIFOScheduler):
-    """Ray's ASHA, remembered: every result that it judged lies in `record`, and a new driver judges
-    them again, in the same order, before anything new.
+    """Ray's ASHA with a record: every judged result is stored in `record`, and a new driver first
+    judges these again in the same order.
 
-    A run that is to stop finds a file and ends by itself, with a checkpoint; Tune would kill it in
-    the midst of whatever it does.
+    To stop a run, a stop file is written, and the run ends by itself with a checkpoint. Tune would
+    kill it at an arbitrary moment.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Rungs(FIFOScheduler):
         for told in _read(record):
             judged = self._judge({name: told[name] for name in ("number", "images_seen", "value")})
             if judged["stop"]:
-                self._stop(judged)  # the driver may have died before
+                self._stop(judged)  # the old driver may have died before writing the stop file
 
     @property
     def supports_buffered_results(self) -> bool:
-        return False  # a verdict that comes late costs steps
+        return False  # late verdicts would waste steps
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "value" in result:
@@ -107,12 +107,12 @@ class Rungs(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def _judge(self, told: dict[str, Any]) -> dict[str, Any]:
-        """ASHA's verdict on a result, kept in the order of judging."""
+        """Let ASHA judge a result and append the verdict to the record."""
         run = _Known(f"{told['number']}")
         if run.trial_id not in self._known:
             self._known.add(run.trial_id)
             self._asha.on_trial_add(None, run)  # type: ignore[arg-type]
-        ended = told["images_seen"] >= self._total  # there is nothing left to stop
+        ended = told["images_seen"] >= self._total  # a finished run is not stopped
         verdict = self._asha.on_trial_result(None, run, dict(told))  # type: ignore[arg-type]
         judged = told | {"stop": verdict == TrialScheduler.STOP and not ended}
         self._judged.append(judged)
@@ -124,14 +124,14 @@ class Rungs(FIFOScheduler):
         (Location.of(self._stops) / f"{told['number']:04d}.json").write_json({"reason": reason})
 
     def save(self, checkpoint_path: str) -> None:
-        pass  # the record is written before anything follows from it
+        pass  # the record is already written
 
     def restore(self, checkpoint_path: str) -> None:
         pass
 
 
 class _Known:
-    """What ASHA asks of a trial: a name that is the same in every driver."""
+    """The part of a trial that ASHA needs: an id that is the same in every driver."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -147,7 +147,7 @@ def _read(record: Location) -> list[dict[str, Any]]:
 def run_tasks(
     source: TaskSource, scheduler: FIFOScheduler | None, folder: Location, at_once: int
 ) -> None:
-    """Let Tune run all tasks of a source. What came of them lies in their files."""
+    """Let Tune run all tasks of a source; outcomes are written to their files."""
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
@@ -158,7 +158,7 @@ def run_tasks(
             reuse_actors=False,
         ),
         run_config=tune.RunConfig(
-            # A new name for each start: Tune would take an old one's folder for its own.
+            # A new name for each start; otherwise Tune would reuse the folder of an old one.
             name=f"tune-{time.time_ns()}",
             storage_path=(folder / "tune").uri,
             verbose=0,

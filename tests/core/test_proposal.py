@@ -1,0 +1,46 @@
+"""What `selfray pretrain auto` proposes: commands that are understood, for any facts."""
+
+import itertools
+
+import pytest
+
+from selfray.commands import early, script
+from selfray.recipes import NAMES, every
+from selfray.recipes.proposal import Facts, propose
+
+RECIPES = every()
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "gpus"),
+    itertools.product((2, 30, 900, 2_081, 60_000, 5_000_000), (28, 64, 480), (0, 1, 8)),
+)
+def test_a_proposal_is_a_command_that_is_understood(images, side, gpus):
+    found = propose(Facts(images, side, cpus=2, gpus=gpus))
+    words = [*found.words, "--data.path", "embedded:digits"]
+    early.refuse(words, NAMES, "pretrain")
+    wanted = script.parse(RECIPES, words, "", "pretrain")
+    assert wanted.batch_size <= max(images, wanted.max_workers)
+    assert 10 <= wanted.epochs <= 800
+    assert wanted.max_workers == max(1, gpus)
+    assert len(found.reasons) >= 3
+
+
+def test_the_number_and_size_of_images_decide():
+    assert propose(Facts(2_000, 480, 2, gpus=0)).recipe == "simclr-cifar10"
+    assert propose(Facts(50_000, 32, 8, gpus=1)).recipe == "simclr-cifar10"
+    assert propose(Facts(2_000, 480, 8, gpus=1)).recipe == "simclr-imagenet"
+    assert propose(Facts(200_000, 480, 8, gpus=4)).recipe == "dino-imagenet"
+
+
+def test_few_images_are_told_where_the_gain_is():
+    assert "public weights" in propose(Facts(300, 480, 2, 0)).reasons[-1]
+    with pytest.raises(ValueError, match="holds 1 images"):
+        propose(Facts(1, 480, 2, 0))
+
+
+def test_flags_that_the_user_gives_are_not_proposed():
+    words = propose(Facts(2_000, 480, 2, 0)).without({"--epochs", "--encoder.layers"}).words
+    assert "--epochs" not in words
+    assert "--encoder.layers" not in words
+    assert "--batch-size" in words
