@@ -21,6 +21,7 @@ from selfray.runs import record
 from selfray.storage import Location
 
 COMMAND = "import sys; from selfray.commands.main import main; sys.exit(main())"
+NO_NETWORK = Path(__file__).parents[1] / "fixtures" / "no-network"
 FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.times", "0")
 
 
@@ -34,6 +35,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
+        self.reached = self.output.with_name(self.output.name + "-reached")
         self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
@@ -46,7 +48,11 @@ class Run:
                     "--output",
                     str(self.output),
                 ],
-                env=kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])},
+                env=kept
+                | {
+                    "PYTHONPATH": f"{NO_NETWORK}{os.pathsep}{Path(selfray.__file__).parents[1]}",
+                    "SELFRAY_TEST_REACHED": str(self.reached),
+                },
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
@@ -64,21 +70,36 @@ class Run:
     def waits_for(self, what: str, happened: Callable[[], bool]) -> None:
         def look() -> bool:
             assert self.process.poll() is None, self.said
-            with suppress(psutil.Error):
-                self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+            self._look_at_sockets()
             return happened()
 
-        wait_for(what, look)
+        wait_for(what, look, every=0.3)
 
     def trains(self) -> None:
         self.waits_for("training", lambda: "images/s" in self.said)
 
     def ended(self) -> int:
-        """Its exit code, once nothing of it is left."""
-        code = self.process.wait(300)
+        """Its exit code, once nothing of it is left; nor has it reached beyond this machine."""
+
+        def look() -> bool:
+            self._look_at_sockets()
+            return self.process.poll() is not None
+
+        wait_for("the end", look, every=0.3)
         _, alive = psutil.wait_procs(list(self.family), timeout=60)
         assert alive == []
-        return code
+        assert not self.reached.exists(), self.reached.read_text()
+        return self.process.returncode
+
+    def _look_at_sockets(self) -> None:
+        """Ray's own processes are no Python: what they are connected to is asked of Linux."""
+        with suppress(psutil.Error):
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        for process in self.family:
+            with suppress(psutil.Error):
+                for socket in process.net_connections("tcp"):
+                    host = socket.raddr.ip if socket.raddr else "127.0.0.1"
+                    assert host.removeprefix("::ffff:").startswith("127."), (process, socket)
 
     @property
     def status(self) -> str:
