@@ -1,5 +1,5 @@
-# The two commands that a fresh machine needs are `make quickstart` and `make test`; each makes the
-# virtual environment on first use. Needs Python 3.11 or later and make, nothing else.
+# On a fresh machine start with `make quickstart` or `make test`; each creates the virtual environment
+# on first use. Only Python 3.11 or later and make are needed.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -9,24 +9,24 @@ READY := $(VENV)/.ready
 RUNS ?= runs
 
 PROCESSES ?= 2
-PARALLEL = -n $(PROCESSES) --dist loadgroup
-# Pip warns about every configured index folder that is missing; its errors are what matters here.
+PARALLEL = -n $(PROCESSES) --dist loadscope --no-loadscope-reorder
+# Twice --quiet: pip warns about every configured index folder that is missing. Errors still show.
 PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
 
 .PHONY: quickstart test drills test-bench test-all fuzz lint map flags ui bench clean help
 
 help:
 	@echo "make quickstart   pretrain SimCLR and MAE on embedded digits, probe them, show the result"
-	@echo "make ui           open the MLflow UI on the runs"
+	@echo "make ui           serve the MLflow UI of the runs"
 	@echo "make test         the tests, about three minutes on 2 cores"
 	@echo "make drills       faults and clusters: killed workers, lost nodes, full disks, dead servers"
 	@echo "make test-bench   the tests of the benchmarks"
 	@echo "make test-all     all three"
 	@echo "make fuzz         100,000 damaged files of each kind, about an hour"
-	@echo "make flags        write the table of flags that typos are told by, after a change of a config"
-	@echo "make map          the rooms of the package by floors, drawn from its imports"
+	@echo "make flags        rewrite the table of flags that detects typos, after a change of a config"
+	@echo "make map          print the package's files by floors, from their imports, and update docs"
 	@echo "make lint         ruff and pyright"
-	@echo "make bench        speed of the augmentation beside its peers' (installs them), for each core"
+	@echo "make bench        compare the augmentation's speed on one core with peers (installs them)"
 	@echo "make clean        remove the environment (runs/ stays)"
 
 $(READY): pyproject.toml constraints.txt
@@ -68,14 +68,14 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(PIP) --editable '.[bench]'
-	@# Alone: of what it depends on, its transforms need only what the extra has, and hydra-core
-	@# wants an antlr4 of 2021 beside which the tests' S3 server does not install.
+	@# Without dependencies: the extra has all that lightly's transforms need, and its hydra-core
+	@# requires an antlr4 of 2021 that conflicts with the tests' S3 server.
 	@$(PIP) --no-deps lightly
 	@$(BIN)/python benchmarks/augmentation.py --output $(RUNS)/bench/augment.json
 
 ui: $(READY)
 	@test -f $(RUNS)/mlflow.db || { echo "there is no $(RUNS)/mlflow.db yet: run make quickstart first"; exit 2; }
-	@echo "the runs and their curves, in some seconds (Ctrl-C ends MLflow):"
+	@echo "MLflow will show the runs and their curves here in a few seconds (Ctrl-C stops it):"
 	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(BIN)/mlflow ui \
 		--backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db \

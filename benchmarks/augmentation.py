@@ -1,16 +1,17 @@
-"""Speed of the augmentation beside LightlySSL's, albumentations' and DALI's, for each core.
+"""Compares the augmentation's speed on one core with LightlySSL, torchvision, albumentations and
+DALI.
 
-    make bench                                                  # installs the peers, then this
+    make bench                                                  # installs the peers and runs this
     python benchmarks/augmentation.py --photos photos/ --small cifar10/
 
 Every contestant gets the same encoded images, decodes them and draws views of the same sizes with
-the same operations and probabilities, as uint8 or, where a peer knows no other way, as it gives
-them. Each is a process of its own on one core with one thread. They take turns in short rounds, one
-at a time, so that a busy machine slows all alike; the table has the median round, its range and the
-ratio to LightlySSL in this run. Rounds are timed in seconds of the processor's time, of which other
-programs on the machine take none.
+the same operations and probabilities, as uint8 if it can, else in its own format. Each runs in its
+own process on one core with one thread. They take turns in short rounds, one at a time, so that a
+busy machine slows all alike. The table has the median round, the range and the ratio to LightlySSL
+in the same run. Rounds are timed in CPU seconds, which other programs on the machine do not
+consume.
 
-A peer that is not installed, or does not start, is left out of the table with its reason.
+A peer that is not installed, or does not start, is left out of the table with the reason.
 """
 
 import io
@@ -62,12 +63,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Task:
-    """One row: what each contestant draws from an image."""
+    """One row of the table: the views that each contestant draws from an image."""
 
     views: Views
     is_small: bool = False
+    """Whether the images are the small ones, not photographs."""
     max_side: int | None = None
-    """All contestants get the images as `selfray shards build --max-side` stores them."""
+    """Shrink the images first, as `selfray shards build --max-side` does; None does not."""
 
 
 def simclr(size: int, blur: float) -> Views:
@@ -95,7 +97,7 @@ TASKS = {
 }
 
 
-# Contestants: each builds what turns encoded images into views
+# Contestants: each function builds a function that turns encoded images into views
 
 
 def ours(task: Task) -> Run:
@@ -105,7 +107,7 @@ def ours(task: Task) -> Run:
 
 
 def lightly(task: Task) -> Run:
-    """LightlySSL's own transforms, with their normalisation left out: they end in float tensors."""
+    """LightlySSL's own transforms without normalisation; they return float tensors."""
     from lightly.transforms import DINOTransform, MAETransform, SimCLRTransform  # pyright: ignore[reportMissingImports]
     from PIL import Image
 
@@ -205,8 +207,8 @@ def albumentations(task: Task) -> Run:
 
 
 def dali(task: Task) -> Run:
-    """NVIDIA DALI's CPU operators, one thread, a batch of 32; it has no random order of the
-    colour operations, and decodes an image once for all its views."""
+    """NVIDIA DALI's CPU operators, one thread, batches of 32. DALI has a fixed order of colour
+    operations, and decodes an image once for all its views."""
     from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
 
     batch, waiting = 32, []
@@ -235,7 +237,7 @@ def dali(task: Task) -> Run:
                 hue=on * uniform(range=(-360 * j.hue, 360 * j.hue)),
             )
         if view.blur:
-            # A sigma that changes no pixel stands for no blur: branches of a pipeline cost more.
+            # A sigma of 0.1 changes no pixel and stands for no blur, cheaper than a branch.
             on = fn.cast(flag(view.blur), dtype=types.FLOAT)
             out = fn.gaussian_blur(out, sigma=0.1 + on * fn.random.uniform(range=(0.0, 1.9)))
         return fn.transpose(out, perm=[2, 0, 1])
@@ -279,7 +281,7 @@ BASE = "LightlySSL"
 
 
 def serve(connection: Connection, contestant: str, task_name: str, images: list[bytes]) -> None:
-    """A contestant's process: a round for each message, answered with its processor seconds."""
+    """A contestant's process: runs a round for each message and answers with its CPU seconds."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if sys.platform == "linux":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -290,7 +292,7 @@ def serve(connection: Connection, contestant: str, task_name: str, images: list[
         cv2.setNumThreads(1)
         torch.set_num_threads(1)
         run = CONTESTANTS[contestant][0](TASKS[task_name])
-        run(images)  # warms up; compiles
+        run(images)  # warm-up: compiles, fills caches
         connection.send("ready")
     except BaseException as error:
         cause = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
@@ -303,7 +305,7 @@ def serve(connection: Connection, contestant: str, task_name: str, images: list[
 
 
 def measure(settings: Benchmark, task: str, images: list[bytes]) -> tuple[dict, dict]:
-    """Images a second in each round, by contestant; and why others did not take part."""
+    """(contestant -> images/s of each round, contestant -> why it did not take part)."""
     context = multiprocessing.get_context("spawn")
     running, missing = {}, {}
     for name in CONTESTANTS:
@@ -379,7 +381,7 @@ def _versions() -> dict[str, str]:
 
 
 def load(settings: Benchmark, task: Task) -> list[bytes] | None:
-    """Encoded images, repeated where there are fewer than a round takes; None if there are none."""
+    """Encoded images for a round, repeated if there are too few; None if there are none."""
     shared = Path(__file__).parents[2] / "shared" / "data"
     if task.is_small:
         from selfray.data.files import parquet_files
@@ -399,7 +401,7 @@ def load(settings: Benchmark, task: Task) -> list[bytes] | None:
 
         folder = Path(load_sample_images.__code__.co_filename).parent / "images"
     files = photographs(folder)
-    # Every so many, not the first: neighbours are of one kind.
+    # Spread over the folder, since neighbouring files tend to be alike.
     step = max(1, len(files) // settings.count)
     found = [file.read_bytes() for file in files[::step][: settings.count]]
     if task.max_side is not None:

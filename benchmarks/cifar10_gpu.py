@@ -1,25 +1,26 @@
-"""CIFAR-10 with ResNet-18 on one GPU, the core alone: neither ray nor mlflow is imported.
+"""Trains ResNet-18 on CIFAR-10 on one GPU with the core alone: imports neither ray nor mlflow.
 
-    python benchmarks/cifar10_gpu.py                       # four methods beside LightlySSL's table
+    python benchmarks/cifar10_gpu.py                       # compares four methods with LightlySSL
     python benchmarks/cifar10_gpu.py --methods byol --epochs 800 --batch-size 512
-    python benchmarks/cifar10_gpu.py --minutes 9           # then the same again, until it is done
+    python benchmarks/cifar10_gpu.py --minutes 9           # repeat this command until it is done
     python benchmarks/cifar10_gpu.py --throughput          # compile x precision x channels-last
     python benchmarks/cifar10_gpu.py --limit 2000 --epochs 1 --encoder small         # on a CPU
 
-The images are decoded once into the device's memory and augmented there, by
-selfray.pixels.device; the loop, the checkpoints and the probes are the platform's own. A call
-goes on from the checkpoints of the one before. Tables go to the console, results.json and
-throughput.json to the output folder, result.json beside each run's checkpoints.
+The images are decoded once into the device's memory and augmented there by selfray.pixels.device;
+the loop, the checkpoints and the probes are the platform's own. A call resumes from the checkpoints
+of the previous one. Tables go to the console, results.json and throughput.json to the output
+folder, and result.json to the folder of each run's checkpoints.
 
-LightlySSL's table is of ResNet-18, batch 128 and 200 epochs, kNN with k = 200 and temperature 0.1,
-the best of all epochs. Ours are the recipes of selfray.recipes.cifar10, with their learning
-rates scaled to the batch, and so differ from theirs: the optimizer (theirs is SGD at 0.06, weight
-decay 5e-4, no warm-up, for all four), the crop's interpolation (bicubic), the strengths of the
-colour jitter, and the heads; MoCo has a longer queue, a higher temperature, and no loss the other
-way round; DINO has 4096 prototypes. We judge the last epoch, by their protocol and by ours.
+LightlySSL's table has ResNet-18, batch 128 and 200 epochs, judged by kNN with k = 200 and
+temperature 0.1 at the best epoch. We train the recipes of selfray.recipes.cifar10, with learning
+rates scaled to the batch. They differ from LightlySSL's in the optimizer (theirs is SGD at 0.06,
+weight decay 5e-4, no warm-up, for all four), the crop's interpolation (bicubic), the strengths of
+the colour jitter, and the heads; our MoCo has a longer queue, a higher temperature and an
+asymmetric loss; our DINO has 4096 prototypes. We judge the last epoch, by their protocol and by
+ours.
 
-No GPU has run this yet, so there is no number beside theirs. The last command takes 164 s on two
-busy CPU cores (89 s of one core); a killed run ends in the same weights bit for bit there.
+No GPU has run the four methods yet, so there are no figures to compare. The last command takes 164
+s on two busy CPU cores (89 s on one core); there a killed run ends with bit-identical weights.
 """
 
 import contextlib
@@ -60,16 +61,16 @@ LIGHTLY = {"simclr": 84.7, "mocov2": 83.8, "byol": 86.9, "dino": 84.0}
 PROTOCOLS = {"ours": KNN(), "theirs": KNN(k=200, temperature=0.1)}
 SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}
 WINDOW_SECONDS = 10.0
-"""How often the loss is read, which waits for the GPU, and a line is printed."""
+"""Interval at which the loss is read, which waits for the GPU, and a line is printed."""
 WINDOWS = 5
-"""Into how many windows the seconds of a throughput trial are split, for the spread."""
+"""Number of windows into which a throughput trial is split, to show the spread."""
 WARM_UP_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Benchmark:
     data: str = "../shared/data/cifar10"
-    """CIFAR-10, or anything like it, in Parquet: train and test files with labels."""
+    """CIFAR-10 or a similar data set in Parquet: train and test files with labels."""
     methods: tuple[Literal["simclr", "mocov2", "byol", "dino"], ...] = (
         "simclr",
         "mocov2",
@@ -86,23 +87,23 @@ class Benchmark:
     """torch.compile of encoders and augmentation."""
     seed: int = 0
     limit: int | None = None
-    """At most this many train images, and as many test images."""
+    """Maximum number of train images, and of test images."""
     probes: int = 10
-    """How often the encoder is probed over a run, the last at its end; at most once an epoch."""
+    """Number of probes during a run, the last at its end; at most one an epoch."""
     minutes: float | None = None
-    """Save and stop after this time, at least one step further; None trains to the end."""
+    """Save and stop after this time, but after at least one step; None trains to the end."""
     fit_minutes: float | None = None
-    """Train fewer epochs than `epochs` where that is needed to end within this time: as many as a
-    few seconds of training promise. For one method."""
+    """Reduce the epochs so that training ends within this time, as estimated by a few seconds of
+    training. For one method only."""
     optimizer: Literal["recipe", "lightly"] = "recipe"
-    """lightly: SGD at 0.06 for a batch of 128, weight decay 5e-4, as their table's runs."""
+    """lightly: SGD at 0.06 for a batch of 128, weight decay 5e-4, as in LightlySSL's table."""
     checkpoint_minutes: float = 5.0
     throughput: bool = False
-    """Do not train: measure images/s of each method under each setting."""
+    """Measure images/s of each method under each setting instead of training."""
     seconds: float = 15.0
-    """Time of each throughput trial, warm-up apart."""
+    """Time of each throughput trial without warm-up."""
     device: str | None = None
-    """None takes a GPU where there is one."""
+    """None takes a GPU if there is one, else the CPU."""
     output: Path = Path("runs/bench/cifar10_gpu")
 
     @property
@@ -111,7 +112,7 @@ class Benchmark:
 
 
 def main() -> int:
-    import tyro  # gpu_session.py calls `run` where there is none
+    import tyro  # gpu_session.py calls `run` on machines without tyro
 
     settings = tyro.cli(Benchmark, description=__doc__)
     try:
@@ -142,7 +143,7 @@ def run(settings: Benchmark) -> list[dict[str, Any]]:
     for method, experiment in experiments.items():
         results.append(train_one(settings, method, experiment, images, device, deadline))
         if results[-1]["steps"] < results[-1]["total_steps"]:
-            print("the time is over: the same command goes on from there")
+            print("the time is over: the same command, given again, resumes from here")
             break
     Location.of(settings.output).make_folder()
     (Location.of(settings.output) / "results.json").write_json(results)
@@ -222,7 +223,7 @@ def batches(
     images_seen: int,
     draw_view: DrawView = draw_view,
 ) -> Iterator[Batch]:
-    """The run's batches from a position on: what each holds follows from seed and position."""
+    """The run's batches from a position on; each is a function of the seed and its position."""
     for position in range(images_seen, plan.total_images, plan.batch_size):
         chosen = plan.read(position, plan.batch_size)
         places = torch.from_numpy(chosen.rows).to(images.device, non_blocking=True)
@@ -232,13 +233,13 @@ def batches(
 # Training
 
 
-class OutOfTime(Exception):  # noqa: N818 - it is no error
-    """The call's minutes are over."""
+class OutOfTime(Exception):  # noqa: N818 - a signal, not an error
+    """Ends the training loop when the call's minutes are over."""
 
 
 @dataclass
 class Stopwatch:
-    """Images/s in windows that end when the device has done their steps."""
+    """Measures images/s in windows; a window ends when the device has finished its steps."""
 
     images_per_step: int
     seconds: float
@@ -248,14 +249,14 @@ class Stopwatch:
     started: float = field(default_factory=time.perf_counter)
 
     def step(self, loss: Tensor) -> float | None:
-        """Count a step; the loss where a window ends here, else None."""
+        """Count a step. Returns its loss if a window ends here, else None."""
         self.images += self.images_per_step
         if time.perf_counter() - self.started < self.seconds:
             return None
         return self.end(loss)
 
     def end(self, loss: Tensor) -> float:
-        """End the window at this step, whatever its length; the step's loss."""
+        """End the window at this step, even if it is short. Returns the step's loss."""
         value = float(loss)  # waits for the device
         if self.images:
             self.rates.append(self.images / (time.perf_counter() - self.started))
@@ -263,7 +264,7 @@ class Stopwatch:
         return value
 
     def restart(self) -> None:
-        """Begin a window anew: what happened since the last one was no training."""
+        """Start a new window; the time since the last one was not spent on training."""
         self.images, self.started = 0, time.perf_counter()
 
 
@@ -275,9 +276,10 @@ def train_one(
     device: torch.device,
     deadline: float,
 ) -> dict[str, Any]:
-    """Train a method to its end, or to the deadline, from its checkpoint if there is one."""
+    """Train a method to its end or to the deadline, starting from its checkpoint if there is
+    one."""
     plan = plan_of(experiment, images)
-    # Another number of images is another run.
+    # The folder's name includes the number of images, since another number is another run.
     folder = Location.of(settings.output) / f"{experiment.run_name}-{plan.rows}"
     state = TrainState.start(experiment, plan.total_images, device)
     result: dict[str, Any] = {
@@ -333,7 +335,7 @@ def train_one(
         if number in probe_steps:
             result["probes"][str(number)] = probe(state.method, experiment, images, device)
         result["steps"], result["total_steps"] = number, plan.total_steps
-        # The checkpoint last: a result that is ahead of it is only written over.
+        # The checkpoint last: if the run stops before it, the next call overwrites the result.
         folder.make_folder()
         (folder / "result.json").write_json(result)
         checkpoint.save(state, experiment, folder, loss)
@@ -354,7 +356,7 @@ def probe(
     method: Method, experiment: Experiment, images: Images, device: torch.device
 ) -> dict[str, float]:
     """kNN accuracy of the encoder's features by each protocol, in 0..1."""
-    # A copy: it is neither compiled for other shapes nor taken out of train mode.
+    # Use a copy: the method's encoder keeps its train mode and is not recompiled for other shapes.
     encoder = experiment.encoder.build().to(device)
     encoder.load_state_dict(method.encoder.state_dict())
     encoder.eval()
@@ -381,7 +383,7 @@ def _require_finite(loss: float, experiment: Experiment, step: int) -> None:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """The table beside LightlySSL's numbers; only runs that have been probed have a row."""
+    """Print the table with LightlySSL's figures; only probed runs have a row."""
     print(f"\n{'':10}{'epoch':>12}{'kNN (20)':>10}{'kNN (200)':>11}{'Lightly':>9}{'images/s':>10}")
     for result in results:
         if not result["probes"]:
@@ -396,7 +398,7 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{numbers['ours']:10.1%}{numbers['theirs']:11.1%}{result['lightly_knn']:9.1%}"
             f"{rate:>10}"
         )
-    print("kNN (k); Lightly's column: k = 200, ResNet-18, all images, batch 128, 200 epochs")
+    print("kNN (k); column Lightly: k = 200, ResNet-18, all images, batch 128, 200 epochs")
 
 
 # Throughput
@@ -408,15 +410,16 @@ def fitting_epochs(
     images: Images,
     device: torch.device,
 ) -> int:
-    """How many epochs of the one method end within `fit_minutes`, what follows included."""
-    require(len(experiments) == 1, "--fit-minutes is for one of --methods")
+    """The number of epochs of the only method that fit into `fit_minutes`, with probes and
+    checkpoints."""
+    require(len(experiments) == 1, "--fit-minutes takes exactly one of --methods")
     assert settings.fit_minutes is not None
     (experiment,) = experiments.values()
     started = time.monotonic()
     long = replace(experiment, epochs=100_000)
     rates = training_rates(long, images, device, settings.compile, True, TRIAL_SECONDS)
     spent = time.monotonic() - started
-    # What is compiled once is not compiled again; probes and checkpoints take their share.
+    # Training reuses the compiled code; probes and checkpoints take a share of the time.
     left = 60 * settings.fit_minutes * (1 - SHARE_OF_PROBES) - spent
     epochs = int(left * statistics.median(rates) / len(images.train))
     print(
@@ -435,7 +438,7 @@ def measure_throughput(
     images: Images,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Images/s of training under every setting, and of the augmentation alone."""
+    """Measure images/s of training under every setting, and of the augmentation alone."""
     trials: list[dict[str, Any]] = []
     print(f"\n{'':10}{'compile':>9}{'precision':>11}{'channels':>10}{'images/s':>10}{'range':>18}")
     for method, base in experiments.items():
@@ -467,7 +470,7 @@ def measure_throughput(
 def _trial(
     method: str, compiled: bool, precision: str, channels: str, rates: list[float] | str
 ) -> dict[str, Any]:
-    """A line of the table, which is printed; `rates` is the cause where the trial failed."""
+    """Print a row of the table and return it; `rates` is the error message of a failed trial."""
     head = f"{method:10}{'yes' if compiled else 'no':>9}{precision:>11}{channels:>10}"
     failed = isinstance(rates, str)
     if failed:
@@ -487,7 +490,8 @@ def _trial(
 
 
 def _attempt(measure: Callable[[], list[float]]) -> list[float] | str:
-    """A trial's rates, or why it cannot run here: no compiler, too little memory."""
+    """A trial's rates, or the error message of one that cannot run here (no compiler, too little
+    memory)."""
     try:
         return measure()
     except RuntimeError as error:
@@ -498,8 +502,8 @@ def _attempt(measure: Callable[[], list[float]]) -> list[float] | str:
             torch.cuda.empty_cache()
 
 
-class Enough(Exception):  # noqa: N818 - it is no error
-    """A trial has its windows."""
+class Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends the training loop when a trial has all its windows."""
 
 
 def training_rates(
@@ -510,7 +514,7 @@ def training_rates(
     channels_last: bool,
     seconds: float,
 ) -> list[float]:
-    """Images/s of the platform's loop in each window."""
+    """Images/s of the platform's training loop, for each window."""
     plan = plan_of(experiment, images)
     experiment = replace(experiment, compile=compiled)
     state = TrainState.start(experiment, plan.total_images, device)
@@ -535,7 +539,8 @@ def training_rates(
 def views_alone(
     experiment: Experiment, images: Images, device: torch.device, compiled: bool, seconds: float
 ) -> list[float]:
-    """Images/s of the augmentation with nothing to train: what the loop could get at most."""
+    """Images/s of the augmentation without training, for each window: an upper bound of the
+    loop."""
     plan = plan_of(experiment, images)
     drawer = torch.compile(draw_view, dynamic=False) if compiled else draw_view
     stream = batches(torch.from_numpy(images.train).to(device), plan, experiment, 0, drawer)

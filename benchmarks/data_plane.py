@@ -1,13 +1,13 @@
-"""The data plane: Ray Data's stream beside the bare function and a DataLoader, memory against
-rows, the time to plan, and how well the shuffle mixes.
+"""Measures the data plane: the speed of Ray Data's stream compared with the bare function and a
+DataLoader, memory against the number of rows, planning time, and the quality of the shuffle.
 
     python benchmarks/data_plane.py                    # ten minutes on two cores
     python benchmarks/data_plane.py --rows 1000 10000 100000
-    python benchmarks/data_plane.py --pictures DIR     # JPEG files instead of made ones
+    python benchmarks/data_plane.py --pictures DIR     # JPEG files instead of synthetic ones
 
-All contestants draw the same micro-batches by the same function on as many processes, and take
-turns in short rounds, so that a busy machine slows all of them alike. Larger data sets repeat the
-same pictures under new keys.
+All contestants draw the same micro-batches with the same function on the same number of processes,
+and take turns in short rounds, so that a busy machine slows all of them alike. Larger data sets
+repeat the same pictures with different keys.
 """
 
 import json
@@ -51,16 +51,16 @@ PICTURES = 64
 @dataclass(frozen=True)
 class Benchmark:
     rows: tuple[int, ...] = (1_000, 10_000)
-    """Sizes of the data sets, for the memory; the first is the one for the speed."""
+    """Sizes of the data sets whose memory is measured; the first one is used for the speed."""
     side: int = 320
-    """Side of the made pictures in pixels."""
+    """Side of the synthetic pictures in pixels."""
     pictures: Path | None = None
-    """A folder of JPEG files to take instead."""
+    """A folder of JPEG files to use instead."""
     batch_size: int = 32
     steps: int = 700
-    """Measured steps in a round, amid others: a stream's first ones come in small tasks, so that
-    training starts at once, and of its last ones one task may be left alone; a run has many more.
-    """
+    """Measured steps in a round. Steps at the start and the end of a stream are not measured: the
+    first come in small tasks, so that training starts early, and at the end a single task may
+    remain. A real run has many more steps."""
     rounds: int = 6
     cpus: int = 2
     windows: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def pictures_of(settings: Benchmark) -> list[bytes]:
-    """JPEG files, made ones if none are given."""
+    """The bytes of the given JPEG files, or of PICTURES synthetic ones."""
     if settings.pictures is None:
         rng = np.random.default_rng(0)
         small = [rng.integers(0, 256, (20, 20, 3), np.uint8) for _ in range(PICTURES)]
@@ -97,7 +97,7 @@ def pictures_of(settings: Benchmark) -> list[bytes]:
 def make_source(folder: Path, rows: int, pictures: list[bytes], settings: Benchmark) -> Source:
     (folder / str(rows)).mkdir()
     for first in range(0, rows, 4_000):
-        # Bytes behind the JPEG's end change its key and nothing else.
+        # Bytes after the JPEG's end change its key but not its pixels.
         numbers = range(first, min(first + 4_000, rows))
         images = [pictures[i % len(pictures)] + i.to_bytes(8) for i in numbers]
         file = folder / str(rows) / f"{first:09}.parquet"
@@ -147,7 +147,7 @@ def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
     stream = Stream(source, Share(0, 1), 0, settings.cpus, until_step=steps)
     with ProcessPoolExecutor(settings.cpus, get_context("forkserver")) as pool:
         contestants: dict[str, Callable[[], Any]] = {
-            # No consumer to wait for: it draws just what a round needs.
+            # Needs no consumer and draws exactly the steps of a round.
             "bare function": lambda: pool.map(batches.count, range(steps)),
             "DataLoader": lambda: iter(loader),
             "Stream": lambda: iter(stream),
@@ -167,7 +167,7 @@ def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
         ratios = [rate / base for rate, base in zip(measured, bare, strict=True)]
         spread = f"{min(measured):,.0f} - {max(measured):,.0f}"
         to_bare = f"{min(ratios):.2f} - {max(ratios):.2f}"
-        # Of all rounds' time: a machine whose speed drifts within a round favours none in the sum.
+        # The ratio of the rounds' total times: a drift of the machine's speed cancels in the sum.
         ratio = sum(1 / rate for rate in bare) / sum(1 / rate for rate in measured)
         middle = statistics.median(measured)
         print(f"{name:16}{middle:10,.0f}{spread:>16}{ratio:9.2f}{to_bare:>14}")
@@ -175,7 +175,7 @@ def speed(source: Source, settings: Benchmark) -> dict[str, Any]:
 
 
 def images_per_second(batches: Iterator[Any], settings: Benchmark) -> float:
-    """Of `steps` batches, after those that fill the pipeline and before those that empty it."""
+    """Images/s over `steps` batches, without those that fill and empty the pipeline."""
     for _ in range(WARM_STEPS):
         next(batches)
     started = time.perf_counter()
@@ -195,8 +195,8 @@ def shared_memory() -> int:
 
 
 def memory(source: Source, settings: Benchmark, before_ray: int) -> dict[str, float]:
-    """Peaks in MiB while `steps` steps stream: this process and the largest task, without what they
-    share, and what the object store has touched of its shared memory since it started."""
+    """Peak memory in MiB over `steps` steps of the stream: of this process and of the largest task,
+    both without shared memory, and the shared memory that the object store has touched so far."""
     me = psutil.Process()
     peaks = {"driver": 0.0, "largest task": 0.0, "object store": 0.0}
     for step, _ in enumerate(Stream(source, Share(0, 1), 0, settings.cpus)):
@@ -220,7 +220,7 @@ def memory(source: Source, settings: Benchmark, before_ray: int) -> dict[str, fl
 
 
 def plan_times() -> dict[int, dict[str, float]]:
-    """Seconds to the first batch of a plan, and for each further one."""
+    """Seconds until the first batch of a plan, and for each further batch, by number of rows."""
     result = {}
     for rows in (10**6, 10**7):
         started = time.perf_counter()
@@ -237,7 +237,7 @@ def plan_times() -> dict[int, dict[str, float]]:
 
 
 def shuffle(settings: Benchmark) -> dict[int, dict[str, float]]:
-    """How far the order of 10^6 rows, sorted by 10 and by 1,000 classes, leaks into batches."""
+    """The leak into batches of 10^6 rows sorted by 10 and by 1,000 classes, by window size."""
     result = {}
     for window in settings.windows:
         plan = ReadPlan((GROUP_ROWS,) * (10**6 // GROUP_ROWS), 256, 1, 0, window_rows=window)

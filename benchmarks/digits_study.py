@@ -1,22 +1,24 @@
-"""What a change of the methods did: the same runs on several checkouts of the code, seeds and all.
+"""Measures a code change's effect on accuracy: the same runs and seeds on several checkouts.
 
     python benchmarks/digits_study.py --source before=../old after=. --seeds 3 --jobs 16
-    python benchmarks/digits_study.py --studies cifar10 leak --data cifar10/ --device cuda
-    python benchmarks/digits_study.py --methods beit --seeds 2 --epochs 2       # a try
+    python benchmarks/digits_study.py --studies cifar10 --data cifar10/ --device cuda
+    python benchmarks/digits_study.py --studies leak --seeds 3
+    python benchmarks/digits_study.py --methods beit --seeds 2 --epochs 2       # a quick trial
 
-Three studies, the core alone (neither ray nor mlflow nor tyro), one process of one thread a run:
+There are three studies. They use the core alone (neither ray nor mlflow nor tyro), with one
+single-threaded process for each run:
 
-    digits   the nine digits recipes as they are; BEiT trains its tokenizer first
-    cifar10  SimCLR, BYOL, MoCo v2, DINO and MAE at one small setting, the same images seen by each
-    leak     MoCo v2 with batch norm over the whole batch and over shuffled groups of it
+    digits   the nine digits recipes, unchanged; BEiT trains its tokenizer first
+    cifar10  SimCLR, BYOL, MoCo v2, DINO and MAE at one small setting, each seeing the same images
+    leak     MoCo v2 on digits, with batch norm over the whole batch and over shuffled groups of it
 
-Every run is judged by kNN and by the linear probe, untrained and trained, and writes a JSON file
-of its own as soon as it is done, with the losses and metrics on the way. results.json and table.md
-in the output folder are written anew after each; a run that fails has its cause there. The same
-command continues: what lies in the output folder is not run again.
+Every run is judged by kNN and by the linear probe, before and after training, and writes its own
+JSON file when it is done, with losses and metrics over time. After each run, results.json and
+table.md in the output folder are updated, with the cause of each failed run. The same command,
+given again, resumes: runs whose file is in the output folder are not repeated.
 
-A checkout is a folder with `platform/` and `experiments/`; its modules may lie where they lay
-before the package had rooms. CIFAR-10 is read from a folder of Parquet files.
+A checkout is a folder with `platform/` and `experiments/`; older ones, with all modules in the
+package's root, work as well. CIFAR-10 is read from a folder of Parquet files.
 """
 
 import argparse
@@ -40,14 +42,14 @@ import numpy as np
 DIGITS = ("simclr", "mae", "byol", "mocov1", "mocov2", "mocov3", "dino", "beit", "dinov2")
 CIFAR10 = ("simclr", "byol", "mocov2", "dino", "mae")
 ARMS: dict[str, dict[str, Any]] = {"whole batch": {}, "8 groups": {"method.batchnorm_groups": 8}}
-"""Of the leak study: what is changed in the recipe."""
+"""Arms of the leak study -> their changes to the recipe."""
 SLOWEST_FIRST = ("beit", "dinov2", "dino", "byol", "simclr", "mocov3", "mocov2", "mocov1", "mae")
 WARM_UP = "warm-up"
-"""The run that compiles a checkout's augmentation, which the digits' runs wait for."""
+"""The run that compiles a checkout's augmentation; the runs on digits wait for it."""
 POINTS = 40
-"""How many points of the loss and the metrics a run keeps."""
+"""Number of points of the loss and the metrics that a run stores."""
 TEST_DIGITS = 597
-"""As many as the platform keeps of the digits for its probes, the same ones."""
+"""The same number of test images, and the same images, as in the platform's probes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Job:
     precision: str
     arm: str = ""
     images: str = ""
-    """The decoded images of CIFAR-10, a folder of .npy files."""
+    """Folder of .npy files with the decoded images of CIFAR-10."""
     epochs: int | None = None
     limit: int | None = None
 
@@ -98,21 +100,23 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--source", nargs="+", default=[f"here={here}"], metavar="NAME=FOLDER", help="checkouts")
     add("--studies", nargs="+", default=["digits"], choices=["digits", "cifar10", "leak"])
-    add("--methods", nargs="+", help="only these")
+    add("--methods", nargs="+", help="only these methods")
     add("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
-    add("--cifar-seeds", type=int, default=1, help="the same for the other two studies")
+    add("--cifar-seeds", type=int, default=1, help="the same for CIFAR-10")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    add("--device", default="cpu", help="cpu or cuda, of the other two studies' runs")
-    add("--digits-device", default="cpu", help="cpu or cuda: small runs, a GPU can share many")
-    add("--precision", default="float32", choices=["float32", "bf16"], help="not of digits' ViTs")
-    add("--epochs", type=int, help="of the digits; the recipes' own without it")
+    add("--device", default="cpu", help="cpu or cuda, for the runs on CIFAR-10")
+    add("--digits-device", default="cpu", help="cpu or cuda; one GPU can run many")
+    add(
+        "--precision", default="float32", choices=["float32", "bf16"], help="not for ViTs on digits"
+    )
+    add("--epochs", type=int, help="of runs on digits; default: the recipe's")
     add("--cifar-epochs", type=int, default=10)
     add("--data", default="", help="folder of CIFAR-10's Parquet files")
-    add("--limit", type=int, help="at most so many images of CIFAR-10, train and test")
-    add("--minutes", type=float, default=60.0, help="what is not done by then is ended")
+    add("--limit", type=int, help="maximum number of CIFAR-10's train and of its test images")
+    add("--minutes", type=float, default=60.0, help="unfinished runs are stopped after this time")
     add("--output", default="runs/study")
     settings = parser.parse_args()
-    if set(settings.studies) - {"digits"} and not settings.data:
+    if "cifar10" in settings.studies and not settings.data:
         parser.error("--data is missing: give a folder of CIFAR-10's Parquet files")
     for source in settings.source:
         name, _, folder = source.partition("=")
@@ -128,9 +132,9 @@ def parse() -> argparse.Namespace:
 
 
 def plan(settings: argparse.Namespace, output: Path) -> list[Job]:
-    """All runs, those with the first seed first, and of these the slow ones first."""
+    """All runs, ordered by seed, and within a seed the slowest first."""
     images = str(output / "cifar10")
-    if set(settings.studies) - {"digits"}:
+    if "cifar10" in settings.studies:
         decode_cifar10(Path(settings.data), Path(images))
     jobs = []
     for source in settings.source:
@@ -148,19 +152,22 @@ def plan(settings: argparse.Namespace, output: Path) -> list[Job]:
             "epochs": settings.cifar_epochs,
             "limit": settings.limit,
         }
-        if "digits" in settings.studies:
+        if set(settings.studies) - {"cifar10"}:
             jobs.append(Job(WARM_UP, method="mae", seed=0, **common))
         for seed in range(settings.seeds if "digits" in settings.studies else 0):
             jobs += [
                 Job("digits", method=method, seed=seed, epochs=settings.epochs, **common)
                 for method in DIGITS
             ]
-        for seed in range(settings.cifar_seeds):
-            if "cifar10" in settings.studies:
-                jobs += [Job("cifar10", method=m, seed=seed, **small) for m in CIFAR10]
-            # An older checkout has one arm: its batch norms know no groups.
-            if "leak" in settings.studies and source == settings.source[-1]:
-                jobs += [Job("leak", method="mocov2", seed=seed, arm=a, **small) for a in ARMS]
+        for seed in range(settings.cifar_seeds if "cifar10" in settings.studies else 0):
+            jobs += [Job("cifar10", method=m, seed=seed, **small) for m in CIFAR10]
+        # Only the last checkout: batch norms of older ones have no groups.
+        if "leak" in settings.studies and source == settings.source[-1]:
+            for seed in range(settings.seeds):
+                jobs += [
+                    Job("leak", method="mocov2", seed=seed, arm=a, epochs=settings.epochs, **common)
+                    for a in ARMS
+                ]
     if settings.methods:
         jobs = [job for job in jobs if job.study == WARM_UP or job.method in settings.methods]
     return sorted(
@@ -170,7 +177,7 @@ def plan(settings: argparse.Namespace, output: Path) -> list[Job]:
 
 
 def decode_cifar10(data: Path, folder: Path) -> None:
-    """Every image decoded once: uint8 [n, 3, 32, 32] and int64 [n] for each part."""
+    """Decode every image once and store uint8 [n, 3, 32, 32] and int64 [n] for train and test."""
     import cv2
     import pyarrow.parquet as pq
 
@@ -193,7 +200,7 @@ def decode_cifar10(data: Path, folder: Path) -> None:
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int, seconds: float, output: Path) -> None:
-    """Every run in a process of its own, so many at a time, until the time is over."""
+    """Run each job in its own process, `at_a_time` concurrently, until the time is over."""
     waiting = [job for job in jobs if not job.file.exists()]
     running: dict[Job, subprocess.Popen[bytes]] = {}
     started, done = time.monotonic(), len(jobs) - len(waiting)
@@ -214,7 +221,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int, seconds: float, output: Path) -
                 result = json.loads(job.file.read_text())
                 print(
                     f"[{done} of {len(jobs)}, {time.monotonic() - started:.0f} s] {job.name}: "
-                    f"{result['failure'] or told(result)}",
+                    f"{result['failure'] or summary(result)}",
                     flush=True,
                 )
                 collect(jobs, output)
@@ -224,14 +231,14 @@ def run_all(jobs: Sequence[Job], at_a_time: int, seconds: float, output: Path) -
             process.kill()
             process.wait()
     for job in [*running, *waiting]:
-        print(f"{job.name}: the time was over")
+        print(f"{job.name}: not finished in time")
 
 
 def start(job: Job) -> "subprocess.Popen[bytes]":
     one_thread = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
     )
-    # No PYTHONPATH: the process takes the code of its own checkout alone.
+    # Without PYTHONPATH, so that the process imports only its own checkout.
     environment = {**os.environ, **one_thread, "PYTHONPATH": ""}
     command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
     log = Path(job.output) / "runs" / f"{job.name}.log"
@@ -239,7 +246,7 @@ def start(job: Job) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 
-def told(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     if "knn" not in result:
         return f"{result['seconds']:.0f} s"
     return (
@@ -249,7 +256,7 @@ def told(result: dict[str, Any]) -> str:
 
 
 def write(job: Job, result: dict[str, Any]) -> None:
-    """The run's file, whole or not at all."""
+    """Write the run's file atomically."""
     partial = job.file.with_suffix(".partial")
     partial.write_text(json.dumps({**asdict(job), "failure": None, **result}, indent=1))
     partial.replace(job.file)
@@ -260,14 +267,14 @@ def write(job: Job, result: dict[str, Any]) -> None:
 
 def run_job(job: Job) -> int:
     started = time.perf_counter()
-    # In front of an installed selfray, too.
+    # At the front, so that the checkout takes precedence over an installed selfray.
     sys.path[:0] = [f"{job.root}/platform", f"{job.root}/experiments"]
     try:
         import torch
 
         torch.set_num_threads(1)
-        result = digits_run(job) if job.study in ("digits", WARM_UP) else cifar10_run(job)
-    except Exception as error:  # whatever it is, the other runs go on, and the table shows it
+        result = cifar10_run(job) if job.study == "cifar10" else digits_run(job)
+    except Exception as error:  # the other runs continue, and the table shows the cause
         traceback.print_exc()
         lines = str(error).splitlines() or [""]
         write(job, {"failure": f"{type(error).__name__}: {lines[0]}"})
@@ -277,7 +284,7 @@ def run_job(job: Job) -> int:
 
 
 def moved(*names: str) -> Any:
-    """A module of the checkout, by its name of today or of before."""
+    """A module of the checkout, by its present or a former name."""
     for name in names:
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(name)
@@ -289,12 +296,14 @@ class Images:
     """Labelled images of one part of a data set."""
 
     views: np.ndarray
-    """What probes see: uint8 [n, 3, size, size]."""
+    """The views for probes, uint8 [n, 3, size, size]."""
     labels: np.ndarray
 
 
 def digits_run(job: Job) -> dict[str, Any]:
     import torch
+
+    from selfray import config
 
     recipes = moved("selfray.recipes.digits", "recipes.digits").RECIPES
     augment = moved("selfray.pixels.augment", "selfray.augment")
@@ -305,10 +314,11 @@ def digits_run(job: Job) -> dict[str, Any]:
 
     def adjusted(name: str) -> Any:
         recipe = recipes[name]
-        # The platform's own comparison trains ResNets in bf16 where it may.
+        # As in the platform's own comparison, only ResNets may train in bf16.
         precision = job.precision if recipe.encoder.is_resnet else "float32"
         epochs = min(job.epochs or recipe.epochs, recipe.epochs)
-        return replace(recipe, seed=job.seed, precision=precision, epochs=epochs)
+        changed = replace(recipe, seed=job.seed, precision=precision, epochs=epochs)
+        return config.override(changed, **ARMS[job.arm]) if job.arm else changed
 
     def stream(experiment: Any) -> Iterator[Any]:
         training = [encoded[i] for i in parts["train"]]
@@ -345,7 +355,8 @@ def digits_run(job: Job) -> dict[str, Any]:
 
 
 def digits_as_png() -> tuple[list[bytes], np.ndarray]:
-    """The digits as the platform's embedded data set has them, and their labels."""
+    """The digits as PNG files, as in the platform's embedded data set, and their labels int64
+    [n]."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -359,7 +370,7 @@ def digits_as_png() -> tuple[list[bytes], np.ndarray]:
 
 
 def with_tokenizer(experiment: Any, tokenizer: Any, stream: Any, job: Job) -> Any:
-    """BEiT's experiment, with a tokenizer trained for it by the same checkout and seed."""
+    """BEiT's experiment with a tokenizer, which is trained here by the same checkout and seed."""
     from selfray.storage import Location
     from selfray.train import TrainState, train
 
@@ -376,12 +387,8 @@ def with_tokenizer(experiment: Any, tokenizer: Any, stream: Any, job: Job) -> An
 def cifar10_run(job: Job) -> dict[str, Any]:
     import torch
 
-    from selfray import config
-
     device_augment = moved("selfray.pixels.device", "selfray.device_augment")
     experiment = small_setting(job)
-    if job.arm:
-        experiment = config.override(experiment, **ARMS[job.arm])
     folder = Path(job.images)
     pixels, labels = (np.load(folder / f"train-{what}.npy") for what in ("images", "labels"))
     pixels, labels = pixels[: job.limit], labels[: job.limit]
@@ -389,7 +396,7 @@ def cifar10_run(job: Job) -> dict[str, Any]:
     test, test_labels = test[: job.limit], test_labels[: job.limit]
     reading = plan_of(experiment, len(pixels))
     on_device = torch.from_numpy(pixels).to(job.device)
-    # Masks are drawn on the host; the views themselves, on the device.
+    # Views are drawn on the device, their masks on the host.
     views = {
         name: tuple(replace(view, mask=None) for view in group)
         for name, group in experiment.views.items()
@@ -424,7 +431,7 @@ def masks(experiment: Any, position: int) -> dict[str, Any]:
 
 
 def small_setting(job: Job) -> Any:
-    """The method's CIFAR-10 recipe with a small encoder and a short run's schedules."""
+    """The method's CIFAR-10 recipe with a small encoder and schedules for a short run."""
     from selfray.schedules import Constant, Cosine, WarmupCosine
 
     recipe = moved("selfray.recipes.cifar10", "recipes.cifar10").RECIPES[f"{job.method}-cifar10"]
@@ -433,7 +440,7 @@ def small_setting(job: Job) -> Any:
         encoder = replace(encoder, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
     else:
         encoder = replace(encoder, depth=6)
-    # The recipes' teachers are slow ones, for runs of 1000 epochs.
+    # The recipes' teachers change too slowly for a short run: they are meant for 1000 epochs.
     if job.method == "mocov2":
         method = replace(method, queue_size=4096, momentum=Constant(0.99))
     if job.method == "byol":
@@ -472,7 +479,8 @@ def train_and_probe(
     test_images: Images,
     device: str,
 ) -> dict[str, Any]:
-    """The numbers of one run: accuracies in 0..1, and points of the loss and the metrics."""
+    """Train and probe. Returns accuracies in 0..1, and POINTS points of the loss and the
+    metrics."""
     from selfray import config
     from selfray.train import TrainState, train
 
@@ -511,7 +519,7 @@ def probed(method: Any, experiment: Any, train_images: Images, test: Images) -> 
 
     from selfray.probes.features import LabelledFeatures, embed, probe
 
-    # A copy: the method itself stays in train mode.
+    # Use a copy, so that the method stays in train mode.
     encoder = experiment.encoder.build()
     encoder.load_state_dict(method.encoder.state_dict())
     encoder.to(next(method.parameters()).device).eval()
@@ -533,7 +541,7 @@ def probed(method: Any, experiment: Any, train_images: Images, test: Images) -> 
 
 
 def collect(jobs: Sequence[Job], output: Path) -> list[dict[str, Any]]:
-    """results.json and table.md of the runs that are there."""
+    """Write results.json and table.md of the finished runs, and return their results."""
     done = [json.loads(job.file.read_text()) for job in jobs if job.file.exists()]
     results = [result for result in done if result["study"] != WARM_UP]
     (output / "results.json").write_text(json.dumps(results, indent=1))
@@ -542,7 +550,7 @@ def collect(jobs: Sequence[Job], output: Path) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A line for each study, method and checkout: mean, and range over the seeds, in %."""
+    """A row for each study, method and checkout: mean and range over seeds, in %."""
     columns = ["study", "method", "code", "seeds"]
     columns += ["kNN, untrained", "kNN", "linear, untrained", "linear", "loss"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -1,8 +1,7 @@
-"""LightlySSL's modules in loops as its examples have them, for gpu_session.py.
+"""LightlySSL's modules in training loops like those of its examples, for gpu_session.py.
 
-Each loop is given what a step needs and nothing else: a batch that lies on the device as float32,
-forward, loss, backward, the optimizer's step and the teacher's. `float32` is how the examples run;
-`bf16` adds autocast, which is all that they would have to do.
+A step consists of the bare minimum: a float32 batch on the device, forward, loss, backward, the
+updates of optimizer and teacher. `float32` is the setting of the examples; `bf16` adds autocast.
 """
 
 import contextlib
@@ -23,7 +22,8 @@ OneStep = Callable[[], None]
 def loops(
     recipe: str, wanted: Experiment, batch_size: int, device: torch.device
 ) -> dict[str, Callable[[], OneStep]]:
-    """Functions that build a loop; ImportError where lightly is not installed."""
+    """Loop's name -> function that builds it; that raises ImportError if lightly is not
+    installed."""
     build = {"mae": mae, "dino": dino, "simclr": simclr}[recipe]
     return {
         f"lightly {precision}": partial(build, wanted, batch_size, device, precision)
@@ -110,7 +110,7 @@ def mae(wanted: Experiment, batch_size: int, device: torch.device, precision: st
 
     method: Any = wanted.method
     encoder = wanted.encoder
-    # A plain timm model, to which LightlySSL gives positions of its own.
+    # A plain timm model; LightlySSL replaces its position embeddings.
     plain: Any = timm.create_model(encoder.name, **encoder.options, dynamic_img_size=True)
     backbone = MaskedVisionTransformerTIMM(vit=plain).to(device)
     patches, patch = backbone.sequence_length, encoder.patch

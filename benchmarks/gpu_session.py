@@ -1,24 +1,25 @@
-"""What one GPU makes of the training step, stage by stage; gpu_session.sh calls each in turn.
+"""Measures the training step on one GPU, in stages that gpu_session.sh runs one after the other.
 
     python benchmarks/gpu_session.py steps --recipe mae --output mae.json
     python benchmarks/gpu_session.py loss --output loss.json
     python benchmarks/gpu_session.py cifar --data cifar10/ --minutes 4 --output cifar.json
-    python benchmarks/gpu_session.py table FOLDER          # of all that has been measured there
+    python benchmarks/gpu_session.py table FOLDER          # prints the results in the folder
 
-Neither ray, mlflow nor tyro is needed; lightly is compared with where it can be imported. `--dry`
-is the same at toy size on a CPU, whose figures mean nothing.
+Needs neither ray, mlflow nor tyro; lightly is compared if it is installed. `--dry` runs the same at
+toy size on a CPU, where the figures mean nothing.
 
 `steps` measures, in turns on one batch of noise:
 
-- `platform`: selfray.train.train, eager and compiled, from a batch on the device and from one in
-  the host's memory (pinned and copied while the step before computes);
-- `bare`: the same module in a loop of twenty lines, eager and compiled: what the platform adds;
-- `lightly`: LightlySSL's modules in a loop as its examples have it (float32), and with bf16.
+- `platform`: selfray.train.train, eager and compiled, with a batch on the device and with one in
+  the host's memory (pinned, and copied while the previous step computes);
+- `bare`: the same module in a loop of twenty lines, eager and compiled, to show the platform's
+  overhead;
+- `lightly`: LightlySSL's modules in a loop like that of its examples (float32), and with bf16.
 
-MFU = (3 x forward FLOPs of what is trained + 1 x those of teachers) x steps/s / the card's dense
+MFU = (3 x forward FLOPs of trained modules + 1 x those of teachers) x steps/s / the card's dense
 bf16 peak. FLOPs are those of matrix products, convolutions and attention in the method's modules,
-counted by torch's FlopCounterMode, 2 for each multiply-add; the backward pass counts as two
-forwards, and nothing counts twice for being computed again.
+counted by torch's FlopCounterMode, 2 for each multiply-add. The backward pass counts as two forward
+passes; recomputation does not count.
 """
 
 import argparse
@@ -62,14 +63,14 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is measured, and at how many images in a step."""
+    """An experiment to measure, and the number of images in a step."""
 
     experiment: Experiment
     batch_size: int
 
 
 def recipes(dry: bool) -> dict[str, Recipe]:
-    """ImageNet's recipes at batches that fill a card of 80 GB; toys of them for a dry run."""
+    """The ImageNet recipes with batch sizes for a card of 80 GB, or toy versions for a dry run."""
     found = {
         "mae": Recipe(imagenet.MAE, 512),
         "dino": Recipe(imagenet.DINO, 128),
@@ -100,13 +101,14 @@ def _toy(recipe: Recipe) -> Recipe:
 # Steps
 
 
-class Enough(Exception):  # noqa: N818 - it is no error
-    """Leaves the loop."""
+class Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends the training loop."""
 
 
 @dataclass
 class Clock:
-    """Times steps in a window that begins after the warm-up and ends when the device is done."""
+    """Times steps in a window that starts after the warm-up and ends when the device has
+    finished."""
 
     device: torch.device
     seconds: float
@@ -114,12 +116,12 @@ class Clock:
     started: float = 0.0
 
     def tick(self) -> bool:
-        """Count a step; whether the window is over."""
+        """Count a step. Returns whether the window is over."""
         self.steps += 1
         if self.steps == WARM_UP_STEPS:
             wait(self.device)
             self.started = time.perf_counter()
-        # No step waits for the device, so the host is ahead: ask it every eighth step only.
+        # The host runs ahead of the device; to wait in every step would slow the loop.
         if self.steps > WARM_UP_STEPS and (self.steps - WARM_UP_STEPS) % 8 == 0:
             wait(self.device)
             return time.perf_counter() - self.started > self.seconds
@@ -161,7 +163,7 @@ def platform_turn(
 def bare_turn(
     state: TrainState, wanted: Experiment, batch: Batch, device: torch.device, seconds: float
 ) -> float:
-    """Steps per second of the same module, optimizer and batch in a loop of its own."""
+    """Steps per second of the same module, optimizer and batch in a minimal loop."""
     method, optimizer = state.method.train(), state.optimizer
     settings = wanted.optimizer
     progress = Progress(0, FOREVER, 0)
@@ -192,7 +194,7 @@ def bare_turn(
 
 
 def flops_of(state: TrainState, batch: Batch, wanted: Experiment) -> float:
-    """FLOPs of a step, by the formula at the top."""
+    """FLOPs of a step, by the formula in the module's docstring."""
     method = state.method
     ready = {
         name: normalize(values, wanted.data.mean, wanted.data.std)
@@ -222,7 +224,7 @@ def flops_of(state: TrainState, batch: Batch, wanted: Experiment) -> float:
 
 
 def _forget(method: torch.nn.Module) -> None:
-    """What a forward without its step leaves for after_step."""
+    """Clear the state that forward leaves for after_step, which does not follow here."""
     for module in method.modules():
         for name in ("_seen", "_embedded"):
             if isinstance(getattr(module, name, None), list):
@@ -257,7 +259,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     free(device)
     _measure_peers(wanted, result, arguments, device)
     save()
-    # Last, since it may take long; a dry run leaves the compiler out, which takes minutes there.
+    # Last, since compilation may take long; a dry run skips it, as it takes minutes on a CPU.
     if not arguments.dry:
         _measure_platform(replace(wanted, compile=True), batch, host, result, arguments, device)
     save()
@@ -293,7 +295,7 @@ def _measure_platform(
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Rows of the platform's loop and of the bare one, around the same module."""
+    """Add the rows of the platform's loop and of the bare loop, both with the same module."""
     state = TrainState.start(run, FOREVER, device)
     if run.compile:
         compiled.in_place(state.method, device)
@@ -326,7 +328,8 @@ def measure(
     count: int,
     batch_size: int,
 ) -> None:
-    """Each in turn, `count` times; a line of the result for each. One that fails has its cause."""
+    """Run the turns alternately, `count` times each, and add a row for each to the result, with the
+    cause if it failed."""
     rates: dict[str, list[float]] = {name: [] for name in turns}
     peaks: dict[str, int] = {}
     failures: dict[str, str] = {}
@@ -378,7 +381,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the data sheet; None for a device that is not in the list."""
+    """Dense bf16 FLOP/s from the data sheet; None for a device that is not in DENSE_BF16."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -389,7 +392,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def plain_nt_xent(values: Tensor, temperature: float) -> Tensor:
-    """The formula with all logits at once."""
+    """NT-Xent of embeddings [B, 2, D] with the logits of all pairs in memory at once."""
     flat = F.normalize(values.flatten(0, 1), dim=-1)
     logits = flat @ flat.T / temperature
     places = torch.arange(len(flat), device=flat.device)
@@ -398,7 +401,7 @@ def plain_nt_xent(values: Tensor, temperature: float) -> Tensor:
 
 
 def measure_loss(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of NT-Xent, forward and backward, over the number of images."""
+    """Measure time and memory of NT-Xent, forward and backward, against the number of images."""
     device = torch.device("cpu" if arguments.dry else "cuda")
     result: dict[str, Any] = {**machine(device), "rows": []}
     losses = {
@@ -442,7 +445,7 @@ def cost_of(compute: Callable[[], None], device: torch.device) -> dict[str, Any]
 
 
 def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
-    """SimCLR at growing batches: whole, with cached gradients, with recomputed blocks."""
+    """Measure SimCLR at growing batches: whole, with gradient caching, with recomputed blocks."""
     device = torch.device("cpu" if arguments.dry else "cuda")
     base = recipes(arguments.dry)["simclr"].experiment
     vit = recipes(arguments.dry)["dino"].experiment.encoder
@@ -484,7 +487,7 @@ def a_few_steps(run: Experiment, device: torch.device) -> dict[str, Any]:
 
     def endless() -> Iterator[Batch]:
         while True:
-            # Copies, as a stream of images would have them.
+            # Copies, like the new tensors of a real stream.
             yield {name: values.clone() for name, values in batch.items()}
 
     with contextlib.suppress(Enough):
@@ -510,7 +513,7 @@ def train_cifar(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         limit=512 if arguments.dry else None,
         probes=4,
         fit_minutes=arguments.minutes,
-        # Where the trial promised too much: its own time lies before this one.
+        # A limit in case the trial was too optimistic; the trial's own time comes before it.
         minutes=arguments.minutes if arguments.dry else max(0.1, arguments.minutes - 0.7),
         optimizer="lightly",
         output=Path(arguments.output).with_suffix(""),
@@ -524,7 +527,7 @@ def train_cifar(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(folder: Path) -> None:
-    """A markdown table of each stage's result."""
+    """Print each stage's result as a Markdown table."""
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
         print(f"\n### {file.stem}\n")

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that one GPU is to prove and to measure, in about eight and a half minutes, without a network:
+# Runs the GPU tests and all GPU benchmarks, in about eight and a half minutes, without a network:
 #
 #   benchmarks/gpu_session.sh --out FOLDER --data CIFAR10 [--site LIGHTLY] [--minutes 8.5] [--dry]
 #
 # FOLDER gets a JSON file for each stage, and session.md with the tables. CIFAR10 is a folder of
-# Parquet files; LIGHTLY a folder that lightly has been unpacked into, which is compared with. Needs
-# torch, timm, torchvision, numba, opencv, pyarrow, scikit-learn, safetensors and pytest; neither
-# ray nor mlflow. --dry does the same at toy size on a CPU, to see that nothing is broken.
+# Parquet files; LIGHTLY is a folder with the unpacked package lightly, for the comparison. Needs
+# torch, timm, torchvision, numba, opencv, pyarrow, scikit-learn, safetensors and pytest, but neither
+# ray nor mlflow. --dry runs everything at toy size on a CPU, as a check of the session itself.
 #
-# Every stage has a time of its own and writes its result at once; one that fails stops no other.
+# Every stage has a time limit and writes its result at once; a failed stage does not stop the others.
 set -u
 out="" data="" site="" minutes=8.5 dry=""
 while [ $# -gt 0 ]; do
@@ -33,7 +33,7 @@ mkdir -p "$out"
 began=$(date +%s)
 ends=$(awk -v m="$minutes" -v b="$began" 'BEGIN { printf "%d", b + 60 * m }')
 
-# stage NAME SECONDS COMMAND...: what is left of the session is a limit as well.
+# stage NAME SECONDS COMMAND...: run COMMAND for at most SECONDS or the rest of the session.
 stage() {
     local name=$1 limit=$2 left started
     shift 2
@@ -53,11 +53,11 @@ stage() {
 
 session="$python $root/benchmarks/gpu_session.py"
 cd "$root" || exit 2
-# The decoder's kernels are compiled beside the tests, and found when CIFAR-10 is decoded.
+# Compile the decoder's kernels while the tests run; the CIFAR-10 stage then finds them in the cache.
 $python -c "import cifar10_gpu; cifar10_gpu.load('$data', 500, 32)" >"$out/decoder.log" 2>&1 &
-# First what decides whether the rest can be believed, by several processes on the one card.
+# The tests come first, since the figures are worthless if they fail. Several processes share the card.
 if [ -z "$dry" ]; then
-    # Each test by its name, so that a session that is cut off tells which ones passed.
+    # -v names each test, so that the log of an interrupted session shows which ones passed.
     stage tests 120 $python -m pytest --noconftest -p no:cacheprovider -v --tb=short -n 8 \
         --timeout 100 tests/test_gpu.py
 else

@@ -1,4 +1,6 @@
-"""How well an order is shuffled: how far a sorted data set's labels leak into batches. Pure."""
+"""Measures how well an order is shuffled: how far a sorted data set's labels leak into batches.
+Pure.
+"""
 
 from dataclasses import dataclass
 
@@ -13,9 +15,9 @@ class ShuffleQuality:
 
     measured: float
     perfect: float
-    """Of a perfect shuffle of the same labels in batches of the same size: batches are finite."""
+    """The distance of a perfect shuffle of the same labels; not 0, because batches are finite."""
     unshuffled: float
-    """Of the labels in sorted order."""
+    """The distance of the labels in sorted order."""
 
     @property
     def leak(self) -> float:
@@ -24,19 +26,23 @@ class ShuffleQuality:
 
 
 def shuffle_quality(labels: np.ndarray, batch_size: int, seed: int = 0) -> ShuffleQuality:
-    """Judge labels int [n] in the order in which they are seen; a last part batch is left out.
+    """Judge the order of labels, int [n] as they are seen; an incomplete last batch is left out.
 
-    ValueError where the labels cannot tell: one class only, or fewer than two batches."""
+    ValueError if there is only one class, or fewer than two batches."""
     whole = len(labels) // batch_size * batch_size
-    require(whole >= 2 * batch_size, f"{len(labels)} labels are no two batches of {batch_size}")
+    require(
+        whole >= 2 * batch_size, f"{len(labels)} labels: fewer than two batches of {batch_size}"
+    )
     _, classes = np.unique(labels[:whole], return_inverse=True)
-    require(int(classes.max()) > 0, "labels of one class say nothing about the order")
+    require(int(classes.max()) > 0, "labels of one class cannot show a shuffle")
     shuffled = np.random.default_rng(seed).permutation(classes)
     figures = [_distance(c, batch_size) for c in (classes, shuffled, np.sort(classes))]
     return ShuffleQuality(*figures)
 
 
 def _distance(classes: np.ndarray, batch_size: int) -> float:
+    """Mean total variation distance of batches of `classes`, int [n], to their overall
+    histogram."""
     count = int(classes.max()) + 1
     overall = np.bincount(classes, minlength=count) / len(classes)
     batches = classes.reshape(-1, batch_size)

@@ -1,10 +1,10 @@
-"""From a command to its first step: wall and processor seconds, and memory, of the whole tree.
+"""Measures wall time, CPU time and memory from a command to its first step, over all its processes.
 
     python benchmarks/start.py --rounds 5
 
-Beside selfray's commands, in turn with them: a plain Ray `TorchTrainer` with a DataLoader on the
-same digits, and the same training in a plain process. Processor seconds are what can be compared on
-a machine that does other work too; the table has medians.
+selfray's commands take turns with a plain Ray `TorchTrainer` with a DataLoader on the same digits,
+and with the same training in a plain process. On a machine with other work, CPU seconds are the
+comparable figure. The table has medians.
 """
 
 import json
@@ -66,22 +66,22 @@ TorchTrainer(
 
 @dataclass
 class Measured:
-    """What one command took."""
+    """The time and memory of one command."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds to each milestone."""
+    """Milestone -> wall seconds until then."""
     processor_seconds: dict[str, float] = field(default_factory=dict)
-    """Of all processes together, to each milestone."""
+    """Milestone -> CPU seconds of all processes until then."""
     processes: int = 0
-    """Most at a time."""
+    """Peak number of processes."""
     memory_gib: float = 0.0
-    """Most proportional memory (PSS) at a time."""
+    """Peak proportional set size (PSS) of all processes, in GiB."""
     by_process: dict[str, float] = field(default_factory=dict)
-    """Processor seconds at the first step, by the process's name."""
+    """Process name -> CPU seconds until the first step."""
 
 
 class Tree:
-    """A command and all that it starts."""
+    """A command and all processes that it starts."""
 
     def __init__(self, command: list[str], console: Path) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -94,7 +94,7 @@ class Tree:
         self._used: dict[tuple[int, float], tuple[str, float]] = {}
 
     def look(self) -> int:
-        """Take down what each process has used by now, and return how many there are."""
+        """Record the CPU time of each process so far, and return the number of live processes."""
         alive = 0
         try:
             root = psutil.Process(self.process.pid)
@@ -112,7 +112,7 @@ class Tree:
         return alive
 
     def memory(self) -> float:
-        """Proportional memory of all processes now, in GiB."""
+        """The present proportional set size of all processes, in GiB."""
         total = 0
         for pid, _ in self._used:
             try:
@@ -140,7 +140,7 @@ class Tree:
 def measure(
     command: list[str], milestones: dict[str, Callable[[], bool]], console: Path
 ) -> Measured:
-    """Run a command to its end. RuntimeError where it fails or takes too long."""
+    """Run a command to its end and measure it. RuntimeError if it fails or takes too long."""
     tree, found, looked = Tree(command, console), Measured(), 0
     left = dict(milestones)
     while tree.process.poll() is None:
@@ -184,7 +184,7 @@ def pretraining(recipe: str, folder: Path) -> Measured:
 
 
 def peer(code: str, folder: Path) -> Measured:
-    """A script that writes a file at its first step."""
+    """Measure a script that writes a file at its first step."""
     first = folder / "first"
     (folder / "peer.py").write_text(code)
     command = [sys.executable, str(folder / "peer.py"), str(first), str(folder / "ray")]
@@ -192,7 +192,7 @@ def peer(code: str, folder: Path) -> Measured:
 
 
 def quick(*words: str) -> Callable[[Path], Measured]:
-    """A sub-command of `selfray` that says something and ends."""
+    """A measurement of a sub-command of `selfray` that only prints something."""
     code = "import sys; from selfray.commands.main import main; sys.exit(main())"
     return lambda folder: measure([sys.executable, "-c", code, *words], {}, folder / "console")
 
@@ -212,7 +212,7 @@ CASES: dict[str, Callable[[Path], Measured]] = {
 def main(
     rounds: int = 3, cases: tuple[str, ...] = tuple(CASES), output: Path | None = None
 ) -> None:
-    """Measure each case so many times, in turn, and print the medians."""
+    """Measure the cases alternately, `rounds` times each, and print the medians."""
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name in cases:

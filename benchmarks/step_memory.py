@@ -1,10 +1,10 @@
-"""What a step's memory is spent on: the loss, with and without blocks; recomputing; caching.
+"""Measures the memory of a step: the loss with and without blocks, recomputation, gradient caching.
 
     python benchmarks/step_memory.py
 
-Every row runs in a process of its own, whose peak is the largest resident size that it ever had
-minus what it had before; times are the median of three. On a CPU, one thread. gpu_session.py shows
-the same of a GPU (`loss` and `batches`).
+Every row runs in its own process. Its peak is the largest resident size minus the size before the
+computation; times are the median of three. On a CPU, one thread. gpu_session.py measures the same
+on a GPU (`loss` and `batches`).
 """
 
 import gc
@@ -35,7 +35,7 @@ LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def of_the_loss(name: str, images: int) -> float:
-    """Seconds of NT-Xent, forward and backward, of embeddings 128 wide."""
+    """Seconds of NT-Xent, forward and backward, on embeddings of 128 dimensions."""
     values = torch.randn(images, 2, 128).requires_grad_()
     times = []
     for _ in range(3):
@@ -46,7 +46,7 @@ def of_the_loss(name: str, images: int) -> float:
 
 
 def of_a_step(batch_size: int, accumulate: int, recompute: bool) -> float:
-    """Seconds of a step of SimCLR."""
+    """Seconds of one step of SimCLR."""
     encoder = replace(VIT, recompute=recompute)
     method = replace(imagenet.SIMCLR.method, projector_hidden=192)
     run: Experiment = replace(
@@ -77,7 +77,7 @@ ROWS: list[tuple[str, Callable[..., float], tuple[Any, ...]]] = [
 def measured(compute: Callable[..., float], arguments: tuple[Any, ...], out: Connection) -> None:
     torch.set_num_threads(1)
     gc.collect()
-    # The peak so far is that of the imports: it must not hide a smaller one of the row.
+    # Reset the peak: that of the imports could hide a smaller one of the row.
     Path("/proc/self/clear_refs").write_text("5")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     seconds = compute(*arguments)

@@ -1,12 +1,12 @@
-"""Optimizer steps per second of every method, at one small setting, in one process.
+"""Measures optimizer steps per second of every method, at one small setting, in one process.
 
     python benchmarks/steps.py                  # CPU, batch 64 at 32 pixels
     python benchmarks/steps.py --device cuda --precision bf16
 
-The encoder is a ViT of 4 blocks, 96 wide, with patches of 4 pixels (64 tokens), heads are small,
-and the batch is drawn once, so that the numbers show what the methods themselves cost: how many
-views go through encoder and teacher, and what the heads add. The methods take turns; the table
-shows the median of the turns, their spread, and the ratio to SimCLR in the same run.
+The encoder is a ViT of 4 blocks, width 96, with patches of 4 pixels (64 tokens). Heads are small
+and the batch is drawn once, so that the figures show the cost of the methods themselves: the views
+that pass through encoder and teacher, and the heads. The methods take turns; the table shows the
+median of the turns, their spread, and the ratio to SimCLR in the same run.
 """
 
 import contextlib
@@ -49,13 +49,13 @@ class Steps:
 
     batch_size: int = 64
     turns: int = 5
-    """How often each method is measured, in turn with the others."""
+    """Number of measurements of each method, in turn with the others."""
     seconds: float = 3.0
-    """How long a turn lasts."""
+    """Length of a turn."""
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["float32", "bf16"] = "float32"
     threads: int = 1
-    """Of torch, on a CPU."""
+    """Threads of torch on a CPU."""
 
 
 def methods(tokenizer: str) -> dict[str, MethodConfig]:
@@ -87,7 +87,8 @@ def experiment(method: MethodConfig, settings: Steps) -> Experiment:
 
 
 def batch_of(views: Views, count: int, device: str) -> Batch:
-    """A batch of noise in the shape of the views, and masks as they are drawn."""
+    """A batch of noise, uint8 [count, V, 3, H, W] for each group of views, and masks as in
+    training, bool [count, V, N]."""
     rng = np.random.default_rng(0)
     batch: Batch = {}
     for name, group in views.items():
@@ -104,12 +105,12 @@ def batch_of(views: Views, count: int, device: str) -> Batch:
     return batch
 
 
-class Enough(Exception):  # noqa: N818 - it is no error
-    """Leaves the loop."""
+class Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends the training loop."""
 
 
 def turn(state: TrainState, wanted: Experiment, batch: Batch, settings: Steps) -> float:
-    """Steps per second over one turn, its first two steps left out."""
+    """Steps per second over one turn, without its first two steps."""
     steps, started = 0, 0.0
 
     def on_step(step: Step) -> None:
@@ -132,7 +133,7 @@ def turn(state: TrainState, wanted: Experiment, batch: Batch, settings: Steps) -
 
 
 def main() -> None:
-    import tyro  # a machine with a GPU that only borrows this file's batches may lack it
+    import tyro  # here, because gpu_session.py imports this file on machines without tyro
 
     settings = tyro.cli(Steps, description=__doc__)
     torch.set_num_threads(settings.threads)

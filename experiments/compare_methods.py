@@ -1,14 +1,15 @@
-"""Every method on real images, in one table and one figure: which learn, and how much.
+"""Trains every method on handwritten digits and compares their encoders in a table and a figure.
 
-All `...-digits` recipes are run through the whole platform in one Ray session, one after the
-other. Each is judged by the probe that suits it (`MethodConfig.judged_by`), against its own
-untrained encoder, since encoders differ in what they are worth untrained, and beside raw pixels.
+All `...-digits` recipes run through the whole platform in one Ray session, one after the other.
+Each encoder is judged by the probe that suits the method (`MethodConfig.judged_by`) and compared
+with raw pixels and with the same encoder untrained, since untrained encoders differ in accuracy.
 
-    python experiments/compare_methods.py             # the results lie in runs/compare
+    python experiments/compare_methods.py             # writes its results to runs/compare
     python experiments/compare_methods.py --only simclr-digits mae-digits --epochs 2
     python experiments/compare_methods.py --skip dino-digits --seeds 3
 
-A run that fails is shown with its cause and does not end the others; the same command continues.
+A failed run is shown with its cause and does not stop the others. The same command, given again,
+resumes.
 The second command takes 131 s on two busy CPU cores: SimCLR 59.3 -> 67.0 % by kNN, MAE 85.9 ->
 90.6 % by the linear probe.
 """
@@ -38,30 +39,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer-digits"
-"""Trained first: its tokens are what BEiT predicts. No encoder comes of it, so no row either."""
+"""Trained first, since BEiT predicts its tokens. It yields no encoder and has no row in the table.
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pretrain by every method on handwritten digits and compare their encoders."""
+    """Pretrain with every method on handwritten digits and compare their encoders."""
 
     only: tuple[str, ...] = ()
-    """Recipes to run; none means all."""
+    """Recipes to run; by default all."""
     skip: tuple[str, ...] = ()
     """Recipes to leave out."""
     seeds: int = 1
     """Runs of each recipe, with seeds 0, 1, ...; the table shows their means."""
     epochs: int | None = None
-    """None keeps each recipe's own."""
+    """Epochs of each run; None keeps each recipe's own."""
     output: str = "runs"
-    """Folder of everything that is written."""
+    """Folder of all output."""
 
 
 def main() -> int:
     started = time.time()
     settings = tyro.cli(Comparison, description=__doc__)
     folder = Path(settings.output).expanduser().absolute() / "compare"
-    ray = runtime.Starting()  # Ray's processes come up while torch is imported
+    ray = runtime.Starting()  # Ray's processes start while torch is imported
     try:
         return with_console(
             folder, lambda console: compare(settings, folder, console, ray, started)
@@ -93,8 +95,8 @@ def compare(
 
 
 def choose(recipes: "Mapping[str, Experiment]", settings: Comparison) -> "dict[str, Experiment]":
-    """The recipes to run, the tokenizer first where one of them needs it. ValueError for a name
-    that is none."""
+    """The recipes to run, with the tokenizer first if one of them needs it. ValueError for an
+    unknown name."""
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {settings.seeds}")
     for name in (*settings.only, *settings.skip):
@@ -113,7 +115,8 @@ def choose(recipes: "Mapping[str, Experiment]", settings: Comparison) -> "dict[s
 
 
 def with_fast_precision(recipe: "Experiment") -> "Experiment":
-    """bf16 for ResNets where the CPU multiplies it, as in the quickstart, whose runs are shared."""
+    """The recipe with bf16 if it trains a ResNet and the CPU has bf16 instructions, as in the
+    quickstart, so that the two scripts share runs."""
     from quickstart import fast_precision
 
     return replace(recipe, precision=fast_precision()) if recipe.encoder.is_resnet else recipe
@@ -122,7 +125,7 @@ def with_fast_precision(recipe: "Experiment") -> "Experiment":
 def needs_tokenizer(experiment: "Experiment") -> bool:
     """Whether the method predicts a tokenizer's tokens and its recipe names no tokenizer."""
     method = experiment.method
-    # By field, not by type: the recipes grow, and this script need not know all methods.
+    # By field, not by type, so that this script need not know every method.
     return any(f.name == "tokenizer" and getattr(method, f.name) == "" for f in fields(method))
 
 
@@ -131,13 +134,13 @@ def needs_tokenizer(experiment: "Experiment") -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run."""
+    """The result or the failure of one run."""
 
     recipe: str
     experiment: "Experiment"
     result: "RunResult | None"
     failure: str | None
-    """The cause in one line where there is no result."""
+    """The cause in one line, if there is no result."""
 
 
 def run_all(recipes: "Mapping[str, Experiment]", seeds: int, console: Console) -> list[Outcome]:
@@ -159,7 +162,7 @@ def run_all(recipes: "Mapping[str, Experiment]", seeds: int, console: Console) -
 def run_one(
     name: str, experiment: "Experiment", tokenizer: str | None, console: Console
 ) -> Outcome:
-    """Run a recipe; a failure is an outcome, an interruption is not."""
+    """Run a recipe. A failure is returned as an outcome; an interruption is raised."""
     from selfray import config
     from selfray.cluster.endings import RunFailed
     from selfray.cluster.launch import launch
@@ -179,7 +182,7 @@ def run_one(
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A line for each recipe but the tokenizer's: means over its seeds, in 0..1."""
+    """A row for each recipe except the tokenizer's: means over seeds, accuracies in 0..1."""
     table = []
     for name in dict.fromkeys(outcome.recipe for outcome in outcomes):
         if name == TOKENIZER:
@@ -225,7 +228,7 @@ def _mean(runs: list[dict[str, Any]], when: str, probe: str) -> float:
 
 
 def write(table: list[dict[str, Any]], pixels: "ProbeResult | None", folder: Path) -> None:
-    """table.json, table.md and, where a run has ended well, comparison.png."""
+    """Write table.json, table.md and, if any run succeeded, comparison.png."""
     from selfray.report.charts import Compared, comparison
 
     baseline = pixels and asdict(pixels)
@@ -245,7 +248,7 @@ def write(table: list[dict[str, Any]], pixels: "ProbeResult | None", folder: Pat
 
 
 def markdown(table: list[dict[str, Any]], pixels: "ProbeResult | None") -> str:
-    """The table for a README; the number that judges a method is bold."""
+    """The table as Markdown, with the accuracy by which a method is judged in bold."""
     lines = [
         "| method | kNN, untrained | kNN | linear, untrained | linear | margin | steps/s |",
         "|---|---|---|---|---|---|---|",
@@ -297,8 +300,8 @@ def show(
         if line["failure"] is not None:
             console.say(f"{'':12}  one of its seeds failed: {line['failure']}")
     console.say(
-        "* judges the method; margin: its points above the untrained encoder; "
-        f"{seconds:.0f} s in all"
+        "* the probe that judges the method; margin: percentage points above the untrained "
+        f"encoder; {seconds:.0f} s in all"
     )
     console.say()
     console.say(f"figure    {folder / 'comparison.png'}")

@@ -1,4 +1,4 @@
-"""The core bare: one method trained and probed in plain Python, without Ray, MLflow or processes.
+"""The core alone: trains and probes one method in one plain Python process, without Ray or MLflow.
 
 python experiments/minimal.py            # SimCLR on scikit-learn's digits, about two minutes
 """
@@ -20,7 +20,7 @@ from selfray.train import Step, TrainState, train
 
 
 def batches(source: Source, experiment: Experiment) -> Iterator[dict[str, torch.Tensor]]:
-    """The views of one batch after the other, in the order of the read plan."""
+    """Batches of views, uint8 [B, V, C, H, W] by name, in the order of the read plan."""
     for start in range(0, source.plan.total_images, experiment.batch_size):
         drawn = source.draw(start, experiment.batch_size)
         yield {name: torch.from_numpy(drawn[name]) for name in experiment.views}

@@ -1,11 +1,11 @@
-"""Two methods on real images, from pixels to probed encoders: `make quickstart`.
+"""Pretrains and probes two methods on small images: `make quickstart`.
 
-scikit-learn's handwritten digits (embedded, no download) go through the whole platform: Parquet
+scikit-learn's handwritten digits (included, no download) go through the whole platform: Parquet
 shards -> Ray Data -> Ray Train -> checkpoints -> probes -> MLflow. SimCLR and MAE are pretrained
 without labels; then k nearest neighbours and a linear classifier on their frozen features are
 compared with raw pixels and with the untrained encoder.
 
-    python experiments/quickstart.py            # the results lie in runs/quickstart
+    python experiments/quickstart.py            # writes its results to runs/quickstart
     python experiments/quickstart.py --output /data/runs --seed 1
 """
 
@@ -32,7 +32,7 @@ class Quickstart:
     """Pretrain SimCLR and MAE on handwritten digits, probe them, and show the result."""
 
     output: str = "runs"
-    """Folder of everything that is written."""
+    """Folder of all output."""
     seed: int = 0
 
 
@@ -40,7 +40,7 @@ def main() -> int:
     started = time.time()
     settings = tyro.cli(Quickstart, description=__doc__)
     folder = Path(settings.output).expanduser().absolute() / "quickstart"
-    ray = runtime.Starting()  # Ray's processes come up while torch is imported
+    ray = runtime.Starting()  # Ray's processes start while torch is imported
     return with_console(folder, lambda console: quickstart(settings, folder, console, ray, started))
 
 
@@ -77,14 +77,14 @@ def quickstart(
 
 
 def fast_precision() -> Literal["float32", "bf16"]:
-    """bf16 where the CPU multiplies it: a ResNet then trains about twice as fast."""
+    """bf16 if the CPU has instructions for it, which train a ResNet about twice as fast."""
     import torch
 
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
 def row(method: str, probe: "ProbeResult | None", run: "RunResult | None" = None) -> dict[str, Any]:
-    """A line of the table; null where a column does not apply."""
+    """A row of the table; None in columns that do not apply."""
     assert probe is not None
     return {
         "method": method,

@@ -1,11 +1,11 @@
-"""Which augmentations matter for these images? Each one is left out in turn.
+"""Which augmentations matter for these images? Leaves out one at a time.
 
     python experiments/sweep_augmentation.py                         # SimCLR on digits
     python experiments/sweep_augmentation.py --recipe simclr-cifar10 --data cifar10/ --epochs 100
 
-What the recipe does not use is not tried. The literature says that crops together with colour
-jitter are what matters (SimCLR, arXiv:2002.05709, section 3): the last line leaves both out. The
-same command goes on where it stopped.
+Augmentations that the recipe does not use are skipped. SimCLR's authors found that the combination
+of crops and colour jitter matters most (arXiv:2002.05709, section 3), so the last variant leaves
+out both. The same command, given again, resumes the sweep where it stopped.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Which mask ratio is best for these images? Each is pretrained with, probed and ranked.
+"""Which mask ratio is best for these images? Pretrains with each, probes and ranks them.
 
     python experiments/sweep_mae.py                                  # the digits, 4 ratios
     python experiments/sweep_mae.py --seeds 3 --ratios 0.5 0.6 0.75 0.9
     python experiments/sweep_mae.py --search optuna --between 0.2 0.95 --samples 12
     python experiments/sweep_mae.py --recipe mae-cifar10 --data cifar10/ --epochs 100 --stop-worse
 
-The same command goes on where it stopped. MAE is judged by the linear probe: nearest neighbours do
-not suit it, and losses do not compare across mask ratios.
+The same command, given again, resumes the sweep where it stopped. The runs are ranked by the linear
+probe: kNN does not suit MAE's features, and losses at different mask ratios are not comparable.
 """
 
 import sys

@@ -3,10 +3,10 @@
     python experiments/train_tokenizer.py tokenizer-digits
     python experiments/pretrain.py beit-digits --method.tokenizer runs/tokenizer-digits-...
 
-The run is one like any other: probes, checkpoints, MLflow, and the same command continues it. Its
-metrics are the pixels' error, the share of the codebook in use and its perplexity; its picture
-tokens.png shows images, tokens and reconstructions. The result is a version of the model of the
-recipe's name in MLflow's registry.
+As in any run, there are probes, checkpoints and MLflow, and the same command resumes it. The
+metrics are the reconstruction error, the share of the codebook in use and its perplexity; the
+picture tokens.png shows images, tokens and reconstructions. The result is registered in MLflow as a
+new version of the model with the recipe's name.
 """
 
 import sys

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 from selfray.cluster import runtime
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
@@ -24,12 +28,41 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+FIRST = ("ray", "tests/core/test_distributed.py")
+"""What takes longest, so that it is not what all wait for at the end."""
+
+
+def _side_by_side(file: str, is_drill: bool, test: str) -> str:
+    """The group of a test: those of a group share one process, and so their fixtures. A file is a
+    group; all files of fast tests that need Ray are one, since each process would start a Ray of
+    its own. A drill is a group by itself."""
+    if is_drill:
+        return test
+    return "ray" if _needs_ray(file) else file
+
+
+@lru_cache
+def _needs_ray(file: str) -> bool:
+    return "ray_session" in (ROOT / file).read_text()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`: a file's tests share one process, for their fixtures; and all fast
-    tests that need Ray share one, since each process would start a Ray of its own."""
-    for item in items:
-        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
-        is_long = item.get_closest_marker("long") is not None
-        group = "ray" if needs_ray and not is_long else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    def place(item: pytest.Item) -> int:
+        group = _side_by_side(item.path.relative_to(ROOT).as_posix(), False, "")
+        return FIRST.index(group) if group in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """xdist's own `--dist loadgroup` writes groups into names of tests, which pytest 9.2 does not
+    read: every fixture of a file was made in each process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class SideBySide(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            is_drill = config.option.markexpr == "long"
+            return _side_by_side(nodeid.partition("::")[0], is_drill, nodeid)
+
+    return SideBySide(config, log)

@@ -27,6 +27,7 @@ PLACEMENT = frozenset(
         "guard",
         "compile",
         "shard",
+        "log_model",
     }
 )
 """The fields of an Experiment that say where and how a run is carried out; run ids ignore them.
@@ -138,7 +139,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def to_yaml(value: Any) -> str:
-    """A config as YAML, with its types named: from_json reads what this text is parsed to."""
+    """A config as YAML with its types; `from_json` takes the parsed text."""
     import yaml
 
     return yaml.safe_dump(to_json(value), sort_keys=False, allow_unicode=True)

@@ -164,7 +164,7 @@ def prepared(batch: Batch, wanted: Experiment) -> Batch:
     }
 
 
-class Enough(Exception):  # noqa: N818 - it is no error
+class Enough(Exception):  # noqa: N818 - a signal, not an error
     """Raised by on_step to leave the training loop."""
 
 
@@ -297,9 +297,9 @@ def labels_are_never_for_a_methods_eyes(method: MethodConfig) -> None:
 
 
 def a_method_and_its_run_survive_json(method: MethodConfig) -> None:
-    _owes(config.loads(config.dumps(method)) == method, "its config changes on a way through JSON")
+    _owes(config.loads(config.dumps(method)) == method, "its config changes when read from JSON")
     run = experiment(method)
-    _owes(config.loads(config.dumps(run)) == run, "its experiment changes on a way through JSON")
+    _owes(config.loads(config.dumps(run)) == run, "its experiment changes when read from JSON")
 
 
 def a_resumed_run_has_the_same_weights_bit_for_bit(method: MethodConfig) -> None:
@@ -344,7 +344,7 @@ def micro_batches_give_the_gradient_of_the_batch_or_are_refused(method: MethodCo
         except ValueError as error:
             text = str(error)
             _owes(method.why_not_accumulate in text, f"the refusal gives no reason: {text}")
-            _owes("give --accumulate 1" in text, f"the refusal names no way out: {text}")
+            _owes("give --accumulate 1" in text, f"the refusal names no remedy: {text}")
             return
         raise AssertionError("why_not_accumulate is set, but micro-batches are not refused")
     moves = []

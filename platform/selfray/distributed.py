@@ -1,13 +1,15 @@
 """Communication among ranks. In a single process each function is a no-op or plain computation."""
 
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:  # takes a second to import, and most processes are not a rank
+    from torch.distributed.tensor import DTensor
 
 
 def is_distributed() -> bool:
@@ -110,30 +112,29 @@ def sum_over_ranks(local: Tensor) -> Tensor:
     return cast(Tensor, _SumOverRanks.apply(local)) if is_distributed() else local
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over ranks, of the same shape, for numbers that are shown (no gradient)."""
-    if not is_distributed():
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+def _is_dtensor(values: Any) -> "TypeGuard[DTensor]":
+    if not (dist.is_available() and dist.is_initialized()):
+        return False  # a single process has no sharded tensors
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(values, DTensor)
 
 
 def whole(values: Tensor) -> Tensor:
     """The full tensor of a DTensor (sharded or partial); other tensors unchanged. Collective: every
     rank must call it."""
-    return values.full_tensor() if isinstance(values, DTensor) else values
+    return values.full_tensor() if _is_dtensor(values) else values
 
 
 def own_part(values: Tensor) -> Tensor:
     """This rank's shard of a DTensor; other tensors unchanged."""
-    return values.to_local() if isinstance(values, DTensor) else values
+    return values.to_local() if _is_dtensor(values) else values
 
 
 def gathered(state: Any) -> Any:
     """A nested state with full tensors; those that were sharded lie in the host's memory.
     Collective: every rank must call it."""
-    if isinstance(state, DTensor):
+    if _is_dtensor(state):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
         return {name: gathered(item) for name, item in state.items()}
@@ -145,8 +146,10 @@ def gathered(state: Any) -> Any:
 def shared_out(values: Tensor, like: Tensor) -> Tensor:
     """Shard a full tensor, the same on all ranks, in the way `like` is sharded; unchanged if `like`
     is not sharded."""
-    if not isinstance(like, DTensor) or values.shape != like.shape:
+    if not _is_dtensor(like) or values.shape != like.shape:
         return values
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements)
 
 

@@ -173,6 +173,9 @@ class Experiment:
     """fsdp: each worker holds a shard of weights, gradients and optimizer state (FSDP2), for ViTs
     too large for one GPU. Checkpoints are the same."""
 
+    log_model: bool = config.added(True)
+    """At the end of `selfray pretrain`, log the encoder to MLflow as a model with its signature."""
+
     PLACEMENT: ClassVar[frozenset[str]] = config.PLACEMENT
     """Fields that say where and how a run is carried out, not what it computes. They may change
     when a run is resumed."""
@@ -246,7 +249,7 @@ class Experiment:
         if not self.is_elastic:
             Share(0, most, self.accumulate).micro_batch(self.batch_size)
             return
-        require(least <= most, f"workers {self.workers} must be from the fewest to the most")
+        require(least <= most, f"workers {self.workers} must be a range such as 1:4")
         parts = [size * self.accumulate for size in (least, most)]
         possible = [n for n in range(1, 2 * most + 1) if self._divides_among(n)]
         require(

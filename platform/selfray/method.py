@@ -2,13 +2,12 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from selfray.check import require
@@ -97,6 +96,10 @@ class Method(nn.Module, ABC):
         default it applies to all but vectors, which are biases, norms and tokens (SimCLR, BYOL)."""
         return max(parameter.shape, default=1) < parameter.numel()
 
+    def rate_of(self, name: str) -> float:
+        """Factor on the learning rate of a trainable parameter, by its name in this module."""
+        return 1.0
+
     def before_step(self, progress: Progress) -> None:
         """Called when the gradients are complete, before the optimizer's step."""
 
@@ -147,6 +150,14 @@ class ComparingMethod(Method):
         return self.compare(self.embed(batch, progress), targets, progress)
 
 
+def of_both_views(encoder: Encoder, batch: Batch, order: Sequence[str]) -> Embedded:
+    """Features [b, D] of the two global views of each image, `first` and `second`, in an order. One
+    view after the other: batch norm must not mix their statistics."""
+    first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
+    views = {"first": first, "second": second}
+    return {name: encoder(views[name]).cls for name in order}
+
+
 def hidden_places(batch: Batch, group: str) -> Tensor:
     """Indices int64 [M], into B * V * N patches, of those that a group's masks hide."""
     places = batch.get(group + HIDDEN_SUFFIX)
@@ -190,6 +201,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def teacher_of(student: Module) -> Module:
     """A frozen copy of the student, to be updated by `follow`. Stochastic depth is off in it: it
     regularises the student, but in a target it would only add noise."""
+    from timm.layers import DropPath
+
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, DropPath):

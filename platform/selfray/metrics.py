@@ -3,8 +3,8 @@
 This is the only such table. A new probe needs its own file and one row here.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,24 @@ PROBES = {
 """The figures of a probe, by which runs can be ranked. The loss is not among them: losses are not
 comparable between temperatures or mask ratios."""
 
+EVALUATION = "eval/"
+"""Before <data>/<protocol> in the metrics that `selfray evaluate` logs."""
+
+_SHARES: dict[str, Any] = {"unit": "%", "sign": 1, "is_accuracy": True}
+EVALUATIONS = {
+    "knn": Metric("kNN", "kNN accuracy, k chosen", **_SHARES),
+    "linear": Metric("linear", "linear probe's accuracy", **_SHARES),
+    "linear-paper": Metric("linear-paper", "published linear evaluation's accuracy", **_SHARES),
+    "logistic": Metric("logistic", "logistic regression's accuracy", **_SHARES),
+    "retrieval": Metric("mAP", "retrieval's mAP", **_SHARES),
+    "finetune": Metric("fine-tuned", "accuracy after fine-tuning", **_SHARES),
+    "low-shot": Metric("low-shot", "accuracy with few labels", **_SHARES),
+    "labels": Metric("few labels", "accuracy with few labels", **_SHARES),
+    "attention": Metric("attention", "attention's Jaccard index", **_SHARES),
+    "patches": Metric("patches", "patch tokens' mIoU", **_SHARES),
+}
+"""What `selfray evaluate` measures, by the protocol's first words."""
+
 METRICS = {
     LOSS: Metric("loss", "loss", is_summary=True),
     "epoch": Metric("epoch", "epoch"),
@@ -77,6 +95,24 @@ if TYPE_CHECKING:
     ProbeName = str
 else:  # the command line reads a flag's choices from its annotation
     ProbeName = Literal[tuple(PROBES)]
+
+
+def evaluation(name: str) -> Metric | None:
+    """The row of a metric such as `eval/digits/low-shot-1pct-finetune`; None for other metrics and
+    for what belongs to such a number, such as the ends of its interval."""
+    parts = name.split("/")
+    if len(parts) != 3 or f"{parts[0]}/" != EVALUATION:
+        return None
+    _, data, key = parts
+    known = max(
+        (k for k in EVALUATIONS if key == k or key.startswith(f"{k}-")), key=len, default=""
+    )
+    if not known:
+        return None
+    metric = EVALUATIONS[known]
+    rest = key[len(known) + 1 :].replace("pct", " %").replace("-", ", ")
+    head = f"{metric.name} {rest}".strip()
+    return replace(metric, name=f"{data}: {head}", title=f"{data}: {metric.title} {rest}".strip())
 
 
 def probe_name(probe: str) -> str:

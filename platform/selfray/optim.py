@@ -75,11 +75,18 @@ class OptimizerConfig:
         factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[self.scaling]
         return self.base_learning_rate * factor
 
-    def build(self, module: nn.Module, is_decayed: IsDecayed | None = None) -> Optimizer:
-        """The optimizer of a module's trainable parameters; `is_decayed` comes from the method."""
+    def build(
+        self,
+        module: nn.Module,
+        is_decayed: IsDecayed | None = None,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ) -> Optimizer:
+        """The optimizer of a module's trainable parameters; `is_decayed` and `rate_of` come
+        from the method."""
         if self.name == "lars":
             is_decayed = None  # LARS in SimCLR and MoCo v3 never decays vectors
-        groups = parameter_groups(module, self.layer_decay, self.patch_embed_rate, is_decayed)
+        rates = self.layer_decay, self.patch_embed_rate
+        groups = parameter_groups(module, *rates, is_decayed, rate_of)
         # On a GPU one kernel updates all weights. None lets torch choose: no fusing on a CPU.
         fused = True if next(module.parameters()).is_cuda else None
         if self.name == "adamw":
@@ -94,6 +101,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     patch_embed_rate: float = 1.0,
     is_decayed: IsDecayed | None = None,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups for an optimizer.
 
@@ -111,7 +119,7 @@ def parameter_groups(
             continue
         is_vector = is_vector_like(parameter)
         decays = not is_vector if is_decayed is None else is_decayed(name, parameter)
-        rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1))
+        rate = layer_decay ** _layers_above(name, 1 + max(blocks, default=-1)) * rate_of(name)
         if ".patch_embed." in name:
             rate *= patch_embed_rate
         groups.setdefault((is_vector, decays, rate), []).append(parameter)

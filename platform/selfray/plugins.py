@@ -58,7 +58,7 @@ def load(module: str) -> ModuleType:
     """Import a plugin and allow its types from now on. Raises ValueError with the reason if it
     cannot be imported."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where `python -m` looks, too
+        sys.path.append(os.getcwd())  # as `python -m` does
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -60,7 +60,7 @@ class TrainState:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if experiment.shard == "fsdp":
             shard.in_place(method, experiment.precision)
-        optimizer = experiment.optimizer.build(method, method.is_decayed)
+        optimizer = experiment.optimizer.build(method, method.is_decayed, method.rate_of)
         return cls(method, optimizer, Progress(0, total_images, 0))
 
     def state_dict(self) -> dict[str, Any]:

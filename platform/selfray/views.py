@@ -6,6 +6,7 @@ V, 3, H, W], and, if the views have a mask, `batch["global_mask"]`, bool [B, V, 
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -183,6 +184,9 @@ class View:
     rotate90: float = added(0.0)
     """Probability of a rotation by 90, 180 or 270 degrees, equally likely; 0.75 makes all four
     orientations equally likely."""
+    rand_augment: str = added("")
+    """RandAugment (arXiv:1909.13719) after all else, in timm's words, such as
+    rand-m9-mstd0.5-inc1; for RGB images, and for fine-tuning. Empty for none."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -193,6 +197,14 @@ class View:
         for name in ("flip", "vertical_flip", "rotate90", "grayscale", "blur", "solarize"):
             _require_probability(name, getattr(self, name))
         require(self.size is None or self.size > 0, f"view size must be positive, got {self.size}")
+        require(
+            not self.rand_augment or _RAND_AUGMENT.fullmatch(self.rand_augment) is not None,
+            f"rand_augment {self.rand_augment!r} is no policy: give one such as "
+            "rand-m9-mstd0.5-inc1, or leave it out",
+        )
+
+
+_RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|inc[01]|(p|mstd|mmax)\d+(\.\d+)?))*")
 
 
 ASYMMETRIC_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1)
@@ -226,6 +238,11 @@ def check_channels(views: Views, channels: int) -> None:
     multispectral images brightness is a gain on each channel and contrast is taken about each
     channel's mean; hue, saturation and grayscale are not defined.
     """
+    for name, group in views.items():
+        require(
+            channels == RGB or not any(view.rand_augment for view in group),
+            f"rand_augment of the {name} views is for RGB images, not for data.channels {channels}",
+        )
     if channels in (1, RGB):
         return
     for name, group in views.items():

@@ -25,6 +25,11 @@ NO_NETWORK = Path(__file__).parents[1] / "fixtures" / "no-network"
 FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.times", "0")
 
 
+def _heed_interrupts() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and so would this test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Run:
     """`selfray pretrain` on the digits, in a process of its own, and what Ray starts for it."""
@@ -34,8 +39,6 @@ class Run:
     family: set[psutil.Process] = field(default_factory=set)
 
     def __enter__(self) -> "Run":
-        kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
-        self.reached = self.output.with_name(self.output.name + "-reached")
         self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
@@ -48,14 +51,11 @@ class Run:
                     "--output",
                     str(self.output),
                 ],
-                env=kept
-                | {
-                    "PYTHONPATH": f"{NO_NETWORK}{os.pathsep}{Path(selfray.__file__).parents[1]}",
-                    "SELFRAY_TEST_REACHED": str(self.reached),
-                },
+                env=self.environment,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
         return self
 
@@ -64,42 +64,41 @@ class Run:
         self.process.wait()
 
     @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
+        return kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])}
+
+    @property
     def said(self) -> str:
         return self.console.read_text()
 
     def waits_for(self, what: str, happened: Callable[[], bool]) -> None:
         def look() -> bool:
             assert self.process.poll() is None, self.said
-            self._look_at_sockets()
+            with suppress(psutil.Error):
+                self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
             return happened()
 
-        wait_for(what, look, every=0.3)
+        wait_for(what, look)
 
     def trains(self) -> None:
         self.waits_for("training", lambda: "images/s" in self.said)
 
+    def only(self, name: str) -> psutil.Process:
+        """The process of this name. Others of the family may end while they are asked."""
+        found = []
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if process.name() == name else []
+        (one,) = found
+        return one
+
     def ended(self) -> int:
-        """Its exit code, once nothing of it is left; nor has it reached beyond this machine."""
-
-        def look() -> bool:
-            self._look_at_sockets()
-            return self.process.poll() is not None
-
-        wait_for("the end", look, every=0.3)
+        """Its exit code, once nothing of it is left."""
+        code = self.process.wait(300)
         _, alive = psutil.wait_procs(list(self.family), timeout=60)
         assert alive == []
-        assert not self.reached.exists(), self.reached.read_text()
-        return self.process.returncode
-
-    def _look_at_sockets(self) -> None:
-        """Ray's own processes are no Python: what they are connected to is asked of Linux."""
-        with suppress(psutil.Error):
-            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
-        for process in self.family:
-            with suppress(psutil.Error):
-                for socket in process.net_connections("tcp"):
-                    host = socket.raddr.ip if socket.raddr else "127.0.0.1"
-                    assert host.removeprefix("::ffff:").startswith("127."), (process, socket)
+        return code
 
     @property
     def status(self) -> str:
@@ -111,29 +110,41 @@ class Run:
         return run.info.status
 
 
-@pytest.mark.long
-def test_a_terminated_run_is_killed_in_mlflow_and_goes_on_and_a_lost_raylet_is_told(
-    tmp_path: Path,
-) -> None:
-    with Run(tmp_path) as run:
-        run.trains()
-        run.process.send_signal(signal.SIGTERM)
-        assert run.ended() == 143
-    assert run.said.endswith("interrupted: the same command continues from the last checkpoint\n")
-    assert run.status == "KILLED"
+@dataclass
+class WatchedRun(Run):
+    """A run of which no process may reach beyond this machine."""
 
-    with Run(tmp_path) as run:
-        run.trains()
-        (raylet,) = (process for process in run.family if process.name() == "raylet")
-        raylet.kill()
-        assert run.ended() == 1
-    assert "continuing from step" in run.said
-    assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
-    assert run.status == "FAILED"
-    (written,) = tmp_path.glob("mae-digits-*/run.json")
-    told = json.loads(written.read_text())
-    assert told["status"] == "failed"
-    assert "raylet" in told["failure"]
+    @property
+    def reached(self) -> Path:
+        return self.output.with_name(self.output.name + "-reached")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{NO_NETWORK}{os.pathsep}{super().environment['PYTHONPATH']}"
+        return super().environment | {
+            "PYTHONPATH": path,
+            "SELFRAY_TEST_REACHED": str(self.reached),
+        }
+
+    def ended(self) -> int:
+        def look() -> bool:
+            self._look_at_sockets()
+            return self.process.poll() is not None
+
+        wait_for("the end", look, every=0.3)
+        code = super().ended()
+        assert not self.reached.exists(), self.reached.read_text()
+        return code
+
+    def _look_at_sockets(self) -> None:
+        """Ray's own processes are not Python: Linux tells what they are connected to."""
+        with suppress(psutil.Error):
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        for process in self.family:
+            with suppress(psutil.Error):
+                for socket in process.net_connections("tcp"):
+                    host = socket.raddr.ip if socket.raddr else "127.0.0.1"
+                    assert host.removeprefix("::ffff:").startswith("127."), (process, socket)
 
 
 @pytest.fixture
@@ -163,7 +174,7 @@ def fill(disk: Path) -> Path:
 def test_a_disk_that_fills_up_is_told_everywhere_and_the_same_command_goes_on(disk: Path) -> None:
     flags = ("mae-digits", "--epochs", "8", "--checkpoint.times", "4", "--probe.times", "0")
     flags = (*flags, "--max-failures", "0")
-    with Run(disk / "runs", flags) as run:
+    with WatchedRun(disk / "runs", flags) as run:
         run.waits_for("a checkpoint", lambda: any(disk.rglob("step-*/MANIFEST.json")))
         filler = fill(disk)
         assert run.ended() == 1
@@ -176,14 +187,16 @@ def test_a_disk_that_fills_up_is_told_everywhere_and_the_same_command_goes_on(di
     assert told["failure"].startswith("the last checkpoint cannot be written to")
     assert run.status == "FAILED"
     filler.unlink()
-    with Run(disk / "runs", flags) as run:
+    with WatchedRun(disk / "runs", flags) as run:
         assert run.ended() == 0
     assert "continuing from step" in run.said
     assert run.status == "FINISHED"
 
 
 @pytest.mark.long
-def test_two_interrupts_while_ray_starts_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+def test_two_interrupts_at_the_start_and_a_lost_raylet_are_one_line_and_leave_nothing(
+    tmp_path: Path,
+) -> None:
     with Run(tmp_path) as run:
         run.waits_for("Ray's start", lambda: bool(run.family))
         for _ in range(2):
@@ -192,6 +205,17 @@ def test_two_interrupts_while_ray_starts_are_one_line_and_leave_nothing(tmp_path
         assert run.ended() == 130
     assert [line for line in run.said.splitlines() if "interrupted" in line]
     assert "Traceback" not in run.said
+
+    with Run(tmp_path) as run:
+        run.trains()
+        run.only("raylet").kill()
+        assert run.ended() == 1
+    assert "error: Ray's process raylet ended unexpectedly" in run.said.splitlines()[-1]
+    assert run.status == "FAILED"
+    (written,) = tmp_path.glob("mae-digits-*/run.json")
+    told = json.loads(written.read_text())
+    assert told["status"] == "failed"
+    assert "raylet" in told["failure"]
 
 
 def test_a_failure_is_written_into_the_room_that_was_kept_for_it(tmp_path: Path) -> None:
@@ -209,7 +233,7 @@ def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -
     said: list[str] = []
     code = (
         "import sys, time; from selfray.runs import record; from selfray.storage import Location\n"
-        "with record.in_turn(Location.of(sys.argv[1]), print):\n"
+        "with record.exclusive(Location.of(sys.argv[1]), print):\n"
         "    print('mine', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(
@@ -226,6 +250,6 @@ def test_a_second_command_waits_for_the_first_to_make_its_data(tmp_path: Path) -
         said.append(text)
         first.stdin.close()  # type: ignore[union-attr]
 
-    with record.in_turn(Location.of(tmp_path), tell):
+    with record.exclusive(Location.of(tmp_path), tell):
         assert first.wait(60) == 0
     assert said == [f"another command is preparing its data in {tmp_path / 'data'}: waiting for it"]

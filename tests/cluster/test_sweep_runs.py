@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from test_launch import Screen, experiment, images, shards  # noqa: F401 - shards is a fixture
 
-from helpers import RESNET, SIMCLR, tiny, wait_for
+from helpers import RESNET, tiny, wait_for, write
 from selfray.cluster.launch import launch
 from selfray.cluster.sweep.run import _identity, _probed_at_every_checkpoint, _with_metrics, sweep
 from selfray.data.writer import write_arrays
@@ -31,22 +32,25 @@ QUESTION = Question("sizes", (Axis.over("batch size", "batch_size", [16, 4096]),
 
 
 @pytest.mark.long
-def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
+def test_a_sweep_ranks_its_runs_names_the_failed_and_does_nothing_twice(
     shards: str,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     base = experiment(shards, tmp_path, epochs=2)
+    sizes = Axis.over("batch size", "batch_size", [16, 32, 4096])
+    question = Question("sizes", (sizes,), metric="linear")
     screen = Screen()
-    result = sweep(base, QUESTION, "Which size?", screen)
-    good, bad = result.outcomes
-    assert good.failure is None
-    assert good.final("linear") is not None
+    result = sweep(base, question, "Which size?", screen)
+    *good, bad = result.outcomes
+    assert [outcome.failure for outcome in good] == [None, None]
     assert bad.failure is not None
     assert "batch_size 4096 is larger than the data set of 96 images" in bad.failure
-    assert [score.label for score in result.scores] == ["batch size 16", "batch size 4096"]
-    assert result.answer.startswith(
-        "Which size? Only batch size 16 was measured to the end: linear"
-    )
+    assert {score.label for score in result.scores} == {f"batch size {n}" for n in (16, 32, 4096)}
+    assert result.scores[-1].label == "batch size 4096"
+    finals = [outcome.final("linear") or 0.0 for outcome in good]
+    best = [16, 32][finals.index(max(finals))]
+    assert result.scores[0].label == f"batch size {best}" or finals[0] == finals[1] > 0
+    assert result.answer.startswith("Which size? ")
     assert any("batch size 4096, seed 0 failed: batch_size 4096 is" in x for x in screen.lines)
     folder = Path(result.folder)
     assert "| batch size 4096 | - | - | 0, 1 failed |" in (folder / "table.md").read_text()
@@ -57,7 +61,11 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
     assert tracked is not None
     runs = client.search_runs([tracked.experiment_id])
     (parent,) = [run for run in runs if "sweep.answer" in run.data.tags]
-    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    children = {
+        run.data.params["sweep.batch size"]: run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["sweep.answer"] == result.answer
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
@@ -66,38 +74,26 @@ def test_a_sweep_ranks_its_runs_names_the_failed_and_is_not_run_twice(
         "sweep.png",
         "table.md",
     }
-    (child,) = children  # the other one was refused before it began
-    assert child.data.params["sweep.batch size"] == "16"
-    assert child.data.metrics["probe/linear"] == pytest.approx(good.final("linear"))
-    assert child.info.status == "FINISHED"
+    assert children.keys() == {"16", "32"}  # the third was refused before it began
+    assert children["16"].data.metrics["probe/linear"] == pytest.approx(finals[0])
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
 
-    # The same command: what is finished is not run again, what failed is tried again.
-    before = (folder / "trials" / "0000.json").stat().st_mtime_ns
+    # The same command: what is finished is not run again, what failed is tried again, and a run
+    # whose record is lost is looked at and not trained again.
+    kept, lost = (folder / "trials" / f"000{n}.json" for n in (0, 1))
+    before, known = kept.stat().st_mtime_ns, json.loads(lost.read_text())
+    lost.unlink()
     again = Screen()
-    assert sweep(base, QUESTION, "Which size?", again).outcomes == result.outcomes
-    assert "1 of 2 runs were already done" in again.lines
-    assert (folder / "trials" / "0000.json").stat().st_mtime_ns == before
-    assert len(client.search_runs([tracked.experiment_id])) == len(runs)
-
-
-@pytest.mark.long
-def test_a_trial_whose_record_is_lost_is_finished_and_not_trained_again(
-    shards: str,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    base = experiment(shards, tmp_path, epochs=2)
-    question = Question("ratio", (Axis.over("ratio", "method.mask_ratio", [0.5]),))
-    first = sweep(base, question, "Which ratio?", Screen())
-    file = Path(first.folder) / "trials" / "0000.json"
-    known = json.loads(file.read_text())
-    file.unlink()
-    again = sweep(base, question, "Which ratio?", Screen())
-    assert [replace(o, seconds=0.0) for o in again.outcomes] == [
-        replace(o, seconds=0.0) for o in first.outcomes
+    outcomes = sweep(base, question, "Which size?", again).outcomes
+    assert [replace(o, seconds=0.0) for o in outcomes] == [
+        replace(o, seconds=0.0) for o in result.outcomes
     ]
-    assert json.loads(file.read_text())["probes"] == known["probes"]
-    log = (Path(first.folder) / "logs" / "0000.log").read_text()
+    assert "1 of 3 runs were already done" in again.lines
+    assert kept.stat().st_mtime_ns == before
+    assert json.loads(lost.read_text())["probes"] == known["probes"]
+    log = (folder / "logs" / "0001.log").read_text()
     assert "this run is complete, nothing to do" in log
+    assert len(client.search_runs([tracked.experiment_id])) == len(runs)
 
 
 def test_a_sweep_refuses_what_does_not_fit_the_cluster_before_any_run_is_begun(
@@ -172,43 +168,15 @@ def _placed_like(run: str) -> Experiment:
 
 
 @pytest.mark.long
-def test_images_without_labels_are_swept_by_what_needs_none(tmp_path: Path) -> None:
-    write_arrays(str(tmp_path / "plain"), images())
-    simclr = {"method": SIMCLR, "encoder": RESNET, "data.path": str(tmp_path / "plain")}
-    base = experiment("", tmp_path, epochs=2, **simclr)
-    axis = Axis.over("temperature", "method.temperature", [0.1, 0.5])
-    screen = Screen()
-    result = sweep(base, Question("temperature", (axis,)), "Which temperature?", screen)
-    for outcome in result.outcomes:
-        assert outcome.failure is None
-        assert outcome.final("knn") is None
-        assert outcome.final("rankme") is not None
-        assert outcome.final("rankme") != outcome.untrained("rankme")
-    assert "before temperature" in result.answer
-    assert ": RankMe" in result.answer
-    assert (Path(result.folder) / "artifacts" / "curves.png").exists()
-    assert any("ranked by RankMe" in line for line in screen.lines)
-
-    mae = experiment("", tmp_path, **{"data.path": str(tmp_path / "plain")})
-    ratio = Question("ratio", (Axis.over("ratio", "method.mask_ratio", [0.5]),))
-    with pytest.raises(ValueError, match="the images have no labels, and RankMe is unreliable for"):
-        sweep(mae, ratio, "Which ratio?", Screen())
-    by_linear = replace(ratio, metric="linear")
-    with pytest.raises(ValueError, match="--rank-by linear needs labels, but the images have none"):
-        sweep(mae, by_linear, "Which ratio?", Screen())
-
-
-@pytest.mark.long
-def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
-    shards: str,  # noqa: F811
+def test_a_population_on_a_folder_without_labels_takes_over_from_its_best_and_finds_a_schedule(
     tmp_path: Path,
 ) -> None:
+    files = {f"{index}.png": data for index, data in enumerate(images())}
+    photos = str(write(tmp_path / "photos", {**files, "broken.png": b"not a png"}))
     byol = {"method": tiny(BYOLConfig), "encoder": RESNET, "probe.times": 2}
-    base = experiment(shards, tmp_path, epochs=4, **byol)
+    base = experiment(photos, tmp_path, epochs=4, **byol)
     momentum = Range("momentum", "method.momentum", 0.5, 0.99, "to_one", is_schedule=True)
-    question = Question(
-        "momentum", (momentum,), metric="rankme", search="population", samples=2, generations=2
-    )
+    question = Question("momentum", (momentum,), search="population", samples=2, generations=2)
     screen = Screen()
     result = sweep(base, question, "Which momentum?", screen)
     folder = Path(result.folder)
@@ -230,6 +198,27 @@ def test_a_population_takes_over_from_its_best_and_finds_a_schedule(
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     children = [r for r in client.search_runs(["1"]) if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 2  # one for each member, over all generations
+
+    assert "1 files left out" in screen.text.getvalue()
+    assert any("ranked by RankMe" in line for line in screen.lines)
+    assert "the data has no labels" in next(folder.glob("**/logs/*0000.log")).read_text()
+    assert (folder / "artifacts" / "curves.png").exists()
+    for outcome in result.outcomes:
+        assert outcome.failure is None
+        assert outcome.final("knn") is outcome.final("linear") is None
+        assert (outcome.final("rankme") or 0) >= 1
+        assert outcome.final("rankme") != outcome.untrained("rankme")
+
+
+def test_a_sweep_of_images_without_labels_refuses_what_they_cannot_tell(tmp_path: Path) -> None:
+    write_arrays(str(tmp_path / "plain"), images())
+    mae = experiment("", tmp_path, **{"data.path": str(tmp_path / "plain")})
+    ratio = Question("ratio", (RATIO,))
+    with pytest.raises(ValueError, match="the images have no labels, and RankMe is unreliable for"):
+        sweep(mae, ratio, "Which ratio?", Screen())
+    by_linear = replace(ratio, metric="linear")
+    with pytest.raises(ValueError, match="--rank-by linear needs labels, but the images have none"):
+        sweep(mae, by_linear, "Which ratio?", Screen())
 
 
 def test_a_sweep_goes_on_by_the_data_that_it_started_with(
@@ -276,8 +265,11 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     with started(command, tmp_path / "second.txt") as second:
         log = folder / "logs" / "0001.log"
         wait_for("it to go on", lambda: "continuing from step" in log.read_text())
+        family = psutil.Process(second.pid).children(recursive=True)
         second.send_signal(signal.SIGTERM)
         assert second.wait(timeout=600) == 143, "as a shell reports SIGTERM"
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert alive == []
     assert "interrupted: the same command continues" in (tmp_path / "second.txt").read_text()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     statuses = sorted(run.info.status for run in client.search_runs(["1"]))

@@ -25,6 +25,8 @@ from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
 PLATFORM = Path(__file__).parents[2] / "platform"
+IN_TIME = 25.0
+"""Seconds: less than a Tracker waits by default, and enough on a machine that does much else."""
 
 # A driver in a process of its own: it reports its run id, then trains until it is told to stop.
 DRIVER = """
@@ -215,7 +217,7 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_when_it_is_up(
 
         wait_for("a second line", lambda: len(said) == 2)
         # One line for all the attempts that were refused while the server was starting.
-        assert said[1] == f"{server_uri} is back: all that was kept has been sent"
+        assert said[1] == f"{server_uri} is back: everything kept has been sent"
         writer.metrics(2000, {"loss": 0.25})
         assert tracker.finish("FINISHED")
         assert tracker.run_id is not None
@@ -248,7 +250,7 @@ def test_finishing_with_a_dead_server_ends_in_time_and_the_next_start_sends_all(
     tracker.set_tags({"late": "yes"})
     start = time.monotonic()
     assert not tracker.finish("FINISHED", seconds=1.0)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < IN_TIME
     assert len(said) == 2
     assert "not everything was sent" in said[1]
     assert not everything_shipped(tracker.run_folder)
@@ -271,11 +273,11 @@ def test_a_server_that_never_answers_does_not_hold_up_the_driver(
         start = time.monotonic()
         tracker = make(store=f"http://127.0.0.1:{listener.getsockname()[1]}")
         tracker.set_tags({"a": "b"})
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < IN_TIME
         wait_for("a line", lambda: said)
         start = time.monotonic()
         assert not tracker.finish("FINISHED", seconds=0.5)
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < IN_TIME
         assert "no answer within 1 s" in said[0]
 
 

@@ -295,5 +295,51 @@ def test_what_spoils_a_number_is_said():
     found = examined([0, 0, 1], [0, 5], train_keys=[1, 2, 3], test_keys=[2, 9])
     assert found.notes[0].startswith("warning: 1 of 2 test images of clinic are also in train")
     assert "1 class with one train image (1)" in found.notes[1]
-    assert found.notes[2].startswith("1 test images are of classes without train images")
+    assert found.notes[2].startswith("1 test images belong to classes without train images")
     assert found.test.tolist() == [0, 2]
+
+
+# What is larger than the memory
+
+
+@pytest.mark.parametrize("name", ["linear", "retrieval"])
+def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkeypatch):
+    train, test = gallery(100, 0, 4.0), gallery(30, 1, 4.0)
+    protocol = getattr(FAST, name)
+    whole = judge(name, protocol, train, test)
+    for module in ("linear", "retrieval", "classifier"):
+        monkeypatch.setattr(f"selfray.probes.{module}.CHUNK_ROWS", 7)
+        monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
+    parts = judge(name, protocol, train, test)
+    assert np.allclose(parts.scores, whole.scores)
+    assert dict(parts.chosen) == dict(whole.chosen)
+
+
+# What a comparison shows of an evaluation
+
+
+def test_numbers_of_an_evaluation_have_rows_of_their_own_and_their_intervals_none():
+    from selfray.metrics import evaluation
+
+    found = evaluation("eval/digits/low-shot-10pct-finetune")
+    assert found is not None
+    assert found.name == "digits: low-shot 10 %, finetune"
+    assert (found.unit, found.sign) == ("%", 1)
+    assert evaluation("eval/digits/linear-paper").name == "digits: linear-paper"  # type: ignore[union-attr]
+    for name in ("eval/digits/knn/low", "eval/digits/unknown", "probe/knn", "loss"):
+        assert evaluation(name) is None
+
+
+def test_the_comparison_page_has_a_column_for_each_protocol_of_any_run():
+    from selfray.report.page import write_page
+    from selfray.runs.ranking import ComparedRun
+
+    curves = {"eval/digits/finetune": [(40, 0.975)], "eval/digits/finetune/low": [(40, 0.9)]}
+    runs = [
+        ComparedRun("judged", "", "finished", curves=curves),
+        ComparedRun("other", "", "finished"),
+    ]
+    page = write_page(runs, "t")
+    assert page.count(">digits: fine-tuned</button>") == 1
+    assert "97.5%" in page
+    assert "finetune/low" not in page.partition("<script")[0]

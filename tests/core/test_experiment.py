@@ -205,7 +205,7 @@ def test_a_small_stem_needs_a_stem_of_one_convolution():
             ["needs a ViT, not encoder.name resnet18", "--encoder.name vit_small_patch16_224"],
         ),
         (lambda: replace(WANTED, workers="many"), ["workers must be a number such as 4", "many"]),
-        (lambda: replace(WANTED, workers="4:2"), ["workers 4:2 must be from the fewest"]),
+        (lambda: replace(WANTED, workers="4:2"), ["workers 4:2 must be a range such as 1:4"]),
         (
             lambda: replace(WANTED, workers="1:3"),
             ["workers 1:3: batch_size 8 does not divide", "give bounds from 1, 2, 4"],

@@ -18,6 +18,7 @@ from selfray.methods.dino import DINOConfig
 from selfray.methods.moco import MoCoConfig
 from selfray.methods.mocov3 import MoCoV3Config
 from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.recorder import Recorder
 from selfray.storage import Location
 from selfray.train import TrainState
@@ -190,6 +191,9 @@ def test_features_that_are_not_finite_end_a_run_whose_loss_still_is(tmp_path):
     message = "the features are not finite at step 3; the checkpoint of step 2 is kept"
     with pytest.raises(FloatingPointError, match=message):
         tape.tell()
+    kept = Checkpoint.open(tape.run)
+    assert kept.step == 2
+    assert all(tensor.isfinite().all() for tensor in kept.state()["method"].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

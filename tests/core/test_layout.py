@@ -151,6 +151,24 @@ def test_an_experiment_has_the_same_identity_in_every_process(trained_without_th
     assert identities["simclr"] != experiment(SIMCLR).identity
 
 
-def test_data_tasks_start_without_torch():
-    code = "import sys, selfray.data.source; print('torch' in sys.modules, 'ray' in sys.modules)"
-    assert run_python(code, [SOURCE_ROOT]) == "False False"
+STARTS = """
+import sys
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+import selfray.data.source
+assert not loaded("torch", "ray"), "a data task"
+import selfray.cluster.worker
+assert not loaded("torch"), "Ray Train's controller, and a worker before it has its task"
+import selfray.cluster.launch, selfray.cluster.training, selfray.recipes
+assert selfray.recipes.every()
+# timm builds encoders, which workers and probes do; its torchvision loads torch's compiler, and
+# sympy comes with what shares weights out among ranks.
+print(loaded("timm", "torchvision", "torch._dynamo", "sympy", "matplotlib", "mlflow"))
+"""
+
+
+def test_no_process_of_a_run_imports_what_it_does_not_use():
+    """Each of these takes a second or more."""
+    assert run_python(STARTS, [SOURCE_ROOT], OMP_NUM_THREADS="1") == "[]"

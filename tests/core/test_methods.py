@@ -533,7 +533,7 @@ def test_dinov2s_patch_centre_is_the_mean_over_hidden_patches():
 
 def test_dinov2_balances_by_sinkhorn_where_asked():
     method, batch, progress = _dinov2(centering="sinkhorn", prototypes=4)
-    probabilities, _ = method._teach(method.targets(batch, progress), progress)
+    probabilities, _ = method._teacher_targets(method.targets(batch, progress), progress)
     used = probabilities.flatten(0, 1).sum(0)  # of 16 crops
     torch.testing.assert_close(used, torch.full((4,), 4.0), rtol=0.2, atol=0.2)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers import BEIT, RESNET, VIT
 from selfray.distributed import GlobalBatchNorm, with_global_batchnorm
+from selfray.models import names
 from selfray.models.encoder import (
     Encoder,
     EncoderConfig,
@@ -49,6 +50,19 @@ DINOV2 = replace(
 )
 
 ROTARY = replace(VIT, name="vit_small_patch16_dinov3", position="rotary")
+
+# Names
+
+
+def test_the_names_read_from_timms_source_are_timms_own():
+    assert set(names.known()) == set(timm.list_models())
+    for name in names.known():
+        assert timm.model_entrypoint(name).__module__ == names.built_by(name)
+    assert names.is_model("vit_small_patch14_dinov2.lvd142m")
+    assert names.is_model("adv_inception_v3"), "a name of old"
+    assert not names.is_model("vit_smal_patch16_224")
+    assert names.similar("vit_smal_patch16_224")[0] == "vit_small_patch16_224"
+
 
 # Features
 

@@ -1,5 +1,6 @@
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from helpers import RESNET, VIT
 from selfray.health import effective_rank, feature_health
+from selfray.metrics import PROBES, Metric
 from selfray.models.encoder import Encoder, Features, encode_uint8
-from selfray.probes.features import LabelledFeatures, embed, pixels, probe
+from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
 from selfray.probes.knn import KNN, nearest
 from selfray.probes.labelfree import LabelFree
 from selfray.probes.linear import Linear
@@ -202,6 +204,16 @@ def test_a_probe_of_features_gives_both_numbers_and_leaves_out_images_without_la
     }
     assert result.rankme is not None
     assert result.alignment is None, "no crops were given"
+
+
+def test_a_figure_that_is_new_needs_a_row_alone_and_survives_json(monkeypatch):
+    monkeypatch.setitem(PROBES, "spread", Metric("spread", "spread of the features", sign=1))
+    monkeypatch.setattr(LabelFree, "figures", lambda *_: {"rankme": 3.0, "spread": 0.5})
+    result = probe(None, LabelledFeatures(*clusters(10, 0)))
+    assert result.values["spread"] == 0.5
+    assert result.described == "RankMe 3, spread 0.5"
+    assert ProbeResult(**json.loads(json.dumps(asdict(result)))) == result
+    assert ProbeResult.of(result.values, 0, 10, result.protocols, {}) == result
 
 
 def test_a_probe_without_labels_is_refused_with_the_counts():

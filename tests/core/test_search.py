@@ -1,8 +1,9 @@
 """Searches that draw: what Optuna is asked after what is known."""
 
 from helpers import MAE, experiment
-from selfray.sweeps.question import Axis, Choice, Question, Range
-from selfray.sweeps.search import Known, next_choice
+from selfray.sweeps.question import Axis, Known, Question, Range
+from selfray.sweeps.searches import Choice
+from selfray.sweeps.tpe import next_choice
 
 RATIO = Range("ratio", "method.mask_ratio", 0.1, 0.9)
 QUESTION = Question("q", (RATIO,), metric="linear", search="optuna", samples=24)

@@ -223,7 +223,7 @@ def test_a_machine_without_a_compiler_is_told_in_one_line_and_trains(caplog, mon
         steps = train_for(start(wanted), wanted, 2)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "compile: impossible on this machine, the run goes on uncompiled: no compiler found"
+        "compile: impossible on this machine, the run continues uncompiled: no compiler found"
     )
     assert len(steps) == 2
 

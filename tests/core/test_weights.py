@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helpers import BEIT, RESNET, VIT
 from selfray.models import layouts
 from selfray.models.encoder import Encoder, EncoderConfig
-from selfray.models.fitting import fit, fitted_for, for_channels
+from selfray.models.fitting import Fitted, fit, fitted_for, for_channels
 from selfray.models.layouts import named
 from selfray.models.weights import architecture, encoder_of, is_public, read
 
@@ -204,11 +204,15 @@ def test_a_file_of_each_layout_gives_the_features_of_timms_own_model(
     found = fitted_for(str(file), config, least=1.0)
     assert (found.weights.named.layout, found.share, found.missing) == (name, 1.0, ())
     encoder = config.build().eval()
-    found.put_into(encoder)
+    put_into(encoder, found)
     batch = images(config.image_size)
     with torch.no_grad():
         expected = model(batch)
         torch.testing.assert_close(encoder(batch).cls, expected, rtol=1e-5, atol=1e-5)
+
+
+def put_into(encoder: Encoder, found: Fitted) -> None:
+    encoder.backbone.load_state_dict(encoder.backbone.state_dict() | found.tensors)
 
 
 def saved(content: Any, folder: Path, name: str = "weights.pth") -> str:
@@ -231,7 +235,7 @@ def test_positions_are_interpolated_for_another_image_size_and_registers_get_non
     assert found.missing == ("reg_token",)
     assert not found.tensors["pos_embed"][:, 1:3].any()
     encoder = with_registers.build().eval()
-    found.put_into(encoder)
+    put_into(encoder, found)
     assert encoder(images()).patches.shape == (3, 16, 32)
 
 
@@ -263,7 +267,7 @@ def test_an_exported_small_stem_goes_back_into_one(tmp_path):
     encoder = RESNET.build().eval()
     file = saved(export_weights(encoder), tmp_path)
     other = RESNET.build().eval()
-    fitted_for(file, RESNET, least=1.0).put_into(other)
+    put_into(other, fitted_for(file, RESNET, least=1.0))
     assert torch.equal(other(images()).cls, encoder(images()).cls)
 
 

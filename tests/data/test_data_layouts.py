@@ -407,7 +407,7 @@ def test_names_in_other_encodings_are_passed_over_and_said(tmp_path):
     Path(os.fsdecode(bytes(tmp_path / "set") + b"/caf\xe9.parquet")).write_bytes(b"x")
     said: list[str] = []
     assert opened(tmp_path / "set", tmp_path, said).train.rows == 3
-    assert said[0].startswith("passed over: caf\\udce9.parquet (the file name is not UTF-8")
+    assert said[0].startswith("skipped: caf\\udce9.parquet (the file name is not UTF-8")
 
 
 def test_a_pattern_lists_what_it_matches_and_no_more(tmp_path):

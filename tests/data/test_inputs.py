@@ -56,7 +56,8 @@ def test_a_lost_file_keeps_its_place_and_a_new_one_waits(folder):
     assert said == [
         "1 of the 3 shards at the start is gone, the first is b.parquet: "
         "their 8 images count as broken",
-        "1 shard came after this run started, the first is aa.parquet: the run continues without",
+        "1 shard was added after this run started, the first is aa.parquet: the run continues"
+        " without",
     ]
 
 

@@ -179,7 +179,7 @@ def test_a_file_that_was_replaced_by_another_is_not_read_by_the_old_places(tmp_p
     pq.write_table(table, tmp_path / "1.parquet", 20, **PLAIN)
     chosen = read_chosen(shards, groups, rows, cache)
     assert len(chosen.unreadable) == 60
-    assert all("not those of the start" in str(error) for error in chosen.unreadable.values())
+    assert all("have changed since the start" in str(error) for error in chosen.unreadable.values())
 
 
 def test_damage_inside_one_row_group_costs_its_rows_and_no_others(tmp_path):

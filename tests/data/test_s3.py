@@ -160,24 +160,30 @@ def test_a_run_checkpoints_to_s3_and_comes_back_from_there(gateway):
 def test_a_store_that_is_away_for_some_seconds_only_delays_a_read(gateway, shards_uri):
     wanted = source(open_shards(parquet_files(shards_uri), shards_uri))
     gateway.go_down()
-    timer = threading.Timer(3.0, gateway.come_back)
+    is_back = threading.Event()
+
+    def come_back() -> None:
+        is_back.set()
+        gateway.come_back()
+
+    timer = threading.Timer(2.0, come_back)
     timer.start()
-    began = time.monotonic()
     try:
         arrays = wanted.draw(0, 24)
+        assert is_back.is_set(), "it did wait for the store"
     finally:
         timer.join()
-    assert time.monotonic() - began > 2.5, "it did wait for the store"
     assert not arrays[BROKEN].any(), "an outage is no reason to replace images"
 
 
 def test_a_store_that_stays_away_ends_the_read_with_the_last_error(
     gateway, shards_uri, monkeypatch
 ):
-    monkeypatch.setattr(storage, "RETRY", Retry(attempts=2, first_seconds=0.01))
+    # One attempt: pyarrow makes several of its own in it, which take seconds.
+    monkeypatch.setattr(storage, "RETRY", Retry(attempts=1, first_seconds=0.01))
     gateway.go_down()
     try:
-        with pytest.raises(OSError, match=r"did not answer in 2 attempts .*the last error"):
+        with pytest.raises(OSError, match=r"did not answer in 1 attempts .*the last error"):
             Location.of(shards_uri + "/manifest.json").read_bytes()
     finally:
         gateway.come_back()
@@ -267,7 +273,7 @@ def test_an_object_that_is_replaced_while_it_is_open_is_read_anew(gateway, shard
     store(second, 20)
     chosen = read_chosen(shards, groups, rows, cache)
     assert sorted(chosen.unreadable) == list(range(10, 20))
-    assert all("not those of the start" in str(error) for error in chosen.unreadable.values())
+    assert all("have changed since the start" in str(error) for error in chosen.unreadable.values())
 
 
 def test_settings_behind_a_question_mark_are_refused_with_the_way_out():

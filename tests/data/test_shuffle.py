@@ -33,7 +33,7 @@ def test_a_larger_window_leaks_less():
 def test_labels_that_cannot_tell_are_refused():
     with pytest.raises(ValueError, match="one class"):
         shuffle_quality(np.zeros(100), 10)
-    with pytest.raises(ValueError, match="no two batches of 60"):
+    with pytest.raises(ValueError, match="fewer than two batches of 60"):
         shuffle_quality(SORTED[:100], 60)
 
 

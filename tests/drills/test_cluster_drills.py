@@ -6,7 +6,6 @@ drill prints its timeline; the assertions read what the run itself wrote down.
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ INSTALLED = {"PYTHONPATH": str(CHECKOUT / "platform")}
 """On all nodes, as if this checkout were installed there."""
 STEPS_PER_EPOCH, BATCH = 18, 64
 """Of mae-digits."""
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[HandMadeCluster]:
-    with HandMadeCluster(tmp_path, ("--num-cpus", "0"), INSTALLED) as made:
-        yield made
 
 
 def pretrain(cluster: HandMadeCluster, *flags: str) -> subprocess.Popen[bytes]:
@@ -78,41 +71,40 @@ def assert_every_image_counts_once(run: Path, steps: int) -> None:
     assert newest.manifest["images_seen"] == BATCH * steps
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_back(
-    cluster: HandMadeCluster,
-) -> None:
-    for name in ("one", "two"):
-        cluster.add_node(name, cpus=2, trainer=1)
-    flags = ("--workers", "1:2", "--worker-resources", "trainer=1", "--data-cpus", "1")
-    length = ("--epochs", "50", "--checkpoint.times", "100", "--log-every", "1")
-    process = pretrain(cluster, *flags, *length)
-    wait_for_event(cluster, "started", 1, world_size=2)
-    wait_for_event(cluster, "checkpoint", 2)
-    cluster.kill_node("two")
-    wait_for_event(cluster, "started", 1, world_size=1)
-    cluster.add_node("three", cpus=2, trainer=1)
-    starts = wait_for_event(cluster, "started", 2, world_size=2)
-    assert [start["world_size"] for start in starts] == [2, 1, 2]
-    said = finish(process, cluster)
-    assert "1 worker now, 2 before" in said
-    assert "2 workers now, 1 before" in said
-    # Growing waited for a checkpoint: next to nothing was trained twice.
-    points = events(run_of(cluster), "progress")
-    reached = max(r["step"] for r in points if r["time"] < starts[2]["time"])
-    cluster.note(f"{reached - starts[2]['step']} steps were trained again after growing")
-    assert_every_image_counts_once(run_of(cluster), 50 * STEPS_PER_EPOCH)
+def test_an_elastic_run_loses_its_nodes_is_waited_for_and_grows_back(tmp_path: Path) -> None:
+    with HandMadeCluster(tmp_path, ("--num-cpus", "0"), INSTALLED) as cluster:
+        cluster.add_node("data", cpus=2)
+        for name in ("one", "two"):
+            cluster.add_node(name, cpus=1, trainer=1)
+        flags = ("--workers", "1:2", "--worker-resources", "trainer=1", "--cpus-per-worker", "1")
+        length = ("--epochs", "60", "--checkpoint.times", "120", "--log-every", "1")
+        process = pretrain(cluster, *flags, *length, "--data-cpus", "1")
+        wait_for_event(cluster, "started", 1, world_size=2)
+        wait_for_event(cluster, "checkpoint", 2)
+        assert_trainers_and_data_tasks_have_nodes_of_their_own(cluster)
+
+        cluster.kill_node("two")
+        wait_for_event(cluster, "started", 1, world_size=1)
+        cluster.kill_node("one")  # the last one
+        wait_for("the cluster to notice", lambda: trainer_nodes(cluster) == 0)
+        cluster.note("the cluster knows it")
+        cluster.add_node("three", cpus=1, trainer=1)
+        wait_for_event(cluster, "started", 2, world_size=1)
+        cluster.add_node("four", cpus=1, trainer=1)
+        starts = wait_for_event(cluster, "started", 2, world_size=2)
+        assert [start["world_size"] for start in starts] == [2, 1, 1, 2]
+        said = finish(process, cluster)
+        assert "1 worker now, 2 before" in said
+        assert "a worker died: restarted from step" in said
+        assert "2 workers now, 1 before" in said
+        # Growing waited for a checkpoint: next to nothing was trained twice.
+        points = events(run_of(cluster), "progress")
+        reached = max(r["step"] for r in points if r["time"] < starts[-1]["time"])
+        cluster.note(f"{reached - starts[-1]['step']} steps were trained again after growing")
+        assert_every_image_counts_once(run_of(cluster), 60 * STEPS_PER_EPOCH)
 
 
-def test_trainers_and_data_tasks_have_nodes_of_their_own_and_a_lost_node_is_waited_for(
-    cluster: HandMadeCluster,
-) -> None:
-    cluster.add_node("data", cpus=2)
-    cluster.add_node("first", cpus=1, trainer=1)
-    flags = ("--worker-resources", "trainer=1", "--cpus-per-worker", "1", "--data-cpus", "1")
-    length = ("--epochs", "40", "--checkpoint.times", "80", "--log-every", "1")
-    process = pretrain(cluster, *flags, *length)
-    wait_for_event(cluster, "checkpoint", 2)
-
+def assert_trainers_and_data_tasks_have_nodes_of_their_own(cluster: HandMadeCluster) -> None:
     nodes: list[Any] = ray.util.state.list_nodes(cluster.dashboard)
     with_trainer = {n.node_id for n in nodes if "trainer" in n.resources_total}
     actors: list[Any] = ray.util.state.list_actors(cluster.dashboard, limit=1000)
@@ -122,17 +114,7 @@ def test_trainers_and_data_tasks_have_nodes_of_their_own_and_a_lost_node_is_wait
     assert trainers == with_trainer
     assert data, {t.name for t in tasks}
     assert not data & with_trainer
-    cluster.note(f"{len(trainers)} node trained, {len(data)} other read the data")
-
-    cluster.kill_node("first")
-    wait_for("the cluster to notice", lambda: trainer_nodes(cluster) == 0)
-    cluster.note("the cluster knows it")
-    cluster.add_node("second", cpus=1, trainer=1)
-    starts = wait_for_event(cluster, "started", 2)
-    assert starts[1]["step"] > 0
-    said = finish(process, cluster)
-    assert_every_image_counts_once(run_of(cluster), 40 * STEPS_PER_EPOCH)
-    assert "a worker died: restarted from step" in said
+    cluster.note(f"{len(trainers)} nodes trained, {len(data)} other read the data")
 
 
 def trainer_nodes(cluster: HandMadeCluster) -> int:

@@ -1,7 +1,7 @@
 """`ray job submit` of this checkout to a cluster that was started by hand."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -13,30 +13,32 @@ from selfray.runs import checkpoint
 from selfray.storage import Location
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[HandMadeCluster]:
-    with HandMadeCluster(tmp_path) as cluster:
-        yield cluster
-
-
-def run_with_checkpoint(folder: Path) -> Path | None:
-    """The folder of the run that has written its first checkpoint and is known to MLflow."""
+def run_with_checkpoint(folder: Path, known: Collection[Path] = ()) -> Path | None:
+    """The folder of a run that has written its first checkpoint and is in MLflow; not a known
+    one."""
     for record in folder.glob("mae-digits-*/mlflow.json"):
-        if checkpoint.all_of(Location.of(record.parent)):
+        if record.parent not in known and checkpoint.all_of(Location.of(record.parent)):
             return record.parent
     return None
 
 
 @pytest.mark.long
-def test_a_job_is_followed_stopped_and_goes_on_when_it_is_submitted_again(
-    head: HandMadeCluster,
+def test_jobs_are_followed_and_stopped_and_go_on_when_they_are_submitted_again(
+    tmp_path: Path,
 ) -> None:
+    with HandMadeCluster(tmp_path) as head:
+        # The relative output is not in the copy of the checkout, which Ray removes.
+        output = head.home / "selfray" / "runs"
+        sweep_is_stopped_and_marks_all_its_runs(head, output)
+        run_is_stopped_and_goes_on(head, output)
+
+
+def run_is_stopped_and_goes_on(head: HandMadeCluster, output: Path) -> None:
+    known = set(output.iterdir())
     flags = ["--epochs", "30", "--checkpoint.times", "30", "--probe.times", "1"]
     script = ("--", "python", "experiments/pretrain.py", "mae-digits", *flags)
     head.submit("--no-wait", "--submission-id", "first", *script)
-    # The relative output is not in the copy of the checkout, which Ray removes.
-    output = head.home / "selfray" / "runs"
-    run = wait_for("a checkpoint", lambda: run_with_checkpoint(output))
+    run = wait_for("a checkpoint", lambda: run_with_checkpoint(output, known))
     logs = head.job("logs", "first").stdout
     assert f"folder: {run}" in logs
     assert "Traceback" not in logs
@@ -60,12 +62,10 @@ def test_a_job_is_followed_stopped_and_goes_on_when_it_is_submitted_again(
     assert [found.step for found in checkpoint.all_of(Location.of(run))][-1] == 30 * 18
 
 
-@pytest.mark.long
-def test_a_sweep_is_a_job_too_and_stopping_it_marks_all_its_runs(head: HandMadeCluster) -> None:
+def sweep_is_stopped_and_marks_all_its_runs(head: HandMadeCluster, output: Path) -> None:
     flags = ["--ratios", "0.5", "0.75", "--epochs", "60"]
     script = ("--", "python", "experiments/sweep_mae.py", *flags)
     head.submit("--no-wait", "--submission-id", "sweep", *script)
-    output = head.home / "selfray" / "runs"
     run = wait_for("a checkpoint", lambda: run_with_checkpoint(output))
     assert head.job("stop", "sweep").returncode == 0
     client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")

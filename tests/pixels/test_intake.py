@@ -143,7 +143,7 @@ def test_hostile_tiffs_are_refused_with_a_reason() -> None:
     with pytest.raises(BrokenImage, match="the limit is 15"):
         list(take(huge, Intake(), max_pixels=15))
     many = tiff(np.zeros((4, 4, 17), np.uint8), **contig)
-    with pytest.raises(BrokenImage, match="has 17; at most 16"):
+    with pytest.raises(BrokenImage, match="has 17 channels; the limit is 16"):
         list(take(many, Intake()))
 
 

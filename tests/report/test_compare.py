@@ -259,7 +259,7 @@ def test_a_sweep_is_compared_in_its_own_words_also_after_it_was_moved(tmp_path: 
         ("sweep", ("no trial of the sweep", "has ended")),
         ("mlruns:/", ("mlruns:/RUN_ID needs the id",)),
         ("mlruns:/0123", ("there is no MLflow run 0123",)),
-        ("", ("empty word",)),
+        ("", ("name of a run is empty",)),
     ],
 )
 def test_what_names_no_run_is_told_in_one_line(
@@ -659,7 +659,7 @@ def test_the_page_of_any_other_choice_adds_nothing_to_mlflow(tracked: dict[str, 
     runs = read_runs([tracked["trial-0-folder"], tracked["alone-folder"]])
     experiment_id = client.get_run(tracked["alone"]).info.experiment_id
     before = len(client.search_runs([experiment_id]))
-    assert "not of one sweep" in log_page("page", runs, uri)
+    assert "do not form one sweep" in log_page("page", runs, uri)
     assert len(client.search_runs([experiment_id])) == before
 
 

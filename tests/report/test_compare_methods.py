@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from selfray.console import Console
 from selfray.methods.mae import MAEConfig
 from selfray.probes.features import ProbeResult
 from selfray.recipes import digits
-from selfray.report.run_pictures import History
+from selfray.runs.history import History
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,17 +159,3 @@ def test_the_table_and_the_figure_are_written(tmp_path):
     assert written["raw_pixels"]["knn"] == 0.97
     assert [line["method"] for line in written["methods"]] == ["simclr", "mae", "tokens"]
     Image.open(tmp_path / "comparison.png").verify()
-
-
-@pytest.mark.long
-def test_two_recipes_are_compared_by_one_command_which_continues(tmp_path):
-    command = [sys.executable, "experiments/compare_methods.py", "--epochs", "1"]
-    command += ["--only", "simclr-digits", "mae-digits", "--output", str(tmp_path)]
-    for again in (False, True):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        assert done.stdout.count("this run is complete") == (2 if again else 0)
-        table = json.loads((tmp_path / "compare" / "table.json").read_text())
-        assert [line["method"] for line in table["methods"]] == ["simclr", "mae"]
-        assert all(len(line["runs"]) == 1 for line in table["methods"])

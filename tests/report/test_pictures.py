@@ -218,11 +218,11 @@ def test_probe_names_stand_in_the_order_of_their_last_values_and_apart():
 
 
 def test_names_that_collide_move_as_little_as_need_be():
-    assert charts._apart([0, 100], 10) == [0, 100]
-    assert charts._apart([50, 50], 10) == [45, 55]
-    assert charts._apart([50, 50, 61], 10) == pytest.approx([131 / 3 + d for d in (0, 10, 20)])
-    assert charts._apart([98, 99], 10, 0, 100) == [90, 100]
-    assert charts._apart([1, 2], 10, 0, 100) == [0, 10]
+    assert charts._spread_out([0, 100], 10) == [0, 100]
+    assert charts._spread_out([50, 50], 10) == [45, 55]
+    assert charts._spread_out([50, 50, 61], 10) == pytest.approx([131 / 3 + d for d in (0, 10, 20)])
+    assert charts._spread_out([98, 99], 10, 0, 100) == [90, 100]
+    assert charts._spread_out([1, 2], 10, 0, 100) == [0, 10]
 
 
 @pytest.mark.parametrize("methods", [1, 3, 4, 7])
@@ -417,7 +417,7 @@ PATCHES = np.zeros((2, 16, 12), np.float32)
         ),
         (
             lambda: comparison({"MAE": Compared({"knn": 0.3}, {"knn": 0.4}, "linear")}),
-            "judged_by 'linear' is none of knn",
+            "judged_by 'linear' is not one of knn",
         ),
         (
             lambda: comparison({"MAE": Compared({}, {"knn": 0.4}, "knn")}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selfray.cluster.shipping import Shipper
+from selfray.cluster.shipping import Shipper, Tracked
 from selfray.console import Console, LogFormatter, printable
 from selfray.masking import masked
 from selfray.runs.spool import SpoolWriter
@@ -99,10 +99,8 @@ def test_a_path_with_credentials_is_refused_without_telling_them(key: str) -> No
 def test_parameters_tags_and_the_spool_hold_no_credentials(tmp_path: Path) -> None:
     uri = f"s3://AKIA:{SECRET}@bucket/x"
     folder = Location.of(tmp_path)
-    shipper = Shipper(
-        "sqlite:///x.db", "e", "r", folder, {"data.path": uri}, {"run.folder": uri}, None, print,
-        (1, 2),
-    )  # fmt: skip
+    tracked = Tracked("sqlite:///x.db", "e", "r", folder, {"data.path": uri}, {"run.folder": uri})
+    shipper = Shipper(tracked)
     assert {**shipper._params, **shipper._tags} == dict.fromkeys(
         ("data.path", "run.folder"), "s3://***@bucket/x"
     )

@@ -234,10 +234,10 @@ def test_threads_may_share_a_writer(tmp_path: Path) -> None:
 def test_a_record_costs_training_microseconds(tmp_path: Path) -> None:
     writer = SpoolWriter(Location.of(tmp_path), "w")
     values = {f"metric_{i}": 0.1 * i for i in range(10)}
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor, whatever else runs on it
     for step in range(1000):
         writer.metrics(step, values)
-    assert (time.perf_counter() - start) / 1000 < 1e-3  # 20 microseconds on a quiet machine
+    assert (time.thread_time() - start) / 1000 < 1e-3  # 20 microseconds
 
 
 @pytest.mark.parametrize("writer_id", ["", "a/b", "a.b", "../x"])

@@ -136,7 +136,7 @@ def build(
     numbers = {number for item in plan.items for number in item.shard_numbers}
     tally = _Tally(on_progress, plan.images_total, len(numbers))
     if state.manifest is not None:
-        return _mend(destination, plan, state.manifest, numbers, tally)
+        return _rebuild_missing(destination, plan, state.manifest, numbers, tally)
     if state.damage:
         (destination / BUILD_FOLDER).delete_folder()
     if state.plan is None:
@@ -200,7 +200,7 @@ def check(
     )
 
 
-def _mend(
+def _rebuild_missing(
     destination: Location, plan: Plan, manifest: Manifest, numbers: set[int], tally: "_Tally"
 ) -> Manifest:
     """Build missing shards of a complete build again. The manifest changes only if another version

@@ -231,8 +231,7 @@ def _judge(key: str, protocol: Protocol, train: Split, test: Split, width: int |
 
 
 def label_free(judged: Judged) -> dict[str, float]:
-    """Label-free figures of the test images' features: RankMe, uniformity and, if crops were
-    embedded, alignment."""
+    """Label-free figures of the test images' features, by name."""
     task: Any = ray.remote(num_cpus=1)(_label_free)
     encoder = judged.subject.encoder
     return ray.get(task.remote(judged.features[1], None if encoder is None else encoder.width))
@@ -242,7 +241,5 @@ def _label_free(test: Split, width: int | None) -> dict[str, float]:
     kept = test.labels >= 0
     protocol = LabelFree()
     cls = test.files.features((EMBEDDING,), kept)[:, :width]
-    found = {"rankme": protocol.rankme(cls), "uniformity": protocol.uniformity(cls)}
-    if test.files.has(OF_CROP):
-        found["alignment"] = protocol.alignment(cls, test.files.features((OF_CROP,), kept))
-    return found
+    has_crops = test.files.has(OF_CROP)
+    return protocol.figures(cls, test.files.features((OF_CROP,), kept) if has_crops else None)

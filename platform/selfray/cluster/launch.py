@@ -30,10 +30,9 @@ from selfray.data.source import Source, source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
-from selfray.report import live_map, run_pictures
-from selfray.report.run_pictures import History
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.history import History
 from selfray.runs.milestones import Milestones, milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
@@ -100,6 +99,7 @@ def launch(
     tracking: str | None = None,
     started: float | None = None,
     part_of: PartOf | None = None,
+    opened: DataSets | None = None,
 ) -> RunResult:
     """Run an experiment on the running Ray, or resume it where it stopped.
 
@@ -110,6 +110,7 @@ def launch(
             output folder.
         started: time.time() of the command, for the time to the first step.
         part_of: the sweep that the run belongs to, if any.
+        opened: the data sets, where the caller has opened them; None opens experiment.data.
 
     Raises:
         ValueError, FileNotFoundError: bad input; no worker was started.
@@ -127,9 +128,11 @@ def launch(
     used = experiment.method.provenance(experiment.encoder, (data_config.mean, data_config.std))
     check_output(run, checkpoint_bytes(experiment))
     started_from = starting.keep(experiment, run, console.say)
-    console.live("opening the data")
-    with record.in_turn(output, console.say):
-        data = open_data(experiment.data, output, console.say, build)
+    if opened is None:
+        console.live("opening the data")
+        with record.exclusive(output, console.say):
+            opened = open_data(experiment.data, output, console.say, build)
+    data = opened
     if checkpoint.all_of(run):
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
@@ -204,7 +207,7 @@ def _carry_out(
         monitor.stop("FAILED")
 
     goal = part.until_step or plan.total_steps
-    watching = local_ray.told_when_lost(lost)
+    watching = local_ray.exit_when_lost(lost)
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
@@ -248,7 +251,7 @@ def _carry_out(
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
     console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
     console.say(tracker.describe())
-    console.say(f"again, with another seed: {_again(experiment, settings)}")
+    console.say(f"again, with another seed: {_repeat_command(experiment, settings)}")
     ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -314,7 +317,7 @@ def _fit(
     )
     console.live("starting the train workers, which load torch")
     try:
-        with waiting.told(resources, experiment.min_workers, console):
+        with waiting.reporting(resources, experiment.min_workers, console):
             trainer.fit()
     except TrainingFailedError as error:
         log.exception("training failed")
@@ -335,6 +338,8 @@ def _log_pictures(
     console: Console,
 ) -> None:
     """Make the run's pictures and log them. A failure is reported and does not fail the run."""
+    from selfray.report import live_map, run_pictures  # matplotlib takes a second
+
     newest = checkpoint.latest(run)
     assert newest is not None
     console.live("drawing pictures")
@@ -393,7 +398,7 @@ def baseline(experiment: Experiment, console: Console) -> ProbeResult:
     return _probe_job(experiment, data, PIXEL_BASELINE_SIZE).run(None)
 
 
-def _again(experiment: Experiment, settings: Location) -> str:
+def _repeat_command(experiment: Experiment, settings: Location) -> str:
     """The command that repeats a run from its file with the next seed."""
     command = "tokenizer" if isinstance(experiment.method, TokenizerConfig) else "pretrain"
     words = ["selfray", command, "--config", settings.uri]

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfray import signals
 from selfray.cluster import ray_internals
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def start(options: Mapping[str, Any], say: Say = lambda _: None) -> None:
             _start(options, say)
             return
         except Exception as error:
+            if signals.were_received():  # Ctrl-C also ended Ray's processes: not an error of Ray
+                raise
             log.exception("Ray did not start")
             stop()
             if attempt == 2:
@@ -100,7 +103,7 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
             "SELFRAY_LOCAL_RAY": "1",
         }
     )
-    with _told_when_slow(say):
+    with _report_slow_start(say):
         ray_internals.start_on_loopback(
             _session / RAYS_PART, START_SECONDS, object_store_memory=store_bytes(), **options
         )
@@ -121,7 +124,7 @@ def stop() -> None:
 
 
 @contextmanager
-def told_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
+def exit_when_lost(tell: Callable[[str], None]) -> Iterator[None]:
     """Inside, if one of Ray's own processes ends, call `tell` with the cause and exit with code 1.
     Ray's library would end this process a moment later without any message."""
     if _session is None:
@@ -261,7 +264,7 @@ def _restore() -> None:
 
 
 @contextmanager
-def _told_when_slow(say: Say) -> Iterator[None]:
+def _report_slow_start(say: Say) -> Iterator[None]:
     started, done = time.monotonic(), threading.Event()
 
     def watch() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from selfray.check import require
 from selfray.cluster.mlflow_store import asking_mlflow, named_store, tracking_uri
-from selfray.metrics import RATE, SUMMARY
+from selfray.metrics import RATE, SUMMARY, evaluation
 from selfray.report.page import PAGE
 from selfray.runs import reading
 from selfray.runs.folder import RUN_RECORD, read_object
@@ -237,8 +237,8 @@ def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
     method = tags.get("method", "")
     curves: dict[str, Points] = {}
     with asking_mlflow(tracking_uri(Location.of("runs"), tracking)) as (client, _):
-        for metric in SUMMARY:
-            if metric in run.data.metrics:
+        for metric in run.data.metrics:
+            if metric in SUMMARY or evaluation(metric) is not None:
                 history = client.get_metric_history(run.info.run_id, metric)
                 curves[metric] = sorted({point.step: point.value for point in history}.items())
     rates = [value for _, value in curves.get(RATE, ())]
@@ -292,7 +292,7 @@ def log_page(page: str, runs: Sequence[ComparedRun], tracking: str | None) -> st
         with asking_mlflow(uri) as (client, where):
             target = _target(client, known)
             if target is None:
-                return "not logged: these runs are not of one sweep, so the page is only a file"
+                return "not logged: these runs do not form one sweep, so the page is only a file"
             client.log_text(target.info.run_id, page, PAGE)
     except Exception as error:  # each artifact store's client raises its own
         log.exception("the page was not logged")

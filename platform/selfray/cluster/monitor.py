@@ -18,16 +18,15 @@ from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.data.plan import ReadPlan
 from selfray.experiment import Experiment
-from selfray.metrics import PROBES
 from selfray.pace import clock
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
 from selfray.probes.verdict import gain_over, verdict, without_labels
-from selfray.report.run_pictures import History
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.folder import SPOOL
+from selfray.runs.history import History
 from selfray.runs.spool import SpoolReader, SpoolWriter
 from selfray.storage import Location
 
@@ -178,7 +177,8 @@ class Monitor:
                 if name.startswith("hits_")
             }
             images = result.pop("images_seen")
-            known = ProbeResult(**result, protocols=protocols, hits=hits)
+            counts = result.pop("train_images"), result.pop("test_images")
+            known = ProbeResult.of(result, *counts, protocols, hits)
             if record["step"] not in self.probes:
                 self._keep_probe(record["step"], images, known)
 
@@ -272,7 +272,7 @@ class Monitor:
     def _best_step(self) -> int | None:
         """The step of the checkpoint with the best probe or, without probes, the lowest loss."""
         by = self.experiment.method.judged_by
-        judged = {s: getattr(result, by) for s, result in self.probes.items() if s > 0}
+        judged = {s: result.values[by] for s, result in self.probes.items() if s > 0}
         known = {step: value for step, value in judged.items() if value is not None}
         if known:
             return max(known, key=lambda step: (known[step], step))
@@ -284,7 +284,7 @@ class Monitor:
         """Run requested probes one after the other; a None in the queue ends it."""
         images = self.experiment.batch_size
         for step in sorted(self.probes):  # an earlier start may have ended before it reported them
-            self._tell(step * images, self.probes[step])
+            self._notify(step * images, self.probes[step])
         while (asked := self._to_probe.get()) is not None:
             self._probe(*asked)
 
@@ -306,7 +306,7 @@ class Monitor:
             "probe",
             step=step,
             images_seen=images_seen,
-            **{name: getattr(result, name) for name in PROBES},
+            **result.values,
             train_images=result.train_images,
             test_images=result.test_images,
             **{f"protocol_{name}": text for name, text in result.protocols.items()},
@@ -316,7 +316,7 @@ class Monitor:
         self.console.say(
             f"epoch {epoch:g}: {result.described}" + (f" ({self._start})" if step == 0 else "")
         )
-        self._tell(images_seen, result)
+        self._notify(images_seen, result)
         self._retain()
         self._end_where_worse()
 
@@ -335,6 +335,6 @@ class Monitor:
             )
             Location.of(self._stop_file).write_json({"reason": reason})
 
-    def _tell(self, images_seen: int, result: ProbeResult) -> None:
+    def _notify(self, images_seen: int, result: ProbeResult) -> None:
         if self._on_probe is not None:
             self._on_probe(images_seen, result)

@@ -42,7 +42,7 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
     if gpus is None:
         gpus = 1.0 if cluster.gpus >= 1 else 0.0
     if cluster.is_unknown:
-        return _believed(experiment, gpus)
+        return _placement_from_flags(experiment, gpus)
     flag = f"--workers {experiment.workers}"
     workers = asked if not experiment.is_elastic else max(least, min(asked, cluster.holds(gpus)))
     if gpus * workers > cluster.gpus:
@@ -92,7 +92,7 @@ def place(experiment: Experiment, cluster: Resources) -> Placement:
     return Placement(workers, cpus, gpus, data_cpus)
 
 
-def _believed(experiment: Experiment, gpus: float) -> Placement:
+def _placement_from_flags(experiment: Experiment, gpus: float) -> Placement:
     """The placement from the flags alone, for a cluster whose limits are unknown."""
     if experiment.gpus_per_worker is None or experiment.data_cpus is None:
         raise ValueError(

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selfray.cluster.stream import blocks_of_ids, configure
 from selfray.data.source import LABEL, VIEWS, Arrays, Sample
-from selfray.metrics import PROBE, PROBES
+from selfray.metrics import PROBE
 from selfray.models.encoder import Encoder
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import LabelledFeatures, ProbeResult, embed, pixels, probe
@@ -110,8 +110,7 @@ class ProbeJob:
 
 
 def metrics_of(result: ProbeResult) -> dict[str, float]:
-    values = {name: getattr(result, name) for name in PROBES}
-    return {f"{PROBE}{name}": value for name, value in values.items() if value is not None}
+    return {f"{PROBE}{name}": v for name, v in result.values.items() if v is not None}
 
 
 def tags_of(result: ProbeResult) -> dict[str, str]:

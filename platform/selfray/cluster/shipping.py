@@ -16,8 +16,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from selfray.check import require
 from selfray.cluster.mlflow_store import (
     QUIET_AND_QUICK,
     DataSetInput,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+Scalar = str | int | float
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _METRICS_PER_REQUEST = (50, 1000)
@@ -47,37 +50,43 @@ _REMOTE_POLL_SECONDS = 5.0
 _KEY_TAG = "selfray.run_key"
 
 
+@dataclass(eq=False, repr=False)
+class Tracked:
+    """A run's entry in MLflow: its store, names, parameters and tags."""
+
+    uri: str
+    """URI of the MLflow store."""
+    experiment_name: str
+    run_name: str
+    run_folder: Location
+    params: Mapping[str, Scalar]
+    tags: Mapping[str, str]
+    parent_run_id: str | None = None
+    say: Callable[[str], None] = print
+    """Called from the shipping thread."""
+    retry_seconds: tuple[float, float] = (1.0, 30.0)
+    """The first and the longest pause between attempts at a dead server."""
+    data_set: DataSetInput | None = None
+
+    def __post_init__(self) -> None:
+        require(self.experiment_name != "", "experiment_name must not be empty")
+        require(
+            0 < self.retry_seconds[0] <= self.retry_seconds[1],
+            f"retry_seconds must be 0 < first <= longest, got {self.retry_seconds}",
+        )
+
+
 class Shipper:
     """Sends the records of a run's spool, also those added later, until `finish` is called."""
 
-    def __init__(
-        self,
-        uri: str,
-        experiment_name: str,
-        run_name: str,
-        run_folder: Location,
-        params: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        parent_run_id: str | None,
-        say: Callable[[str], None],
-        retry_seconds: tuple[float, float],
-        data_set: DataSetInput | None = None,
-    ) -> None:
-        """Arguments as for Tracker. `say` is called from the thread."""
-        self.uri = uri
-        self.shown_uri = masked(uri)
-        self.experiment_name = experiment_name
-        self.run_name = run_name
-        self.run_folder = run_folder
-        self.parent_run_id = parent_run_id
-        self.data_set = data_set
+    def __init__(self, tracked: Tracked) -> None:
+        self.tracked = tracked
+        self.shown_uri = masked(tracked.uri)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.run_is_open = threading.Event()
-        self._params = {accepted(key): masked(str(value)) for key, value in params.items()}
-        self._tags = {accepted(key): masked(str(value)) for key, value in tags.items()}
-        self._say = say
-        self._retry_seconds = retry_seconds
+        self._params = {accepted(key): masked(str(value)) for key, value in tracked.params.items()}
+        self._tags = {accepted(key): masked(str(value)) for key, value in tracked.tags.items()}
         self._thread = threading.Thread(
             target=self._ship_until_finished, name="mlflow", daemon=True
         )
@@ -87,7 +96,7 @@ class Shipper:
         self._give_up_at = 0.0
         self._complete = False
         # The following attributes are used only by the thread.
-        self._reader = SpoolReader(run_folder / SPOOL)
+        self._reader = SpoolReader(tracked.run_folder / SPOOL)
         self._client: MlflowClient | None = None
         self._shipped: dict[str, Any] = {}
         self._said: set[str] = set()
@@ -111,8 +120,10 @@ class Shipper:
     # The thread.
 
     def _ship_until_finished(self) -> None:
-        poll_seconds = _LOCAL_POLL_SECONDS if self.run_folder.is_local else _REMOTE_POLL_SECONDS
-        first_pause, longest_pause = self._retry_seconds
+        poll_seconds = (
+            _LOCAL_POLL_SECONDS if self.tracked.run_folder.is_local else _REMOTE_POLL_SECONDS
+        )
+        first_pause, longest_pause = self.tracked.retry_seconds
         pause = first_pause
         away_since: float | None = None
         while True:
@@ -125,7 +136,7 @@ class Shipper:
                 artifacts_left = self._ship_artifacts(self._client, finishing)
                 self._metrics_per_request = _METRICS_PER_REQUEST[1]
                 if away_since is not None:
-                    self._say(f"{self.shown_uri} is back: all that was kept has been sent")
+                    self.tracked.say(f"{self.shown_uri} is back: everything kept has been sent")
                     away_since, pause = None, first_pause
                 if finishing:
                     self._close_run(self._client, self._status)
@@ -142,11 +153,11 @@ class Shipper:
                 now = time.monotonic()
                 if away_since is None:
                     away_since = now
-                    self._say(
+                    self.tracked.say(
                         f"tracking server {self.shown_uri} cannot be reached or used "
                         f"({self._cause(error)}): training continues, everything is kept in "
-                        f"{self.run_folder / SPOOL} and is sent when it is back, or at the next "
-                        "start of the command"
+                        f"{self.tracked.run_folder / SPOOL} and is sent when it is back, or at the "
+                        "next start of the command"
                     )
                 if finishing:
                     if now >= self._give_up_at or now - away_since >= self._finish_seconds:
@@ -165,13 +176,13 @@ class Shipper:
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
         quiet_logs()
-        self.run_folder.make_folder()
+        self.tracked.run_folder.make_folder()
         # Two processes that open a new SQLite file at once break each other's migrations.
-        with locked(database_file(self.uri)):
-            client = MlflowClient(tracking_uri=self.uri)
-            client.get_experiment_by_name(self.experiment_name)
+        with locked(database_file(self.tracked.uri)):
+            client = MlflowClient(tracking_uri=self.tracked.uri)
+            client.get_experiment_by_name(self.tracked.experiment_name)
 
-        self._shipped = read_object(self.run_folder / SHIPPED)
+        self._shipped = read_object(self.tracked.run_folder / SHIPPED)
         if "key" not in self._shipped:
             self._save_shipped(key=uuid.uuid4().hex)
         run = self._recorded_run(client) or self._new_run(client)
@@ -179,10 +190,10 @@ class Shipper:
         if info.lifecycle_stage != "active":
             raise _DeletedRunError(
                 f"run {info.run_id} was deleted in MLflow: restore it there, or remove "
-                f"{self.run_folder / RUN_RECORD} to start a new one"
+                f"{self.tracked.run_folder / RUN_RECORD} to start a new one"
             )
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
-        (self.run_folder / RUN_RECORD).write_json(
+        (self.tracked.run_folder / RUN_RECORD).write_json(
             {
                 "tracking_uri": self.shown_uri,
                 "experiment_id": info.experiment_id,
@@ -217,14 +228,14 @@ class Shipper:
             "tags",
             [RunTag(key, _cut(value, MAX_TAG_VAL_LENGTH)) for key, value in tags.items()],
         )
-        if self.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
-            client.log_inputs(info.run_id, [as_input(self.data_set)])
+        if self.tracked.data_set is not None and not (run.inputs and run.inputs.dataset_inputs):
+            client.log_inputs(info.run_id, [as_input(self.tracked.data_set)])
         return client
 
     def _recorded_run(self, client: "MlflowClient") -> "Run | None":
         from mlflow.exceptions import MlflowException
 
-        run_id = read_object(self.run_folder / RUN_RECORD).get("run_id")
+        run_id = read_object(self.tracked.run_folder / RUN_RECORD).get("run_id")
         if run_id is None:
             return None
         try:
@@ -242,20 +253,20 @@ class Shipper:
         if found:
             return found[0]
         tags = {_KEY_TAG: key}
-        if self.parent_run_id is not None:
-            tags["mlflow.parentRunId"] = self.parent_run_id
-        return client.create_run(experiment_id, tags=tags, run_name=self.run_name)
+        if self.tracked.parent_run_id is not None:
+            tags["mlflow.parentRunId"] = self.tracked.parent_run_id
+        return client.create_run(experiment_id, tags=tags, run_name=self.tracked.run_name)
 
     def _find_or_create_experiment(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
 
         # Not mlflow.set_experiment: if another process creates it first, that picks "Default".
-        experiment = client.get_experiment_by_name(self.experiment_name)
+        experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         if experiment is not None:
             return experiment.experiment_id
         try:
             return client.create_experiment(
-                self.experiment_name,
+                self.tracked.experiment_name,
                 artifact_location=self._artifact_root(),
                 # Without it, MLflow shows a language-model page where the runs are not visible.
                 tags={"mlflow.experimentKind": "custom_model_development"},
@@ -263,17 +274,17 @@ class Shipper:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        experiment = client.get_experiment_by_name(self.experiment_name)
+        experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         assert experiment is not None
         return experiment.experiment_id
 
     def _artifact_root(self) -> str | None:
         """The folder for MLflow's files; None for a server, which decides itself. For a database,
         MLflow would use ./mlruns."""
-        if self.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-            database = database_file(self.uri)
+        if self.tracked.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
+            database = database_file(self.tracked.uri)
             output = (
-                posixpath.dirname(self.run_folder.uri)
+                posixpath.dirname(self.tracked.run_folder.uri)
                 if database is None
                 else (os.path.dirname(database))
             )
@@ -372,9 +383,9 @@ class Shipper:
                 self._say_once(
                     "artifacts",
                     f"{self.shown_uri} takes metrics but no files ({self._cause(error)}): they "
-                    f"are kept in {self.run_folder / ARTIFACTS}",
+                    f"are kept in {self.tracked.run_folder / ARTIFACTS}",
                 )
-                self._artifacts_retry_at = time.monotonic() + self._retry_seconds[1]
+                self._artifacts_retry_at = time.monotonic() + self.tracked.retry_seconds[1]
                 return True
             waiting = waiting[1:]
             self._save_shipped(artifacts=waiting)
@@ -382,7 +393,7 @@ class Shipper:
 
     def _send_artifact(self, client: "MlflowClient", name: str) -> None:
         assert self.run_id is not None
-        source = self.run_folder / ARTIFACTS / name
+        source = self.tracked.run_folder / ARTIFACTS / name
         folder = posixpath.dirname(name) or None
         if source.is_local:
             if not source.exists():
@@ -405,13 +416,13 @@ class Shipper:
 
     def _save_shipped(self, **changes: Any) -> None:
         changed = {**self._shipped, **changes}
-        (self.run_folder / SHIPPED).write_json(changed)
+        (self.tracked.run_folder / SHIPPED).write_json(changed)
         self._shipped = changed
 
     def _say_once(self, subject: str, line: str) -> None:
         if subject not in self._said:
             self._said.add(subject)
-            self._say(line)
+            self.tracked.say(line)
 
     def _cause(self, error: Exception) -> str:
         """The part of an error that is useful for a user, in one line."""

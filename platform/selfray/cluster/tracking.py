@@ -11,13 +11,14 @@ import posixpath
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfray.check import require
-from selfray.cluster.mlflow_store import DataSetInput, database_file, local_runs
-from selfray.cluster.shipping import Shipper, Status
+from selfray.cluster.mlflow_store import database_file, local_runs
+from selfray.cluster.shipping import Shipper, Status, Tracked
 from selfray.runs.folder import ARTIFACTS, SPOOL
 from selfray.runs.ranking import run_page
 from selfray.runs.spool import SpoolWriter
@@ -26,14 +27,13 @@ from selfray.storage import Location
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Scalar = str | int | float
 
-
-class Tracker:
+@dataclass(eq=False, repr=False)
+class Tracker(Tracked):
     """Sends one run's spool to one MLflow run, across restarts of the driver.
 
     If the run folder already has an MLflow run, it is continued. If the tracking server is down,
-    `say` gets one line, and nothing else happens. `say` is called from the shipping thread.
+    `say` gets one line, and nothing else happens.
 
         tracker = Tracker(uri, "scans", "mae-1", run_folder, params, environment_tags())
         tracker.start()     # returns at once; best after `import ray`, so that imports do not race
@@ -41,47 +41,14 @@ class Tracker:
         tracker.finish("FINISHED")
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment_name: str,
-        run_name: str,
-        run_folder: Location,
-        params: Mapping[str, Scalar],
-        tags: Mapping[str, str],
-        parent_run_id: str | None = None,
-        say: Callable[[str], None] = print,
-        retry_seconds: tuple[float, float] = (1.0, 30.0),
-        data_set: DataSetInput | None = None,
-    ) -> None:
-        """`retry_seconds`: the first and the longest pause between attempts at a dead server."""
-        require(experiment_name != "", "experiment_name must not be empty")
-        require(
-            0 < retry_seconds[0] <= retry_seconds[1],
-            f"retry_seconds must be 0 < first <= longest, got {retry_seconds}",
-        )
-        self.uri = uri
-        self.experiment_name = experiment_name
-        self.run_name = run_name
-        self.run_folder = run_folder
-        self._say = say
-        self._shipper = Shipper(
-            uri,
-            experiment_name,
-            run_name,
-            run_folder,
-            params,
-            tags,
-            parent_run_id,
-            say,
-            retry_seconds,
-            data_set,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._shipper = Shipper(self)
         self._is_started = False
         # One writer for each start of the driver: a predecessor that is not quite dead yet must
         # not write to the same file.
         self._writer = SpoolWriter(
-            run_folder / SPOOL, f"driver-{int(time.time() * 1000)}-{uuid.uuid4().hex[:6]}"
+            self.run_folder / SPOOL, f"driver-{int(time.time() * 1000)}-{uuid.uuid4().hex[:6]}"
         )
 
     # What the driver calls. Nothing here waits for the server, except wait_for_run and finish.
@@ -113,7 +80,7 @@ class Tracker:
                 with source.open("rb") as file:
                     self._keep(name, file)
         except OSError as error:
-            self._say(f"{source} could not be copied to {target} ({error}): training continues")
+            self.say(f"{source} could not be copied to {target} ({error}): training continues")
             return
         self._writer.event("artifact", path=name)
 
@@ -135,7 +102,7 @@ class Tracker:
         try:
             self._keep(path, data)
         except OSError as error:
-            self._say(f"{path} could not be stored ({error}): training continues")
+            self.say(f"{path} could not be stored ({error}): training continues")
             return
         self._writer.event("artifact", path=path)
 
@@ -177,7 +144,7 @@ class Tracker:
         self._writer.close()
         complete = self._shipper.finish(status, seconds)
         if not complete:
-            self._say(
+            self.say(
                 f"not everything was sent to {self._shipper.shown_uri}: the rest is kept in "
                 f"{self.run_folder / SPOOL} and is sent at the next start of the command"
             )

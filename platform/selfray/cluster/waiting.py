@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 4.0
 
 
 @contextmanager
-def told(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[None]:
+def reporting(wanted: Mapping[str, float], least: int, console: Console) -> Iterator[None]:
     """Inside, report when the nodes have no room for `least` workers with resources `wanted`
     each."""
     ended = threading.Event()

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction
@@ -16,6 +16,12 @@ from selfray.commands.evaluation_text import (
     pictures_of,
     report,
     tags_of,
+)
+from selfray.commands.finetune_flags import (
+    FineTuneFlags,
+    LinearPaperFlags,
+    with_finetuning,
+    with_linear_paper,
 )
 from selfray.commands.flags import (
     DeviceGpusFlag,
@@ -37,19 +43,26 @@ from selfray.storage import Location
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.cluster.finetuning import Labels
     from selfray.console import Console
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal["knn", "linear", "logistic", "retrieval", "low-shot"]
+By = Literal[
+    "knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune", "segmentation"
+]
+Few = Literal["logistic", "finetune"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge frozen encoders on labelled images: accuracies with 95 % intervals, and which
-    differences are significant. Features are computed once and cached in the run's folder.
+    """Judge encoders on labelled images: accuracies with 95 % intervals, and which differences are
+    significant. Features are computed once and cached in the run's folder; `--by finetune` trains
+    the encoder itself, beside the same network from scratch.
     $ selfray evaluate runs/mae-imagenet-1a2b3c4d untrained --data s3://bucket/labelled
     $ selfray evaluate runs/dino-1a2b3c4d timm:resnet50.a1_in1k --by knn logistic --labels 10 50 200
+    $ selfray evaluate runs/mae-imagenet-1a2b3c4d --data labelled/ --by finetune low-shot \\
+        --low-shot-by logistic finetune
     """
 
     interrupted: ClassVar[str] = "computed features are kept; the same command resumes"
@@ -81,7 +94,23 @@ class Evaluate:
             "a fifth of --data is held out",
         ),
     ] = None
-    by: Annotated[tuple[By, ...], flag("Protocols, see `selfray evaluate --help`.", "PROTOCOL")] = (
+    masks: Annotated[
+        str | None,
+        flag(
+            """For `segmentation`: a folder of PNG masks with the names of --data's images; 255 is
+            the object and 0 the rest, or classes are 0, 1, 2, ... and 255 is none.""",
+            "PATH",
+            "none",
+        ),
+    ] = None
+    by: Annotated[
+        tuple[By, ...],
+        flag(
+            """Protocols: knn, linear, logistic, retrieval, low-shot, linear-paper, finetune, or
+            segmentation alone (docs/evaluation.md).""",
+            "PROTOCOL",
+        ),
+    ] = (
         "knn",
         "linear",
         "logistic",
@@ -89,16 +118,18 @@ class Evaluate:
     )
     labels: Annotated[
         tuple[int, ...],
-        flag(
-            "Numbers of labels on a label-efficiency curve of logistic regression.",
-            "N",
-            "no curve",
-        ),
+        flag("Numbers of labels for a label-efficiency curve.", "N", "no curve"),
     ] = ()
+    low_shot_by: Annotated[
+        tuple[Few, ...],
+        flag("What learns from few labels, in `low-shot` and the curve.", "LEARNER"),
+    ] = ("logistic",)
     shares: Annotated[
         tuple[float, ...], flag("Shares of the labels that `low-shot` uses.", "SHARE")
     ] = (0.01, 0.1)
     subsets: Annotated[int, flag("Random subsets of labels at each size.", "N")] = 3
+    finetune: FineTuneFlags = field(default_factory=FineTuneFlags)
+    linear_paper: LinearPaperFlags = field(default_factory=LinearPaperFlags)
     image_size: Annotated[
         int | None,
         flag("Side in pixels that images are resized to.", "PIXELS", "each encoder's own"),
@@ -126,6 +157,10 @@ class Evaluate:
     def run(self, console: "Console") -> int:
         self._check()
         console.live("loading torch and ray")
+        if self.masks is not None:
+            from selfray.commands.segmentation import judge_segmentation
+
+            return judge_segmentation(self, self.masks, console)
         from selfray.cluster import runtime
         from selfray.data.data_sets import needs_build
 
@@ -177,10 +212,19 @@ class Evaluate:
         require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
         require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
         require(
+            len(self.low_shot_by) > 0, "--low-shot-by is empty: give logistic, finetune or both"
+        )
+        require(
             self.test is None or len(self.data) < 2,
             "--test takes one --data: for several, put the test images of each beside its train "
             "images, in a folder named test",
         )
+        if self.masks is not None or "segmentation" in self.by:
+            require(
+                self.masks is not None and self.by == ("segmentation",) and len(self.data) == 1,
+                "--by segmentation is of images with masks, and alone: give --by segmentation, "
+                "--data IMAGES and --masks MASKS",
+            )
         for name in ("train_limit", "test_limit", "image_size"):
             value = getattr(self, name)
             require(
@@ -191,7 +235,12 @@ class Evaluate:
     def _suite(self) -> "Suite":
         from selfray.probes.suite import Suite
 
-        return Suite(shares=self.shares, labels=self.labels, subsets=self.subsets)
+        return Suite(
+            shares=self.shares,
+            labels=self.labels,
+            subsets=self.subsets,
+            logistic_of_few="logistic" in self.low_shot_by,
+        )
 
     def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
         """The data sets that the flags name, by default the first run's training data."""
@@ -233,10 +282,37 @@ class Evaluate:
         if self.pixels:
             subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
         protocols = suite.tasks(self.by)
-        return [
+        results = [
             [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]
             for subject in subjects
         ]
+        which = self._finetuned(suite)
+        if not (which or "linear-paper" in self.by):
+            return results
+        from selfray.cluster.finetuning import Carrying
+
+        settings = self.finetune
+        how = Carrying(settings.workers, settings.precision, devices, self.tracking, console)
+        if "linear-paper" in self.by:
+            alone = replace(how, workers=self.linear_paper.workers)
+            results = with_linear_paper(results, self.linear_paper, alone)
+        return with_finetuning(results, settings, which, how) if which else results
+
+    def _finetuned(self, suite: "Suite") -> "list[Labels]":
+        """With which labels encoders are fine-tuned."""
+        if "finetune" not in (*self.by, *self.low_shot_by):
+            return []
+        from selfray.cluster.finetuning import Labels
+
+        found = []
+        if "finetune" in self.by:
+            found.append(Labels())
+        if "finetune" in self.low_shot_by:
+            few = [*(suite.few() if "low-shot" in self.by else ()), *suite.curve()]
+            found += [
+                Labels(f"{one.key}-finetune", one.share, one.labels, one.subsets) for one in few
+            ]
+        return found
 
     def _track(
         self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"

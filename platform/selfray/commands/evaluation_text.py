@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from selfray.cluster.evaluation import Judged, Labelled
+    from selfray.cluster.evaluation import Judged, Labelled, Subject
     from selfray.experiment import DataConfig
     from selfray.probes.judgement import Judgement
 
@@ -26,34 +26,58 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield from first.notes
         if unreadable := column[0].unreadable:
             yield f"{unreadable:,} images could not be read and are left out"
+        yield from map(sizes, (judged.subject for judged in column if judged.subject.encoder))
         yield ""
         yield from _table(column)
         yield ""
         found = {judged.subject.title: judged.judgements for judged in column}
         yield from verdicts(found, len(first.test))
+        yield from _label_efficiency(column)
         yield ""
     if len(sets) > 1:
         yield from _ranks(results, sets)
         yield ""
-    for judgement in results[0][0].judgements:
-        yield f"{judgement.key}: {judgement.protocol}"
+    yield from _protocols(results)
+
+
+def sizes(subject: "Subject") -> str:
+    """At which size an encoder sees the images, and which one it is for."""
+    assert subject.encoder is not None
+    own = subject.encoder.encoder_config.image_size
+    other = "its own size" if own == subject.size else f"it was trained at {own}"
+    return f"{subject.title}: images at {subject.size} x {subject.size} pixels, {other}"
+
+
+def _protocols(results: "Sequence[Sequence[Judged]]") -> Iterator[str]:
+    """Each protocol with its settings, once; where they differ by encoder, each by its own."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for judged in results:
+        for judgement in judged[0].judgements:
+            titles = found.setdefault(judgement.key, {}).setdefault(judgement.protocol, [])
+            titles.append(judged[0].subject.title)
+    for key, by_protocol in found.items():
+        for protocol, titles in by_protocol.items():
+            whose = f", {', '.join(titles)}" if len(by_protocol) > 1 else ""
+            yield f"{key}{whose}: {protocol}"
 
 
 def _table(column: "Sequence[Judged]") -> Iterator[str]:
-    """A row for each encoder, a column for each protocol."""
+    """A row for each encoder, a column for each protocol that any of them was judged by."""
     from selfray.probes.judgement import is_uneven
 
     uneven = is_uneven(column[0].examined.test)
+    by_key = [{judgement.key: judgement for judgement in j.judgements} for j in column]
+    first_of = {key: found[key] for found in reversed(by_key) for key in found}
+    keys = dict.fromkeys(judgement.key for judged in column for judgement in judged.judgements)
     heads, rows = [], [[] for _ in column]
-    for place, judgement in enumerate(column[0].judgements):
-        of_all = [judged.judgements[place] for judged in column]
-        heads.append(_head(judgement))
-        for row, each in zip(rows, of_all, strict=True):
-            row.append(_shown(each))
-        if uneven and "balanced" in judgement.more:
+    for key in keys:
+        heads.append(_head(first_of[key]))
+        for row, found in zip(rows, by_key, strict=True):
+            row.append(_shown(found[key]) if key in found else "")
+        if uneven and "balanced" in first_of[key].more:
             heads.append("balanced")
-            for row, each in zip(rows, of_all, strict=True):
-                row.append(f"{100 * each.more['balanced']:.1f}")
+            for row, found in zip(rows, by_key, strict=True):
+                row.append(f"{100 * found[key].more['balanced']:.1f}" if key in found else "")
     rows = [[*row, f"{judged.seconds:.1f}"] for row, judged in zip(rows, column, strict=True)]
     heads.append("seconds")
     titles = [judged.subject.title for judged in column]
@@ -64,8 +88,40 @@ def _table(column: "Sequence[Judged]") -> Iterator[str]:
     yield " " * first + "".join(f"  {h:>{w}}" for h, w in zip(heads, widths, strict=True))
     for title, row in zip(titles, rows, strict=True):
         cells = "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
-        yield f"{title:{first}}{cells}"
+        yield f"{title:{first}}{cells}".rstrip()
     yield "in %, with 95 % intervals over test images"
+
+
+def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
+    """Up to how many labels a fine-tuned encoder beats the same network from scratch."""
+    scratch = {j.key: j for judged in column for j in judged.judgements if _is_scratch(judged, j)}
+    for judged in column:
+        gaps = [
+            (judgement.more["labels"], judgement.against(scratch[judgement.key]))
+            for judgement in judged.judgements
+            if judgement.key in scratch
+            and "labels" in judgement.more
+            and not _is_scratch(judged, judgement)
+        ]
+        if not gaps:
+            continue
+        better = [(labels, gap) for labels, gap in sorted(gaps) if gap.low > 0]
+        worse = [labels for labels, gap in gaps if gap.high < 0]
+        if better:
+            labels, gap = better[-1]
+            text = (
+                f"pretraining pays up to {labels:,.0f} labels of those tried, there by "
+                f"{100 * gap.value:.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
+            )
+        else:
+            text = "pretraining gains nothing over training from scratch that these images can show"
+        if worse:
+            text += f"; from scratch is better at {', '.join(f'{n:,.0f}' for n in sorted(worse))}"
+        yield f"{judged.subject.title}, fine-tuned: {text}"
+
+
+def _is_scratch(judged: "Judged", judgement: "Judgement") -> bool:
+    return judgement.key.endswith("-finetune") and "from_scratch True" in judgement.protocol
 
 
 def _head(judgement: "Judgement") -> str:
@@ -194,13 +250,16 @@ def label_curves(column: "Sequence[Judged]") -> "dict[str, Image]":
 
     curves = {}
     for judged in column:
-        points = [
-            (judgement.more["labels"], *judgement.interval)
-            for judgement in judged.judgements
-            if "labels" in judgement.more
-        ]
-        if len(points) > 1:
-            curves[judged.subject.title] = points
+        by_learner: dict[str, list[tuple[float, ...]]] = {}
+        for judgement in judged.judgements:
+            if "labels" in judgement.more:
+                learner = "fine-tuned" if judgement.key.endswith("-finetune") else "logistic"
+                point = (judgement.more["labels"], *judgement.interval)
+                by_learner.setdefault(learner, []).append(point)
+        for learner, points in by_learner.items():
+            title = f"{judged.subject.title}, {learner}"
+            if len(points) > 1:
+                curves[judged.subject.title if len(by_learner) == 1 else title] = points
     if not curves:
         return {}
     title = f"Accuracy by the number of labels, {column[0].data.name}"

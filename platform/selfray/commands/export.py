@@ -34,21 +34,30 @@ class Export:
 
     checkpoint: CheckpointArgument
     to: Annotated[
-        Literal["timm", "huggingface", "onnx"],
+        Literal["timm", "huggingface", "onnx", "mlflow"],
         flag(
             """Target: timm (a folder with timm's config.json and safetensors, which plain PyTorch
             loads as well), huggingface (the same with a model card, for transformers and the hub),
-            or onnx (one file with a dynamic batch size)."""
+            onnx (one file with a dynamic batch size), or mlflow (a logged model of the run)."""
         ),
     ]
     output: Annotated[
         str | None,
         flag("Local folder to write, or file for onnx.", "PATH", "RUN-STEP in this folder"),
     ] = None
+    register: Annotated[
+        str | None, flag("With mlflow: a registered model that gets a new version.", "NAME")
+    ] = None
     force: Annotated[bool, flag("Overwrite existing files.", default="")] = False
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
+        require(
+            self.register is None or self.to == "mlflow",
+            "--register needs --to mlflow: only MLflow has a registry",
+        )
+        if self.to == "mlflow":
+            return self._to_mlflow(console)
         require(
             self.output is None or "://" not in self.output,
             f"--output must be local, got {self.output}: copy it afterwards",
@@ -91,6 +100,17 @@ class Export:
             f"divided by {plain(std)}"
         )
         return 0
+
+    def _to_mlflow(self, console: "Console") -> int:
+        require(self.output is None, "--output is not for --to mlflow, which keeps its own files")
+        console.live("loading torch and mlflow")
+        from selfray.cluster.logged_model import log_encoder
+        from selfray.commands.script import FAILED
+
+        run = run_folder(open_checkpoint(self.checkpoint, self.tracking, console))
+        require(run is not None, f"{self.checkpoint} lies outside a run's folder: give a run")
+        assert run is not None
+        return 0 if log_encoder(run, console, self.tracking, self.register) else FAILED
 
 
 def _best_of(newest: "Checkpoint", reference: str, console: "Console") -> "Checkpoint":

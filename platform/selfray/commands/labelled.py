@@ -1,4 +1,4 @@
-"""Opens the labelled images that a command's flags name, checks them, and judges encoders on them."""
+"""Opens and checks the labelled images that flags name, and judges encoders on them."""
 
 import posixpath
 import re

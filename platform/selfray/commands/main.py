@@ -64,7 +64,7 @@ COMMANDS: dict[str, Any] = {
     "check-method": CheckMethod,
     "doctor": Doctor,
 }
-PRETRAIN_IN_SHORT = """Pretrain an encoder by a recipe, a file or both.
+PRETRAIN_IN_SHORT = """Pretrain an encoder with a recipe, a file or both.
 $ selfray pretrain mae-imagenet --data.path scans/"""
 TOKENIZER_IN_SHORT = """Train the tokenizer whose tokens BEiT predicts.
 $ selfray tokenizer tokenizer-imagenet --data.path scans/"""

@@ -10,7 +10,7 @@ from selfray.recipes import every
 if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment
 
-PRETRAIN = """Pretrain an encoder by a recipe; every field of the recipe is a flag.
+PRETRAIN = """Pretrain an encoder with a recipe; every field of the recipe is a flag.
 
   $ selfray pretrain mae-imagenet --data.path s3://bucket/scans --workers 8
   $ selfray pretrain simclr-cifar10 --data.path cifar10/ --method.temperature 0.5

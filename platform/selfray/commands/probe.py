@@ -177,14 +177,13 @@ def _quick(
     judged = evaluated(subject, data, protocols, console, devices, Contents(of_crop=True))
     for note in judged.examined.notes:
         console.say(note)
-    knn, linear = (judgement.interval.value for judgement in judged.judgements)
-    return ProbeResult(
-        knn,
-        linear,
+    accuracies = (judgement.interval.value for judgement in judged.judgements)
+    return ProbeResult.of(
+        {**dict(zip(protocols, accuracies, strict=True)), **evaluation.label_free(judged)},
         len(judged.examined.train),
         len(judged.examined.test),
         {**{key: str(p) for key, p in protocols.items()}, "labelfree": str(LabelFree())},
-        **evaluation.label_free(judged),  # type: ignore[arg-type]
+        {},
     )
 
 

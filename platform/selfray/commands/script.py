@@ -21,6 +21,7 @@ from selfray.commands.start_flags import with_encoder_of_start
 from selfray.commands.words import nearest
 from selfray.console import Console, LogFormatter, printable, quiet_console
 from selfray.recipes import NAMES, every
+from selfray.storage import Location
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from selfray.cluster.launch import RunResult
@@ -162,6 +163,10 @@ def _launch(
     console.live("starting Ray")
     with ray.session(console.say):
         result = launch(experiment, console, started=started)
+    if experiment.log_model and then is None and result.stopped is None:
+        from selfray.cluster.logged_model import log_encoder
+
+        log_encoder(Location.of(result.folder), console)
     if then is not None:
         then(experiment, result, console)
     return 0

@@ -1,17 +1,19 @@
 """The flags that all sweeps share, and how a sweep is run from them."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from selfray import config
 from selfray.check import require
 from selfray.cluster import runtime
 from selfray.commands.early import check_path
+from selfray.commands.flags import flag
 from selfray.commands.script import log_folder, with_console
 from selfray.commands.words import nearest
 from selfray.console import Console
 from selfray.metrics import ProbeName
 from selfray.recipes import NAMES
+from selfray.sweeps.searches import SEARCHES, SearchName
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from selfray.experiment import Experiment
@@ -20,6 +22,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 SHORT_EPOCHS = 20
 """Default epochs of each run of a sweep over the embedded digits; the sweep then takes minutes."""
+
+
+_SEARCHES = "; ".join(f"{name}: {search.summary}" for name, search in SEARCHES.items())
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,7 @@ class SweepFlags:
     chance."""
     probes: int = 4
     """Checkpoints of each run; each of them is probed while the run trains."""
-    search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """How values are chosen. grid: all given values. random: random draws from the given values or
-    between two bounds. optuna: draws near values that did well so far (Optuna's TPE). population:
-    concurrent runs, of which the worse copy the better and vary the value (population-based
-    training, for schedules)."""
+    search: Annotated[SearchName, flag(f"How values are chosen. {_SEARCHES}.")] = "grid"
     samples: int = 8
     """Number of values that a search draws, or of members of a population."""
     rank_by: ProbeName | None = None
@@ -131,7 +132,7 @@ class SweepFlags:
             self.seeds,
             self.search,
             self.samples,
-            self.probes if self.search == "population" else 4,
+            self.probes if SEARCHES[self.search].is_population else 4,
             halving if self.stop_worse else None,
         )
 

@@ -305,7 +305,7 @@ class _Opener:
         if listing.quarantined:
             first = listing.quarantined[0]
             self.say(
-                f"passed over: {first.file} ({first.message})"
+                f"skipped: {first.file} ({first.message})"
                 + (f" and {len(listing.quarantined) - 1:,} more" if listing.quarantined[1:] else "")
             )
         train, unlabeled, test = [], [], []
@@ -390,8 +390,8 @@ def as_started(shards: ShardSet, run: Location, say: Callable[[str], None]) -> S
         )
     if new:
         say(
-            f"{len(new)} shard{'s' if len(new) > 1 else ''} came after this run started, the first "
-            f"is {new[0]}: the run continues without"
+            f"{len(new)} shard{'s were' if len(new) > 1 else ' was'} added after this run started, "
+            f"the first is {new[0]}: the run continues without"
         )
     files = tuple(
         found.get(name) or ShardFile(_outer(name, shards), tuple(rows))

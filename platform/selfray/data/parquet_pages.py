@@ -61,7 +61,7 @@ def value_places(
             end = chunk.data_page_offset + chunk.total_compressed_size
             read = _inside(read, chunk.data_page_offset, end)
             if at_once:
-                read = _ahead(read, chunk.data_page_offset, end)
+                read = _buffered(read, chunk.data_page_offset, end)
             try:
                 has_levels = kind.max_definition_level > 0
                 return _in_pages(
@@ -72,12 +72,12 @@ def value_places(
     return None
 
 
-class _NotPlain(Exception):  # noqa: N818 - not an error: such a column is read as a whole
+class _UnsupportedPage(Exception):  # noqa: N818 - not an error: such a column is read as a whole
     """Raised for a page of a kind that this module does not read."""
 
 
 _DAMAGE = (
-    *(_NotPlain, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    *(_UnsupportedPage, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
     *(RecursionError, struct.error),
 )
 """Exceptions that reading damaged page headers can raise."""
@@ -88,7 +88,7 @@ def _inside(read: Read, start: int, end: int) -> Read:
 
     def checked(at: int, length: int) -> bytes:
         if length < 0 or at < start or at + length > end:
-            raise _NotPlain
+            raise _UnsupportedPage
         return read(at, length)
 
     return checked
@@ -102,21 +102,21 @@ def _in_pages(
         header, length = _page_header(read, start, end)
         page = header.get(_DATA_PAGE_HEADER, {})
         if header.get(_TYPE) != _DATA_PAGE or page.get(_ENCODING) != _PLAIN:
-            raise _NotPlain
+            raise _UnsupportedPage
         if _CHECKSUM in header and not checked:
-            raise _NotPlain
+            raise _UnsupportedPage
         first, start = start + length, start + length + header[_PAGE_BYTES]
         if not first <= start <= end:
-            raise _NotPlain
+            raise _UnsupportedPage
         if has_levels:
             if page.get(_LEVEL_ENCODING) != _RLE:
-                raise _NotPlain
+                raise _UnsupportedPage
             # The levels need not be decoded: nulls take no bytes, so the values of a page with
             # nulls do not end at its end, and the check in _in_values fails.
             first += 4 + struct.unpack("<I", read(first, 4))[0]
         places += _in_values(read, first, start, page[_VALUES])
     if len(places) != count:
-        raise _NotPlain
+        raise _UnsupportedPage
     return np.array(places, np.int64)
 
 
@@ -131,18 +131,18 @@ def _page_header(read: Read, start: int, end: int) -> tuple[dict[int, Any], int]
 
 def _in_values(read: Read, first: int, end: int, count: int) -> list[tuple[int, int]]:
     if end - first < count * _SMALL_VALUES:
-        read = _ahead(read, first, end)
+        read = _buffered(read, first, end)
     places, position = [], first
     for _ in range(count):
         length = struct.unpack("<I", read(position, 4))[0]
         places.append((position + 4, length))
         position += 4 + length
     if position != end:
-        raise _NotPlain
+        raise _UnsupportedPage
     return places
 
 
-def _ahead(read: Read, start: int, end: int) -> Read:
+def _buffered(read: Read, start: int, end: int) -> Read:
     data = read(start, end - start)
     return lambda at, length: data[at - start : at - start + length]
 
@@ -174,7 +174,7 @@ def _value(data: bytes, position: int, kind: int) -> tuple[Any, int]:
         return data[position : position + length], position + length
     if kind == 12:
         return _structure(data, position)
-    raise _NotPlain
+    raise _UnsupportedPage
 
 
 def _signed(data: bytes, position: int) -> tuple[int, int]:

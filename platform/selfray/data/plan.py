@@ -100,9 +100,10 @@ class ReadPlan:
         """The rank of each view within its global batch, in [0, 1): positions int64 [n] -> float64
         [n, views]. Each of a batch's B * views equal parts of [0, 1) contains one, in random order.
         """
-        standing = [_standing(self, int(step), views) for step in positions // self.batch_size]
+        steps = positions // self.batch_size
+        drawn = [_step_quantiles(self, int(step), views) for step in steps]
         offsets = positions % self.batch_size
-        return np.stack([s[o] for s, o in zip(standing, offsets, strict=True)])
+        return np.stack([s[o] for s, o in zip(drawn, offsets, strict=True)])
 
     def _windows_over(self, epoch: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The windows over an epoch's positions [start, end), each with the slice inside it."""
@@ -143,7 +144,7 @@ def _window(plan: ReadPlan, epoch: int, window: int) -> tuple[np.ndarray, np.nda
 
 
 @lru_cache(maxsize=4)
-def _standing(plan: ReadPlan, step: int, views: int) -> np.ndarray:
+def _step_quantiles(plan: ReadPlan, step: int, views: int) -> np.ndarray:
     """The quantiles of all views of a step's global batch: float [B, views]."""
     rng = np.random.default_rng((plan.seed, step, views, QUANTILES))
     count = plan.batch_size * views

@@ -165,7 +165,7 @@ class RowGroupCache:
         if is_full and self._is_plain.get((file.uri, shards.image_column), True):
             places = self._find(shards, file, group)
             if places is not None:
-                self._keep_places(key, places)
+                self._store_places(key, places)
                 return places
         table = self._read(file, group, *key[2])
         with self._lock:
@@ -176,7 +176,7 @@ class RowGroupCache:
                 self._bytes -= self._tables.popitem(last=False)[1].table.nbytes
         return table
 
-    def _keep_places(self, key: "_Key", places: _Places) -> None:
+    def _store_places(self, key: "_Key", places: _Places) -> None:
         with self._lock:
             known = self._places.pop(key, None)
             self._placed += len(places.labels) - (0 if known is None else len(known.labels))
@@ -269,7 +269,7 @@ class RowGroupCache:
             opened = _opened(location)
         rows = [opened.footer.row_group(i).num_rows for i in range(opened.footer.num_row_groups)]
         if rows != list(file.group_rows):
-            raise pa.ArrowInvalid("its row groups are not those of the start")
+            raise pa.ArrowInvalid("its row groups have changed since the start")
         return opened
 
     @staticmethod

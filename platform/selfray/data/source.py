@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from selfray.data.columns import NO_LABEL
 from selfray.data.plan import ReadPlan, Share
 from selfray.data.reader import ShardSet, read_chosen, read_rows
 from selfray.pixels.augment import Augmented, allocate, augment_batch, evaluation_view
@@ -48,10 +49,10 @@ class Source:
 
         Returns:
             Each group of views as uint8 [count, V, C, H, W] and its masks as bool [count, V, N];
-            `position` int64, `label` int64 (-1 for none), `broken` bool and `reason` str, all
-            [count]. A broken image is replaced by a neighbour, so that counts follow the plan; its
-            `reason` is "FILE row 7: truncated: ...", or the same "FILE: ..." for all rows of an
-            unreadable shard. It is empty for readable images.
+            `position` int64, `label` int64 (-1 for none, and for broken images), `broken` bool and
+            `reason` str, all [count]. A broken image is replaced by a neighbour, so that counts
+            follow the plan; its `reason` is "FILE row 7: truncated: ...", or the same "FILE: ..."
+            for all rows of an unreadable shard. It is empty for readable images.
         """
         chosen = self.plan.read(start, count)
         read = read_chosen(self.shards, chosen.groups, chosen.rows)
@@ -77,7 +78,9 @@ class Source:
             shard = read.unreadable.get(row)
             name = self.name_of(int(chosen.positions[row]))
             reasons[row] = f"{name}: {reason}" if shard is None else str(shard)
-        return arrays | {POSITION: chosen.positions, LABEL: read.labels, REASON: reasons}
+        # What stands in for a broken image has another label, which nobody here knows.
+        labels = np.where(arrays[BROKEN], NO_LABEL, read.labels)
+        return arrays | {POSITION: chosen.positions, LABEL: labels, REASON: reasons}
 
     def _augment(
         self,

@@ -21,6 +21,7 @@ from selfray.method import (
     MethodConfig,
     fitted,
     follow,
+    of_both_views,
     teacher_of,
 )
 from selfray.models import initial
@@ -80,23 +81,18 @@ class BYOL(ComparingMethod):
         self.target_encoder = teacher_of(self.encoder)
         self.target_projector = teacher_of(self.projector)
 
-    # One view after the other: batch norm must not mix the two views' statistics.
-
     def embed(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
-        return {"first": self.encoder(first).cls, "second": self.encoder(second).cls}  # [b, D]
+        return of_both_views(self.encoder, batch, ("first", "second"))
 
     def targets(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)
-        encoder = self.target_encoder
-        return {"second": encoder(second).cls, "first": encoder(first).cls}  # [b, D]
+        return of_both_views(self.target_encoder, batch, ("second", "first"))
 
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        aim = self._aim(targets["second"])  # [b, P]
+        aim = self._target(targets["second"])  # [b, P]
         loss = regression_to_target(self._predict(embedded["first"]), aim)
-        other = self._aim(targets["first"])
+        other = self._target(targets["first"])
         loss = loss + regression_to_target(self._predict(embedded["second"]), other)
         # Collapse shows only in projections: batch norms keep the encoder's features apart.
         return loss, {"projection_std": deviation(aim)}
@@ -105,7 +101,7 @@ class BYOL(ComparingMethod):
         return self.predictor(self.projector(features))  # [b, D] -> [b, P]
 
     @torch.no_grad()
-    def _aim(self, features: Tensor) -> Tensor:
+    def _target(self, features: Tensor) -> Tensor:
         return self.target_projector(features)  # [b, D] -> [b, P]
 
     def after_step(self, progress: Progress) -> None:

@@ -180,7 +180,7 @@ class DINOv2(ComparingMethod):
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher, teacher_patches = self._teach(targets, progress)  # [b, 2, K], [M, K']
+        teacher, teacher_patches = self._teacher_targets(targets, progress)  # [b, 2, K], [M, K']
         crops = [embedded[name] for name in ("global", "local") if name in embedded]
         logits = torch.cat([_each(self.student_head, cls) for cls in crops], dim=1)  # [b, S, K]
         temperature = self.config.student_temperature
@@ -210,7 +210,7 @@ class DINOv2(ComparingMethod):
         }
 
     @torch.no_grad()
-    def _teach(self, targets: Embedded, progress: Progress) -> tuple[Tensor, Tensor]:
+    def _teacher_targets(self, targets: Embedded, progress: Progress) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities for the crops [b, 2, K] and for the patches that are hidden
         from the student [M, K']."""
         logits = _each(self.teacher_head, targets["global"])  # [b, 2, K]

@@ -22,6 +22,7 @@ from selfray.method import (
     MethodConfig,
     fitted,
     follow,
+    of_both_views,
     teacher_of,
 )
 from selfray.models import initial
@@ -90,13 +91,10 @@ class MoCoV3(ComparingMethod):
         self.momentum_projector = teacher_of(self.projector)
 
     def embed(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)  # [b, 3, H, W] each
-        return {"first": self.encoder(first).cls, "second": self.encoder(second).cls}  # [b, D]
+        return of_both_views(self.encoder, batch, ("first", "second"))
 
     def targets(self, batch: Batch, progress: Progress) -> Embedded:
-        first, second = batch["global"].unbind(1)
-        encoder = self.momentum_encoder
-        return {"second": encoder(second).cls, "first": encoder(first).cls}  # [b, D]
+        return of_both_views(self.momentum_encoder, batch, ("second", "first"))
 
     def compare(
         self, embedded: Embedded, targets: Embedded, progress: Progress

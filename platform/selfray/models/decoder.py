@@ -1,7 +1,6 @@
 """Patches of pixels, and the small transformer that predicts them (MAE, tokenizers)."""
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfray.models.vit import sincos_positions
@@ -22,6 +21,8 @@ class PatchDecoder(nn.Module):
         channels: int = 3,
     ) -> None:
         super().__init__()
+        from timm.models.vision_transformer import Block  # seconds
+
         self.embed = nn.Linear(inputs, width)
         blocks = [Block(width, heads, qkv_bias=True) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)

@@ -1,20 +1,17 @@
 """EncoderConfig and Encoder: a timm backbone whose output is always Features."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import timm
 import torch
-from timm.layers import GroupNorm, SwiGLU
 from torch import Tensor, nn
 
 from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
-from selfray.models import resnet, vit
+from selfray.models import names, resnet, vit
 from selfray.views import MOST_CHANNELS
 
 
@@ -83,8 +80,8 @@ class EncoderConfig:
     """Channels of the images; must equal data.channels."""
 
     def __post_init__(self) -> None:
-        if not timm.is_model(self.name):
-            close = difflib.get_close_matches(self.name, timm.list_models(), n=3)
+        if not names.is_model(self.name):
+            close = names.similar(self.name)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"encoder.name {self.name!r} is not a timm model{hint}")
         require(self.image_size > 0, f"encoder.image_size must be positive, got {self.image_size}")
@@ -207,7 +204,7 @@ class EncoderConfig:
             "drop_path_rate": self.drop_path or None,
             "init_values": self.layer_scale,
             "num_reg_tokens" if self.is_rotary else "reg_tokens": self.registers or None,
-            "norm_layer": GroupNorm if self.norm == "group" else None,
+            "norm_layer": _layer("GroupNorm") if self.norm == "group" else None,
             "in_chans": self.in_channels if self.in_channels != 3 else None,
         }
         if self.is_beit:
@@ -218,7 +215,7 @@ class EncoderConfig:
             options["global_pool"] = "token"
         if self.swiglu:
             flag = self.is_beit or self.is_rotary
-            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": SwiGLU}
+            kind = {"swiglu_mlp": True} if flag else {"mlp_layer": _layer("SwiGLU")}
             options |= {"mlp_ratio": self._gated_ratio, **kind}
             options |= {} if flag else {"act_layer": "silu"}
         return options | {key: value for key, value in named.items() if value is not None}
@@ -240,8 +237,7 @@ class EncoderConfig:
 @lru_cache
 def _is_rotary(name: str) -> bool:
     # Names eva_* are models of the first EVA, which has learned positions only.
-    built_by = timm.model_entrypoint(name).__module__
-    return built_by == "timm.models.eva" and not name.startswith("eva_")
+    return names.built_by(name) == "timm.models.eva" and not name.startswith("eva_")
 
 
 def positions_of(name: str) -> tuple[Position, ...]:
@@ -254,8 +250,16 @@ def positions_of(name: str) -> tuple[Position, ...]:
 @lru_cache
 def _width_of(name: str) -> int:
     """A timm model's own embedding dimension."""
+    import timm
+
     with torch.device("meta"):
         return cast(int, timm.create_model(name).num_features)
+
+
+def _layer(name: str) -> Any:
+    from timm import layers
+
+    return getattr(layers, name)
 
 
 def _largest_divisor(size: int, most: int) -> int:
@@ -267,6 +271,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        import timm  # takes seconds, and most processes that read a config build no encoder
+
         self.config = config
         try:
             # A ViT takes crops of several sizes: its positions are interpolated for each.
@@ -279,7 +285,7 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder {config.name} does not take the option {what}") from None
         except AssertionError as error:  # how timm refuses some combinations of arguments
             raise ValueError(f"encoder.name {config.name} cannot be built: {error}") from None
-        if config.is_vit and not isinstance(self.backbone, vit.KNOWN):
+        if config.is_vit and not isinstance(self.backbone, vit.kinds()):
             raise ValueError(
                 f"encoder.name {config.name} is a {type(self.backbone).__name__}, a kind of ViT "
                 "that selfray does not support: give a vit_*, deit_* or beit_* model with learned "

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from selfray.models import resnet
@@ -64,10 +63,6 @@ class Fitted:
             f"{_some(blind or self.missing)}): {better}, or accept less with --init-share 0"
         )
 
-    def put_into(self, encoder: Encoder) -> None:
-        own = encoder.backbone.state_dict()
-        encoder.backbone.load_state_dict(own | self.tensors)
-
     @property
     def described(self) -> list[str]:
         """Lines for the console: which tensors were taken, which were not, and the licence."""
@@ -122,11 +117,11 @@ def fit(weights: PublicWeights, encoder: Encoder) -> Fitted:
         tuple(changes),
         sum(t.numel() for t in taken.values()) / size,
         size,
-        _heads(weights, backbone),
+        _head_counts(weights, backbone),
     )
 
 
-def _heads(weights: PublicWeights, backbone: Any) -> tuple[int, int]:
+def _head_counts(weights: PublicWeights, backbone: Any) -> tuple[int, int]:
     blocks = getattr(backbone, "blocks", None)
     ours = blocks[0].attn.num_heads if blocks is not None and hasattr(blocks[0], "attn") else 0
     return int(weights.named.facts.get("heads", ours)), ours
@@ -180,6 +175,8 @@ def _patches(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
     changes = _other_channels(name, theirs, own)
     old, new = theirs[name].shape[-1], own[name].shape[-1]
     if old != new:
+        from timm.layers import resample_patch_embed
+
         theirs[name] = resample_patch_embed(theirs[name], [new, new])
         changes.append(f"patch embedding of {old} pixels resampled to {new} pixels")
     return changes
@@ -211,6 +208,8 @@ def _positions(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
     old, new = math.isqrt(grid.shape[1]), math.isqrt(wanted.shape[1] - ours)
     changes = []
     if old != new:
+        from timm.layers import resample_abs_pos_embed
+
         grid = resample_abs_pos_embed(grid, [new, new], [old, old], num_prefix_tokens=0)
         changes.append(f"positions of {old} x {old} patches interpolated to {new} x {new}")
     if ours == 0 and prefix:
@@ -234,6 +233,8 @@ def _prefix_of(length: int, theirs: Tensors) -> int:
 def _position_biases(theirs: Tensors, own: Tensors, backbone: Any) -> list[str]:
     """Adapt relative positions to the encoder's grid; copy a shared table to each block if
     needed."""
+    from timm.layers import resize_rel_pos_bias_table
+
     shared = "rel_pos_bias.relative_position_bias_table"
     each = [n for n in own if n.endswith(".attn.relative_position_bias_table")]
     if shared in theirs and each:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from torch import Tensor
 
@@ -177,6 +176,8 @@ def verify(folder: Path, encoder: Encoder) -> str:
             f"timm computes different features for {encoder.config.name}: please report it"
         )
     name = f"local-dir:{folder}"
+    import timm
+
     with_head = timm.create_model(name, pretrained=True, num_classes=10)
     own, headed = model.state_dict(), with_head.state_dict()
     wrong = [k for k in own if k not in headed or not torch.equal(own[k], headed[k])]

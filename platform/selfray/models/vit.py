@@ -1,20 +1,36 @@
 """ViT-like timm backbones: tokens, masked encoding, fixed sine-cosine positions."""
 
 import math
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, resample_abs_pos_embed, resize_rel_pos_bias_table
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KNOWN = (VisionTransformer, Beit, Eva)
-"""The timm classes that `encode` supports."""
+if TYPE_CHECKING:  # timm takes seconds to import
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+
+@lru_cache
+def kinds() -> "tuple[type[VisionTransformer], type[Beit], type[Eva]]":
+    """The timm classes that `encode` supports: VisionTransformer, Beit and Eva."""
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer, Beit, Eva
+
+
+@lru_cache
+def block_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of the blocks of ViTs and BEiT's encoders."""
+    from timm.models import beit, vision_transformer
+
+    return vision_transformer.Block, beit.Block
 
 
 def encode(
@@ -31,15 +47,16 @@ def encode(
     makes MAE fast. Embeddings of patches in `mask`, bool [B, N], are replaced by `mask_token` [D]
     before positions are added. With `recompute`, the backward pass computes each block again.
     """
+    _, beit, eva = kinds()
     embedded = backbone.patch_embed(images)  # [B, N, D], or [B, h, w, D]
     if mask is not None:
         assert mask_token is not None
         hidden = mask.view(*embedded.shape[:-1], 1)
         embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
-    if isinstance(backbone, Beit):
+    if isinstance(backbone, beit):
         assert visible is None, "a relative position bias needs all patches"
         tokens = _beit_blocks(backbone, embedded, recompute)
-    elif isinstance(backbone, Eva):
+    elif isinstance(backbone, eva):
         tokens = _rotary_blocks(backbone, embedded, visible, recompute)
     else:
         tokens = _vit_blocks(backbone, embedded, visible, recompute)
@@ -51,7 +68,7 @@ def _vit_blocks(backbone: Any, embedded: Tensor, visible: Tensor | None, recompu
     tokens = _with_positions(backbone, embedded)  # [B, P + N, D]
     tokens = backbone.norm_pre(_seen(tokens, visible, backbone.num_prefix_tokens))
     for block in backbone.blocks:
-        tokens = _through(block, recompute, tokens)
+        tokens = _run_block(block, recompute, tokens)
     return backbone.norm(tokens)
 
 
@@ -75,7 +92,7 @@ def _rotary_blocks(
     for number, block in enumerate(backbone.blocks):
         mixed = backbone.rope_mixed and angles is not None  # each block has its own angles
         rope = angles[number] if mixed and angles is not None else angles
-        tokens = _through(block, recompute, tokens, rope=rope)
+        tokens = _run_block(block, recompute, tokens, rope=rope)
     return backbone.norm(tokens)
 
 
@@ -116,7 +133,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...]) -> Tensor:
     return resized
 
 
-def _through(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
+def _run_block(block: Any, recompute: bool, tokens: Tensor, **named: Tensor | None) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(partial(block, **named), tokens, use_reentrant=False)
     return block(tokens, **named)
@@ -127,12 +144,14 @@ def _beit_blocks(backbone: Any, embedded: Tensor, recompute: bool) -> Tensor:
     tokens = backbone.pos_drop(torch.cat([cls, embedded], dim=1))  # [B, 1 + N, D]
     bias = None if backbone.rel_pos_bias is None else backbone.rel_pos_bias()
     for block in backbone.blocks:
-        tokens = _through(block, recompute, tokens, shared_rel_pos_bias=bias)
+        tokens = _run_block(block, recompute, tokens, shared_rel_pos_bias=bias)
     return backbone.norm(tokens)
 
 
 def skip_blocks_alike(backbone: Any, probability: float) -> None:
     """Set the same stochastic-depth probability in all blocks; timm's grows with depth."""
+    from timm.layers import DropPath
+
     for block in backbone.blocks:
         block.drop_path1 = DropPath(probability)
         block.drop_path2 = DropPath(probability)
@@ -191,6 +210,8 @@ def fit_positions(
         own: the state dict of the method that will load them.
         backbone: its ViT.
     """
+    from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     fitted = dict(weights)
     for name in weights.keys() & own.keys():

@@ -16,12 +16,11 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import timm
 import torch
 from safetensors import SafetensorError
 
 from selfray import config
-from selfray.models import layouts
+from selfray.models import layouts, names
 from selfray.models.encoder import EncoderConfig, positions_of
 from selfray.models.layouts import Named, Tensors
 from selfray.storage import Location, one_line
@@ -50,6 +49,8 @@ def licence_in_timm(reference: str) -> str | None:
 
 def _settings(reference: str) -> Any:
     """timm's settings of its pretrained weights; None if it has none of that name."""
+    import timm
+
     try:
         return timm.get_pretrained_cfg(reference.removeprefix(TIMM), allow_unregistered=False)
     except RuntimeError:
@@ -107,7 +108,7 @@ def read(reference: str) -> PublicWeights:
     else:
         content = _pickled(data, reference)
     found = layouts.named(content, reference)
-    name, known = _told(metadata) or (None, {})
+    name, known = _recorded_encoder(metadata) or (None, {})
     if name is None:
         name, known = architecture(found)
         known = {**known, **found.facts}
@@ -115,9 +116,11 @@ def read(reference: str) -> PublicWeights:
 
 
 def _from_timm(reference: str) -> PublicWeights:
+    import timm
+
     full = reference.removeprefix(TIMM)
     name = full.partition(".")[0]
-    if not timm.is_model(name):
+    if not names.is_model(name):
         EncoderConfig(name)  # raises, with similar names
     settings = _settings(reference)
     if settings is None or not settings.has_weights:
@@ -188,13 +191,13 @@ _OPTIONS = {
 }
 
 
-def _told(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+def _recorded_encoder(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """(name, fields) of the encoder recorded by `selfray export`; None for other files."""
     if "encoder_config" in metadata:
-        told: EncoderConfig = config.loads(metadata["encoder_config"])
+        recorded: EncoderConfig = config.loads(metadata["encoder_config"])
         kept = ("name", "image_size", "drop_path", "drop_path_uniform")
-        return told.name, {
-            f.name: getattr(told, f.name) for f in fields(told) if f.name not in kept
+        return recorded.name, {
+            f.name: getattr(recorded, f.name) for f in fields(recorded) if f.name not in kept
         }
     if "selfray_version" not in metadata or "options" not in metadata:
         return None
@@ -252,9 +255,9 @@ def architecture(found: Named) -> tuple[str | None, dict[str, Any]]:
                 name = None
             case _:
                 name = f"vit_{size}_patch{patch}_224"
-                if not timm.is_model(name):
+                if not names.is_model(name):
                     return f"vit_{size}_patch16_224", {"patch_size": patch}
-    return (name if name is not None and timm.is_model(name) else None), {}
+    return (name if name is not None and names.is_model(name) else None), {}
 
 
 def _blocks_of_stages(tensors: Tensors) -> tuple[int, ...]:
@@ -272,7 +275,7 @@ def encoder_of(reference: str, given: EncoderConfig | None = None) -> EncoderCon
     if reference.startswith(TIMM):  # the name is enough; nothing is fetched
         name = reference.removeprefix(TIMM).partition(".")[0]
         position = "relative_each" if "beit" in name else None
-        if not timm.is_model(name):
+        if not names.is_model(name):
             EncoderConfig(name)
         known: dict[str, Any] = {"position": position or positions_of(name)[0]}
         return _like(PublicWeights(reference, Named("timm's", {}), name, known, None), given)

@@ -30,6 +30,7 @@ from selfray.pixels.parameters import (
     gains_of,
     specs_of,
 )
+from selfray.pixels.rand_augment import rand_augment
 from selfray.pixels.resize import padded_length
 from selfray.pixels.workspace import Workspace
 from selfray.views import (
@@ -315,6 +316,7 @@ def augment_batch(
             drawn, more = uniform[row, :first].reshape(count, DRAWS), uniform[row, first:]
             more = more.reshape(count, -1) if further else None
             _draw_image(data, views, drawn, more, rows, photometric)
+            rand_augment(rows, views, seed, epoch, keys[row])
         except BrokenImage as error:
             broken[row] = True
             reasons[row] = str(error)

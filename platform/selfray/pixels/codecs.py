@@ -187,7 +187,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, channels: int = RGB) -> np
     The image is turned upright by its EXIF orientation; of an animation, the first frame is
     decoded. Transparency is composited on white, and 16-bit values are scaled to 8. Raises
     BrokenImage, for a declared size above max_pixels before any pixel is allocated. (Pillow refuses
-    more than about 179 million pixels in the formats that it reads, whatever max_pixels says.)
+    more than about 179 million pixels in the formats that it reads, even if max_pixels is higher.)
     """
     return _decode(data, max_pixels, channels)[0]
 

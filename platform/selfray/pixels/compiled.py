@@ -39,7 +39,7 @@ SOURCES = (
     "compose.py",
     "jpeg.py",
 )
-"""The files whose functions are compiled into one another: a change of any compiles all anew."""
+"""Files whose functions call one another's kernels: a change of one recompiles those of all."""
 ROOM = 32 << 20
 """Free bytes that a cache folder's disk must have; all kernels take 3.5 MB."""
 
@@ -104,8 +104,9 @@ class _Cache(FunctionCache):
 def cache_folder() -> Path | None:
     """The first of these folders that can be used, or None.
 
-    NUMBA_CACHE_DIR if it is set, then what `caches.choices` names. numba unpickles what lies there:
-    never one in which somebody else may have put anything.
+    The candidates are those of `caches.choices`, NUMBA_CACHE_DIR first if it is set. numba
+    unpickles the files in it, which runs code, so a folder that other users can write to is never
+    used.
     """
     name = f"kernels-{digest()}"
     for folder in (choice / name for choice in caches.choices(config.CACHE_DIR)):

@@ -232,7 +232,7 @@ def _read_components(frame, scan, components, quantisation, long):
         if quantisation[table, 0] == 0 or long[dc, 0] == 0 or long[ac, 0] == 0:
             return 0
         part = components[place]
-        # A scan of one component has its blocks one after the other, whatever the header says.
+        # In a scan of one component the blocks are in sequence; the header's sampling is ignored.
         part[_ACROSS], part[_DOWN] = (sampling >> 4, sampling & 15) if count > 1 else (1, 1)
         part[_QUANTISATION], part[_DC], part[_AC] = table, dc, ac
         blocks += part[_ACROSS] * part[_DOWN]
@@ -292,7 +292,7 @@ def _read_codes(source, start, end, short, long):
                         short[table, index] = entry
                 code += 1
                 place += 1
-            if code == 1 << length:  # a code of ones alone is none
+            if code == 1 << length:  # the code of all ones is not allowed
                 return False
             long[table, length] = code << (16 - length)
             code <<= 1

@@ -1,7 +1,7 @@
 """Antialiased bicubic resizing as Pillow and torchvision do it, in fixed point.
 
-Sums are of 16-bit products' upper halves, `(a * b) >> 16`, which a vector instruction computes for
-16 to 32 pixels at once. Integers add up the same on every processor, whatever its vector width.
+It sums the upper halves of 16-bit products, `(a * b) >> 16`, which one vector instruction computes
+for 16 to 32 pixels. Integer sums are the same on every processor, with vectors of any width.
 """
 
 import math

@@ -14,6 +14,10 @@ CHUNK_ROWS = 16_384
 """Rows of a gallery processed at a time: features may lie on disk, not in memory."""
 
 
+WHOLE = 2**26
+"""Up to so many numbers of a gallery are held in memory at once."""
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Features of images with known classes, from which a protocol learns."""
@@ -61,11 +65,14 @@ class Moments:
     squares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @classmethod
-    def of(cls, features: Tensor) -> "Moments":
+    def of(cls, features: Tensor, rows: Tensor | None = None) -> "Moments":
+        """Of features [n, D], or of some of their rows."""
         width = features.shape[1]
         found = cls(0, torch.zeros(width).double(), torch.zeros(width).double())
-        for chunk in features.split(CHUNK_ROWS):
-            values = chunk.double()
+        parts = range(0, len(features if rows is None else rows), CHUNK_ROWS)
+        for first in parts:
+            part = slice(first, first + CHUNK_ROWS)
+            values = features[part if rows is None else rows[part]].double()
             found.count += len(values)
             found.total += values.sum(0)
             found.squares += values.square().sum(0)

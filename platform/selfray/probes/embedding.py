@@ -28,8 +28,8 @@ from selfray.storage import Location
 VERSION = 1
 """Changes whenever the same settings would give different files."""
 PLAN = "_embeddings.json"
-"""The file in a folder of embeddings that says what they are of. Readers of Parquet folders skip
-names that begin with _."""
+"""The file in a folder of embeddings that records their encoder, images and settings. Readers of
+Parquet folders skip names that begin with _."""
 BATCH = 128
 """Images in one forward pass; fixed, because rounding depends on it."""
 LAYERS = 4
@@ -205,7 +205,7 @@ def embedded(
     for first in range(0, max(len(views), 1), BATCH):
         part = torch.from_numpy(views[first : first + BATCH]).to(device)
         images = normalize(part, mean, std)
-        cls, patches = encoder(images) if len(part) else _nothing(encoder, images)
+        cls, patches = encoder(images) if len(part) else _empty_features(encoder, images)
         if contents.normalize:
             cls = F.normalize(cls.float(), dim=1)
             patches = F.normalize(patches.float(), dim=-1)
@@ -223,7 +223,7 @@ def embedded(
     }
 
 
-def _nothing(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_features(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty features of the right shapes, for a block without any readable image."""
     cls, patches = encoder(torch.zeros(1, *images.shape[1:], device=images.device))
     return cls[:0], patches[:0]

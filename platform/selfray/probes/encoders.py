@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 
 from selfray import config
 from selfray.check import require
 from selfray.experiment import Experiment
+from selfray.models import names
 from selfray.models.encoder import Encoder, EncoderConfig, export_weights, import_weights
 from selfray.models.portable import WEIGHTS, own_weights
 from selfray.runs import starting
@@ -156,7 +156,9 @@ class EncoderRef:
     @cached_property
     def _timm(self) -> dict[str, Any]:
         assert self.timm_name is not None
-        require(timm.is_model(self.timm_name), f"timm has no model {self.timm_name}")
+        require(names.is_model(self.timm_name), f"timm has no model {self.timm_name}")
+        import timm
+
         found = timm.models.get_pretrained_cfg(self.timm_name)
         require(found is not None, f"timm:{self.timm_name} has no published weights")
         return found.to_dict()  # type: ignore[union-attr]
@@ -165,6 +167,8 @@ class EncoderRef:
         assert self.timm_name is not None
         # With the encoder's options, not only the name: BEiT's pooling differs from timm's.
         options = self.encoder_config.options
+        import timm
+
         try:
             return timm.create_model(self.timm_name, pretrained=True, **options).state_dict()
         except (OSError, RuntimeError) as error:

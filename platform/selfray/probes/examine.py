@@ -78,7 +78,7 @@ def examine(
         )
     if (strange := int((test >= len(known)).sum())) > 0:
         notes.append(
-            f"{strange:,} test images are of classes without train images: they count as wrong"
+            f"{strange:,} test images belong to classes without train images: they count as wrong"
         )
     return Examined(train.astype(np.int64), test.astype(np.int64), names, tuple(notes))
 

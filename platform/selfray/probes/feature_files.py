@@ -32,6 +32,10 @@ class FeatureFiles:
         keys = [t[KEY].to_numpy() for t in tables]
         return np.concatenate(labels), np.concatenate(keys)
 
+    def counts(self) -> list[int]:
+        """Images of each file."""
+        return [table.num_rows for table in self._tables([LABEL])]
+
     def features(
         self, columns: Sequence[str] = (EMBEDDING, PATCH_MEAN), kept: np.ndarray | None = None
     ) -> torch.Tensor:
@@ -68,7 +72,7 @@ class FeatureFiles:
         return self._table(0, None, schema_only=True).schema
 
     def _count(self) -> int:
-        return sum(t.num_rows for t in self._tables([LABEL]))
+        return sum(self.counts())
 
     def _tables(self, columns: list[str]) -> list[pa.Table]:
         with ThreadPoolExecutor(READERS) as pool:

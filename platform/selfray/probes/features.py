@@ -53,10 +53,40 @@ class ProbeResult:
     hits: Mapping[str, str] = field(default_factory=dict)
     """For each probe, one bit per test image, 1 if it was classified correctly: packed, in hex."""
 
-    def told_right(self, probe: str) -> np.ndarray | None:
-        """float64 [m]: 1 for each test image that a probe classified correctly; None if not
-        recorded.
-        """
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Name -> value of figures without a field of their own."""
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[str, float | None],
+        train_images: int,
+        test_images: int,
+        protocols: dict[str, str],
+        hits: Mapping[str, str],
+    ) -> "ProbeResult":
+        """A result with the figures in `values`, by name; missing ones are None."""
+        own = {name: values.get(name) for name in _FIELDS}
+        more = {n: v for n, v in values.items() if n not in _FIELDS and v is not None}
+        return cls(
+            train_images=train_images,
+            test_images=test_images,
+            protocols=protocols,
+            hits=hits,
+            more=more,
+            **own,
+        )
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """Every figure of metrics.PROBES by name; None if it was not computed."""
+        return {
+            name: getattr(self, name) if name in _FIELDS else self.more.get(name) for name in PROBES
+        }
+
+    def correct(self, probe: str) -> np.ndarray | None:
+        """float64 [m]: 1 for each test image that a probe classified correctly, else 0; None if not
+        recorded."""
         if probe not in self.hits:
             return None
         packed = np.frombuffer(bytes.fromhex(self.hits[probe]), np.uint8)
@@ -65,14 +95,19 @@ class ProbeResult:
     @property
     def described(self) -> str:
         """The accuracies, or the label-free figures if there are none, as text."""
-        return described(vars(self))
+        return described(self.values)
+
+
+_FIELDS = ("knn", "linear", "rankme", "uniformity", "alignment")
+"""Figures that are fields of a ProbeResult. Later ones are in `more`, which keeps old files
+valid."""
 
 
 def described(found: Mapping[str, Any]) -> str:
     """A probe's numbers by name as text: the accuracies, or the label-free figures."""
     if all(found[name] is not None for name in ACCURACIES):
         return ", ".join(f"{PROBES[n].name} {PROBES[n].shown(found[n])}" for n in ACCURACIES)
-    known = [(metric, found[name]) for name, metric in PROBES.items() if not metric.is_accuracy]
+    known = [(m, found.get(name)) for name, m in PROBES.items() if not m.is_accuracy]
     return ", ".join(f"{m.name} {m.shown(value)}" for m, value in known if value is not None)
 
 
@@ -111,9 +146,9 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
     ValueError if train or test has no labels."""
     labelfree = LabelFree()
     if train is None:
-        found = _without_labels(labelfree, test)
+        figures = labelfree.figures(test.cls, test.of_crops)
         protocols = {"labelfree": str(labelfree)}
-        return ProbeResult(None, None, 0, len(test.labels), protocols, *found)
+        return ProbeResult.of(figures, 0, len(test.labels), protocols, {})
     train, test = train.labelled(), test.labelled()
     if len(train.labels) < 2 or len(test.labels) < 1:
         raise ValueError(
@@ -128,13 +163,12 @@ def probe(train: LabelledFeatures | None, test: LabelledFeatures) -> ProbeResult
         "knn": knn.predict(train.cls, train.labels, test.cls) == test.labels,
         "linear": linear.classify(gallery, test.features).predicted == test.labels,
     }
-    return ProbeResult(
-        float(right["knn"].float().mean()),
-        float(right["linear"].float().mean()),
+    accuracies = {name: float(hits.float().mean()) for name, hits in right.items()}
+    return ProbeResult.of(
+        {**accuracies, **labelfree.figures(test.cls, test.of_crops)},
         len(train.labels),
         len(test.labels),
         {"knn": str(knn), "linear": str(linear), "labelfree": str(labelfree)},
-        *_without_labels(labelfree, test),
         {name: np.packbits(hits.numpy()).tobytes().hex() for name, hits in right.items()},
     )
 
@@ -154,12 +188,3 @@ def _renumbered(
     labels = torch.unique(both, return_inverse=True)[1]
     count = len(train.labels)
     return replace(train, labels=labels[:count]), replace(test, labels=labels[count:])
-
-
-def _without_labels(
-    labelfree: LabelFree, test: LabelledFeatures
-) -> tuple[float, float, float | None]:
-    """(RankMe, uniformity, alignment; None without crops)."""
-    crops = test.of_crops
-    alignment = None if crops is None else labelfree.alignment(test.cls, crops)
-    return labelfree.rankme(test.cls), labelfree.uniformity(test.cls), alignment

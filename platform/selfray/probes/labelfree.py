@@ -27,6 +27,19 @@ class LabelFree(Protocol):
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of the crop that alignment compares with the whole central view."""
 
+    def figures(self, features: Tensor, of_crops: Tensor | None = None) -> dict[str, float]:
+        """Name -> value of all label-free figures.
+
+        Args:
+            features: class tokens of the images, float32 [n, D].
+            of_crops: class tokens of their crops, float32 [n, D]; without them, alignment is left
+                out.
+        """
+        found = {"rankme": self.rankme(features), "uniformity": self.uniformity(features)}
+        if of_crops is not None:
+            found["alignment"] = self.alignment(features, of_crops)
+        return found
+
     @torch.no_grad()
     def rankme(self, features: Tensor) -> float:
         """exp of the entropy of the normalised singular values of [n, D]: 1 to min(n, D), higher is

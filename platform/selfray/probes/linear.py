@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.classifier import Classified, Classifier, Gallery
+from selfray.probes.classifier import (
+    CHUNK_ROWS,
+    WHOLE,
+    Classified,
+    Classifier,
+    Gallery,
+    Moments,
+)
 
 
 class LinearResult(NamedTuple):
@@ -61,36 +68,45 @@ class Linear(Classifier):
         order = torch.randperm(len(train), generator=generator)
         held = max(1, int(len(train) * self.held_out))
         held_out, kept = order[:held], order[held:]
-        mean, std = train[kept].float().mean(0), train[kept].float().std(0, correction=0) + 1e-6
-        train, test = (train.float() - mean) / std, (test.float() - mean) / std
-        weights = self._fit(train[kept], train_labels[kept], classes, generator)
+        standard = Standard.of(train, kept)
+        weights = self._fit(train, kept, standard, train_labels, classes, generator)
         rates = len(self.learning_rates)
-        on_held_out = _predictions(weights, train[held_out], rates)  # [h, R]
+        on_held_out = _predictions(weights, standard, train, held_out, rates)  # [h, R]
         accuracy = (on_held_out == train_labels[held_out][:, None]).float().mean(0)
         best = int(accuracy.argmax())
-        predicted = _predictions(weights, test, rates)[:, best]
+        every = torch.arange(len(test))
+        predicted = _predictions(weights, standard, test, every, rates)[:, best]
         return predicted, self.learning_rates[best], float(accuracy[best])
 
     def _fit(
-        self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator
+        self,
+        features: Tensor,
+        kept: Tensor,
+        standard: "Standard",
+        labels: Tensor,
+        classes: int,
+        generator: torch.Generator,
     ) -> list[Tensor]:
-        """Train one classifier for each of R learning rates: weights [D, R * C], biases [R * C]."""
+        """Train one classifier for each of R learning rates: weights [D, R * C], biases [R * C].
+
+        Batches are read one by one: features may lie in a file that is larger than the memory.
+        """
         rates = torch.tensor(self.learning_rates).repeat_interleave(classes)  # [R * C]
         columns = len(rates)
         parameters = [torch.zeros(features.shape[1], columns), torch.zeros(columns)]
         velocities = [torch.zeros_like(p) for p in parameters]
-        batch = min(self.batch_size, len(features))
-        wanted = F.one_hot(labels, classes).float()[:, None] / batch  # [n, 1, C]
+        batch = min(self.batch_size, len(kept))
         order = torch.empty(0, dtype=torch.int64)
         for step in range(self.steps):
             if len(order) < batch:
-                order = torch.randperm(len(features), generator=generator)
-            chosen, order = order[:batch], order[batch:]
-            x = features[chosen]
+                order = torch.randperm(len(kept), generator=generator)
+            chosen, order = kept[order[:batch]], order[batch:]
+            x = standard(features[chosen])
+            wanted = F.one_hot(labels[chosen], classes).float()[:, None] / batch  # [b, 1, C]
             # The gradient of softmax cross entropy in closed form: one matrix product for all
             # learning rates, without autograd.
             logits = torch.addmm(parameters[1], x, parameters[0]).unflatten(1, (-1, classes))
-            error = logits.softmax(-1).div_(batch).sub_(wanted[chosen]).flatten(1)  # [b, R * C]
+            error = logits.softmax(-1).div_(batch).sub_(wanted).flatten(1)  # [b, R * C]
             rate = rates * (0.5 * (1 + math.cos(math.pi * step / self.steps)))
             for parameter, velocity, gradient in zip(
                 parameters, velocities, [x.T @ error, error.sum(0)], strict=True
@@ -100,7 +116,33 @@ class Linear(Classifier):
         return parameters
 
 
-def _predictions(parameters: list[Tensor], features: Tensor, rates: int) -> Tensor:
-    """int64 [n, R]: the class that each of R classifiers predicts for each feature [n, D]."""
-    logits = torch.addmm(parameters[1], features, parameters[0])  # [n, R * C]
-    return logits.unflatten(1, (rates, -1)).argmax(-1)
+@dataclass(frozen=True)
+class Standard:
+    """Mean 0 and deviation 1 for each feature."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, rows: Tensor) -> "Standard":
+        """By some rows of features [n, D]."""
+        if len(rows) * features.shape[1] <= WHOLE:
+            chosen = features[rows].float()
+            return cls(chosen.mean(0), chosen.std(0, correction=0) + 1e-6)
+        moments = Moments.of(features, rows.sort().values)
+        return cls(moments.mean, moments.std)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features.float() - self.mean) / self.std
+
+
+def _predictions(
+    parameters: list[Tensor], standard: Standard, features: Tensor, rows: Tensor, rates: int
+) -> Tensor:
+    """int64 [n, R]: the class of some rows of the features by the classifiers of R learning
+    rates."""
+    found = []
+    for chosen in rows.split(CHUNK_ROWS):
+        logits = torch.addmm(parameters[1], standard(features[chosen]), parameters[0])
+        found.append(logits.unflatten(1, (rates, -1)).argmax(-1))
+    return torch.cat(found)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.classifier import Gallery
+from selfray.probes.classifier import CHUNK_ROWS, WHOLE, Gallery
 from selfray.probes.protocol import Protocol
 
 _CELLS = 2**24
@@ -36,14 +36,21 @@ class Retrieval(Protocol):
     @torch.no_grad()
     def rank(self, train: Gallery, test: Tensor, test_labels: Tensor) -> Retrieved:
         """Rank the gallery for each test feature [m, D or 2D] with labels int64 [m]."""
-        unit = F.normalize(train.features[:, : train.cls_width].float(), dim=1)
-        count = torch.arange(1, len(unit) + 1, dtype=torch.float32)
+        images, width = len(train.features), train.cls_width or train.features.shape[1]
+        is_small = images * width <= WHOLE
+        unit = _units(train.features[:, :width]) if is_small else None
+        count = torch.arange(1, images + 1, dtype=torch.float32)
         precision, hits = [], {k: [] for k in self.ks}
-        step = max(1, _CELLS // len(unit))
+        step = max(1, _CELLS // images)
         for first in range(0, len(test), step):
-            queries = F.normalize(test[first : first + step, : train.cls_width].float(), dim=1)
+            queries = _units(test[first : first + step, :width])
             wanted = test_labels[first : first + step, None]
-            order = (queries @ unit.T).argsort(dim=1, descending=True, stable=True)  # [c, n]
+            if unit is not None:
+                cosines = queries @ unit.T  # [c, n]
+            else:  # the gallery lies in a file: parts of it come and go
+                parts = train.features.split(CHUNK_ROWS)
+                cosines = torch.cat([queries @ _units(p[:, :width]).T for p in parts], dim=1)
+            order = cosines.argsort(dim=1, descending=True, stable=True)  # [c, n]
             relevant = (train.labels[order] == wanted).float()
             so_far = relevant.cumsum(1)
             total = so_far[:, -1]
@@ -52,3 +59,7 @@ class Retrieval(Protocol):
             for k in self.ks:
                 hits[k].append((relevant[:, :k].sum(1) > 0).float())
         return Retrieved(torch.cat(precision), {k: torch.cat(v) for k, v in hits.items()})
+
+
+def _units(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1)

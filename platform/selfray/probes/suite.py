@@ -79,6 +79,8 @@ class Suite:
     """Numbers of labels for the label-efficiency curve."""
     subsets: int = 3
     """Number of subsets of the labels for each size."""
+    logistic_of_few: bool = True
+    """Whether logistic regression judges these; fine-tuning is none of these tasks."""
 
     def __post_init__(self) -> None:
         require(
@@ -103,11 +105,11 @@ class Suite:
         """The protocols to run by key; each is a task of its own."""
         found: dict[str, Protocol] = {}
         for name in by:
-            if name == LOW_SHOT:
+            if name == LOW_SHOT and self.logistic_of_few:
                 found |= {few.key: few for few in self.few()}
-            elif name in OF_FEATURES:
+            elif name in OF_FEATURES and name != LOW_SHOT:
                 found[name] = getattr(self, name)
-        return found | {few.key: few for few in self.curve()}
+        return found | ({few.key: few for few in self.curve()} if self.logistic_of_few else {})
 
 
 def judge(key: str, protocol: Protocol, train: Gallery, test: Gallery) -> Judgement:

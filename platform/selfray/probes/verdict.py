@@ -63,7 +63,7 @@ def verdict(probes: Mapping[int, ProbeResult], by: Literal["knn", "linear"]) -> 
 def gain_over(start: ProbeResult, other: ProbeResult, by: str) -> Interval | None:
     """Accuracy of `other` minus that of `start` on the same test images, with its interval; None if
     the correctly classified images were not recorded."""
-    ours, theirs = other.told_right(by), start.told_right(by)
+    ours, theirs = other.correct(by), start.correct(by)
     if ours is None or theirs is None or len(ours) != len(theirs):
         return None
     return difference(ours, theirs)

@@ -34,3 +34,7 @@ def every() -> "dict[str, Experiment]":
     from selfray.recipes import adapt, cifar10, digits, imagenet
 
     return digits.RECIPES | cifar10.RECIPES | imagenet.RECIPES | adapt.RECIPES
+
+
+def by_name(*recipes: "Experiment") -> "dict[str, Experiment]":
+    return {recipe.name: recipe for recipe in recipes}

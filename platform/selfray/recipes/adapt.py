@@ -20,6 +20,7 @@ from selfray.methods.mae import MAEConfig
 from selfray.methods.simclr import SimCLRConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
+from selfray.recipes import by_name
 from selfray.schedules import Constant, Cosine, WarmupCosine
 from selfray.views import ColorJitter, View
 
@@ -139,9 +140,4 @@ SIMCLR = RECIPE(
     warm_up_head=0.05,
 )
 
-RECIPES = {
-    "dinov2-adapt": DINO_V2,
-    "dino-adapt": DINO,
-    "mae-adapt": MAE,
-    "simclr-adapt": SIMCLR,
-}
+RECIPES = by_name(DINO_V2, DINO, MAE, SIMCLR)

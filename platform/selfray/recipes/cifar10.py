@@ -7,6 +7,7 @@ The data is any copy in Parquet: a folder with train-*.parquet and test-*.parque
 """
 
 from dataclasses import replace
+from functools import partial
 
 from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
 from selfray.methods.beit import BEiTConfig
@@ -20,14 +21,22 @@ from selfray.methods.simclr import SimCLRConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
+from selfray.recipes import by_name
 from selfray.schedules import Constant, Cosine, Ramp, Steps, WarmupCosine
 from selfray.views import ColorJitter, View
 
-DATA = DataConfig(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+RECIPE = partial(
+    Experiment,
+    data=DataConfig(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    batch_size=512,
+    probe=ProbeConfig(times=20),
+    checkpoint=CheckpointConfig(times=20),
+)
+"""What these recipes have in common."""
 
 # SimCLR's own CIFAR-10 setting (arXiv:2002.05709, appendix B.9): batch 512, learning rate 1.0
 # with LARS, weight decay 1e-4, temperature 0.5, colour distortion of strength 0.5 and no blur.
-SIMCLR = Experiment(
+SIMCLR = RECIPE(
     name="simclr-cifar10",
     method=SimCLRConfig(
         temperature=0.5,
@@ -39,7 +48,6 @@ SIMCLR = Experiment(
         ),
     ),
     encoder=EncoderConfig("resnet18", image_size=32, small_stem=True),
-    data=DATA,
     optimizer=OptimizerConfig(
         "lars",
         base_learning_rate=0.5,  # 1.0 at the recipe's batch of 512
@@ -47,15 +55,12 @@ SIMCLR = Experiment(
         weight_decay=Constant(1e-4),
     ),
     epochs=1000,
-    batch_size=512,
-    probe=ProbeConfig(times=20),
-    checkpoint=CheckpointConfig(times=20),
 )
 
 # No paper trains MAE on CIFAR-10. This is a quarter-width ViT with patches of 4 pixels (64 tokens,
 # 16 of them visible), with MAE's ImageNet optimizer at a larger learning rate for the smaller
 # model.
-MAE = Experiment(
+MAE = RECIPE(
     name="mae-cifar10",
     method=MAEConfig(
         mask_ratio=0.75,
@@ -67,7 +72,6 @@ MAE = Experiment(
     encoder=EncoderConfig(
         "vit_tiny_patch16_224", image_size=32, patch_size=4, depth=12, position="sincos"
     ),
-    data=DATA,
     optimizer=OptimizerConfig(
         "adamw",
         base_learning_rate=1.5e-4 * 4,
@@ -76,9 +80,6 @@ MAE = Experiment(
         betas=(0.9, 0.95),
     ),
     epochs=800,
-    batch_size=512,
-    probe=ProbeConfig(times=20),
-    checkpoint=CheckpointConfig(times=20),
 )
 
 # The other methods use published settings for CIFAR-10 on one GPU: ResNet-18, batch 256, 1000
@@ -96,34 +97,33 @@ LARS = OptimizerConfig(
     trust_coefficient=0.02,
 )
 
+RESNET = replace(SIMCLR, batch_size=256)
+
 BYOL = replace(
-    SIMCLR,
+    RESNET,
     name="byol-cifar10",
     method=BYOLConfig(momentum=Cosine(0.99, 1.0), first_view=FIRST, second_view=SECOND),
     optimizer=replace(LARS, base_learning_rate=1.0, weight_decay=Constant(1e-5)),
-    batch_size=256,
 )
 
 # On one worker, queries and keys share one batch norm, as in the setting of the published numbers.
 # --method.batchnorm-groups 8 separates them, as the paper's 8 GPUs do.
 MOCO_V2 = replace(
-    SIMCLR,
+    RESNET,
     name="mocov2-cifar10",
     method=MoCoConfig(queue_size=32_768, momentum=Cosine(0.99, 0.999), view=FIRST),
     optimizer=replace(LARS, name="sgd", base_learning_rate=0.3, weight_decay=Constant(1e-4)),
-    batch_size=256,
 )
 
 MOCO_V3 = replace(
-    SIMCLR,
+    RESNET,
     name="mocov3-cifar10",
     method=MoCoV3Config(first_view=FIRST, second_view=SECOND),
     optimizer=LARS,
-    batch_size=256,
 )
 
 DINO = replace(
-    SIMCLR,
+    RESNET,
     name="dino-cifar10",
     method=DINOConfig(
         prototypes=4096,
@@ -133,7 +133,6 @@ DINO = replace(
         second_view=SECOND,
     ),
     optimizer=LARS,
-    batch_size=256,
 )
 
 # The differences of MoCo v1: a linear head, a constant momentum, a step schedule.
@@ -185,15 +184,4 @@ DINO_V2 = replace(
     ),
 )
 
-RECIPES = {
-    "simclr-cifar10": SIMCLR,
-    "mae-cifar10": MAE,
-    "byol-cifar10": BYOL,
-    "mocov2-cifar10": MOCO_V2,
-    "mocov3-cifar10": MOCO_V3,
-    "dino-cifar10": DINO,
-    "mocov1-cifar10": MOCO_V1,
-    "tokenizer-cifar10": TOKENIZER,
-    "beit-cifar10": BEIT,
-    "dinov2-cifar10": DINO_V2,
-}
+RECIPES = by_name(SIMCLR, MAE, BYOL, MOCO_V2, MOCO_V3, DINO, MOCO_V1, TOKENIZER, BEIT, DINO_V2)

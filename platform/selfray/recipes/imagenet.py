@@ -20,6 +20,7 @@ from selfray.methods.simclr import SimCLRConfig
 from selfray.methods.vqvae import VQVAEConfig
 from selfray.models.encoder import EncoderConfig
 from selfray.optim import OptimizerConfig
+from selfray.recipes import by_name
 from selfray.schedules import Constant, Cosine, Steps, WarmupCosine
 from selfray.views import ColorJitter, View
 
@@ -273,16 +274,16 @@ DINO_V2_HIGH_RESOLUTION = replace(
     epochs=16,
 )
 
-RECIPES = {
-    "simclr-imagenet": SIMCLR,
-    "mae-imagenet": MAE,
-    "mocov2-imagenet": MOCO_V2,
-    "mocov3-imagenet": MOCO_V3,
-    "byol-imagenet": BYOL,
-    "dino-imagenet": DINO,
-    "mocov1-imagenet": MOCO_V1,
-    "tokenizer-imagenet": TOKENIZER,
-    "beit-imagenet": BEIT,
-    "dinov2-imagenet": DINO_V2,
-    "dinov2-imagenet-512": DINO_V2_HIGH_RESOLUTION,
-}
+RECIPES = by_name(
+    SIMCLR,
+    MAE,
+    MOCO_V2,
+    MOCO_V3,
+    BYOL,
+    DINO,
+    MOCO_V1,
+    TOKENIZER,
+    BEIT,
+    DINO_V2,
+    DINO_V2_HIGH_RESOLUTION,
+)

@@ -220,7 +220,7 @@ def _draw_probes(
 
     bottom = figure.get_size_inches()[1] * DPI - top - height
     ends = [bottom + (100 * line.value - low) / (high - low) * height for line in key]
-    ends = _apart(ends, KEY_STEP, bottom, bottom + height)
+    ends = _spread_out(ends, KEY_STEP, bottom, bottom + height)
     for y, line, name in zip(ends, key, names, strict=True):
         if line.face is None:
             put_mark(figure, [key_left - 4, key_left + 15], [y, y], line.colour, dashes=(4, 3))
@@ -242,7 +242,7 @@ class _KeyLine:
     """Fill colour of the marker; None for a baseline, which has no marker."""
 
 
-def _apart(
+def _spread_out(
     positions: Sequence[float], distance: float, low: float = -math.inf, high: float = math.inf
 ) -> list[float]:
     """Move ascending positions as little as possible so that they are `distance` apart in
@@ -281,7 +281,7 @@ def _comparison_figure(
                 require_accuracy(f"methods[{name!r}].{when}[{probe!r}]", accuracy)
         require(
             method.judged_by in probes,
-            f"methods[{name!r}].judged_by {method.judged_by!r} is none of {', '.join(probes)}",
+            f"methods[{name!r}].judged_by {method.judged_by!r} is not one of {', '.join(probes)}",
         )
     for probe, accuracy in baselines.items():
         require_accuracy(f"baselines[{probe!r}]", accuracy)

@@ -1,7 +1,7 @@
 """A comparison of runs as one HTML file that needs no network.
 
-page.html and page.js are filled with a table, for readers without scripts, and with the charts'
-data as JSON. They contain no external address.
+web/page.html is filled with a table, for readers without scripts, with the charts' data as JSON and
+with the scripts of web/, as one. It contains no external address.
 """
 
 import base64
@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from selfray import __version__
-from selfray.metrics import ACCURACIES, METRICS, probe_name
+from selfray.metrics import ACCURACIES, METRICS, Metric, evaluation, probe_name
 from selfray.report import live_map
 from selfray.runs.ranking import (
     ComparedRun,
@@ -47,6 +47,8 @@ LARGEST_PICTURE_BYTES = 300_000
 MOST_COLUMNS = 24
 """Largest number of runs in the table of parameters that differ."""
 PAGE = "comparison.html"
+SCRIPTS = ("base", "charts", "tables", "start")
+"""Scripts in web/, in this order: each uses functions of the earlier ones."""
 MARK = "<!-- made by selfray compare -->"
 """Contained in every page: a file with this mark may be overwritten."""
 KINDS = ("embedding", "neighbours", "attention", "reconstructions", "tokens", "views", "curves")
@@ -74,7 +76,9 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "varied": found.varied,
         "loss": told.get("loss", ""),
         "maps": live_map.aligned(_maps(runs, with_pictures)),
-        "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
+        "metrics": {
+            name: asdict(metric) for name, metric in (METRICS | _evaluations(runs)).items()
+        },
     }
     values = {
         "MARK": MARK,
@@ -91,8 +95,9 @@ def write_page(runs: Sequence[ComparedRun], title: str, most_pictures: int = 12)
         "DATA": as_script(data),
         "VERSION": html.escape(__version__),
     }
-    files = resources.files("selfray.report")
-    values["SCRIPT"] = files.joinpath("page.js").read_text("utf-8")
+    files = resources.files("selfray.report").joinpath("web")
+    parts = [files.joinpath(f"{name}.js").read_text("utf-8") for name in SCRIPTS]
+    values["SCRIPT"] = "\n".join(['"use strict";', "(() => {", *parts, "})();", ""])
     template = files.joinpath("page.html").read_text("utf-8")
     # In one pass, so that a run named {{DATA}} is not replaced.
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)
@@ -104,6 +109,12 @@ def as_script(value: Any) -> str:
     """JSON that is safe inside a <script> element: it cannot end the element or open a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _evaluations(runs: Sequence[ComparedRun]) -> dict[str, Metric]:
+    """What `selfray evaluate` logged of any of the runs, by the name of the metric."""
+    names = sorted({name for run in runs for name in run.curves})
+    return {name: metric for name in names if (metric := evaluation(name)) is not None}
 
 
 def _summary(runs: Sequence[ComparedRun]) -> str:
@@ -244,6 +255,8 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
     heads += [("status", "")]
     for name in map(probe_name, ACCURACIES):
         heads.append((name, f"accuracy of the {name} probe at the end, in %"))
+    evaluated = _evaluations(runs)
+    heads += [(metric.name, f"{metric.title}, in %") for metric in evaluated.values()]
     heads += [
         ("gain", "points of the judging probe above the untrained encoder"),
         ("RankMe", "effective rank of the features, label-free"),
@@ -276,6 +289,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         for probe in ACCURACIES:
             judges = " judges" if probe == run.judged_by and run.score is not None else ""
             cells.append(_figure(run.last(f"probe/{probe}"), ".1%", f"number{judges}"))
+        cells += [_figure(run.last(name), ".1%") for name in evaluated]
         judged = f"probe/{run.judged_by}"
         now, before = run.score, run.untrained(judged)
         gain = None if now is None or before is None else 100 * (now - before)

@@ -2,7 +2,7 @@
 maps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,13 @@ from selfray.report.maps import embedding_maps
 from selfray.report.projection import project_2d
 from selfray.report.sheets import neighbours, views_grid
 from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.history import History
 from selfray.train import TrainState
 
 IMAGES = 8
 """Images in a grid of views or reconstructions."""
 MAP_POINTS = 600
 NEIGHBOURS = 8
-
-
-@dataclass(frozen=True)
-class History:
-    """The curves of a run against images seen: (images, value) pairs."""
-
-    loss: list[tuple[float, float]] = field(default_factory=list)
-    knn: list[tuple[float, float]] = field(default_factory=list)
-    linear: list[tuple[float, float]] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, value: dict[str, list[list[float]]]) -> "History":
-        """Restore from JSON, where pairs have become lists."""
-        return cls(**{name: [(x, y) for x, y in points] for name, points in value.items()})
 
 
 def curves(

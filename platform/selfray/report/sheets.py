@@ -141,6 +141,37 @@ def tokens(
     )
 
 
+def segmentation(
+    originals: np.ndarray, attention: np.ndarray, colours: np.ndarray, title: str
+) -> Image.Image:
+    """Each image, where the class token looks, and its patch tokens as colours.
+
+    Args:
+        originals: uint8 [n, 3, H, W].
+        attention: float [n, H, W] in 0..1.
+        colours: uint8 [n, 3, H, W], principal components.
+
+    Raises ValueError where a shape or type is another.
+    """
+    originals = as_rgb(originals)
+    _require_images("originals", originals, "n 3 H W")
+    _require_images("colours", colours, "n 3 H W", n=len(originals))
+    require(
+        attention.shape == (len(originals), *originals.shape[2:]),
+        f"attention must be [n, H, W] of the images, got {list(attention.shape)}",
+    )
+    maps = np.repeat((attention[:, None] * 255).round().astype(np.uint8), 3, axis=1)
+    rows = zip(originals, maps, colours, strict=True)
+    return _sheet(
+        title,
+        "attention of the class token, the head that fits best; patch tokens by their first three "
+        "principal components",
+        ["original", "attention", "patches"],
+        [[_Tile(image) for image in row] for row in rows],
+        size=originals.shape[-1],
+    )
+
+
 def neighbours(
     queries: np.ndarray,
     neighbours: np.ndarray,

@@ -274,7 +274,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{path} of the state is a {type(value).__name__}, which is not saved")
+    raise TypeError(f"{path} of the state is a {type(value).__name__}, which cannot be saved")
 
 
 def _join(skeleton: Any, tensors: dict[str, Tensor]) -> Any:

@@ -97,7 +97,7 @@ def trials(sweep: Location, parent: str) -> list[Named]:
         if "label" in outcome:
             found.append(
                 Named(
-                    _where_now(run if isinstance(run, str) else "", sweep),
+                    _present_folder(run if isinstance(run, str) else "", sweep),
                     _text(outcome["label"]),
                     seed if isinstance(seed, int) else None,
                     _text(outcome.get("failure")),
@@ -107,7 +107,7 @@ def trials(sweep: Location, parent: str) -> list[Named]:
     return found
 
 
-def _where_now(run: str, sweep: Location) -> str:
+def _present_folder(run: str, sweep: Location) -> str:
     """A trial's folder; if it is gone, the one beside the sweep's folder, in case both were
     moved."""
     if not run or Location.of(run).exists():

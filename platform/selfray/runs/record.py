@@ -95,7 +95,7 @@ def alone(run: Location) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(output: Location, say: Callable[[str], None]) -> Iterator[None]:
+def exclusive(output: Location, say: Callable[[str], None]) -> Iterator[None]:
     """Wait for and hold the lock of an output folder's shared data, so that only one command
     prepares it. Folders in object stores cannot be locked."""
     if not output.is_local:

@@ -176,7 +176,7 @@ class Recorder:
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        self._obituary(
+                        self._failed_at(
                             f"the {name} is {value}",
                             step.progress,
                             suspect(self.experiment, step.progress.step),
@@ -190,7 +190,7 @@ class Recorder:
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             advice = suspect(self.experiment, state.progress.step + 1)
             raise FloatingPointError(
-                self._obituary("the weights are not finite", state.progress, advice)
+                self._failed_at("the weights are not finite", state.progress, advice)
             )
 
     def _check_features(self, values: dict[str, float], progress: Progress) -> None:
@@ -199,14 +199,14 @@ class Recorder:
         if math.isnan(values["health/effective_rank"]):
             advice = suspect(self.experiment, progress.step + 1)
             raise FloatingPointError(
-                self._obituary("the features are not finite", progress, advice)
+                self._failed_at("the features are not finite", progress, advice)
             )
         self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
-            cause = self._obituary(self.guard.verdict, progress)
+            cause = self._failed_at(self.guard.verdict, progress)
             raise CollapsedError(f"{cause} (--guard.patience 0 switches this check off)")
 
-    def _obituary(self, cause: str, progress: Progress, advice: str = LEARN_SLOWER) -> str:
+    def _failed_at(self, cause: str, progress: Progress, advice: str = LEARN_SLOWER) -> str:
         """One line: what ended the run, which checkpoint is left, and what may help."""
         left = (
             "there is no checkpoint yet"

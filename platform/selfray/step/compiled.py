@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import DropPath
-from timm.models.beit import Block as BeitBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfray import caches
 from selfray.models.encoder import Encoder
+from selfray.models.vit import block_kinds
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +26,7 @@ def in_place(method: nn.Module, device: torch.device, backend: str = "inductor")
     _keep_code_privately()
     cause = _why_not(device, backend)
     if cause is not None:
-        log.warning("compile: impossible on this machine, the run goes on uncompiled: %s", cause)
+        log.warning("compile: impossible on this machine, the run continues uncompiled: %s", cause)
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for module in parts(method):
@@ -43,7 +41,7 @@ def parts(method: nn.Module) -> Iterator[nn.Module]:
     because they read schedules that change in every step, and patch heads, because the number of
     patches changes."""
     for module in method.modules():
-        is_block = isinstance(module, Block | BeitBlock)
+        is_block = isinstance(module, block_kinds())
         is_whole = isinstance(module, Encoder) and not module.config.is_vit
         if is_block or is_whole:
             yield module
@@ -70,6 +68,8 @@ class SkippedPath(nn.Module):
 
 
 def _probabilities_as_tensors(part: nn.Module, device: torch.device) -> None:
+    from timm.layers import DropPath
+
     for module in part.modules():
         for name, child in module.named_children():
             if isinstance(child, DropPath) and child.drop_prob:
@@ -98,8 +98,9 @@ def _or_plain(module: nn.Module, backend: str) -> Callable[..., Any]:
 
 
 def _keep_code_privately() -> None:
-    """By itself torch keeps compiled code, and runs what it finds, in a folder of the temporary one
-    whose name everybody knows. Triton's code goes with it."""
+    """Make torch cache compiled code, and Triton's, in a folder that only this user can write to.
+    Its default is a folder with a predictable name in the temporary folder, where another user
+    could place code."""
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     folders = [Path(named)] if named else []
     folders += [choice / "torch" for choice in caches.choices()]

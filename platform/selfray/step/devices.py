@@ -8,7 +8,6 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
-from timm.layers import use_fused_attn
 
 from selfray.method import HIDDEN_SUFFIX, Batch
 from selfray.pixels.augment import MASK_SUFFIX
@@ -21,6 +20,8 @@ AHEAD = 2
 
 def settle(device: torch.device, precision: str) -> None:
     """Set all torch settings that decide how fast a device computes. On a CPU nothing is set."""
+    from timm.layers import use_fused_attn
+
     # Without it, timm materialises the attention matrix, which takes N times the memory.
     assert use_fused_attn(), "timm's fused attention is switched off: unset TIMM_FUSED_ATTN"
     if device.type != "cuda":

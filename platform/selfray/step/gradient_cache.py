@@ -43,7 +43,7 @@ def backward(
         prepared = prepare(batch)
         seed(number)
         with torch.no_grad(), autocast():
-            with _untouched_statistics(method):
+            with _frozen_statistics(method):
                 parts.append(method.embed(prepared, progress))
             targets.append(method.targets(prepared, progress))
     sizes = [{name: len(values) for name, values in part.items()} for part in parts]
@@ -77,7 +77,7 @@ def _split(embedded: Embedded, sizes: list[dict[str, int]]) -> list[Embedded]:
 
 
 @contextmanager
-def _untouched_statistics(method: nn.Module) -> Iterator[None]:
+def _frozen_statistics(method: nn.Module) -> Iterator[None]:
     """Inside, batch norms do not update running statistics, so that each micro-batch counts
     once."""
     norms = [module for module in method.modules() if isinstance(module, _BatchNorm)]

@@ -13,7 +13,8 @@ from selfray import config
 from selfray.check import require
 from selfray.experiment import Experiment
 from selfray.schedules import Piecewise
-from selfray.sweeps.question import Choice, Question, Range
+from selfray.sweeps.question import Question, Range
+from selfray.sweeps.searches import Choice, names_of
 
 QUANTILE = 0.25
 """Share of the members that are replaced after each generation, by as many of the best; at least
@@ -29,7 +30,7 @@ class Member:
     """One run of a population, up to and including the next generation."""
 
     places: tuple[Choice, ...]
-    """Its settings in each generation, those of the next one last."""
+    """Its settings in each generation; the last entry is for the next one."""
     copies: int | None = None
     """The member whose weights and history it copied before the last generation."""
 
@@ -60,7 +61,7 @@ def ranges(question: Question) -> list[Range]:
         require(
             isinstance(axis, Range) and axis.is_schedule,
             f"{axis.name} is not a schedule between two bounds, so it cannot change during a run: "
-            "give --search grid, random or optuna",
+            f"give --search {names_of(lambda search: not search.is_population)}",
         )
         assert isinstance(axis, Range)
         found.append(axis)

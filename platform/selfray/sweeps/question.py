@@ -1,7 +1,6 @@
 """The question of a sweep: which settings are varied, and how the results answer it. Pure; no
 Ray."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from selfray.check import require, require_one_of
 from selfray.experiment import Experiment
 from selfray.metrics import PROBES
 from selfray.schedules import Constant
+from selfray.sweeps.searches import SEARCHES, Choice, SearchName, names_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ class Axis:
         return cls(name, tuple(Option(f"{value}", {path: value}) for value in values))
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(option.label for option in self.options)
+
+    @property
     def described(self) -> str:
-        return ", ".join(option.label for option in self.options)
+        return ", ".join(self.labels)
 
     def option(self, value: float | str) -> Option:
         """The option with this label."""
@@ -86,6 +90,10 @@ class Range:
         )
 
     @property
+    def labels(self) -> None:
+        """A range has no options by label."""
+
+    @property
     def described(self) -> str:
         return f"{self.low:g} to {self.high:g}"
 
@@ -108,8 +116,16 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-Choice = Mapping[str, float | str]
-"""For each axis by name: an option's label, or a place in [0, 1] within a range."""
+@dataclass(frozen=True)
+class Known:
+    """A combination that was tried before or is running."""
+
+    choice: Choice
+    state: Literal["running", "finished", "stopped", "failed"]
+    value: float | None = None
+    """The metric's mean over seeds; for a stopped one, at its rung."""
+    images_seen: int = 0
+    """For a stopped one, the images seen at its rung."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +178,8 @@ class Question:
     metric: str | None = None
     """The figure that ranks: a probe or a label-free figure; None takes the method's own probe."""
     seeds: int = 1
-    search: Literal["grid", "random", "optuna", "population"] = "grid"
-    """grid: all combinations; random: some combinations at random; optuna: combinations near those
-    that did well (TPE); population: runs that copy one another (population.py)."""
+    search: SearchName = "grid"
+    """How combinations are chosen: a name in searches.py."""
     samples: int = 8
     """Number of combinations that a search draws, or of members of a population."""
     generations: int = 4
@@ -179,46 +194,24 @@ class Question:
         require(self.generations >= 2, f"generations must be at least 2, got {self.generations}")
         if self.metric is not None:
             require_one_of("rank_by", self.metric, tuple(PROBES))
-        require_one_of("search", self.search, ("grid", "random", "optuna", "population"))
-        if self.search == "population":
+        require_one_of("search", self.search, tuple(SEARCHES))
+        if SEARCHES[self.search].is_population:
             require(self.seeds == 1, "a population has one seed: its members show the spread")
             require(self.halving is None, "a population replaces its worst runs: it has no rungs")
-        if self.search == "grid":
+        if SEARCHES[self.search].needs_lists:
             for axis in self.axes:
                 require(
                     isinstance(axis, Axis),
-                    f"a grid needs a list of values of {axis.name}, not two bounds: give "
-                    "--search random, optuna or population",
+                    f"a {self.search} needs a list of values of {axis.name}, not two bounds: give "
+                    f"--search {names_of(lambda search: not search.needs_lists)}",
                 )
 
     @property
     def choices(self) -> list[Choice]:
-        """All combinations to run, the same in every process. Empty for an Optuna search, which
-        draws them one by one (search.py), and for a population."""
-        if self.search in ("optuna", "population"):
-            return []
-        if self.search == "grid":
-            return self._grid()
-        rng = np.random.default_rng(self.first_seed)
-        grid = self._grid() if all(isinstance(axis, Axis) for axis in self.axes) else []
-        if grid:
-            samples = min(self.samples, len(grid))
-            drawn = sorted(rng.choice(len(grid), samples, replace=False))
-            return [grid[index] for index in drawn]
-        return [
-            {
-                axis.name: float(rng.random())
-                if isinstance(axis, Range)
-                else axis.options[rng.integers(len(axis.options))].label
-                for axis in self.axes
-            }
-            for _ in range(self.samples)
-        ]
-
-    def _grid(self) -> list[Choice]:
-        names = [axis.name for axis in self.axes]
-        labels = [[o.label for o in axis.options] for axis in self.axes if isinstance(axis, Axis)]
-        return [dict(zip(names, found, strict=True)) for found in itertools.product(*labels)]
+        """All combinations to run, the same in every process. Empty for a search that draws them
+        one by one, and for a population."""
+        draw = SEARCHES[self.search].draw
+        return [] if draw is None else draw(self)
 
     def trials(self, choice: Choice) -> list[Trial]:
         """The trials of a combination, one for each seed."""

@@ -13,7 +13,8 @@ from selfray.cluster.sweep.tune import TRIAL_CPUS, TaskSource
 from selfray.experiment import Experiment
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
-from selfray.sweeps.question import Choice, Question, Trial
+from selfray.sweeps.question import Known, Question, Trial
+from selfray.sweeps.searches import SEARCHES, Choice
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def read_outcome(file: Location) -> Outcome | None:
 
 
 class Asking(TaskSource):
-    """Tasks of an Optuna search: each combination is chosen when a slot becomes free, from all
+    """Tasks of a search that asks: each combination is chosen when a slot becomes free, from all
     results known by then. Chosen combinations are stored in the sweep's folder, so none is chosen
     twice."""
 
@@ -116,28 +117,26 @@ class Asking(TaskSource):
         )
 
     def more(self) -> Sequence[Task]:
-        from selfray.sweeps.search import next_choice
-
+        ask = SEARCHES[self._plan.question.search].ask
+        assert ask is not None
         choices = asked(self._plan)
         if len(choices) == self._plan.question.samples:
             return []
         known = [_known(self._plan, number, choice) for number, choice in enumerate(choices)]
-        choices.append(next_choice(self._plan.question, known))
+        choices.append(ask(self._plan.question, known))
         (self._plan.location / "asked.json").write_json(choices)
         return self._plan.tasks_of(len(choices) - 1, choices[-1])
 
 
 def asked(plan: SweepPlan) -> list[Choice]:
-    """The combinations that an Optuna search has chosen so far."""
+    """The combinations that a search has chosen so far."""
     try:
         return (plan.location / "asked.json").read_json()
     except FileNotFoundError:
         return []
 
 
-def _known(plan: SweepPlan, combination: int, choice: Choice) -> Any:
-    from selfray.sweeps.search import Known
-
+def _known(plan: SweepPlan, combination: int, choice: Choice) -> Known:
     seeds, metric = plan.question.seeds, plan.question.metric
     assert metric is not None
     found = [plan.outcome(combination * seeds + seed) for seed in range(seeds)]

@@ -22,6 +22,7 @@ from selfray.sweeps.question import (
     rank_correlation,
     ranked,
 )
+from selfray.sweeps.searches import SEARCHES
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def result_of(plan: SweepPlan, words: str, outcomes: Sequence[Outcome]) -> Sweep
         )
     scores = ranked(scores, metric)
     told = answer(words, scores, metric)
-    if plan.question.search == "population":
+    if SEARCHES[plan.question.search].is_population:
         told = _population_answer(words, scores, metric)
     return SweepResult(plan.folder, list(outcomes), scores, told)
 

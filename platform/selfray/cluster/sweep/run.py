@@ -31,7 +31,8 @@ from selfray.runs.environment import environment_tags
 from selfray.runs.folder import TRIALS
 from selfray.storage import Location
 from selfray.sweeps.population import first_generation
-from selfray.sweeps.question import Choice, Question, Range
+from selfray.sweeps.question import Question, Range
+from selfray.sweeps.searches import SEARCHES, Choice
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +112,11 @@ def _run(plan: SweepPlan, read_plan: ReadPlan, at_once: int, console: Console) -
     """Run everything that has no outcome yet. `launch` resumes an interrupted run from its
     checkpoint, so the sweep needs no record of it."""
     question, folder = plan.question, plan.location
-    if question.search == "population":
+    search = SEARCHES[question.search]
+    if search.is_population:
         evolve(plan, read_plan.total_steps, at_once, console.say)
         return
-    source = Asking(plan) if question.search == "optuna" else TaskSource(_left(plan))
+    source = Asking(plan) if search.ask else TaskSource(_left(plan))
     scheduler = None
     if question.halving is not None:
         record, stops = folder / "rungs.json", folder / "stops"
@@ -135,9 +137,10 @@ def _left(plan: SweepPlan) -> list[Task]:
 def _in_order(plan: SweepPlan, found: Mapping[int, Outcome]) -> list[Outcome]:
     """An outcome for each run of the sweep; a failure for a run whose process died."""
     question = plan.question
-    if question.search == "population":
+    search = SEARCHES[question.search]
+    if search.is_population:
         return [found[number] for number in sorted(found)]
-    choices = asked(plan) if question.search == "optuna" else question.choices
+    choices = asked(plan) if search.ask else question.choices
     trials = [trial for choice in choices for trial in question.trials(choice)]
     return [
         found.get(number) or failed(trial.label, trial.seed, "its process died")
@@ -160,12 +163,12 @@ def _probed_at_every_checkpoint(base: Experiment) -> Experiment:
 
 def _refuse_impossible(base: Experiment, question: Question) -> None:
     """Raise the experiment's own ValueError if a combination is not valid."""
-    if question.search == "population":
+    if SEARCHES[question.search].is_population:
         for member in first_generation(question):
             member.experiment(base, question)
         return
     choices = question.choices
-    if question.search == "optuna":  # combinations are not known yet, but their bounds are
+    if SEARCHES[question.search].ask:  # combinations are not known yet, but their bounds are
         choices = [_end(question, place) for place in (0.0, 1.0)]
     for choice in choices:
         for trial in question.trials(choice):

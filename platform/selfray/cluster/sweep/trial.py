@@ -79,11 +79,11 @@ class Outcome:
 
     def final(self, metric: str) -> float | None:
         """The figure of the last probe of the trained encoder; None without one."""
-        trained = [p[metric] for p in self.probes if p["images_seen"] > 0]
+        trained = [p.get(metric) for p in self.probes if p["images_seen"] > 0]
         return trained[-1] if trained else None
 
     def untrained(self, metric: str) -> float | None:
-        return next((p[metric] for p in self.probes if p["images_seen"] == 0), None)
+        return next((p.get(metric) for p in self.probes if p["images_seen"] == 0), None)
 
     @property
     def described(self) -> str:
@@ -129,7 +129,7 @@ def run_trial(setting: dict[str, Any]) -> dict[str, Any]:
             tuple(
                 {
                     "images_seen": step * experiment.batch_size,
-                    **{name: getattr(probe, name) for name in PROBES},
+                    **probe.values,
                 }
                 for step, probe in sorted(result.probes.items())
             ),
@@ -152,7 +152,7 @@ def _reporter(task: Task) -> Any:
     assert metric is not None
 
     def report(images_seen: int, probe: ProbeResult) -> None:
-        value = getattr(probe, metric)
+        value = probe.values[metric]
         if value is not None and images_seen > 0:
             tune.report(
                 {

@@ -1,33 +1,23 @@
 """Chooses the next combination of a search that learns from earlier ones: Optuna's TPE."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from selfray.metrics import PROBES
-from selfray.sweeps.question import Choice, Question, Range
+
+if TYPE_CHECKING:
+    from selfray.sweeps.question import Known, Question
+    from selfray.sweeps.searches import Choice
 
 FIRST_DRAWS = 4
 """Number of combinations drawn at random before TPE starts to model."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """A combination that was tried before or is running."""
-
-    choice: Choice
-    state: Literal["running", "finished", "stopped", "failed"]
-    value: float | None = None
-    """The metric's mean over seeds; for a stopped one, at its rung."""
-    images_seen: int = 0
-    """For a stopped one, the images seen at its rung."""
-
-
-def next_choice(question: Question, known: Sequence[Known]) -> Choice:
+def next_choice(question: "Question", known: "Sequence[Known]") -> "Choice":
     """The combination to try next: a pure function of the question and of the known combinations.
 
     So a search has no state of its own, and a resumed sweep continues as if it had never stopped.
@@ -47,12 +37,12 @@ def next_choice(question: Question, known: Sequence[Known]) -> Choice:
     return dict(study.ask(fixed_distributions=space).params)
 
 
-def _space(question: Question) -> dict[str, BaseDistribution]:
+def _space(question: "Question") -> dict[str, BaseDistribution]:
     # A range is drawn as a place in [0, 1]; Range.value applies its scale.
     return {
         axis.name: FloatDistribution(0.0, 1.0)
-        if isinstance(axis, Range)
-        else CategoricalDistribution([option.label for option in axis.options])
+        if axis.labels is None
+        else CategoricalDistribution(axis.labels)
         for axis in question.axes
     }
 
@@ -66,7 +56,7 @@ _STATES = {
 
 
 def _as_trial(
-    known: Known, space: dict[str, BaseDistribution], sign: int
+    known: "Known", space: dict[str, BaseDistribution], sign: int
 ) -> optuna.trial.FrozenTrial:
     value = None if known.value is None else sign * known.value
     state = known.state

@@ -1,0 +1,105 @@
+"""Fine-tuning through Ray, by the command: its runs, its subsets and its row from scratch."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from helpers import experiment, start, train_for
+from selfray.cluster.evaluation import Split
+from selfray.cluster.finetuning import _copy, places_of
+from selfray.commands.evaluate import Evaluate
+from selfray.commands.finetune_flags import FineTuneFlags
+from selfray.console import Console
+from selfray.contract import VIT
+from selfray.data.reader import read_rows, sample_rows
+from selfray.data.shard_set import open_shards
+from selfray.data.writer import write_arrays
+from selfray.experiment import DataConfig
+from selfray.methods.mae import MAEConfig
+from selfray.probes.embedding import Contents, Embedding, Rows
+from selfray.probes.feature_files import FeatureFiles
+from selfray.runs import checkpoint
+from selfray.storage import Location
+
+
+def picture(number: int) -> bytes:
+    """Bright above, or below, with noise."""
+    pixels = np.random.default_rng(number).integers(0, 80, (16, 16, 3))
+    half = slice(0, 8) if number % 2 else slice(8, 16)
+    pixels[half] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """An encoder of two steps beside labelled images."""
+    images = [picture(number) for number in range(56)]
+    labels = [3 + 4 * (number % 2) for number in range(56)]
+    write_arrays(tmp_path / "data" / "train", images[:40], labels[:40])
+    write_arrays(tmp_path / "data" / "test", images[40:], labels[40:])
+    wanted = experiment(
+        MAEConfig(decoder_width=32, decoder_depth=1, decoder_heads=2),
+        VIT,
+        data=DataConfig(str(tmp_path / "data")),
+    )
+    state = start(wanted, steps=2)
+    train_for(state, wanted, 2)
+    checkpoint.save(state, wanted, Location.of(tmp_path / "runs" / "mae"), loss=1.0)
+    return tmp_path / "runs" / "mae"
+
+
+@pytest.mark.long
+def test_fine_tuning_learns_beside_from_scratch_and_repeats_nothing(run, tmp_path, ray_session):
+    command = Evaluate(
+        (str(run),),
+        (str(tmp_path / "data"),),
+        by=("finetune",),
+        finetune=FineTuneFlags(epochs=10, batch_size=8, learning_rate=0.03, flip=0.0),
+        json=str(tmp_path / "found.json"),
+        pictures=str(tmp_path / "pictures"),
+        no_track=True,
+    )
+    said = io.StringIO()
+    assert command.run(Console(said, None)) == 0
+    found = Location.of(tmp_path / "found.json").read_json()["data"][0]["encoders"]
+    tuned, scratch = found["mae-step-00000002"], found["from scratch"]
+    assert tuned["protocols"]["finetune"]["value"] > 0.8
+    assert "from_scratch True" in scratch["protocols"]["finetune"]["protocol"]
+    ended = sorted(file.parent for file in (run / "finetune").glob("*/run.json"))
+    assert len(ended) == 2
+    times = [(folder / "run.json").stat().st_mtime_ns for folder in ended]
+
+    again = io.StringIO()
+    assert command.run(Console(again, None)) == 0
+    assert [(folder / "run.json").stat().st_mtime_ns for folder in ended] == times
+    repeated = Location.of(tmp_path / "found.json").read_json()["data"][0]["encoders"]
+    for title in found:
+        assert repeated[title]["protocols"] == found[title]["protocols"]
+
+
+def test_a_subset_is_of_the_images_that_could_be_read(tmp_path):
+    """Features leave broken images out, so their places are found by the images' keys."""
+    images = [picture(0), b"broken", picture(1), picture(2)]
+    table = pa.table({"image": [{"bytes": b, "path": ""} for b in images], "label": [5, 5, 6, 5]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = Rows.all_of(open_shards([str(tmp_path / "a.parquet")], str(tmp_path)))
+    contents = Contents(key=True)
+    job = Embedding(rows, None, 8, contents)
+    (tmp_path / "features").mkdir()
+    assert job.write(0, Location.of(tmp_path / "features")) == 3
+    files = FeatureFiles(Location.of(tmp_path / "features"), job.blocks)
+    split = Split(files, *files.labels_and_keys(), 1, "key")
+    places = places_of(split, rows)
+    assert places.tolist() == [0, 2, 3]
+    written = _copy(rows, places[1:], np.array([1, 0]), 3, str(tmp_path / "copy"))
+    copied = open_shards(written, "copy")
+    assert copied.label_names == ("0", "1", "2")
+    found, labels = read_rows(copied, *sample_rows(copied, 2))
+    assert sorted(zip(labels.tolist(), found, strict=True)) == [(0, images[3]), (1, images[2])]
