@@ -81,7 +81,7 @@ the field that holds the schedule."""
 
 def require_possible(experiment: Any) -> None:
     """Raise ValueError that gives the dotted field name for a number outside its bounds."""
-    for name, own, value in _numbers(experiment, ""):
+    for name, own, value in numbers(experiment):
         bounds = LIMITS.get(own)
         if bounds is None:
             require(math.isfinite(value), f"{name} must be a finite number, got {value}")
@@ -89,7 +89,7 @@ def require_possible(experiment: Any) -> None:
             require_number(name, value, **bounds._asdict())
 
 
-def _numbers(value: Any, name: str, own: str = "") -> Iterator[tuple[str, str, float]]:
+def numbers(value: Any, name: str = "", own: str = "") -> Iterator[tuple[str, str, float]]:
     """(dotted name, name of the field whose bounds apply, number) of every number in a config."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return
@@ -97,11 +97,11 @@ def _numbers(value: Any, name: str, own: str = "") -> Iterator[tuple[str, str, f
         yield name, own, value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _numbers(item, name, own)
+            yield from numbers(item, name, own)
     elif dataclasses.is_dataclass(value):
         is_schedule = type(value).__module__ == "selfray.schedules" and own in LIMITS
         for field in dataclasses.fields(value):
             inner = f"{name}.{field.name}" if name else field.name
             # A ramp's `fraction` is a share of the run; Ramp checks it.
             held = own if is_schedule and field.name != "fraction" else field.name
-            yield from _numbers(getattr(value, field.name), inner, held)
+            yield from numbers(getattr(value, field.name), inner, held)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from selfray.runs import record
 from selfray.storage import Location
 
 COMMAND = "import sys; from selfray.commands.main import main; sys.exit(main())"
+NO_NETWORK = Path(__file__).parents[1] / "fixtures" / "no-network"
 FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.times", "0")
 
 
@@ -34,15 +35,23 @@ class Run:
     """`selfray pretrain` on the digits, in a process of its own, and what Ray starts for it."""
 
     output: Path
+    flags: Sequence[str] = FLAGS
     family: set[psutil.Process] = field(default_factory=set)
 
     def __enter__(self) -> "Run":
-        kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
-        self.console = self.output / "console"
+        self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "pretrain", *FLAGS, "--output", str(self.output)],
-                env=kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])},
+                [
+                    sys.executable,
+                    "-c",
+                    COMMAND,
+                    "pretrain",
+                    *self.flags,
+                    "--output",
+                    str(self.output),
+                ],
+                env=self.environment,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
@@ -53,6 +62,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if "RAY" not in name}
+        return kept | {"PYTHONPATH": str(Path(selfray.__file__).parents[1])}
 
     @property
     def said(self) -> str:
@@ -94,6 +108,89 @@ class Run:
         assert tracked is not None
         (run,) = client.search_runs([tracked.experiment_id])
         return run.info.status
+
+
+@dataclass
+class WatchedRun(Run):
+    """A run of which no process may reach beyond this machine."""
+
+    @property
+    def reached(self) -> Path:
+        return self.output.with_name(self.output.name + "-reached")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{NO_NETWORK}{os.pathsep}{super().environment['PYTHONPATH']}"
+        return super().environment | {
+            "PYTHONPATH": path,
+            "SELFRAY_TEST_REACHED": str(self.reached),
+        }
+
+    def ended(self) -> int:
+        def look() -> bool:
+            self._look_at_sockets()
+            return self.process.poll() is not None
+
+        wait_for("the end", look, every=0.3)
+        code = super().ended()
+        assert not self.reached.exists(), self.reached.read_text()
+        return code
+
+    def _look_at_sockets(self) -> None:
+        """Ray's own processes are not Python: Linux tells what they are connected to."""
+        with suppress(psutil.Error):
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        for process in self.family:
+            with suppress(psutil.Error):
+                for socket in process.net_connections("tcp"):
+                    host = socket.raddr.ip if socket.raddr else "127.0.0.1"
+                    assert host.removeprefix("::ffff:").startswith("127."), (process, socket)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own, in memory; needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)])
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take the last free byte of a disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+    return filler
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_is_told_everywhere_and_the_same_command_goes_on(disk: Path) -> None:
+    flags = ("mae-digits", "--epochs", "8", "--checkpoint.times", "4", "--probe.times", "0")
+    flags = (*flags, "--max-failures", "0")
+    with WatchedRun(disk / "runs", flags) as run:
+        run.waits_for("a checkpoint", lambda: any(disk.rglob("step-*/MANIFEST.json")))
+        filler = fill(disk)
+        assert run.ended() == 1
+    assert "error: the last checkpoint cannot be written to" in run.said
+    assert "make room and start the same command again" in run.said
+    assert "Traceback" not in run.said
+    (written,) = disk.glob("runs/mae-digits-*/run.json")
+    told = json.loads(written.read_text())
+    assert told["status"] == "failed"
+    assert told["failure"].startswith("the last checkpoint cannot be written to")
+    assert run.status == "FAILED"
+    filler.unlink()
+    with WatchedRun(disk / "runs", flags) as run:
+        assert run.ended() == 0
+    assert "continuing from step" in run.said
+    assert run.status == "FINISHED"
 
 
 @pytest.mark.long

@@ -23,6 +23,7 @@ from pyarrow import fs
 from helpers import wait_for, write, write_tar
 from selfray.cluster import build as builder
 from selfray.cluster.build import BuildOptions, Manifest, build, check
+from selfray.cluster.endings import RunFailed
 from selfray.data import destination, rows, samples, writer
 from selfray.data.writer import write_arrays
 from selfray.storage import Location
@@ -464,7 +465,7 @@ def test_storage_that_fails_on_the_way_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path / "source", {"a.jpg": picture(1)}), tmp_path / "out"
     destination.start(Location.of(out), builder.make_plan(Location.of(source), BuildOptions()))
     (out / "shard-00000.parquet").mkdir()  # in the way of the shard
-    with pytest.raises(OSError, match=r"build of .*/out stopped: .*run the same build again"):
+    with pytest.raises(RunFailed, match=r"build of .*/out stopped: .*run the same build again"):
         build(source, out)
     (out / "shard-00000.parquet").rmdir()
     assert build(source, out).images == 1

@@ -18,6 +18,7 @@ import ray
 import ray.exceptions
 
 from selfray.cluster.checking import CheckReport, check
+from selfray.cluster.endings import RunFailed
 from selfray.cluster.parallel import Progress, Tally, in_parallel
 from selfray.data.destination import (
     QUARANTINE,
@@ -250,7 +251,7 @@ def _build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[i
                 tally.add(record)
             tally.report()
     except OSError as error:
-        raise OSError(
+        raise RunFailed(
             f"the build of {destination} stopped: {error}; finished shards are kept, run the same "
             "build again to continue"
         ) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfray.cluster.runtime import NO_TELEMETRY
 from selfray.masking import masked, masked_json
 from selfray.storage import Location
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to import
     from mlflow.entities import DatasetInput
 
 QUIET_AND_QUICK = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
+    **NO_TELEMETRY,
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The shipper retries by itself; MLflow's own seven retries would block for minutes.

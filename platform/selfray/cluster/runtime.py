@@ -16,12 +16,20 @@ import yaml
 from selfray import plugins, signals
 from selfray.check import named_amounts
 
+NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Libraries report to their makers otherwise; what selfray starts inherits it."""
+
 # Set before ray is imported anywhere: ray reads some of these at import.
 ENVIRONMENT = {
+    **NO_TELEMETRY,
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "120",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     # The controller polls its workers this often; every start, end and restart waits for a poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

@@ -10,7 +10,7 @@ from selfray.check import require
 from selfray.commands.flags import DeviceGpusFlag, ImageColumnFlag, TrackingFlag, flag
 from selfray.commands.labelled import devices_of
 from selfray.commands.subjects import open_subjects
-from selfray.storage import Location
+from selfray.storage import Location, one_line
 
 if TYPE_CHECKING:
     from selfray.console import Console
@@ -66,7 +66,7 @@ class Embed:
         console.live("loading torch and ray")
         from selfray.cluster import runtime
         from selfray.cluster.embedding_tasks import write_embeddings
-        from selfray.cluster.endings import root_cause
+        from selfray.cluster.endings import RunFailed, root_cause
         from selfray.data.data_sets import needs_build
         from selfray.pace import Pace
         from selfray.probes.embedding import Contents, Embedding, Rows
@@ -80,8 +80,8 @@ class Embed:
             if needs_build(self.data):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
-            assert subject.encoder is not None, "open_subjects refuses raw pixels without a size"
-            channels = subject.encoder.encoder_config.in_channels
+            # Raw pixels have no encoder.
+            channels = 3 if subject.encoder is None else subject.encoder.encoder_config.in_channels
             shards = self._shards(named.output, channels, console)
             stack.enter_context(runtime.session())
             block = BLOCK_WITH_PATCHES if self.patches else BLOCK
@@ -92,7 +92,13 @@ class Embed:
                 devices = devices_of(self.device_gpus)
                 written = write_embeddings(job, folder, devices, pace.advance)
             except Exception as error:
-                raise root_cause(error) from error
+                cause = root_cause(error)
+                if isinstance(cause, OSError) and cause is not error:  # of a task
+                    raise RunFailed(
+                        f"the embeddings of {folder} stopped: {one_line(cause)}; finished files "
+                        "are kept, the same command goes on"
+                    ) from error
+                raise cause from error
         before = job.blocks - written.blocks_now
         console.say(
             f"{folder}: {written.images:,} embeddings in {job.blocks:,} files"

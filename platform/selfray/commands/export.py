@@ -259,16 +259,17 @@ def _images(experiment: "Experiment"):
 def _under_its_name(target: Path, fill: Callable[[Path], str]) -> str:
     """Let `fill` write a file or folder beside the target, then rename it to the target. Returns
     what `fill` returns."""
+    from safetensors import SafetensorError
+
     scratch = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         verdict = fill(scratch)
         _remove(target)
         os.replace(scratch, target)
-    except OSError as error:
-        raise OSError(
-            f"{target} cannot be written ({error.strerror or error}): give another --output"
-        ) from None
+    except (OSError, SafetensorError) as error:  # the latter is safetensors' word for a full disk
+        cause = getattr(error, "strerror", None) or error
+        raise OSError(f"{target} cannot be written ({cause}): give another --output") from None
     finally:
         with suppress(OSError):  # it does not exist if its parent folder could not be made
             _remove(scratch)

@@ -19,9 +19,15 @@ from selfray.runs.spool import SpoolWriter
 from selfray.schedules import Progress
 from selfray.step import shard
 from selfray.storage import Location
+from selfray.suspects import suspect
 from selfray.train import Step, TrainState
 
 log = logging.getLogger(__name__)
+
+LEARN_SLOWER = (
+    "give a lower --optimizer.base-learning-rate, a longer --optimizer.schedule.warmup-fraction or "
+    "another --seed"
+)
 
 
 class EndedEarly(Exception):  # noqa: N818 - not an error
@@ -170,7 +176,11 @@ class Recorder:
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        self._failed_at(f"the {name} is {value}", step.progress)
+                        self._failed_at(
+                            f"the {name} is {value}",
+                            step.progress,
+                            suspect(self.experiment, step.progress.step),
+                        )
                     )
 
     def _check_weights(self, state: TrainState) -> None:
@@ -178,30 +188,32 @@ class Recorder:
         tensors = [*state.method.parameters(), *state.method.buffers()]
         tensors = [distributed.own_part(tensor) for tensor in tensors]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise FloatingPointError(self._failed_at("the weights are not finite", state.progress))
+            advice = suspect(self.experiment, state.progress.step + 1)
+            raise FloatingPointError(
+                self._failed_at("the weights are not finite", state.progress, advice)
+            )
 
     def _check_features(self, values: dict[str, float], progress: Progress) -> None:
         """Raise CollapsedError if features have been collapsed for too long or at the end, and
         FloatingPointError if this step's update made features non-finite."""
         if math.isnan(values["health/effective_rank"]):
-            raise FloatingPointError(self._failed_at("the features are not finite", progress))
+            advice = suspect(self.experiment, progress.step + 1)
+            raise FloatingPointError(
+                self._failed_at("the features are not finite", progress, advice)
+            )
         self.guard.see(values, progress.fraction)
         if self.guard.collapsed or (self.guard.suspects and progress.finished):
             cause = self._failed_at(self.guard.verdict, progress)
             raise CollapsedError(f"{cause} (--guard.patience 0 switches this check off)")
 
-    def _failed_at(self, cause: str, progress: Progress) -> str:
+    def _failed_at(self, cause: str, progress: Progress, advice: str = LEARN_SLOWER) -> str:
         """One line: what ended the run, which checkpoint is left, and what may help."""
         left = (
             "there is no checkpoint yet"
             if self.saved_step is None
             else f"the checkpoint of step {self.saved_step:,} is kept"
         )
-        return (
-            f"{cause} at step {progress.step:,}; {left}: give a lower "
-            "--optimizer.base-learning-rate, a longer --optimizer.schedule.warmup-fraction or "
-            "another --seed"
-        )
+        return f"{cause} at step {progress.step:,}; {left}: {advice}"
 
     def _save(self, state: TrainState, loss: float, is_last: bool) -> None:
         """Write a checkpoint. If the disk is full or the store fails, report it and continue
