@@ -361,7 +361,12 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
         tmp_path, "shards", "build", "in", "out", "--shard-mib", 0.004, RAY_ADDRESS=ray_address
     )
     assert (done.returncode, done.stderr) == (0, "")
-    understood, *progress, summary, sizes, labels, quarantined, after = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    understood, *progress = lines[:-8]
+    summary, sizes, channels, aspects, duplicates, labels, quarantined, after = lines[-8:]
+    assert channels.startswith("channels: 3 (RGB); mean 0.")
+    assert aspects == "aspect ratio (min / median / max): 1.25 / 1.25 / 1.25"
+    assert duplicates.startswith("duplicates: ")
     assert understood == "32 train images of 2 classes (cat, dog)"
     manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
@@ -373,7 +378,7 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     assert (
         quarantined == f"quarantined: 1 empty, 1 not an image; see {tmp_path}/out/quarantine.jsonl"
     )
-    assert after.startswith("next: python experiments/pretrain.py ")
+    assert after.startswith("next: selfray pretrain ")
     assert after.endswith(f"--data.path {tmp_path}/out")
 
 

@@ -23,8 +23,9 @@ from helpers import write_tar
 from selfray.data.data_sets import DataSets, open_data
 from selfray.data.destination import finish, open_destination, start
 from selfray.data.files import list_matching, list_source
-from selfray.data.listing import BuildOptions, make_plan
+from selfray.data.listing import make_plan
 from selfray.data.manifest import Manifest
+from selfray.data.options import BuildOptions
 from selfray.data.reader import read_rows
 from selfray.data.shard_set import ShardSet, open_shards
 from selfray.data.writer import Job, build_item

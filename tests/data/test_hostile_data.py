@@ -13,8 +13,9 @@ from test_data_layouts import build_here, images, picture
 from selfray.data.data_sets import as_started
 from selfray.data.destination import open_destination, read_records, start
 from selfray.data.files import Quarantined
-from selfray.data.listing import BuildOptions, make_plan
+from selfray.data.listing import make_plan
 from selfray.data.manifest import Manifest
+from selfray.data.options import BuildOptions
 from selfray.data.reader import read_chosen
 from selfray.data.row_cache import RowGroupCache
 from selfray.data.rows import Sample

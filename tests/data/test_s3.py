@@ -19,8 +19,9 @@ from helpers import experiment, start, train_for, weights
 from selfray import storage
 from selfray.data.destination import finish
 from selfray.data.files import parquet_files
-from selfray.data.listing import BuildOptions, make_plan
+from selfray.data.listing import make_plan
 from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest
+from selfray.data.options import BuildOptions
 from selfray.data.shard_set import open_shards
 from selfray.data.writer import Job, build_item
 from selfray.runs import checkpoint

@@ -32,7 +32,7 @@ from selfray.data.destination import (
     start,
 )
 from selfray.data.files import Quarantined
-from selfray.data.listing import BuildOptions, Plan, WorkItem, make_plan
+from selfray.data.listing import Plan, WorkItem, make_plan
 from selfray.data.manifest import (
     BUILD_FOLDER,
     MANIFEST,
@@ -45,6 +45,7 @@ from selfray.data.manifest import (
     shard_number,
 )
 from selfray.data.measured import are_alike, kind_of_most
+from selfray.data.options import BuildOptions
 from selfray.data.writer import Job, build_item, values_of_item
 from selfray.pixels.deep import ValueCounts
 from selfray.storage import Location

@@ -298,9 +298,6 @@ def statistics_lines(found: "Statistics") -> Iterator[str]:
         across = (
             f", {found.of_test:,} train images among them are in the test" if found.of_test else ""
         )
-        yield (
-            f"duplicates: {found.duplicates:,} images have the pixels of another{across}: see "
-            "`selfray shards dedup`"
-        )
+        yield f"duplicates: {found.duplicates:,} images have the pixels of another{across}"
     else:
         yield "duplicates: none"

@@ -11,9 +11,10 @@ from selfray.data import summary
 from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
-from selfray.data.listing import BuildOptions, says_more
+from selfray.data.listing import says_more
 from selfray.data.manifest import MANIFEST, Manifest, statistics_in
 from selfray.data.measured import PICTURES, Statistics, are_alike
+from selfray.data.options import BuildOptions
 from selfray.data.reader import sample_rows
 from selfray.data.shard_set import (
     ShardFile,

@@ -25,9 +25,10 @@ from selfray.check import require
 from selfray.data.checksums import checksum, labels_written, write_footer_checksum, written
 from selfray.data.destination import finish, intact, open_destination, refuse_other_plan, start
 from selfray.data.files import Quarantined
-from selfray.data.listing import BuildOptions, Plan, WorkItem
+from selfray.data.listing import Plan, WorkItem
 from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest, ShardRecord, shard_name
 from selfray.data.measured import Measuring, are_alike, channels_of
+from selfray.data.options import BuildOptions
 from selfray.data.rows import MIB, Layout, Row, Sample
 from selfray.data.samples import read_samples
 from selfray.data.shard_set import NO_LABEL

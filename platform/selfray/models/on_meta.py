@@ -4,7 +4,6 @@ have shapes and no values, so that the largest takes a fraction of a second and 
 from collections.abc import Iterable
 from functools import lru_cache
 
-import timm
 import torch
 
 from selfray.experiment import Experiment
@@ -88,5 +87,7 @@ def _fault(config: EncoderConfig, sizes: tuple[int, ...]) -> str | None:
 
 def _own_size(name: str) -> int:
     """Side in pixels of the images that a timm model was made for."""
+    import timm  # takes seconds, and brings torchvision
+
     known = timm.get_pretrained_cfg(name)
     return int(known.input_size[1]) if known is not None else 224
