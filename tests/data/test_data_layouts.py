@@ -222,6 +222,15 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: images(f, "images_001", "images_002"),
         "6 train images without labels",
     ),
+    "train/images/*, train/masks/*": (
+        lambda f: images(f, "train/images", "train/masks", "val/images", "val/masks"),
+        "3 train images without labels, 3 test images from val/, without labels, 6 left out: "
+        "train/masks/, val/masks/",
+    ),
+    "images/*, masks/*": (
+        lambda f: images(f, "images", "masks"),
+        "3 train images without labels, 3 left out: masks/",
+    ),
     "fold1/CLASS/*, fold2/CLASS/*": (
         lambda f: images(f, "fold1/a", "fold1/b", "fold2/a"),
         "9 train images of 2 classes (a, b)",

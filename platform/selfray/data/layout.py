@@ -48,6 +48,12 @@ _PARTS = (_NEUTRAL_WORDS - {"class", "classes", "sample", "samples"}) | {
     "batch", "chunk", "disc", "disk", "fold", "vol", "volume",
 }  # fmt: skip
 """With a number behind it, each is a part of a data set: `images_001`, `fold2`."""
+_IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "photos", "pictures"})
+_MASK_FOLDERS = frozenset({
+    "annotation", "annotations", "ground_truth", "groundtruth", "mask", "masks", "segmentation",
+    "segmentationclass", "segmentationobject", "segmentations",
+})  # fmt: skip
+"""Beside a folder of `_IMAGE_FOLDERS`, a folder of such a name holds no images to learn from."""
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SPLIT_KEYS = ("split", "subset", "partition")
 LABEL_KEYS = ("label", "labels", "class", "target", "category")
@@ -90,6 +96,9 @@ def understand(
     Raises:
         ValueError: the rule is "folders", and an image lies outside of class folders.
     """
+    masks = _masks(names) if kind == "images" else {}
+    if masks:
+        return _without_masks(names, masks, rule, source)
     folders = _Folders(pictures(names, kind), kind)
     splits: list[str | None] = []
     marks: list[str] = []
@@ -123,6 +132,47 @@ def understand(
     for split, mark in sorted({(s, m) for s, m in zip(splits, marks, strict=True) if s and m}):
         origins[split] = f"{origins[split]}, {mark}" if split in origins else mark
     return Understood(tuple(splits), tuple(labels), has_splits, origins, dict(left_out))
+
+
+def _masks(names: Sequence[str]) -> dict[str, str]:
+    """Image file -> its folder of masks, such as `train/masks/` beside `train/images/`."""
+    beside: dict[str, set[str]] = collections.defaultdict(set)
+    folders = {posixpath.dirname(name) for name in pictures(names, "images")}
+    for folder in folders:
+        while folder:
+            above, base = posixpath.split(folder)
+            beside[above].add(base)
+            folder = above
+    tops = {
+        posixpath.join(above, base)
+        for above, bases in beside.items()
+        if any(base.lower() in _IMAGE_FOLDERS for base in bases)
+        for base in bases
+        if base.lower() in _MASK_FOLDERS
+    }
+    found = {}
+    for name in names:
+        parts = name.split("/")
+        above = next((a for i in range(1, len(parts)) if (a := "/".join(parts[:i])) in tops), None)
+        if above is not None:
+            found[name] = f"{above}/"
+    return found
+
+
+def _without_masks(
+    names: Sequence[str], masks: Mapping[str, str], rule: LabelRule, source: object
+) -> Understood:
+    """The meaning of the other files, with the masks left out."""
+    rest = understand([name for name in names if name not in masks], "images", rule, source)
+    splits, labels = iter(rest.splits), iter(rest.labels)
+    counts = collections.Counter(masks[name] for name in pictures(names, "images") if name in masks)
+    return Understood(
+        tuple(None if name in masks else next(splits) for name in names),
+        tuple(None if name in masks else next(labels) for name in names),
+        rest.has_splits,
+        rest.origins,
+        {**rest.left_out, **counts},
+    )
 
 
 def extension(name: str) -> str:

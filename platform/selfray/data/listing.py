@@ -213,7 +213,7 @@ def says_more(
 ) -> bool:
     """Whether names mean more than classes one folder down, which is all that the first version of
     selfray understood."""
-    if understood.has_splits or has_tables:
+    if understood.has_splits or understood.left_out or has_tables:
         return True
     if kind != "images" or understood.classes is None:
         return False
@@ -234,7 +234,7 @@ def _understood(
     if not says_more(names, understood, kind, has_tables):
         return {}
     said: dict[str, Any] = {"tables": True} if has_tables else {}
-    if understood.has_splits:
+    if understood.has_splits or understood.left_out:
         said |= {"origins": dict(understood.origins), "left_out": dict(understood.left_out)}
     return said or ({"deeper": True} if rule == "auto" else {})
 
