@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from selfray.losses import masked_pixel_error
 from selfray.models.decoder import patchify
 from selfray.models.encoder import normalize
-from selfray.report import canvas, charts, maps
+from selfray.report import canvas, charts, live_map, maps
 from selfray.report.charts import Compared, comparison, training_curves
 from selfray.report.maps import embedding_maps
 from selfray.report.projection import project_2d
@@ -438,3 +438,11 @@ PATCHES = np.zeros((2, 16, 12), np.float32)
 def test_bad_input_is_refused_by_name(draw, message: str):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 13])
+def test_thumbnails_of_any_number_of_channels_are_drawn(channels):
+    images = np.full((5, channels, 8, 8), 200, np.uint8)
+    sheet = live_map.thumbnails(images)
+    assert sheet.size == (3 * live_map.SIDE, 2 * live_map.SIDE)
+    assert sheet.getpixel((5, 5)) == (200, 200, 200)

@@ -34,7 +34,11 @@ def as_json(
 
 
 def thumbnails(images: np.ndarray) -> Image.Image:
-    """Images uint8 [n, 3, H, W] on one square sheet, row by row."""
+    """Images uint8 [n, C, H, W] on one square sheet, row by row; of more than three channels, the
+    first three."""
+    from selfray.report.sheets import as_rgb  # imports matplotlib
+
+    images = as_rgb(images)
     across = _across(len(images))
     sheet = Image.new("RGB", (across * SIDE, math.ceil(len(images) / across) * SIDE))
     for number, image in enumerate(images):
