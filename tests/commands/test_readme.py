@@ -107,3 +107,11 @@ def test_the_readme_names_files_that_exist():
     links = re.findall(r"\]\(([\w/.]+)\)", (ROOT / "README.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_tests_that_the_reliability_page_names_exist():
+    named = re.findall(r"\btest_\w+(?:\.py)?", (ROOT / "docs" / "reliability.md").read_text())
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = set(re.findall(r"^def (test_\w+)", "\n".join(files.values()), re.M))
+    assert len(named) > 30
+    assert [n for n in named if n not in tests and n not in files] == []

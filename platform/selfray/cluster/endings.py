@@ -1,6 +1,8 @@
 """Failures of a run: which ones would repeat, and the cause in one line."""
 
-from ray.exceptions import RayTaskError
+import re
+
+from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from selfray.storage import Location, last_line
 
@@ -48,7 +50,22 @@ def recorded_failure(record: Location, launch: str) -> str | None:
     return failure["message"] if failure["launch"] == launch else None
 
 
+LOW_MEMORY = re.compile(r"low on memory|out[- ]of[- ]memory|\bOOM\b|memory usage threshold", re.I)
+"""Ray's words where its memory monitor has killed a worker."""
+
+
 def cause_of(error: Exception) -> str:
     """The first worker's own error, in one line."""
     failures = getattr(error, "worker_failures", None)
-    return last_line(root_cause(next(iter(failures.values())) if failures else error))
+    rank, first = next(iter(failures.items())) if failures else (None, error)
+    root = root_cause(first)
+    if isinstance(root, OutOfMemoryError) or (
+        type(root).__module__.startswith("ray.") and LOW_MEMORY.search(str(root))
+    ):
+        who = "a worker" if rank is None else f"train worker {rank}"
+        return (
+            f"Ray killed {who} because the memory of its machine was nearly full, other programs "
+            "included: free memory, or give a smaller --batch-size; the same command continues "
+            "from the last checkpoint"
+        )
+    return last_line(root)
