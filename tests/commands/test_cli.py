@@ -26,6 +26,7 @@ from selfray import config
 from selfray.cluster import build
 from selfray.cluster.tracking import Tracker
 from selfray.commands import main, probe, script, shards
+from selfray.commands.doctor import exposure
 from selfray.commands.flags import BadSetting
 from selfray.config import override
 from selfray.console import Console
@@ -897,6 +898,28 @@ def test_doctor_looks_at_everything_and_starts_ray_by_itself(tmp_path):
     assert found["Python"][0] == "ok"
     assert found["Ray"][0] in ("ok", "warn")
     assert re.match(r"starts on this machine in [\d.]+ s: \d+ CPUs, 0 GPUs", found["Ray"][1])
+    assert found["Ray"][1].endswith("; reachable from this machine alone, with its token")
     assert found["MLflow"][0] == "fail"
     assert "start or repair it" in found["MLflow"][1]
     assert done.returncode == 1
+
+
+def test_doctor_says_who_can_reach_a_cluster():
+    def status_and_text(*asked):
+        found = exposure(*asked)
+        return found.status, found.text
+
+    local, open_to_all = ["127.0.0.1"], ["10.0.0.3", "10.0.0.4"]
+    assert status_and_text(local, True) == (
+        "ok",
+        "reachable from this machine alone, with its token",
+    )
+    assert status_and_text(open_to_all, True) == (
+        "ok",
+        "reachable at 10.0.0.3, 10.0.0.4, with its token",
+    )
+    for addresses, what in ((local, "every user of this machine"), (open_to_all, "10.0.0.3")):
+        status, text = status_and_text(addresses, False)
+        assert status == "warn"
+        assert what in text
+        assert "RAY_AUTH_MODE=token" in text

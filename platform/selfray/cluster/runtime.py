@@ -226,6 +226,13 @@ def stop() -> None:
     local_ray.stop()
 
 
+def node_addresses() -> list[str]:
+    """The addresses of the cluster's nodes that are alive."""
+    import ray
+
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+
+
 def cluster_resources() -> Resources:
     """The resources that the cluster has or, with an autoscaler, can get.
 

@@ -1,6 +1,7 @@
 """`selfray doctor`: checks that this machine can train."""
 
 import importlib.metadata
+import ipaddress
 import logging
 import os
 import platform
@@ -8,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -170,12 +171,38 @@ def _ray() -> Finding:
     started = time.monotonic()
     with runtime.session():
         seconds, cluster = time.monotonic() - started, runtime.cluster_resources()
+        reach = exposure(runtime.node_addresses(), os.environ.get("RAY_AUTH_MODE") == "token")
     address = os.environ.get("RAY_ADDRESS")
     how = f"joined {address}" if address else "starts on this machine"
     text = f"{how} in {seconds:.1f} s: {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
     if seconds > 30:
         return Finding("warn", f"{text}; the machine is probably overloaded: see `uptime`")
-    return Finding("ok", text)
+    return Finding(reach.status, f"{text}; {reach.text}")
+
+
+def exposure(addresses: Collection[str], has_token: bool) -> Finding:
+    """Who can reach a Ray cluster, whose ports run any code for whoever gets in.
+
+    Args:
+        addresses: those of its nodes.
+        has_token: whether this user's Ray asks for a token.
+    """
+    is_local = all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    shown = ", ".join(sorted(addresses)[:3]) + (" and more" if len(addresses) > 3 else "")
+    if has_token:
+        where = "from this machine alone" if is_local else f"at {shown}"
+        return Finding("ok", f"reachable {where}, with its token")
+    if is_local:
+        return Finding(
+            "warn",
+            "every user of this machine can run code in it: set RAY_AUTH_MODE=token before "
+            "`ray start`",
+        )
+    return Finding(
+        "warn",
+        f"whoever reaches {shown} can run code there: let only its own nodes in, or set "
+        "RAY_AUTH_MODE=token on every node",
+    )
 
 
 def _mlflow(tracking: str | None) -> Finding:
