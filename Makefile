@@ -13,7 +13,7 @@ PARALLEL = -n $(PROCESSES) --dist loadscope --no-loadscope-reorder
 # Twice --quiet: pip warns about every configured index folder that is missing. Errors still show.
 PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: quickstart test drills test-bench test-all fuzz lint map flags ui bench clean help
+.PHONY: quickstart test drills test-bench test-all fuzz lint map flags ui bench hashes sbom audit clean help
 
 help:
 	@echo "make quickstart   pretrain SimCLR and MAE on embedded digits, probe them, show the result"
@@ -27,6 +27,9 @@ help:
 	@echo "make map          print the package's files by floors, from their imports, and update docs"
 	@echo "make lint         ruff and pyright"
 	@echo "make bench        compare the augmentation's speed on one core with peers (installs them)"
+	@echo "make hashes       write constraints-hashes.txt, for pip install --require-hashes"
+	@echo "make sbom         write build/sbom.json, the installed packages in CycloneDX"
+	@echo "make audit        look the installed packages up in the database of known vulnerabilities"
 	@echo "make clean        remove the environment (runs/ stays)"
 
 $(READY): pyproject.toml constraints.txt
@@ -57,6 +60,28 @@ fuzz: $(READY)
 flags: $(READY)
 	@$(BIN)/python -m selfray.commands.early > $(VENV)/flags.json
 	@mv $(VENV)/flags.json platform/selfray/commands/flags.json
+
+# Tools of a release, apart from the environment that they look at.
+TOOLS := build/tools
+$(TOOLS)/.ready: constraints.txt
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip --quiet --quiet --disable-pip-version-check install uv cyclonedx-bom pip-audit
+	@touch $@
+
+hashes: $(TOOLS)/.ready
+	@echo "# Every package with the hashes of its files, for Linux on x86-64 and Python 3.11: \`make hashes\` writes it." > build/hashes.txt
+	@$(TOOLS)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		--python-platform x86_64-manylinux_2_28 --python-version 3.11 --extra dev \
+		--constraint constraints.txt pyproject.toml >> build/hashes.txt
+	@mv build/hashes.txt constraints-hashes.txt
+
+sbom: $(READY) $(TOOLS)/.ready
+	@$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
+	@echo "build/sbom.json"
+
+# Strict: a package that could not be looked up is a failure, not a clean result.
+audit: $(READY) $(TOOLS)/.ready
+	@$(TOOLS)/bin/pip-audit --strict --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 map: $(READY)
 	@$(BIN)/python tests/house.py
