@@ -371,7 +371,8 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     assert understood == "32 train images of 2 classes (cat, dog)"
     manifest = build.Manifest.load(tmp_path / "out")
     assert len(manifest.shards) > 5
-    assert 1 <= len(progress) <= shards.LINES_WITHOUT_TERMINAL
+    # On a slow machine a line every 30 s is added.
+    assert 1 <= len(progress) <= 2 * shards.LINES_WITHOUT_TERMINAL
     assert all(re.match(r"\d+ of 32 images  .*images/s .*MB/s .*quarantined", p) for p in progress)
     assert f"out: 30 images in {len(manifest.shards)} shards, " in summary
     assert sizes == "pixels (min / median / max): width 20 / 20 / 20, height 16 / 16 / 16"
@@ -679,13 +680,11 @@ def test_a_probe_prints_a_table_and_logs_to_the_run_of_the_checkpoint(
     uri, run_id, _ = store
     done = shell(tmp_path, "probe", trained / "mae", "--json", "p.json", RAY_ADDRESS=ray_address)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    # A slow machine says how far it is.
-    understood, *lines = (line for line in done.stdout.splitlines() if not line.endswith(" left"))
+    understood, *lines = done.stdout.splitlines()
     assert understood == "40 train images of 2 classes (0, 1), 20 test images from test/"
-    assert lines[:2] == [
-        "mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16",
-        f"40 train and 20 test images of {trained}/data",
-    ]
+    # Before the table, a slow machine says every 30 s how far it is.
+    lines = lines[lines.index("mae-step-00000002: mae, vit_tiny_patch16_224 at 16 x 16") :]
+    assert lines[1] == f"40 train and 20 test images of {trained}/data"
     assert re.fullmatch(r" +kNN  linear  RankMe  seconds", lines[3])
     rows = [
         re.fullmatch(r"(.*?) +([\d.]+)% +([\d.]+)% +[\d.]+ +[\d.]+", line) for line in lines[4:7]
