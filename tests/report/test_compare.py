@@ -1,5 +1,6 @@
 """Runs side by side: what is read of them, how they are ranked, and the page that shows them."""
 
+import io
 import json
 import math
 import os
@@ -22,8 +23,10 @@ from test_cli import DEAD, Type, assert_one_line_error, typed  # noqa: F401 - a 
 
 from helpers import MAE, SIMCLR, experiment, start
 from selfray import config
+from selfray.cluster.after_run import log_to_run
 from selfray.cluster.mlflow_runs import log_page, read_runs
 from selfray.cluster.tracking import Tracker
+from selfray.console import Console
 from selfray.experiment import Experiment
 from selfray.report import live_map
 from selfray.report.page import thinned, write_page
@@ -729,6 +732,42 @@ def test_a_sweep_under_way_asks_no_store_that_only_its_folder_names(
     assert len(read_runs([str(sweep)], None, said.append)) == 1
     assert address in said[0]
     assert Listener.requests == []
+
+
+def test_numbers_go_to_no_store_that_only_a_run_s_folder_names(
+    stranger: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `selfray probe` and `selfray evaluate` log them."""
+    folder, address = stranger
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SECRETTOKEN")
+    written = io.StringIO()
+
+    def log(tracking: str | None) -> bool:
+        console = Console(written, None)
+        return log_to_run(Location.of(folder), 64, {"probe/knn": 0.5}, {}, tracking, console)
+
+    for own in (NOWHERE, None):
+        if own is None:
+            monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+        assert not log(None)
+        assert f"names the MLflow store {address}" in written.getvalue().splitlines()[-1]
+    assert Listener.requests == []
+    assert not log(address)
+    assert Listener.requests  # the user named it
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"tracking_uri": 7}', '{"run_id": null}'])
+def test_a_damaged_record_of_mlflow_costs_the_logging_alone(
+    stranger: tuple[str, str], record: str
+) -> None:
+    folder, _ = stranger
+    (Path(folder) / "mlflow.json").write_text(record)
+    written = io.StringIO()
+    console = Console(written, None)
+    assert not log_to_run(Location.of(folder), 64, {"probe/knn": 0.5}, {}, None, console)
+    assert written.getvalue().startswith("not logged")
 
 
 ANYTHING: tuple[Any, ...] = (

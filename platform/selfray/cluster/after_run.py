@@ -4,10 +4,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from selfray.cluster.mlflow_store import mlflow_tags, tracking_uri
+from selfray.cluster.mlflow_store import mlflow_tags, named_store
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
-from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
+from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training, read_object
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 
@@ -44,16 +44,15 @@ def log_to_run(
     if is_training(run):
         console.say("the run is still training: it sends these numbers to MLflow with its own")
         return False
-    record = (run / RUN_RECORD).read_json()
-    # A password is not recorded; then the environment must name the server.
-    known = None if "***" in record["tracking_uri"] else record["tracking_uri"]
-    uri = tracking_uri(run.parent, tracking or known)
+    record = read_object(run / RUN_RECORD)
     try:
-        mlflow_tags(uri, record["run_id"])  # if it is missing, a Tracker would create a second run
+        uri = named_store(record, tracking, run.parent)
+        # If the run is missing, a Tracker would create a second one.
+        mlflow_tags(uri, str(record.get("run_id") or ""))
     except (ValueError, OSError) as error:
         console.say(f"not logged, but kept in {run / SPOOL}: {error}")
         return False
-    shipped = (run / SHIPPED).read_json() if (run / SHIPPED).exists() else {}
+    shipped = read_object(run / SHIPPED)
     tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
     console.live("logging to MLflow")
     tracker.start()

@@ -15,7 +15,7 @@ from selfray import config
 from selfray.cluster.embedding_tasks import Devices, write_embeddings
 from selfray.cluster.evaluation import FEATURES, Judged, Split, Subject, keep, kept, place_of
 from selfray.cluster.launch import PartOf, launch
-from selfray.cluster.mlflow_store import tracking_uri
+from selfray.cluster.mlflow_store import named_store, tracking_uri
 from selfray.console import Console
 from selfray.data.data_sets import DataSets
 from selfray.data.reader import read_rows
@@ -123,10 +123,14 @@ def trained(
     Returns its last checkpoint."""
     subject = judged.subject
     run = read_object(subject.home / RUN_RECORD)
-    recorded = str(run.get("tracking_uri", "***"))
-    known = None if "***" in recorded else recorded
-    uri = tracking_uri(subject.home.parent if run else subject.home, how.tracking or known)
-    part = PartOf(run.get("run_id"), {}, f"{subject.title} on {judged.data.name}, {what}")
+    home = subject.home.parent if run else subject.home
+    parent = run.get("run_id")
+    try:
+        uri = named_store(run, how.tracking, home)
+    except ValueError as error:
+        how.console.say(f"{what} gets no parent in MLflow: {error}")
+        uri, parent = tracking_uri(home), None
+    part = PartOf(parent, {}, f"{subject.title} on {judged.data.name}, {what}")
     launch(experiment, how.console, uri, None, part, data)
     found = latest(Location.of(experiment.output) / experiment.run_name)
     assert found is not None

@@ -48,7 +48,9 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
     return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
 
 
-def named_store(record: Mapping[str, Any], tracking: str | None) -> str:
+def named_store(
+    record: Mapping[str, Any], tracking: str | None, output: Location | str = "runs"
+) -> str:
     """The MLflow store for a run, if the user names the same one as the run's folder.
 
     A folder is data and may come from a stranger. So a store that only the folder names is neither
@@ -57,11 +59,12 @@ def named_store(record: Mapping[str, Any], tracking: str | None) -> str:
     Args:
         record: the content of the folder's mlflow.json.
         tracking: the user's flag; if given, the record does not matter.
+        output: the folder whose store is taken without flag and MLFLOW_TRACKING_URI.
 
     Raises:
         ValueError: the folder names a different store; says how to name it.
     """
-    uri = tracking_uri(Location.of("runs"), tracking)
+    uri = tracking_uri(output, tracking)
     recorded = masked(str(record.get("tracking_uri") or ""))
     if tracking is None and recorded not in ("", masked(uri)):
         raise ValueError(
