@@ -23,7 +23,7 @@ from PIL import Image
 
 from helpers import MAE, RESNET, SIMCLR, VIT, experiment, start, train_for, write
 from selfray import config
-from selfray.cluster import build
+from selfray.cluster import build, logged_model
 from selfray.cluster.tracking import Tracker
 from selfray.commands import main, probe, script, shards
 from selfray.commands.doctor import exposure
@@ -612,6 +612,24 @@ def test_a_logged_model_gives_the_probes_features_and_is_registered_once(
     for loaded in (model, registered):
         theirs = loaded.predict(views.astype(np.float32) / 255)
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_logged_is_one_line_after_a_run_that_ended_well(
+    trained, store, monkeypatch
+):
+    uri, _, _ = store
+
+    def fail(*_):
+        raise TypeError("an operator that torch cannot export")
+
+    monkeypatch.setattr(logged_model, "_log", fail)
+    monkeypatch.setattr(logged_model, "MODEL", "no model was logged yet")
+    written = io.StringIO()
+    console = Console(written, None)
+    assert not logged_model.log_encoder(Location.of(trained / "mae"), console, uri)
+    assert written.getvalue() == (
+        "the encoder is not logged to MLflow: an operator that torch cannot export\n"
+    )
 
 
 def test_a_registry_is_for_mlflow_alone(typed, trained):

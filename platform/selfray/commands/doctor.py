@@ -76,7 +76,7 @@ def _python() -> Finding:
     version = platform.python_version()
     if sys.version_info >= (3, 14):
         return Finding("warn", f"{version}: selfray is tested on 3.11 to 3.13; use one of them")
-    return Finding("ok", f"{version}, selfray {__version__} in {Path(__file__).parent}")
+    return Finding("ok", f"{version}, selfray {__version__} in {Path(__file__).parents[1]}")
 
 
 def _packages() -> Finding:

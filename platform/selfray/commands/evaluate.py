@@ -30,6 +30,7 @@ from selfray.commands.flags import (
     LabelColumnFlag,
     TrackingFlag,
     flag,
+    require_positive,
 )
 from selfray.commands.labelled import (
     devices_of,
@@ -225,12 +226,7 @@ class Evaluate:
                 "--by segmentation needs images with masks and excludes other protocols: give --by "
                 "segmentation, --data IMAGES and --masks MASKS",
             )
-        for name in ("train_limit", "test_limit", "image_size"):
-            value = getattr(self, name)
-            require(
-                value is None or value > 0,
-                f"--{name.replace('_', '-')} must be positive, got {value}",
-            )
+        require_positive(self, ("train_limit", "test_limit", "image_size"))
 
     def _suite(self) -> "Suite":
         from selfray.probes.suite import Suite

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from selfray.check import require
-from selfray.commands.flags import flag
+from selfray.commands.flags import flag, require_positive
 
 if TYPE_CHECKING:
     from selfray.cluster.evaluation import Judged
@@ -47,12 +46,8 @@ class FineTuneFlags:
     ] = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "workers"):
-            value = getattr(self, name)
-            require(
-                value is None or value > 0,
-                f"--finetune.{name.replace('_', '-')} must be positive, got {value}",
-            )
+        names = ("epochs", "batch_size", "learning_rate", "workers")
+        require_positive(self, names, "finetune.")
 
     def settings(self, encoder: "EncoderRef", images: int) -> "FineTuning":
         """The preset for an encoder and this many images, with the given flags applied."""
@@ -89,12 +84,7 @@ class LinearPaperFlags:
     workers: Annotated[int, flag("Train workers.", "N")] = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "workers"):
-            value = getattr(self, name)
-            require(
-                value is None or value > 0,
-                f"--linear-paper.{name.replace('_', '-')} must be positive, got {value}",
-            )
+        require_positive(self, ("epochs", "batch_size", "workers"), "linear-paper.")
 
     def settings(self, encoder: "EncoderRef", images: int) -> "LinearOnViews":
         from selfray.probes.linear_paper import LinearOnViews

@@ -16,7 +16,17 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from selfray.check import require
 from selfray.commands.words import nearest
+
+
+def require_positive(settings: Any, names: Sequence[str], prefix: str = "") -> None:
+    """ValueError that names the flag, such as --PREFIXbatch-size, unless these fields of a command
+    are positive or None."""
+    for name in names:
+        value = getattr(settings, name)
+        flag_name = f"--{prefix}{name.replace('_', '-')}"
+        require(value is None or value > 0, f"{flag_name} must be positive, got {value}")
 
 
 def flag(text: str, metavar: str | None = None, default: str | None = None) -> Any:

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
-from selfray.check import require
 from selfray.commands.flags import (
     CheckpointArgument,
     DeviceGpusFlag,
@@ -15,6 +14,7 @@ from selfray.commands.flags import (
     LabelColumnFlag,
     TrackingFlag,
     flag,
+    require_positive,
 )
 from selfray.commands.labelled import (
     devices_of,
@@ -81,8 +81,7 @@ class Probe:
     tracking: TrackingFlag = None
 
     def run(self, console: "Console") -> int:
-        for name, limit in (("train", self.train_limit), ("test", self.test_limit)):
-            require(limit is None or limit > 0, f"--{name}-limit must be positive, got {limit}")
+        require_positive(self, ("train_limit", "test_limit"))
         console.live("loading torch and ray")
         from selfray.cluster import runtime
         from selfray.data.data_sets import needs_build

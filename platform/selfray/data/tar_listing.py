@@ -1,5 +1,6 @@
 """What lies in the tars of a data set, before they are read whole: splits, classes and labels."""
 
+import collections
 import itertools
 import posixpath
 import tarfile
@@ -108,7 +109,9 @@ class _Inside:
             folders[posixpath.dirname(name)] = NO_LABEL if label is None else place[label]
             is_picture = extension(name) in IMAGE_EXTENSIONS
             rows[file, split] = rows.get((file, split), 0) + is_picture
-        total = {file: sum(n for (f, _), n in rows.items() if f == file) for file, _ in rows}
+        total: collections.Counter[int] = collections.Counter()
+        for (file, _), count in rows.items():
+            total[file] += count
         return [
             Input(
                 self.files[file].name,

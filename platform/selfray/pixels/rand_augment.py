@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -42,16 +43,23 @@ def _augmented(image: np.ndarray, policy: str, known: str) -> np.ndarray:
     transform = _transform(policy, image.shape[1])
     words = hashlib.blake2b(known.encode(), digest_size=4).digest()
     number = int.from_bytes(words, "little")
-    # timm draws from the process's global generators; their states are restored afterwards.
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        random.seed(number)
-        np.random.seed(number)
+    with seeded(number):
         found = transform(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
+    return np.asarray(found).transpose(2, 0, 1)
+
+
+@contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Inside, Python's and numpy's global generators, from which timm's augmentations draw, start
+    from a seed. Their states are restored afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(number)
+    np.random.seed(number)
+    try:
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-    return np.asarray(found).transpose(2, 0, 1)
 
 
 @lru_cache(maxsize=8)

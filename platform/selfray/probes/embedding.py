@@ -229,10 +229,11 @@ def _empty_features(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tenso
     return cls[:0], patches[:0]
 
 
-def earlier_layers(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
-    """Class tokens of the three blocks before the last, after the final norm: [b, 3 D]."""
+def last_layers(encoder: Encoder, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(patch tokens [b, N, D], class and register tokens [b, P, D]) of each of a ViT's last LAYERS
+    blocks, in order, after the final norm, for normalised images [b, C, H, W]."""
     backbone: Any = encoder.backbone
-    found = backbone.forward_intermediates(
+    return backbone.forward_intermediates(
         images,
         indices=LAYERS,
         return_prefix_tokens=True,
@@ -240,6 +241,11 @@ def earlier_layers(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
         output_fmt="NLC",
         intermediates_only=True,
     )
+
+
+def earlier_layers(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+    """Class tokens of the three blocks before the last, after the final norm: [b, 3 D]."""
+    found = last_layers(encoder, images)
     return torch.cat([prefix[:, 0] for _, prefix in found[:-1]], dim=1)
 
 

@@ -4,13 +4,9 @@ As a Method it is trained by the same loop, streams, checkpoints and tracking as
 lies outside `selfray.methods`, because it reads labels.
 """
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
@@ -20,10 +16,29 @@ from torch import Tensor, nn
 from selfray.check import require, require_number, require_one_of
 from selfray.method import Batch, Method, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig, Features
+from selfray.pixels.rand_augment import seeded
 from selfray.schedules import Progress
 from selfray.views import View, Views
 
 LABEL = "label"
+
+
+def require_classes(labels: tuple[int, ...]) -> None:
+    """ValueError unless these are the labels of at least two classes, in ascending order."""
+    require(
+        len(labels) > 1 and list(labels) == sorted(set(labels)),
+        f"method.labels must be at least two labels in ascending order, got {labels}",
+    )
+
+
+def targets_of(labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """(class of each image, int64 [B], arbitrary without label; whether it has a label, bool [B]).
+
+    Args:
+        labels: int64 [B]; -1 for none.
+        known: the label of each class, int64 [C], in ascending order.
+    """
+    return torch.searchsorted(known, labels).clamp(max=len(known) - 1), labels >= 0
 
 
 @dataclass(frozen=True)
@@ -48,10 +63,7 @@ class FineTuneConfig(MethodConfig):
     view: View = field(default_factory=lambda: View(crop_scale=(0.08, 1.0)))
 
     def __post_init__(self) -> None:
-        require(
-            len(self.labels) > 1 and list(self.labels) == sorted(set(self.labels)),
-            f"method.labels must be at least two labels in ascending order, got {self.labels}",
-        )
+        require_classes(self.labels)
         require_one_of("method.pool", self.pool, ("cls", "mean"))
         require_number("method.smoothing", self.smoothing, least=0, below=1)
         for name in ("mixup", "cutmix"):
@@ -80,9 +92,8 @@ class FineTune(Method):
         self.register_buffer("known", torch.tensor(config.labels), persistent=False)  # [C]
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        labels, known = batch[LABEL], self.get_buffer("known")  # [B], [C]
-        places = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
-        images, targets, counts = self._augmented(batch["global"][:, 0], places, labels >= 0)
+        places, has_label = targets_of(batch[LABEL], self.get_buffer("known"))
+        images, targets, counts = self._augmented(batch["global"][:, 0], places, has_label)
         logits = self.head(self.encoder(images)).float()  # [B, C]
         losses = -(targets * logits.log_softmax(-1)).sum(-1)  # [B]
         return (losses * counts).sum() / counts.sum().clamp(min=1), {}
@@ -93,7 +104,8 @@ class FineTune(Method):
         """(images float [B, 3, H, W], targets float [B, C], whether each counts in the loss, bool
         [B]) after mixing and erasing. The batch itself is not changed."""
         config, classes, count = self.config, len(self.config.labels), len(images)
-        with _by_torchs_generator():
+        # Every step seeds torch's generator, so that a resumed run draws the same.
+        with seeded(int(torch.randint(2**31, (1,)))):
             if config.erase:
                 eraser = RandomErasing(config.erase, mode="pixel", device=str(images.device))
                 images = eraser(images.clone())
@@ -133,19 +145,3 @@ class Head(nn.Module):
     def of_pooled(self, pooled: Tensor) -> Tensor:
         """Logits [B, C] of class tokens or means of patch tokens, [B, D]."""
         return self.linear(self.norm(pooled))
-
-
-@contextmanager
-def _by_torchs_generator() -> Iterator[None]:
-    """Inside, Python's and numpy's generators, from which timm's augmentations draw, are seeded
-    from torch's. Every step seeds torch's, so that a resumed run draws the same. Their states are
-    restored afterwards."""
-    number = int(torch.randint(2**31, (1,)))
-    python, numpy = random.getstate(), np.random.get_state()
-    random.seed(number)
-    np.random.seed(number)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

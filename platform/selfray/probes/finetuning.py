@@ -2,7 +2,7 @@
 each."""
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from selfray.check import require, require_number, require_one_of
 from selfray.experiment import (
@@ -159,16 +159,9 @@ class FineTuning(Protocol):
             ),
             epochs=epochs,
             batch_size=batch_size,
-            precision=run.precision,
             seed=self.seed,
             init_from=init_from,
-            probe=ProbeConfig(times=0),
-            checkpoint=CheckpointConfig(times=4, keep=1),
-            # No collapse guard: features of a class may converge here. Weights that are not finite
-            # still end the run.
-            guard=GuardConfig(patience=0),
-            workers=run.workers,
-            output=run.output,
+            **run.fields,
         )
 
     def _batch_size(self, images: int, workers: int) -> int:
@@ -188,6 +181,19 @@ class Placing:
     output: str
     workers: int = 1
     precision: Literal["float32", "tf32", "bf16"] = "float32"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of an Experiment that learns from labels: placement, no probes, no collapse guard,
+        since features of a class may converge. Weights that are not finite still end the run."""
+        return {
+            "precision": self.precision,
+            "probe": ProbeConfig(times=0),
+            "checkpoint": CheckpointConfig(times=4, keep=1),
+            "guard": GuardConfig(patience=0),
+            "workers": self.workers,
+            "output": self.output,
+        }
 
 
 def _preset_for(encoder: EncoderConfig, images: int) -> Preset:

@@ -8,25 +8,24 @@ token of the last block or of the last four, with or without the mean patch toke
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from selfray.check import require, require_number, require_one_of
 from selfray.distributed import GlobalBatchNorm
-from selfray.experiment import CheckpointConfig, DataConfig, Experiment, ProbeConfig
-from selfray.health import GuardConfig
+from selfray.experiment import DataConfig, Experiment
 from selfray.method import Batch, Method, MethodConfig, fitted
 from selfray.models.encoder import Encoder, EncoderConfig
 from selfray.optim import OptimizerConfig
-from selfray.probes.finetune import LABEL
+from selfray.probes.embedding import LAYERS, last_layers
+from selfray.probes.finetune import LABEL, require_classes, targets_of
 from selfray.probes.finetuning import SMALL_DATA, Placing
 from selfray.probes.protocol import Protocol
 from selfray.schedules import Constant, Progress, WarmupCosine
 from selfray.views import View, Views
 
-LAYERS = 4
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 """At a batch of 256 images (DINOv2's evaluation)."""
 LARS_RATES = (0.64, 2.0, 6.4, 20.0, 64.0)
@@ -59,10 +58,7 @@ class LinearPaperConfig(MethodConfig):
     smallest_crop: float = 0.08
 
     def __post_init__(self) -> None:
-        require(
-            len(self.labels) > 1 and list(self.labels) == sorted(set(self.labels)),
-            f"method.labels must be at least two labels in ascending order, got {self.labels}",
-        )
+        require_classes(self.labels)
         require(len(self.rates) > 0, "method.rates must name at least one learning rate")
         for rate in self.rates:
             require_number("method.rates", rate, above=0)
@@ -91,9 +87,7 @@ class LinearPaper(Method):
         self.register_buffer("known", torch.tensor(config.labels), persistent=False)  # [C]
 
     def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        labels, known = batch[LABEL], self.get_buffer("known")  # [B], [C]
-        targets = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
-        has_label = labels >= 0
+        targets, has_label = targets_of(batch[LABEL], self.get_buffer("known"))
         self.encoder.eval()
         with torch.no_grad():
             features = tokens(self.encoder, batch["global"][:, 0]).float()  # [B, 5 D] or [B, D]
@@ -156,15 +150,7 @@ def tokens(encoder: Encoder, images: Tensor) -> Tensor:
         f"linear-paper needs {LAYERS} blocks, but {encoder.config.name} has "
         f"{len(encoder.backbone.blocks)} here: give --by linear",  # type: ignore[arg-type]
     )
-    backbone: Any = encoder.backbone
-    found = backbone.forward_intermediates(
-        images,
-        indices=LAYERS,
-        return_prefix_tokens=True,
-        norm=True,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
+    found = last_layers(encoder, images)
     mean = found[-1][0].mean(1)
     return torch.cat([*(prefix[:, 0] for _, prefix in found), mean], dim=1)
 
@@ -245,12 +231,7 @@ class LinearOnViews(Protocol):
             ),
             epochs=epochs,
             batch_size=most,
-            precision=run.precision,
             seed=self.seed,
             init_from=init_from,
-            probe=ProbeConfig(times=0),
-            checkpoint=CheckpointConfig(times=4, keep=1),
-            guard=GuardConfig(patience=0),
-            workers=run.workers,
-            output=run.output,
+            **run.fields,
         )
