@@ -1,5 +1,4 @@
-"""Which setting is suspect where a run's figures are not finite: the one farthest from where runs
-are known to work."""
+"""Names the setting that most likely made figures not finite: the farthest from its usual range."""
 
 import math
 from collections.abc import Iterator
@@ -18,26 +17,26 @@ USUAL = {
     "koleo_weight": (0.0, 10.0),
     "patch_weight": (0.0, 10.0),
 }
-"""By the last name of a field, sizes with which the papers' runs and ours stay finite."""
+"""Field name -> range of absolute values with which the papers' runs and ours stay finite."""
 USUAL_IN_UPDATES = {
     "weight_decay": (0.0, 1.0),
     "trust_coefficient": (0.0, 0.1),
     "clip_norm": (0.0, 100.0),
 }
-"""The same, of what matters from the first update on."""
+"""The same for settings that matter only after the first update."""
 HIGHEST_RATES = {"adamw": 0.01, "sgd": 2.0, "lars": 20.0}
-"""Peak learning rates beyond which runs of an optimizer explode."""
+"""Optimizer -> peak learning rate above which runs diverge."""
 
 
 class _Suspect(NamedTuple):
     decades: float
-    """How far off it is, as a power of ten."""
+    """Distance from the usual range, in powers of ten."""
     text: str
 
 
 def suspect(experiment: Experiment, step: int) -> str:
-    """What to change, as words that name the flag, where the loss of an optimizer step (from 1) was
-    not finite. Before the first update, no optimizer's setting is to blame."""
+    """Advice that names a flag, for a run whose loss was not finite at optimizer step `step`,
+    counted from 1. At step 1 the optimizer's settings cannot be the cause."""
     found = max(_unusual(experiment, step), default=None)
     if found is not None:
         return found.text

@@ -51,7 +51,7 @@ from selfray.pixels.deep import ValueCounts
 from selfray.storage import Location
 
 WINDOW = "window.json"
-"""In DST/_build: the window that percentiles of all images gave."""
+"""File in DST/_build with the window from percentiles over all images."""
 
 __all__ = [
     "MANIFEST",
@@ -126,7 +126,7 @@ def build(
 def build_told(
     source: Location, destination: Location, options: BuildOptions, say: Callable[[str], None]
 ) -> Manifest:
-    """`build` for a run that reads its images as they are: `say` is told what it has to note."""
+    """`build` with notes, such as images that are left out, passed to `say`."""
 
     def on_progress(progress: Progress) -> None:
         if progress.note:
@@ -178,8 +178,8 @@ def _rebuild_missing(
 
 
 def _window_of_all(destination: Location, plan: Plan, tally: Tally) -> tuple[float, float] | None:
-    """The window that percentiles of all images give, where it is asked for: they are read once
-    more than else. An interrupted build finds it again."""
+    """The window from percentiles over all images, if the options ask for it; this reads all images
+    once more. It is stored, so that an interrupted build does not read them again."""
     intake = plan.options.intake
     if intake.window_of != "set":
         return None
@@ -204,7 +204,8 @@ def _window_of_all(destination: Location, plan: Plan, tally: Tally) -> tuple[flo
 def _without_other_channels(
     job: Job, plan: Plan, records: dict[int, ShardRecord], tally: Tally
 ) -> dict[int, ShardRecord]:
-    """Build the shards again that hold images of other channels than most have, without those."""
+    """Rebuild shards that contain images with other channels than most images, without these
+    images."""
     counts: collections.Counter[str] = collections.Counter()
     for record in records.values():
         counts.update(record.measured.channels)

@@ -1,4 +1,4 @@
-"""Whether shards are still what their manifest says, as Ray tasks."""
+"""Checks shards against their manifest, as Ray tasks."""
 
 import hashlib
 import posixpath

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from selfray.cluster.mlflow_store import asking_mlflow, mlflow_tags, tracking_uri
 from selfray.console import Console
 from selfray.models.encoder import Encoder
+from selfray.probes.features import of_linear
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.folder import RUN_RECORD, read_object
@@ -46,10 +47,7 @@ class FromPixels(nn.Module):
         """Features of float32 images [n, C, H, W] in 0..1: [n, D]; for a ViT [n, 2D], the class
         token and the mean of the patch tokens, which are the inputs of the linear probe."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        features = self.encoder((images - mean) / std)
-        if not self.encoder.config.is_vit:
-            return features.cls
-        return torch.cat([features.cls, features.patches.mean(1)], dim=1)
+        return of_linear(self.encoder, self.encoder((images - mean) / std))
 
 
 def log_encoder(

@@ -1,4 +1,4 @@
-"""Work as Ray tasks, whatever is ready first, and how far it is."""
+"""Runs work as Ray tasks, in order of completion, and counts progress."""
 
 import itertools
 import time

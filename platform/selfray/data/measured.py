@@ -1,7 +1,7 @@
-"""What a build measures of its images: mean and deviation, shapes, duplicates, what was converted.
+"""Measures the images of a build: mean and deviation, shapes, duplicates, conversions.
 
-A shard's task measures as it verifies; the records of all shards add up to the Statistics of the
-manifest, whichever worker built which shard.
+The task that builds a shard also measures it. The records of all shards add up to the Statistics of
+the manifest, independent of which worker built which shard.
 """
 
 import base64
@@ -18,9 +18,9 @@ from selfray.pixels.augment import image_key
 from selfray.views import MOST_CHANNELS, RGB
 
 PICTURES = (1, RGB)
-"""Gray and colour images, which are read as one another: data.channels says as which."""
+"""Channels of gray and colour images. Either is read as the other, as data.channels says."""
 _DIGITS = 5
-"""Decimals of means and deviations: what one processor rounds otherwise than another is beyond."""
+"""Decimals of means and deviations: few enough that rounding on different processors agrees."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,23 @@ class Moments:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the images of one shard add to the statistics of all."""
+    """The measurements of one shard's images."""
 
     channels: Mapping[str, int]
-    """Images by their number of channels."""
+    """Number of images for each number of channels."""
     aspects: Mapping[str, int]
-    """Images by their width divided by their height, in hundredths."""
+    """Number of images for each aspect ratio, width / height in hundredths."""
     moments: Mapping[str, Moments]
-    """By the number of channels that the images are read with: gray and colour images as both."""
+    """For each number of channels that the images can be read with; gray and colour images with
+    both 1 and 3."""
     converted: Mapping[str, int]
-    """Images by what was done to them."""
+    """Number of images for each kind of conversion."""
     keys: str
-    """64 bits that name each image by its pixels: uint64 in base64."""
+    """A 64-bit digest of each image's pixels: uint64 in base64."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Measured":
-        """ValueError, TypeError, KeyError where it is none."""
+        """Parse and check. Raises ValueError, TypeError or KeyError for anything else."""
         moments = {
             str(int(name)): Moments(
                 int(m["images"]), tuple(map(float, m["means"])), tuple(map(float, m["squares"]))
@@ -78,28 +79,30 @@ def _decoded(keys: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a manifest tells of the images that are stored."""
+    """Statistics of the stored images, as in the manifest."""
 
     channels: Mapping[str, int]
-    """Images by their number of channels."""
+    """Number of images for each number of channels."""
     mean: Mapping[str, tuple[float, ...]]
-    """Mean of each channel in 0..1, each image weighing the same, by data.channels."""
+    """For each value of data.channels: the mean of each channel in 0..1; all images have equal
+    weight."""
     std: Mapping[str, tuple[float, ...]]
-    """Standard deviation of each channel's values, by data.channels."""
+    """For each value of data.channels: the standard deviation of each channel's values."""
     aspect_ratio: tuple[float, float, float]
-    """Width divided by height: least, median, largest."""
+    """Width / height: smallest, median, largest."""
     duplicates: int
-    """Images whose pixels an earlier one has."""
+    """Number of images with the same pixels as an earlier image."""
     of_test: int | None
-    """Train images whose pixels a test or validation image has; None where there are no splits."""
+    """Number of train images with the same pixels as a test or validation image; None without
+    splits."""
     converted: Mapping[str, int] = field(default_factory=dict)
-    """Images by what was done to them before they were stored."""
+    """Number of images for each kind of conversion before they were stored."""
     window: tuple[float, float] | None = None
-    """The values that became black and white, where percentiles of all images gave them."""
+    """The values that became black and white, if they are percentiles over all images."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Statistics":
-        """ValueError, TypeError, KeyError where it is none."""
+        """Parse and check. Raises ValueError, TypeError or KeyError for anything else."""
         window = value["window"]
         ratios = [float(ratio) for ratio in value["aspect_ratio"]]
         require(len(ratios) == 3, "it has another number of aspect ratios than 3")
@@ -127,18 +130,18 @@ class Statistics:
         )
 
     def normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """(mean, std) of images that are read with so many channels; None where they are not."""
+        """(mean, std) of the images read with this number of channels; None if they cannot be."""
         found = self.mean.get(str(channels)), self.std.get(str(channels))
         return None if found[0] is None or found[1] is None else (found[0], found[1])
 
     @property
     def kind(self) -> int:
-        """The channels of the images: 3 for pictures of which some have colours."""
+        """The number of channels of the images: 3 if they are gray and colour images."""
         return kind_of_most(self.channels)
 
 
 class Measuring:
-    """The measurements of a shard's images, one after the other."""
+    """Collects the measurements of a shard's images."""
 
     def __init__(self) -> None:
         self._channels: collections.Counter[int] = collections.Counter()
@@ -149,7 +152,7 @@ class Measuring:
         self._keys: list[int] = []
 
     def add(self, pixels: np.ndarray, channels: int, done: str = "") -> None:
-        """An image of uint8 [H, W, C] pixels; `channels` is 1 where the three are equal."""
+        """Add an image, uint8 [H, W, C]; `channels` is 1 if its three channels are equal."""
         height, width = pixels.shape[:2]
         self._channels[channels] += 1
         self._aspects[round(100 * width / height)] += 1
@@ -185,10 +188,10 @@ class Measuring:
 
 
 def channels_of(pixels: np.ndarray) -> int:
-    """The channels of decoded pixels uint8 [H, W, C]: 1 where all three of a picture are equal."""
+    """The number of channels of decoded pixels, uint8 [H, W, C]: 1 if three channels are equal."""
     if pixels.shape[2] != RGB:
         return pixels.shape[2]
-    for part in (pixels[::16, ::16], pixels):  # most colours are seen at once
+    for part in (pixels[::16, ::16], pixels):  # a coarse grid finds most colours at once
         if not (
             np.array_equal(part[:, :, 0], part[:, :, 1])
             and np.array_equal(part[:, :, 0], part[:, :, 2])
@@ -198,12 +201,13 @@ def channels_of(pixels: np.ndarray) -> int:
 
 
 def are_alike(channels: int, others: int) -> bool:
-    """Whether images of so many channels can be in one data set."""
+    """Whether images with these numbers of channels can be in one data set."""
     return channels == others or (channels in PICTURES and others in PICTURES)
 
 
 def kind_of_most(counts: Mapping[str, int]) -> int:
-    """The channels of most images, 3 for pictures; fewer channels where two are as frequent."""
+    """The number of channels of most images, with gray and colour images counted as 3 unless all
+    are gray. On a tie, the smaller number."""
     kinds: collections.Counter[int] = collections.Counter()
     for channels, count in counts.items():
         kinds[RGB if int(channels) in PICTURES else int(channels)] += count
@@ -216,7 +220,8 @@ def kind_of_most(counts: Mapping[str, int]) -> int:
 def summed(
     parts: Sequence[tuple[bool, Measured]], window: tuple[float, float] | None = None
 ) -> Statistics:
-    """The statistics of all shards, from (whether it holds test images, what was measured)."""
+    """The statistics of all shards, given as (whether the shard holds test images,
+    measurements)."""
     totals = {name: collections.Counter() for name in ("channels", "aspects", "converted")}
     moments: dict[int, list[Moments]] = {}
     for _, part in parts:
@@ -229,7 +234,7 @@ def summed(
     for channels, found in sorted(moments.items()):
         count = sum(m.images for m in found)
         if count < whole or not 1 <= channels <= MOST_CHANNELS:
-            continue  # gray images among colours alone
+            continue  # moments of only some of the images
         means = np.sum([m.means for m in found], axis=0) / count
         squares = np.sum([m.squares for m in found], axis=0) / count
         mean[str(channels)] = tuple(np.round(means, _DIGITS).tolist())

@@ -1,4 +1,4 @@
-"""What a build of shards may be told: sizes, labels, and how deep images are stored."""
+"""The options of a build of shards: sizes, labels, and conversion of deep images."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What was understood of a data set, in one line, before it is trained on or built."""
+"""Summarises a data set in one line, printed before it is trained on or built."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from selfray.data.shard_set import ShardSet
 
 @dataclass(frozen=True)
 class Part:
-    """The images that are trained on, or those of the test."""
+    """The train images or the test images of a data set."""
 
     images: int | None
-    """None where nobody has counted them: those in tars."""
+    """Number of images; None if unknown, as for tars."""
     labelled: int | None
-    """How many have a label; None where some have one and nobody has counted them."""
+    """Number of labelled images; None if there are some, but their number is unknown."""
     classes: tuple[str, ...] = ()
     tars: int = 0
 
@@ -38,9 +38,9 @@ def line(
     """Such as `60 train images of 3 classes (a, b, c), 30 test images from val/, 2 left out: x/`.
 
     Args:
-        origin: what the test images come from.
-        unlabeled: so many of the train images are of a split of unlabelled ones.
-        left_out: what is neither, with its images.
+        origin: the folder or file of the test images.
+        unlabeled: number of train images from a split of unlabelled images.
+        left_out: folders or files in neither set, with their numbers of images.
     """
     parts = [_train_words(train)]
     if unlabeled:
@@ -69,12 +69,12 @@ def _train_words(train: Part) -> str:
 
 
 def shown(names: Sequence[str]) -> str:
-    """Some classes; of many, the first and the last."""
+    """Up to three names; of more, only the first and the last."""
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
 
 
 def odd(train: Part, test: Part | None) -> Iterator[str]:
-    """What makes the numbers of probes say little, one line each."""
+    """Lines about properties that make the probes' numbers meaningless."""
     if not train.has_labels:
         if test is not None and test.has_labels:
             yield "the test images have labels, but the train images have none: no probes"
@@ -96,7 +96,7 @@ def odd(train: Part, test: Part | None) -> Iterator[str]:
 
 
 def classes_of(shards: ShardSet) -> list[str]:
-    """The classes that a data set's own files can name."""
+    """The classes that occur in a data set's own files."""
     names = shards.label_names or ()
     known = {file.classes for file in shards.files if file.classes is not None}
     own = {file.label for file in shards.files if file.label >= 0}

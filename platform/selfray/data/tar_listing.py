@@ -1,4 +1,4 @@
-"""What lies in the tars of a data set, before they are read whole: splits, classes and labels."""
+"""Lists the tars of a data set to find splits, classes and labels before they are read."""
 
 import collections
 import itertools
@@ -17,21 +17,21 @@ from selfray.data.tar import StrictTarInfo, folder_of, read_tar, shown
 from selfray.storage import Location
 
 SAMPLE_BYTES = 1024
-"""No member of a tar takes less: 512 bytes of header, and its content in blocks of 512."""
+"""Smallest size of a member in a tar: 512 bytes of header, and content in blocks of 512."""
 LOOKED_AT = 100
-"""So many members of a tar tell whether they lie in folders, and whether labels are text."""
+"""Number of members read to find out whether members are in folders and labels are text."""
 
 
 @dataclass(frozen=True)
 class Tars:
-    """The tars of a data set as inputs of work items."""
+    """The tars of a data set, as inputs of work items."""
 
     inputs: list[Input]
     layout: Layout
     understood: Understood
-    """What the names of the tars, and of the folders in them, say."""
+    """The meaning of the names of the tars and of the folders inside."""
     has_folders: bool
-    """Whether the folders inside the tars say anything."""
+    """Whether the folders inside the tars name splits or classes."""
 
 
 def plan_tars(
@@ -41,10 +41,11 @@ def plan_tars(
     rule: LabelRule,
     label_column: str | None,
 ) -> Tars:
-    """Inputs for all tars that are used. `.cls` and `.json` members are labels before folders are.
+    """Inputs for all tars that are used. Labels in `.cls` and `.json` members take precedence over
+    folders.
 
     Args:
-        understood: what the names of the tars say.
+        understood: the meaning of the tars' names.
     """
     inside = _inside(root, files, understood, rule)
     if inside is None:
@@ -63,7 +64,7 @@ def plan_tars(
         layout = Layout("tar", names is not None, names)
     said = inside.understood
     splits = {file.name: split for file, split in zip(files, understood.splits, strict=True)}
-    # Of a tar whose name tells its split, the folders tell classes alone.
+    # If a tar's name tells its split, the folders inside tell only classes.
     combined = tuple(splits.get(file.name) for file in files)
     if not (said.has_splits or said.classes):
         inputs = _whole(files, understood)
@@ -77,7 +78,7 @@ def plan_tars(
 
 
 def have_folders(root: Location, files: Sequence[File]) -> bool:
-    """Whether members lie in folders, as the first of them tell."""
+    """Whether members are in folders, judged by the first ones."""
     for file in files:
         names = list(itertools.islice(_members(root, file), LOOKED_AT))
         if names:
@@ -87,17 +88,17 @@ def have_folders(root: Location, files: Sequence[File]) -> bool:
 
 @dataclass(frozen=True)
 class _Inside:
-    """The members of all tars, and what the folders around them say."""
+    """The members of all tars, and the meaning of their folders."""
 
     files: Sequence[File]
     names: tuple[str, ...]
-    """Of the members, normalised."""
+    """The normalised names of the members."""
     of: tuple[int, ...]
-    """The tar of each."""
+    """The index of each member's tar."""
     understood: Understood
 
     def inputs(self, layout: Layout) -> list[Input]:
-        """One for each tar and split: its members are told by their folders."""
+        """One input for each tar and split; folders determine which members belong to it."""
         place = {name: index for index, name in enumerate(layout.label_names or ())}
         found: dict[tuple[int, str], dict[str, int]] = {}
         rows: dict[tuple[int, str], int] = {}
@@ -127,7 +128,7 @@ class _Inside:
 def _inside(
     root: Location, files: Sequence[File], understood: Understood, rule: LabelRule
 ) -> _Inside | None:
-    """None where members lie in no folders."""
+    """None if no member is in a folder."""
     used = [i for i, split in enumerate(understood.splits) if split is not None]
     if not have_folders(root, [files[i] for i in used]):
         return None
@@ -137,7 +138,7 @@ def _inside(
     of = tuple(i for i, own in zip(used, members, strict=True) for _ in own)
     said = understand(names, "images", rule, root)
     if understood.has_splits and not said.has_splits:
-        # `train-000.tar` with cat/1.jpg in it is train/cat/1.jpg.
+        # cat/1.jpg inside `train-000.tar` counts as train/cat/1.jpg.
         outer = [f"{understood.splits[i]}/{name}" for i, name in zip(of, names, strict=True)]
         said = replace(understand(outer, "images", rule, root), origins=understood.origins)
         said = replace(said, left_out=understood.left_out)
@@ -145,10 +146,10 @@ def _inside(
 
 
 def _members(root: Location, file: File) -> Iterator[str]:
-    """The names of a tar's members, up to where it is damaged."""
+    """The names of a tar's members; of a damaged tar, those before the damage."""
     location = root / file.name
     try:
-        # A local file is seeked in; of an object store, each look would be a request.
+        # Seek in local files; in an object store every seek would be a request.
         whole = location.filesystem.open_input_file(location.path) if location.is_local else None
         with (
             whole or location.filesystem.open_input_stream(location.path) as stream,
@@ -166,7 +167,7 @@ def _members(root: Location, file: File) -> Iterator[str]:
                         posixpath.join(folder_of(member.name), posixpath.basename(member.name))
                     )
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
-        raise_if_outage(error, root)  # a damaged one is told when it is read
+        raise_if_outage(error, root)  # the damage is reported when the tar is read
 
 
 def _whole(files: Sequence[File], understood: Understood) -> list[Input]:
@@ -190,7 +191,7 @@ def _layout(
     rule: LabelRule,
     label_column: str | None,
 ) -> Layout:
-    """By the folders around the tars, else by the `.cls` and `.json` members in them."""
+    """Labels from the folders around the tars, else from `.cls` and `.json` members."""
     names = understood.classes
     if names is not None or rule == "none":
         return Layout("tar", names is not None, names)

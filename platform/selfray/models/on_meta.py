@@ -1,5 +1,8 @@
-"""An encoder tried before any process is started for it: on torch's device `meta`, where tensors
-have shapes and no values, so that the largest takes a fraction of a second and no memory."""
+"""Tries an encoder before any process is started: on torch's device `meta`.
+
+Tensors there have shapes but no values, so even the largest encoder takes a fraction of a second
+and no memory.
+"""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -12,13 +15,13 @@ from selfray.models.encoder import EncoderConfig
 from selfray.storage import one_line
 
 IMAGES = 2
-"""Batch norms refuse one image of one pixel."""
+"""Images per trial; a batch norm cannot normalise a single value per channel."""
 
 
 def built(experiment: Experiment) -> Method:
-    """An experiment's method around its encoder. Values are nowhere; shapes and dtypes are right.
+    """An experiment's method and encoder on `meta`, with the right shapes and dtypes.
 
-    ValueError names the field of an encoder that cannot be had, or that its views do not fit.
+    Raises ValueError that names the field if the encoder cannot be built or does not fit the views.
     """
     require_encoder_of(experiment)
     with torch.device("meta"):
@@ -26,15 +29,15 @@ def built(experiment: Experiment) -> Method:
 
 
 def require_encoder_of(experiment: Experiment) -> None:
-    """Raise ValueError, with the field's name, where an experiment's encoder cannot be built, or
-    cannot take the views of its method or the images of its probes."""
+    """Raise ValueError that names the field if an experiment's encoder cannot be built, or cannot
+    process its method's views or the probes' images."""
     sizes = {view.size for group in experiment.views.values() for view in group}
     require_encoder(experiment.encoder, {experiment.encoder.image_size, *filter(None, sizes)})
 
 
 def require_encoder(config: EncoderConfig, sizes: Iterable[int]) -> None:
-    """Raise ValueError, with the field's name, where an encoder cannot be built or cannot take
-    square images of all these sides in pixels."""
+    """Raise ValueError that names the field if an encoder cannot be built, or cannot process square
+    images of each of these sizes in pixels."""
     fault = _fault(config, tuple(sorted(set(sizes))))
     if fault is not None:
         raise ValueError(fault)
@@ -42,12 +45,12 @@ def require_encoder(config: EncoderConfig, sizes: Iterable[int]) -> None:
 
 @lru_cache(maxsize=64)
 def _fault(config: EncoderConfig, sizes: tuple[int, ...]) -> str | None:
-    """What is wrong, in one line; None where all is well. timm tells it by whatever its code runs
-    into: AssertionError, AttributeError, ZeroDivisionError, IndexError, RuntimeError."""
+    """The fault in one line; None without one. timm raises various errors: AssertionError,
+    AttributeError, ZeroDivisionError, IndexError, RuntimeError."""
     try:
         with torch.device("meta"):
             encoder = config.build().train()
-    except ValueError as error:  # already said by the field's name
+    except ValueError as error:  # it names the field already
         return one_line(error)
     except Exception as error:
         return f"{config.given} cannot be built: {one_line(error)}"
@@ -86,8 +89,8 @@ def _fault(config: EncoderConfig, sizes: tuple[int, ...]) -> str | None:
 
 
 def _own_size(name: str) -> int:
-    """Side in pixels of the images that a timm model was made for."""
-    import timm  # takes seconds, and brings torchvision
+    """The image size in pixels for which a timm model was designed."""
+    import timm  # takes seconds and imports torchvision
 
     known = timm.get_pretrained_cfg(name)
     return int(known.input_size[1]) if known is not None else 224

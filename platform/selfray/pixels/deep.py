@@ -1,6 +1,6 @@
-"""Deep and multispectral files to values that can be stored: pages, windows, 8 or 16 bits.
+"""Converts deep and multispectral image files to 8 or 16 bits: pages, channels and windows.
 
-Both `selfray shards build` and the decoder read such files by this, so that they agree.
+`selfray shards build` and the decoder both use this module, so that they agree.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from selfray.pixels.raw import Raw
 PERCENTILES = (0.5, 99.5)
 """The window of deep images if neither the user nor the file gives one."""
 _VALUES_OF_A_WINDOW = 1 << 24
-"""At most so many values of an image give its percentiles."""
+"""Largest number of values of an image from which percentiles are computed."""
 _VALUES_AT_A_TIME = 1 << 20
-"""Values that are mapped at a time, for memory."""
+"""Number of values mapped at a time, to bound the memory."""
 _SAMPLES_PER_PIXEL = 277
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -72,15 +72,15 @@ class Intake:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """The percentiles of a window that is given by them."""
+        """The two percentiles, if the window is given by percentiles."""
         return self.window or PERCENTILES
 
 
 def raws_of(
     data: bytes, max_pixels: int = MAX_PIXELS, first_only: bool = False
 ) -> list[Raw] | None:
-    """The pages of a file that has to be converted, or its first one; None for what every decoder
-    reads alike. BrokenImage."""
+    """The pages of a file that must be converted (with `first_only`, the first page); None for
+    files that every decoder reads alike. Raises BrokenImage."""
     if dicom.is_dicom(data):
         return dicom.frames_of(data, max_pixels)
     if tiff.is_tiff(data) and not _is_plain(data, max_pixels):
@@ -90,7 +90,8 @@ def raws_of(
 
 
 def windowed(raw: Raw, intake: Intake) -> tuple[np.ndarray, dict[str, Any]]:
-    """The values of a window as uint8 or uint16 [H, W, C], and what was done."""
+    """Map the values of a window to uint8 or uint16, [H, W, C]. Returns (pixels, the conversion,
+    for the manifest). Raises BrokenImage for an empty window."""
     values = raw.values
     done: dict[str, Any] = {"from": f"{values.dtype.name} x {values.shape[2]}", **raw.kept}
     if values.dtype == np.uint8 and intake.window is None:
@@ -128,8 +129,8 @@ def windowed(raw: Raw, intake: Intake) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def finite_values(values: np.ndarray) -> np.ndarray:
-    """The finite ones of an image's values, evenly chosen ones of a large image. BrokenImage where
-    there is none."""
+    """The finite values of an image; of a large image, an evenly spaced part. Raises BrokenImage if
+    there are none."""
     some = values.reshape(-1)[:: values.size // _VALUES_OF_A_WINDOW + 1]
     some = some[np.isfinite(some)] if some.dtype.kind == "f" else some
     if some.size == 0:
@@ -138,10 +139,10 @@ def finite_values(values: np.ndarray) -> np.ndarray:
 
 
 class ValueCounts:
-    """How often each value occurs among deep images, for percentiles of all of them together.
+    """Counts the values of deep images, for percentiles over all images.
 
-    A value is kept by the 20 highest bits of its float32: to one part in 2,048, whole numbers up to
-    that exactly.
+    Values are rounded to the 20 highest bits of a float32: to one part in 2,048. Integers up to
+    2,048 are exact.
     """
 
     _SHIFT = 12
@@ -150,7 +151,7 @@ class ValueCounts:
         self._counts: dict[int, int] = {}
 
     def add(self, values: np.ndarray) -> None:
-        """Values of any kind but uint8, which need no window."""
+        """Add an image's values of any dtype. uint8 values are ignored: they need no window."""
         if values.dtype == np.uint8:
             return
         with contextlib.suppress(BrokenImage):
@@ -158,7 +159,7 @@ class ValueCounts:
             self.add_pairs(self._codes(found.astype(np.float32)), counts)
 
     def add_pairs(self, codes: np.ndarray, counts: np.ndarray) -> None:
-        """What another one's `pairs` told."""
+        """Add the `pairs` of another ValueCounts: codes int64 [n], counts int64 [n]."""
         for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
             self._counts[code] = self._counts.get(code, 0) + count
 
@@ -168,7 +169,7 @@ class ValueCounts:
         return codes, np.array([self._counts[code] for code in codes.tolist()], np.int64)
 
     def window(self, shares: tuple[float, float]) -> tuple[float, float] | None:
-        """The values at two percentiles; None where there is no value."""
+        """The values at two percentiles; None without any value."""
         codes, counts = self.pairs()
         if not len(codes):
             return None
@@ -178,7 +179,7 @@ class ValueCounts:
         return low, high
 
     def _codes(self, values: np.ndarray) -> np.ndarray:
-        # The bits of a float in the order of their values: negative ones run backwards.
+        # Integers in the order of the floats: the bits of negative floats sort backwards.
         bits = values.view(np.int32).astype(np.int64)
         return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) >> self._SHIFT
 
@@ -189,10 +190,10 @@ class ValueCounts:
 
 
 def _is_plain(data: bytes, max_pixels: int) -> bool:
-    """Whether Pillow reads a TIFF as every program does: one page of 8-bit colours."""
+    """Whether a TIFF is one page of 8-bit colours, which Pillow reads like other programs."""
     try:
         image: Any = open_with_pillow(data, max_pixels)
-        # Pillow reads two channels as gray, and drops the second.
+        # Pillow reads two channels as gray and drops the second.
         samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
         is_whole = samples == len(image.getbands())
         return is_whole and image.n_frames == 1 and image.mode in _PLAIN_MODES
@@ -206,12 +207,12 @@ def _is_plain(data: bytes, max_pixels: int) -> bool:
 
 def _is_deep_png(data: bytes) -> bool:
     is_deep = data.startswith(PNG_SIGNATURE) and len(data) > 25 and data[24] == 16
-    return is_deep and not data.startswith(OWN_PNG, 37)  # whose window was applied before
+    return is_deep and not data.startswith(OWN_PNG, 37)  # our own file: its window has been applied
 
 
 def _deep_png(data: bytes, max_pixels: int) -> Raw:
-    """A 16-bit PNG as it is stored: uint16 [H, W, 1 or 3]; transparency is left out."""
-    open_with_pillow(data, max_pixels)  # refuses what is too large
+    """The stored values of a 16-bit PNG, uint16 [H, W, 1 or 3], without transparency."""
+    open_with_pillow(data, max_pixels)  # raises for too large images
     found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is None:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selfray.metrics import ACCURACIES, PROBES
-from selfray.models.encoder import Encoder, encode_uint8
+from selfray.models.encoder import Encoder, Features, encode_uint8
 from selfray.probes.classifier import Gallery
 from selfray.probes.knn import KNN
 from selfray.probes.labelfree import LabelFree
@@ -128,11 +128,16 @@ def embed(
     for first in range(0, len(views), batch_size):
         images = torch.from_numpy(views[first : first + batch_size]).to(device)
         features = encode_uint8(encoder, images, mean, std)
-        parts = [features.cls]
-        if encoder.config.is_vit:
-            parts.append(features.patches.mean(1))
-        chunks.append(torch.cat(parts, dim=1).float().cpu())
+        chunks.append(of_linear(encoder, features).float().cpu())
     return torch.cat(chunks).numpy()
+
+
+def of_linear(encoder: Encoder, features: Features) -> torch.Tensor:
+    """The inputs of the linear probe, [n, D]; for a ViT [n, 2D], the class token and the mean of
+    the patch tokens."""
+    if not encoder.config.is_vit:
+        return features.cls
+    return torch.cat([features.cls, features.patches.mean(1)], dim=1)
 
 
 def pixels(views: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from selfray.train import TrainState
 
 _FACTS = "selfray.start"
 _LEAST_STD = 1e-3
-"""Of a channel that is the same everywhere."""
+"""Smallest deviation used, for channels with constant values."""
 
 
 def keep(experiment: Experiment, run: Location, say: Callable[[str], None]) -> dict[str, str]:
@@ -69,9 +69,9 @@ def normalized(
     run: Location,
     say: Callable[[str], None],
 ) -> Experiment:
-    """The experiment as it is carried out: with the mean and deviation that a build measured of the
-    data, unless flags gave others. A run that goes on keeps those that it started with, and first
-    weights the ones that they were trained with. ValueError where there are none."""
+    """The experiment with its final mean and deviation: those measured by the build of the shards,
+    unless flags give others. A resumed run keeps its own, and a run that starts from a checkpoint
+    takes the checkpoint's. Raises ValueError if there are none for these channels."""
     data = experiment.data
     known = measured and measured.normalization(data.channels)
     has_own = len(data.mean) == data.channels

@@ -1,4 +1,4 @@
-"""Whether the runs that a sweep asks for can be: told before any is begun."""
+"""Checks before a sweep starts that each of its runs is possible."""
 
 from selfray.experiment import Experiment
 from selfray.models import on_meta
@@ -8,14 +8,16 @@ from selfray.sweeps.searches import SEARCHES, Choice
 
 
 def refuse_impossible(base: Experiment, question: Question) -> None:
-    """ValueError in the experiment's own words where a run could not have what is asked, or its
-    encoder cannot be used."""
+    """Raise the experiment's own ValueError if a run's settings are invalid or its encoder cannot
+    be used."""
     if SEARCHES[question.search].is_population:
         for member in first_generation(question):
             on_meta.require_encoder_of(member.experiment(base, question))
         return
     choices = question.choices
-    if SEARCHES[question.search].ask:  # what will be asked is not known, but its bounds are
+    if SEARCHES[
+        question.search
+    ].ask:  # later choices are unknown, but they lie between these bounds
         choices = [_end(question, place) for place in (0.0, 1.0)]
     for choice in choices:
         for trial in question.trials(choice):
