@@ -111,8 +111,7 @@ def main() -> int:
     interrupted."""
     words = sys.argv[1:] or ["--help"]
     if words[0] in ("--version", "-V"):
-        print(f"selfray {__version__}")
-        return 0
+        return one_line_errors(_version)
     if words[0] == "pretrain":
         return pretrain(words[1:], prog="selfray pretrain")
     if words[0] == "tokenizer":
@@ -120,6 +119,11 @@ def main() -> int:
     if words[0] == "sweep" and len(words) > 1 and not words[1].startswith("-"):
         return one_line_errors(lambda: _sweep(words[1], words[2:]))
     return one_line_errors(lambda: _quietly(parse(plugins.take(words))))
+
+
+def _version() -> int:
+    print(f"selfray {__version__}")
+    return 0
 
 
 def _sweep(name: str, words: Sequence[str]) -> int:
