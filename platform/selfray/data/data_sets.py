@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class DataSets:
     """Number of files at the end of `train` that come from a split of unlabelled images."""
     channels: int = 3
     """data.channels."""
+    joined: tuple[str, ...] = ()
+    """Folders that each hold a whole data set; see Understood."""
     statistics: Statistics | None = None
     """Statistics of the train images, measured by `selfray shards build`; None without."""
     grouped: Grouped | None = field(default=None, compare=False)
@@ -103,17 +106,11 @@ class DataSets:
     def described(self) -> list[str]:
         """What was understood of the data, in one line, and what is odd about it."""
         train, test = summary.part_of(self.train), self.test and summary.part_of(self.test)
-        line = summary.line(train, test, self.origin, self.unlabeled, self.left_out)
+        line = summary.line(train, test, self.origin, self.unlabeled, self.left_out, self.joined)
         notes = [*self.group_notes, *self.train.notes]
         if self.test is not None and self.test.has_labels:
             notes += self.test.notes
-        return [
-            line,
-            *self.group_notes,
-            *dict.fromkeys(notes),
-            *self._files_without(),
-            *summary.odd(train, test),
-        ]
+        return [line, *dict.fromkeys(notes), *self._files_without(), *summary.odd(train, test)]
 
     @property
     def common_classes(self) -> set[str]:
@@ -202,20 +199,20 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
             "images itself to train on it"
         )
     train = opener.open(found, found.train)
-    known = found.statistics
+    more: dict[str, Any] = {"statistics": found.statistics, "joined": found.joined}
     if not data.test_path:
         if not found.test:
-            return DataSets(train, None, "", found.left_out, found.unlabeled, statistics=known)
+            return DataSets(train, None, "", found.left_out, found.unlabeled, **more)
         test = _with_labels_first(opener.open(found, found.test), opener.say)
         both = with_common_classes(train, test)
-        return DataSets(*both, found.origin, found.left_out, found.unlabeled, statistics=known)
+        return DataSets(*both, found.origin, found.left_out, found.unlabeled, **more)
     own = opener.find(data.test_path, "data.test_path")
     test = opener.open(own, own.test or own.train)
     left_out = dict(found.left_out)
     if found.test:
         left_out[found.origin] = rows_of(found.test)
     both = with_common_classes(train, test)
-    return DataSets(*both, data.test_path, left_out, found.unlabeled, statistics=known)
+    return DataSets(*both, data.test_path, left_out, found.unlabeled, **more)
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
@@ -242,6 +239,7 @@ class _Found:
     unlabeled: int = 0
     """Number of files at the end of `train` that come from a split of unlabelled images."""
     statistics: Statistics | None = None
+    joined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -335,7 +333,8 @@ class _Opener:
         files = train + unlabeled
         # Unlabelled images are only additional if there are train images.
         count = len(unlabeled) if train else 0
-        return _Found(uri, files, test, labels, origin, left_out, count)
+        joined = understood.joined
+        return _Found(uri, files, test, labels, origin, left_out, count, joined=joined)
 
     def _converted(self, source: Location, more: bool) -> tuple[Location, Manifest]:
         """Shards of a folder of images, built under `output` on first use."""
