@@ -11,12 +11,13 @@ import numpy as np
 from selfray.data import summary
 from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
+from selfray.data.groups import Grouped, divided, shared_groups
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
 from selfray.data.listing import says_more
 from selfray.data.manifest import MANIFEST, Manifest, statistics_in
 from selfray.data.measured import PICTURES, Statistics, are_alike
 from selfray.data.options import BuildOptions
-from selfray.data.reader import sample_rows
+from selfray.data.reader import placed, sample_rows
 from selfray.data.shard_set import (
     ShardFile,
     ShardSet,
@@ -58,6 +59,10 @@ class DataSets:
     """Folders that each hold a whole data set; see Understood."""
     statistics: Statistics | None = None
     """Statistics of the train images, measured by `selfray shards build`; None without."""
+    grouped: Grouped | None = field(default=None, compare=False)
+    """How data.group_by divides the images; None without, or with test images of their own."""
+    group_notes: tuple[str, ...] = ()
+    """What was understood of data.group_by, for the user."""
 
     @property
     def unlabeled(self) -> int:
@@ -69,17 +74,27 @@ class DataSets:
     def can_probe(self) -> bool:
         return self.train.has_labels and (self.test is None or self.test.has_labels)
 
+    @property
+    def judged(self) -> ShardSet:
+        """The train images that probes may use."""
+        return self.train.labelled if self.can_probe else self.train
+
     def samples(self, size: int, train_limit: int, test_limit: int) -> tuple[Sample, Sample]:
         """(train, test) samples for the probes, disjoint and the same in every call.
 
         Without test images, a fifth of the train images is held out: the encoder has seen them
-        without labels, the probe has not.
+        without labels, the probe has not. With data.group_by, whole groups are held out.
         """
-        shards = self.train.labelled if self.can_probe else self.train
+        shards = self.judged
         if self.test is not None:
             own = self.test.labelled if self.can_probe else self.test
             train = self._sample(shards, *sample_rows(shards, train_limit), size)
             return train, self._sample(own, *sample_rows(own, test_limit), size)
+        if self.grouped is not None:
+            order, is_test = self.grouped.order, self.grouped.is_test
+            sides = order[~is_test][:train_limit], order[is_test][:test_limit]
+            train, test = (self._sample(shards, *placed(shards, s), size) for s in sides)
+            return train, test
         groups, rows = sample_rows(shards, train_limit + test_limit)
         test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
         test = self._sample(shards, groups[:test_rows], rows[:test_rows], size)
@@ -92,7 +107,7 @@ class DataSets:
         """What was understood of the data, in one line, and what is odd about it."""
         train, test = summary.part_of(self.train), self.test and summary.part_of(self.test)
         line = summary.line(train, test, self.origin, self.unlabeled, self.left_out, self.joined)
-        notes = list(self.train.notes)
+        notes = [*self.group_notes, *self.train.notes]
         if self.test is not None and self.test.has_labels:
             notes += self.test.notes
         return [line, *dict.fromkeys(notes), *self._files_without(), *summary.odd(train, test)]
@@ -136,10 +151,20 @@ def open_data(
         )
     opened = replace(_open_data(data, _Opener(data, output, say, build)), channels=data.channels)
     _refuse_other_channels(data, opened.statistics)
+    if data.group_by is not None:
+        opened = _with_groups(opened, data.group_by)
     if describe:
         for line in opened.described():
             say(line)
     return opened
+
+
+def _with_groups(opened: DataSets, group_by: str) -> DataSets:
+    if opened.test is not None:
+        note = shared_groups(opened.train, opened.test, group_by)
+        return replace(opened, group_notes=(note,))
+    grouped = divided(opened.judged, group_by, HELD_OUT)
+    return replace(opened, grouped=grouped, group_notes=(grouped.described,))
 
 
 def _refuse_other_channels(data: DataConfig, found: Statistics | None) -> None:
