@@ -26,6 +26,7 @@ from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
 from selfray.commands.script import FAILED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
+from selfray.commands.shards_show import ShowShards
 from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import nearest
 from selfray.storage import last_line
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-SHARDS = """Build and check Parquet shards of images for training.
+SHARDS = """Build, look at and check Parquet shards of images for training.
 $ selfray shards build ~/scans s3://bucket/scans"""
 
 
@@ -55,7 +56,7 @@ COMMANDS: dict[str, Any] = {
     "pretrain": Elsewhere,
     "tokenizer": Elsewhere,
     "sweep": Elsewhere,
-    "shards": {"build": BuildShards, "check": CheckShards},
+    "shards": {"build": BuildShards, "check": CheckShards, "show": ShowShards},
     "evaluate": Evaluate,
     "embed": Embed,
     "export": Export,

@@ -263,7 +263,7 @@ def one_line_errors(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         if not signals.were_received():
             raise
-        print("interrupted: nothing was started yet", file=sys.stderr)
+        print("interrupted: nothing was started yet; the same command starts it", file=sys.stderr)
         _leave()
         raise
     except BrokenPipeError:  # as in `selfray pretrain --help | head`: its reader has seen enough
