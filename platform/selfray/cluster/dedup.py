@@ -117,9 +117,10 @@ def dedup(
     # A source may have been built with a higher limit.
     most_pixels = before.options.get("max_pixels", BuildOptions().max_pixels)
     plan = make_plan(source, BuildOptions(max_pixels=most_pixels))
-    how = {"similarity": similarity} | (
-        {} if by is None else {"encoder": by.subject.encoder.digest}
-    )
+    how: dict[str, Any] = {"similarity": similarity}
+    if by is not None:
+        encoder = by.subject.encoder
+        how["encoder"] = "pixels" if encoder is None else encoder.digest
     plan = dataclasses.replace(plan, understood={**plan.understood, "dedup": how})
     if state.plan is not None:
         refuse_other_plan(destination, state, plan)
