@@ -282,7 +282,9 @@ class Evaluate:
         devices = devices_of(self.device_gpus)
         subjects = [n.subject for n in named]
         if self.pixels:
-            subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
+            first = named[0].subject
+            channels = 3 if first.encoder is None else first.encoder.encoder_config.in_channels
+            subjects.append(Subject.pixels(named[0].output, first.size, channels))
         protocols = suite.tasks(self.by)
         results = [
             [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]
