@@ -20,6 +20,7 @@ from selfray.experiment import Experiment
 from selfray.method import Batch
 from selfray.runs import checkpoint, machine, starting
 from selfray.runs.recorder import EndedEarly, Recorder
+from selfray.step import no_compiler
 from selfray.storage import Location
 from selfray.train import TrainState, train
 
@@ -28,6 +29,8 @@ def run(task: WorkerTask) -> None:
     """Train as one worker of a run, from start or resume to the end. Raises if the run must
     fail."""
     experiment: Experiment = config.loads(task.experiment)
+    if not experiment.compile:
+        no_compiler.postpone()
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     mine = experiment.shared_by(context.get_world_size())

@@ -17,6 +17,7 @@ from selfray.models.encoder import Encoder, EncoderConfig, export_weights, impor
 from selfray.models.portable import WEIGHTS, own_weights
 from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
+from selfray.step import no_compiler
 from selfray.storage import Location
 from selfray.train import TrainState
 
@@ -117,6 +118,7 @@ class EncoderRef:
 
     def load(self) -> Encoder:
         """Load the encoder, in eval mode on the CPU. Raises ValueError or OSError if it cannot."""
+        no_compiler.postpone()
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
         if self.experiment is not None and self.started is not None:

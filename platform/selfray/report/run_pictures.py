@@ -21,6 +21,7 @@ from selfray.report.projection import project_2d
 from selfray.report.sheets import neighbours, views_grid
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.history import History
+from selfray.step import no_compiler
 from selfray.train import TrainState
 
 IMAGES = 8
@@ -125,6 +126,7 @@ def run_pictures(
 ) -> dict[str, Image.Image | dict[str, Any]]:
     """All pictures of one run by file name, and as JSON the data of those that a page draws itself.
     Without labels, pictures that need them are left out."""
+    no_compiler.postpone()
     state = method_of(checkpoint)
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)
