@@ -45,7 +45,7 @@ def _load(module: ModuleType) -> None:
             return
         for name in STAND_INS:
             vars(module).pop(name, None)
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]
         spec = module.__spec__
         assert spec is not None
         assert isinstance(spec.loader, _Postponing)
