@@ -20,6 +20,7 @@ from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
 from selfray.commands.words import nearest
 from selfray.console import Console, LogFormatter, printable, quiet_console
+from selfray.imports import uncollected
 from selfray.recipes import NAMES, every
 from selfray.storage import Location
 
@@ -69,7 +70,8 @@ def run_pretrain(
         early.refuse(words, (*NAMES, *own), prog)
         ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
-            experiment = parse({**recipes(), **own}, words, description, prog)
+            with uncollected():
+                experiment = parse({**recipes(), **own}, words, description, prog)
             return with_console(
                 log_folder(experiment.output),
                 lambda console: _launch(experiment, console, ray, started, then, opened),
@@ -175,7 +177,8 @@ def _launch(
     then: "Callable[[Experiment, RunResult, Console], None] | None",
     opened: "Callable[[Experiment], DataSets | None]",
 ) -> int:
-    from selfray.cluster.launch import launch
+    with uncollected():
+        from selfray.cluster.launch import launch
 
     console.live("starting Ray")
     with ray.session(console.say):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfray import distributed
 from selfray.check import require, require_one_of
 from selfray.config import added
+from selfray.imports import uncollected
 from selfray.models import names, resnet, vit
 from selfray.views import MOST_CHANNELS
 
@@ -283,7 +284,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        import timm  # takes seconds, and most processes that read a config build no encoder
+        with uncollected():
+            import timm  # takes seconds, and most processes that read a config build no encoder
 
         self.config = config
         try:
