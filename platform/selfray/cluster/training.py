@@ -8,7 +8,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from selfray import config
+from selfray import config, imports
 from selfray.check import require
 from selfray.cluster import stream
 from selfray.cluster.stream import Stream
@@ -20,7 +20,6 @@ from selfray.experiment import Experiment
 from selfray.method import Batch
 from selfray.runs import checkpoint, machine, starting
 from selfray.runs.recorder import EndedEarly, Recorder
-from selfray.step import no_compiler
 from selfray.storage import Location
 from selfray.train import TrainState, train
 
@@ -30,7 +29,7 @@ def run(task: WorkerTask) -> None:
     fail."""
     experiment: Experiment = config.loads(task.experiment)
     if not experiment.compile:
-        no_compiler.postpone()
+        imports.postpone_compiler()
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     mine = experiment.shared_by(context.get_world_size())

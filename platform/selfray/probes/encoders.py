@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from selfray import config
+from selfray import config, imports
 from selfray.check import require
 from selfray.experiment import Experiment
 from selfray.models import names
@@ -17,7 +17,6 @@ from selfray.models.encoder import Encoder, EncoderConfig, export_weights, impor
 from selfray.models.portable import WEIGHTS, own_weights
 from selfray.runs import starting
 from selfray.runs.checkpoint import Checkpoint
-from selfray.step import no_compiler
 from selfray.storage import Location
 from selfray.train import TrainState
 
@@ -118,7 +117,7 @@ class EncoderRef:
 
     def load(self) -> Encoder:
         """Load the encoder, in eval mode on the CPU. Raises ValueError or OSError if it cannot."""
-        no_compiler.postpone()
+        imports.postpone_compiler()
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
         if self.experiment is not None and self.started is not None:

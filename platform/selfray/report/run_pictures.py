@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from selfray import imports
 from selfray.data.source import LABEL, VIEWS, Sample, Source
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder
@@ -21,7 +22,6 @@ from selfray.report.projection import project_2d
 from selfray.report.sheets import neighbours, views_grid
 from selfray.runs.checkpoint import Checkpoint
 from selfray.runs.history import History
-from selfray.step import no_compiler
 from selfray.train import TrainState
 
 IMAGES = 8
@@ -126,7 +126,7 @@ def run_pictures(
 ) -> dict[str, Image.Image | dict[str, Any]]:
     """All pictures of one run by file name, and as JSON the data of those that a page draws itself.
     Without labels, pictures that need them are left out."""
-    no_compiler.postpone()
+    imports.postpone_compiler()
     state = method_of(checkpoint)
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)
