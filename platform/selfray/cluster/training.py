@@ -8,7 +8,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from selfray import config, imports
+from selfray import config
 from selfray.check import require
 from selfray.cluster import stream
 from selfray.cluster.stream import Stream
@@ -28,8 +28,6 @@ def run(task: WorkerTask) -> None:
     """Train as one worker of a run, from start or resume to the end. Raises if the run must
     fail."""
     experiment: Experiment = config.loads(task.experiment)
-    if not experiment.compile:
-        imports.postpone_compiler()
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     mine = experiment.shared_by(context.get_world_size())

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from selfray import config, imports
+from selfray import config
 from selfray.check import require
 from selfray.experiment import Experiment
 from selfray.models import names
@@ -117,7 +117,6 @@ class EncoderRef:
 
     def load(self) -> Encoder:
         """Load the encoder, in eval mode on the CPU. Raises ValueError or OSError if it cannot."""
-        imports.postpone_compiler()
         if self.checkpoint is not None:
             return Checkpoint.open(self.checkpoint).encoder()
         if self.experiment is not None and self.started is not None:

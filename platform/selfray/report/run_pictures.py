@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from selfray import imports
 from selfray.data.source import LABEL, VIEWS, Sample, Source
 from selfray.experiment import Experiment
 from selfray.models.encoder import Encoder
@@ -126,7 +125,6 @@ def run_pictures(
 ) -> dict[str, Image.Image | dict[str, Any]]:
     """All pictures of one run by file name, and as JSON the data of those that a page draws itself.
     Without labels, pictures that need them are left out."""
-    imports.postpone_compiler()
     state = method_of(checkpoint)
     encoder = state.method.encoder.eval()
     test_images = LabelledViews.of(test, MAP_POINTS)
