@@ -65,6 +65,7 @@ def run_pretrain(
         words = plugins.take(arguments)
         own = plugins.recipes()
         early.refuse(words, (*NAMES, *own), prog)
+        early.refuse_mlflow_ids()
         ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
             experiment = parse({**recipes(), **own}, words, description, prog)
