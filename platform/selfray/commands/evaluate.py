@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from selfray import plugins
 from selfray.check import require
 from selfray.commands.evaluation_text import (
     as_json,
@@ -25,6 +26,7 @@ from selfray.commands.finetune_flags import (
 )
 from selfray.commands.flags import (
     DeviceGpusFlag,
+    GroupByFlag,
     ImageColumnFlag,
     JsonFlag,
     LabelColumnFlag,
@@ -40,6 +42,7 @@ from selfray.commands.labelled import (
     slug,
 )
 from selfray.commands.subjects import Named, open_subjects
+from selfray.commands.words import nearest
 from selfray.storage import Location
 
 if TYPE_CHECKING:
@@ -49,9 +52,9 @@ if TYPE_CHECKING:
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal[
+PROTOCOLS = (
     "knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune", "segmentation"
-]
+)  # fmt: skip
 Few = Literal["logistic", "finetune"]
 
 
@@ -105,10 +108,10 @@ class Evaluate:
         ),
     ] = None
     by: Annotated[
-        tuple[By, ...],
+        tuple[str, ...],
         flag(
             """Protocols: knn, linear, logistic, retrieval, low-shot, linear-paper, finetune, or
-            segmentation alone (docs/evaluation.md).""",
+            segmentation alone (docs/evaluation.md); or of a plugin (docs/your-method.md).""",
             "PROTOCOL",
         ),
     ] = (
@@ -137,6 +140,7 @@ class Evaluate:
     ] = None
     image_column: ImageColumnFlag = None
     label_column: LabelColumnFlag = None
+    group_by: GroupByFlag = None
     train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
         None
     )
@@ -212,6 +216,12 @@ class Evaluate:
     def _check(self) -> None:
         require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
         require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
+        known = (*PROTOCOLS, *plugins.protocols())
+        for name in self.by:
+            require(
+                name in known,
+                f"--by must be one of {', '.join(known)}, got {name}{nearest(name, known)}",
+            )
         require(
             len(self.low_shot_by) > 0, "--low-shot-by is empty: give logistic, finetune or both"
         )
@@ -236,6 +246,7 @@ class Evaluate:
             labels=self.labels,
             subsets=self.subsets,
             logistic_of_few="logistic" in self.low_shot_by,
+            own=plugins.protocols(),
         )
 
     def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
@@ -257,6 +268,8 @@ class Evaluate:
             chosen = [replace(data, image_column=self.image_column) for data in chosen]
         if self.label_column is not None:
             chosen = [replace(data, label_column=self.label_column) for data in chosen]
+        if self.group_by is not None:
+            chosen = [replace(data, group_by=self.group_by) for data in chosen]
         return chosen
 
     def _open(self, data: "DataConfig", named: Sequence[Named], console: "Console") -> "Labelled":
@@ -278,7 +291,9 @@ class Evaluate:
         devices = devices_of(self.device_gpus)
         subjects = [n.subject for n in named]
         if self.pixels:
-            subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
+            first = named[0].subject
+            channels = 3 if first.encoder is None else first.encoder.encoder_config.in_channels
+            subjects.append(Subject.pixels(named[0].output, first.size, channels))
         protocols = suite.tasks(self.by)
         results = [
             [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]

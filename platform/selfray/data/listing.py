@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from selfray.check import require
 from selfray.data import columns, summary
 from selfray.data.checksums import footer_is_checked
-from selfray.data.files import File, Listing, Quarantined, list_source, select
+from selfray.data.files import File, Listing, Quarantined, bare_values, list_source, select
 from selfray.data.layout import (
     SPLITS,
     TEST,
@@ -42,6 +42,8 @@ from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards, r
 from selfray.data.tables import labels_in_tables
 from selfray.data.tar_listing import plan_tars
 from selfray.storage import Location, one_line
+
+_GROUP_COLUMN = "--group-column"
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,17 @@ class Plan:
     files `left_out`, whether there are `tables`, whether classes lie `deeper`."""
     notes: tuple[str, ...] = ()
     """Notes for the user, one line each."""
+    class_order: str = ""
+    """"numbers" if the classes are in another order than that of their names as text, which
+    earlier versions took."""
 
     def identity(self) -> dict[str, Any]:
         """The values that identify a build: two builds with equal values are the same."""
-        understood = {"understood": dict(self.understood)} if self.understood else {}
+        understood: dict[str, Any] = (
+            {"understood": dict(self.understood)} if self.understood else {}
+        )
+        if self.class_order:
+            understood["class_order"] = self.class_order
         return {
             "source": self.source_uri,
             "options": self.options.to_json(),
@@ -120,8 +129,15 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
     shards: ShardSet | None = None
     if kind == "images":
         inputs, layout, notes = _plan_images(listing, files, tables, understood, options)
+        quarantined += bare_values(names)
+        inputs = [entry for entry in inputs if entry.name not in {q.file for q in quarantined}]
         images_total = len(inputs)
     elif kind == "tar":
+        require(
+            options.group_column is None,
+            f"{_GROUP_COLUMN} {options.group_column}: tars have no columns; --group-by of a run "
+            "takes a regular expression for the paths",
+        )
         rule, column = options.labels, options.label_column
         tars = plan_tars(listing.root, files, understood, rule, column)
         inputs, layout, understood = tars.inputs, tars.layout, tars.understood
@@ -151,7 +167,12 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
         understood=_understood(names, understood, kind, bool(tables), options.labels)
         | ({"inside": True} if has_folders else {}),
         notes=(said[0], *notes, *said[1:]),
+        class_order=_class_order(understood.classes or ()),
     )
+
+
+def _class_order(classes: Sequence[str]) -> str:
+    return "" if list(classes) == sorted(classes) else "numbers"
 
 
 def _below(listing: Listing, names: Sequence[str], top: str) -> list[str]:
@@ -169,7 +190,9 @@ def _said(counted: Callable[[Sequence[str]], summary.Part], understood: Understo
     origin = " and ".join(filter(None, (understood.origins.get(s) for s in (VALIDATION, TEST))))
     has_test = test.images is None or test.images > 0
     of_test = test if has_test else None
-    line = summary.line(train, of_test, origin, unlabeled or 0, understood.left_out)
+    line = summary.line(
+        train, of_test, origin, unlabeled or 0, understood.left_out, understood.joined
+    )
     return [line, *summary.odd(train, of_test)]
 
 
@@ -301,12 +324,28 @@ def _plan_images(
     elif options.label_column is not None:
         notes = [f"--data.label-column {options.label_column}: a folder of images has no columns"]
     place = {name: index for index, name in enumerate(names or ())}
+    groups: dict[str, str] = {}
+    if options.group_column is not None:
+        require(
+            bool(tables),
+            f"{_GROUP_COLUMN} {options.group_column}: {listing.root} has no table of columns, such "
+            "as metadata.csv; --group-by of a run takes a regular expression for the paths",
+        )
+        column = options.group_column
+        groups, more = labels_in_tables(listing.root, tables, column, _GROUP_COLUMN)
+        notes += [note for note in more if note not in notes]
     inputs = [
-        Input(file.name, file.bytes, label=NO_LABEL if label is None else place[label])
+        Input(
+            file.name,
+            file.bytes,
+            label=NO_LABEL if label is None else place[label],
+            group=groups.get(file.name),
+        )
         for file, label, split in zip(files, labels, understood.splits, strict=True)
         if split is not None
     ]
-    return inputs, Layout("images", names is not None, names), notes
+    layout = Layout("images", names is not None, names, group_column=options.group_column)
+    return inputs, layout, notes
 
 
 def _plan_parquet(
@@ -346,6 +385,13 @@ def _plan_parquet(
     )
     first, _, schema = next((entry for entry in sound if entry[1].num_rows), sound[0])
     image = columns.image_column(schema, listing.uri(first.name), options.image_column)
+    group = options.group_column
+    for file, _, found in sound:
+        require(
+            group is None or group in found.names,
+            f"{_GROUP_COLUMN} {group} is not in {listing.uri(file.name)}, which has "
+            f"{', '.join(found.names)}",
+        )
     lacking = {file.name for file, _, found in sound if found.names.count(image) != 1}
     broken += [
         Quarantined(name, "unreadable", f"the file lacks the column {image}")
@@ -375,6 +421,7 @@ def _plan_parquet(
         None if counted and not _names_are_given(shards, sound[0][2]) else names,
         image,
         shards.label_column if names is not None else None,
+        options.group_column,
     )
     return inputs, layout, broken, shards if names is not None else shards.without_labels
 
