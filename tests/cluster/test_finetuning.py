@@ -69,7 +69,7 @@ def test_fine_tuning_learns_beside_from_scratch_and_repeats_nothing(run, tmp_pat
     said = io.StringIO()
     assert command.run(Console(said, None)) == 0
     found = Location.of(tmp_path / "found.json").read_json()["data"][0]["encoders"]
-    tuned, scratch = found["mae-step-00000002"], found["from scratch"]
+    tuned, scratch = found["mae"], found["from scratch"]
     assert tuned["protocols"]["finetune"]["value"] > 0.8
     assert "from_scratch True" in scratch["protocols"]["finetune"]["protocol"]
     ended = sorted(file.parent for file in (run / "finetune").glob("*/run.json"))

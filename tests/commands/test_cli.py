@@ -802,12 +802,13 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     command = (*command, "--labels", 4, "--json", "e.json", "--pictures", "shown")
     said = typed(*command, "--tracking", uri)
     assert said.code == 0, said.text
-    assert "data: 40 train and 20 test images, 2 classes" in said.lines
+    name = trained.parent.name
+    assert f"{name}: 40 train and 20 test images, 2 classes" in said.lines
     heads = next(line.split() for line in said.lines if line.lstrip().startswith("knn"))
     assert heads == ["knn", "linear", "logistic", "retrieval", "mAP", "labels-4", "seconds"]
     written = json.loads((tmp_path / "e.json").read_text())["data"][0]
     assert written["classes"] == ["0", "1"]
-    assert list(written["encoders"]) == ["mae-step-00000002", "untrained", "model.safetensors"]
+    assert list(written["encoders"]) == ["mae", "untrained", "model.safetensors"]
     for found in written["encoders"].values():
         knn = found["protocols"]["knn"]
         assert knn["low"] <= knn["value"] <= knn["high"]
@@ -815,10 +816,10 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     from mlflow import MlflowClient
 
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
-    value = written["encoders"]["mae-step-00000002"]["protocols"]["logistic"]["value"]
-    assert run.data.metrics["eval/data/logistic"] == pytest.approx(value)
-    assert "eval/data/retrieval/recall_at_5" in run.data.metrics
-    assert run.data.tags["eval.data.knn.protocol"].startswith("knn-v2 (")
+    value = written["encoders"]["mae"]["protocols"]["logistic"]["value"]
+    assert run.data.metrics[f"eval/{name}/logistic"] == pytest.approx(value)
+    assert f"eval/{name}/retrieval/recall_at_5" in run.data.metrics
+    assert run.data.tags[f"eval.{name}.knn.protocol"].startswith("knn-v2 (")
 
     features = sorted((trained / "mae" / "features").glob("*/part-*"))
     times = [file.stat().st_mtime_ns for file in features]
