@@ -23,13 +23,13 @@ SIZES = {"train": 5000, "test": 2000}
 RESNET = "--encoder.no-small-stem --encoder.layers 1 1 1 1 --encoder.channels 32 64 128 256"
 ADAMW = "--optimizer.name adamw --optimizer.base-learning-rate 2e-3 --precision bf16"
 METHODS = {
-    "simclr": f"{RESNET} {ADAMW} --epochs 40 --batch-size 256",
-    # A teacher that follows within 760 steps: the recipe's is meant for 1,000 epochs.
-    "dino": f"{RESNET} {ADAMW} --epochs 40 --batch-size 256 --method.prototypes 1024 "
+    "simclr": f"{RESNET} {ADAMW} --epochs 20 --batch-size 256",
+    # A teacher that follows within 380 steps: the recipe's is meant for 1,000 epochs.
+    "dino": f"{RESNET} {ADAMW} --epochs 20 --batch-size 256 --method.prototypes 1024 "
     "--method.momentum.start 0.99 --method.teacher-temperature.start 0.04 "
     "--method.teacher-temperature.end 0.04",
     "mae": "--encoder.width 96 --encoder.depth 4 --encoder.heads 4 --method.decoder-width 64 "
-    "--method.decoder-depth 2 --epochs 30 --batch-size 128 --optimizer.base-learning-rate 2e-3",
+    "--method.decoder-depth 2 --epochs 15 --batch-size 128 --optimizer.base-learning-rate 2e-3",
 }
 """Flags after `selfray pretrain METHOD-cifar10`."""
 OFTEN = "--probe.times 2 --checkpoint.times 2"

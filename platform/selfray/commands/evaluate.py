@@ -166,6 +166,12 @@ class Evaluate:
             from selfray.commands.segmentation import judge_segmentation
 
             return judge_segmentation(self, self.masks, console)
+        self.judge(console)
+        return 0
+
+    def judge(self, console: "Console") -> "list[list[Judged]]":
+        """Carry out all protocols but segmentation, print a table, write the files that the flags
+        ask for, and log to MLflow. Returns results [encoder][data set]."""
         from selfray.cluster import runtime
         from selfray.data.data_sets import needs_build
 
@@ -192,7 +198,7 @@ class Evaluate:
         self._draw(named, results, console)
         if not self.no_track:
             self._track(named, results, scratch, console)
-        return 0
+        return results
 
     def _draw(
         self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"

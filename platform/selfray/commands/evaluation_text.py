@@ -39,7 +39,7 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield ""
         found = {judged.subject.title: judged.judgements for judged in column}
         yield from verdicts(found, len(first.test))
-        yield from _label_efficiency(column)
+        yield from label_efficiency_of(column)
         yield ""
     if len(sets) > 1:
         yield from _ranks(results, sets)
@@ -135,7 +135,7 @@ def _in_blocks(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Itera
                 yield line
 
 
-def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
+def label_efficiency_of(column: "Sequence[Judged]") -> Iterator[str]:
     """A line for each fine-tuned encoder: the largest number of labels with which it beats the same
     network from scratch."""
     scratch = {j.key: j for judged in column for j in judged.judgements if _is_scratch(judged, j)}
