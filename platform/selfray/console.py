@@ -14,6 +14,8 @@ from typing import IO
 from selfray.caches import append_to
 from selfray.masking import masked
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 30.0
 """Without a terminal, the console prints at least one line in this time while work goes on."""
 
@@ -53,6 +55,9 @@ class Console:
     Ray's C++ core, gRPC and other libraries write to file descriptors 1 and 2 directly and bypass
     Python's logging. So both descriptors are redirected to the log, and the console keeps a private
     copy of standard output.
+
+    A standard output that cannot be written (its reader is gone, its disk is full) ends no run: the
+    lines go to the log from then on, and `failure` holds the cause.
     """
 
     def __init__(self, stream: IO[str], log: Path | None) -> None:
@@ -63,6 +68,7 @@ class Console:
         self._lock = threading.RLock()
         self._spoke = time.monotonic()
         self._doing, self._doing_since = "", self._spoke
+        self.failure: OSError | None = None
 
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
@@ -70,8 +76,7 @@ class Console:
             if self._stream.closed:  # a thread may outlive the command
                 return
             self._clear()
-            self._stream.write(printable(text) + "\n")
-            self._stream.flush()
+            self._write(printable(text) + "\n")
             self._spoke = time.monotonic()
 
     def live(self, text: str) -> None:
@@ -82,8 +87,7 @@ class Console:
                 self._doing, self._doing_since = text, time.monotonic()
             if self.is_terminal and not self._stream.closed:
                 width = os.get_terminal_size(self._stream.fileno()).columns or 80
-                self._stream.write("\r\x1b[K" + printable(text, keep="")[: width - 1])
-                self._stream.flush()
+                self._write("\r\x1b[K" + printable(text, keep="")[: width - 1])
                 self._live = True
 
     def beat(self, now: float) -> None:
@@ -101,8 +105,25 @@ class Console:
 
     def _clear(self) -> None:
         if self._live:
-            self._stream.write("\r\x1b[K")
+            self._write("\r\x1b[K")
             self._live = False
+
+    def _write(self, text: str) -> None:
+        if self.failure is None:
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except OSError as error:
+                self.failure = error
+                discard(self._stream)
+        if self.failure is not None:
+            log.info("%s", text.rstrip("\n"))
+
+
+def discard(stream: IO[str]) -> None:
+    """Send what a stream still holds, and gets later, nowhere. Otherwise closing it fails again."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextmanager

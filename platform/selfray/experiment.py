@@ -55,6 +55,10 @@ class DataConfig:
     data.mean and data.std; a flag that sets one of them asks for it."""
     measured: tuple[tuple[float, ...], tuple[float, ...]] | None = config.added(None)
     """What a run has found measured when it started; never given."""
+    group_by: str | None = config.added(None)
+    """Keep all images of a patient, slide or scene on one side of the held-out split: a Parquet
+    column that names it, or a regular expression with a group in parentheses that finds it in the
+    images' paths, such as (patient[0-9]+)."""
 
     def __post_init__(self) -> None:
         require(

@@ -69,10 +69,13 @@ def test_every_value_that_a_user_must_change_is_marked():
         assert any("CHANGE" in "".join(lines[max(0, i - 9) : i + 1]) for i in places), placeholder
 
 
-def test_all_nodes_agree_on_how_ray_authenticates(cluster):
+def test_every_node_requires_the_token_of_who_started_the_cluster(cluster):
     # A driver takes what its cluster's owner has set.
     assert "RAY_AUTH_MODE" not in ENVIRONMENT
-    assert any("RAY_AUTH_MODE=disabled" in command for command in cluster["setup_commands"])
+    assert any("RAY_AUTH_MODE=token" in command for command in cluster["setup_commands"])
+    # Where Ray looks for it on a node whose user is `ubuntu`.
+    assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 /home/ubuntu/.ray/auth_token" in cluster["setup_commands"]
 
 
 def test_no_password_stands_in_a_file_that_is_committed(cluster):
@@ -104,8 +107,8 @@ def test_workers_have_a_profile_of_their_own(cluster):
     assert head != "selfray-worker"
 
 
-def test_nothing_but_the_checkout_is_copied_to_all_nodes_and_they_are_told_no_secret(cluster):
-    assert list(cluster["file_mounts"].values()) == ["."]
+def test_nothing_but_checkout_and_token_is_copied_to_all_nodes_and_they_are_told_no_secret(cluster):
+    assert list(cluster["file_mounts"].values()) == [".", "~/.ray/auth_token"]
     everywhere = [cluster[key] for key in ("setup_commands", "worker_start_ray_commands")]
     assert not any(word in str(everywhere).lower() for word in ("database", "password", "secret"))
     assert "UserData" not in str(cluster)

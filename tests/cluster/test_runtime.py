@@ -1,6 +1,7 @@
 """How Ray is started, joined and stopped."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def test_a_session_inside_another_leaves_the_outer_one_running(ray_session) -> N
     with runtime.Starting().session():
         assert ray.is_initialized()
     assert ray.is_initialized()
+
+
+def test_tune_does_not_take_ctrl_c_for_the_end_of_a_sweep(ray_session) -> None:
+    from ray.tune import tune
+
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        tune._setup_signal_catching()
+        assert signal.getsignal(signal.SIGINT) is ours
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def test_a_cluster_that_does_not_answer_is_named_at_once() -> None:

@@ -1,6 +1,7 @@
 """A sweep on a real Ray, with a real MLflow store."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -261,13 +262,13 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "sweeps").iterdir()
     done = (folder / "trials" / "0000.json").stat().st_mtime_ns
     assert not (folder / "trials" / "0001.json").exists()
-    # A second death, this time as `kill` and `ray job stop` have it.
+    # A second death, this time as a terminal's Ctrl-C has it.
     with started(command, tmp_path / "second.txt") as second:
         log = folder / "logs" / "0001.log"
         wait_for("it to go on", lambda: "continuing from step" in log.read_text())
         family = psutil.Process(second.pid).children(recursive=True)
-        second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=600) == 143, "as a shell reports SIGTERM"
+        os.killpg(second.pid, signal.SIGINT)
+        assert second.wait(timeout=600) == 130, "as a shell reports Ctrl-C"
         _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []
     assert "interrupted: the same command continues" in (tmp_path / "second.txt").read_text()
@@ -293,7 +294,14 @@ CHECKPOINTS = f"mae-digits-*/checkpoints/*/{MANIFEST}"
 def started(command: list[str], output: Path) -> Iterator[subprocess.Popen]:
     """A command whose output goes to a file; killed at the end if it is still there."""
     with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell starts what runs in its background with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
     try:
         yield process
     finally:

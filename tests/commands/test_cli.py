@@ -187,6 +187,7 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
         "shards",
         "shards build",
         "shards check",
+        "shards show",
         "evaluate",
         "embed",
         "export",

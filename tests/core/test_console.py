@@ -1,6 +1,10 @@
 """What a person reads where there is no terminal: never silent for long, never noisy."""
 
+import errno
 import io
+import os
+import subprocess
+import sys
 import time
 
 from selfray.console import HEARTBEAT_SECONDS, Console
@@ -49,3 +53,27 @@ def test_a_terminal_shows_live_lines_in_place_and_gets_no_beats(monkeypatch):
     assert written.getvalue() == "\r\x1b[Kstep 1"
     console.say("done")
     assert written.getvalue() == "\r\x1b[Kstep 1\r\x1b[Kdone\n"
+
+
+def test_an_output_that_cannot_be_written_ends_nothing_and_its_lines_go_to_the_log(caplog):
+    caplog.set_level("INFO")
+    with open("/dev/full", "w") as stream:
+        console = Console(stream, None)
+        console.say("loss 1.0")
+        console.say("loss 0.5")
+        assert console.failure is not None
+        assert console.failure.errno == errno.ENOSPC
+    assert [record.message for record in caplog.records] == ["loss 1.0", "loss 0.5"]
+
+
+def test_a_full_disk_behind_standard_output_is_one_line_and_a_closed_pipe_is_none():
+    command = [sys.executable, "-m", "selfray.commands.main", "pretrain", "--help"]
+    with open("/dev/full", "w") as full:
+        told = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert told.returncode == 1
+    assert told.stderr == "error: standard output cannot be written: No space left on device\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    told = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (told.returncode, told.stderr) == (0, "")

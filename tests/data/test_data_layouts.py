@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from helpers import write_tar
 from selfray.data.data_sets import DataSets, open_data
-from selfray.data.destination import finish, open_destination, start
+from selfray.data.destination import finish, open_destination, refuse_other_plan, start
 from selfray.data.files import list_matching, list_source
 from selfray.data.listing import make_plan
 from selfray.data.manifest import Manifest
@@ -114,6 +115,15 @@ def with_table(folder: Path, name: str) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), folder / name)
+
+
+def with_lists(folder: Path) -> None:
+    images(folder, "1.png", "2.png", "3.png", "4.png")
+    rows = [
+        {"file_names": ["1.png", "2.png"], "label": "cat"},
+        {"file_names": ["3.png", "4.png"], "label": "dog"},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tars(folder: Path, label: Callable[[int], tuple[str, bytes]]) -> None:
@@ -283,6 +293,35 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [one_tar(f / f"{n}.tar", "a", "b") for n in ("train-0", "train-1", "val-0")],
         "12 train images of 2 classes (a, b), 6 test images from validation",
     ),
+    "train/val/* in train/": (
+        lambda f: images(f, "train/a", "train/b", "train/val/a", "train/val/b"),
+        "6 train images of 2 classes (a, b), 6 test images from train/val/",
+    ),
+    "train/train/CLASS/*, train/val/CLASS/*": (
+        lambda f: images(f, "train/train/a", "train/train/b", "train/val/a", "test/b"),
+        "6 train images of 2 classes (a, b), 6 test images from train/val/ and test/",
+    ),
+    "train/val/*, test/val/*, where val is a class": (
+        lambda f: images(f, "train/a", "train/val", "test/a", "test/val"),
+        "6 train images of 2 classes (a, val), 6 test images from test/",
+    ),
+    "en/train-0.parquet, fr/train-0.parquet": (
+        lambda f: [
+            parquet(f / f"{name}/{split}-00000-of-00001.parquet", [0, 1, 1])
+            for name in ("en", "fr")
+            for split in ("train", "test")
+        ],
+        "6 train images of 2 classes (0, 1), 6 test images from test, "
+        "of 2 data sets side by side (en/, fr/) taken as one",
+    ),
+    "1/*, 2/*, 10/*": (
+        lambda f: images(f, "1", "2", "10"),
+        "9 train images of 3 classes (1, 2, 10)",
+    ),
+    "metadata.jsonl with several images in a row": (
+        lambda f: with_lists(f),
+        "4 train images of 2 classes (cat, dog)",
+    ),
     "a tar with folders and .cls": (
         lambda f: one_tar(f / "all.tar", "train/0", "train/1", "test/0", labels="owl tit"),
         "6 train images of 2 classes (owl, tit), 3 test images from test/",
@@ -386,6 +425,24 @@ def test_test_images_are_never_trained_on(tmp_path):
 def test_labels_of_every_type_become_classes(tmp_path, labels, expected):
     uri = str(parquet(tmp_path / "x.parquet", labels))
     assert classes_of(open_shards([uri], uri, "image")) == expected
+
+
+def test_a_row_of_several_images_is_refused_with_the_way_out(tmp_path):
+    rows = [[{"bytes": picture(0), "path": "0.png"}, {"bytes": picture(1), "path": "1.png"}]]
+    pq.write_table(pa.table({"images": rows, "label": [1]}), tmp_path / "x.parquet")
+    for column in (None, "images"):
+        with pytest.raises(ValueError, match=r"images holds several images in a row \(list<.*\n?"):
+            opened(tmp_path / "x.parquet", tmp_path, image_column=column)
+
+
+def test_an_unfinished_build_with_classes_in_another_order_is_not_continued(tmp_path):
+    source, out = Location.of(images(tmp_path / "a", "1", "2", "10")), Location.of(tmp_path / "b")
+    plan = make_plan(source, BuildOptions())
+    start(out, replace(plan, class_order=""))  # as an earlier version would have begun it
+    with pytest.raises(ValueError, match="numbers were in another order"):
+        refuse_other_plan(out, open_destination(out), plan)
+    complete = build_here(source, Location.of(tmp_path / "c"), BuildOptions())
+    refuse_other_plan(out, replace(open_destination(out), manifest=complete), plan)
 
 
 @pytest.mark.parametrize(

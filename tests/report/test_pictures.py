@@ -16,7 +16,6 @@ from selfray.report.charts import Compared, comparison, training_curves
 from selfray.report.maps import embedding_maps
 from selfray.report.projection import project_2d
 from selfray.report.sheets import (
-    HEADINGS,
     HIDDEN,
     hide,
     neighbours,
@@ -25,6 +24,7 @@ from selfray.report.sheets import (
     views_grid,
 )
 from selfray.report.style import AGREES, DIFFERS, FAINT, MARGIN, UNKNOWN, WIDTH
+from selfray.report.tiles import HEADINGS
 from selfray.views import RandomMask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

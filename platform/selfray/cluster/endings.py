@@ -14,6 +14,23 @@ class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed
     """Raised when a run ends early; the message is the cause in one line."""
 
 
+class KilledForMemory(RunFailed):
+    """The failure of a run of which Ray's memory monitor killed a worker.
+
+    Args:
+        who: the worker.
+        at_start: whether it was still starting; Ray Train does not retry that.
+    """
+
+    def __init__(self, who: str, at_start: bool) -> None:
+        self.at_start = at_start
+        self.short = f"Ray killed {who} because the memory of its machine was nearly full"
+        super().__init__(
+            f"{self.short}, other programs included: free memory, or give a smaller --batch-size; "
+            "the same command continues from the last checkpoint"
+        )
+
+
 REPEATABLE = (
     ValueError,
     TypeError,
@@ -54,8 +71,8 @@ LOW_MEMORY = re.compile(r"low on memory|out[- ]of[- ]memory|\bOOM\b|memory usage
 """Ray's words where its memory monitor has killed a worker."""
 
 
-def cause_of(error: Exception) -> str:
-    """The first worker's own error, in one line."""
+def failure_of(error: Exception) -> RunFailed:
+    """The failure of a run whose training raised `error`: the first worker's own, in one line."""
     failures = getattr(error, "worker_failures", None)
     rank, first = next(iter(failures.items())) if failures else (None, error)
     root = root_cause(first)
@@ -63,9 +80,5 @@ def cause_of(error: Exception) -> str:
         type(root).__module__.startswith("ray.") and LOW_MEMORY.search(str(root))
     ):
         who = "a worker" if rank is None else f"train worker {rank}"
-        return (
-            f"Ray killed {who} because the memory of its machine was nearly full, other programs "
-            "included: free memory, or give a smaller --batch-size; the same command continues "
-            "from the last checkpoint"
-        )
-    return last_line(root)
+        return KilledForMemory(who, at_start=rank is None)
+    return RunFailed(last_line(root))

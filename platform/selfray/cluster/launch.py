@@ -1,28 +1,27 @@
 """Launches a run: Experiment -> TorchTrainer -> result, from the driver's side."""
 
 import logging
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 from selfray import config, plugins
-from selfray.cluster import local_ray, runtime, waiting
+from selfray.cluster import local_ray, runtime
 from selfray.cluster.build import build_told
-from selfray.cluster.endings import FAILURE, RunFailed, cause_of, recorded_failure
+from selfray.cluster.endings import (
+    RunFailed,
+)
+from selfray.cluster.fit import fit
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
-from selfray.cluster.stream import keep_statistics_here
 from selfray.cluster.task import WorkerTask
 from selfray.cluster.tracking import Tracker
-from selfray.cluster.worker import train_worker
 from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
@@ -33,7 +32,7 @@ from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.runs import checkpoint, record, starting
 from selfray.runs.folder import ARTIFACTS, STOP
 from selfray.runs.history import History
-from selfray.runs.milestones import Milestones, milestones
+from selfray.runs.milestones import milestones
 from selfray.storage import Location
 from selfray.tokenizer import TokenizerConfig
 
@@ -219,7 +218,17 @@ def _carry_out(
     try:
         with watching:
             if found is None or (found.step < goal and part.stop_reason() is None):
-                _fit(experiment, run, data, placement, events, part, console)
+                task = WorkerTask(
+                    config.dumps(experiment),
+                    data.train,
+                    run.uri,
+                    placement.cpus_per_worker,
+                    placement.data_cpus / placement.workers,
+                    events.checkpoints,
+                    part.until_step,
+                    part.stop_file,
+                )
+                fit(experiment, run, placement, task, console)
             monitor.training_ended()
         reached = checkpoint.latest(run)
         if reached is None:
@@ -267,76 +276,6 @@ def _carry_out(
     return result
 
 
-def _fit(
-    experiment: Experiment,
-    run: Location,
-    data: DataSets,
-    placement: Placement,
-    events: Milestones,
-    part: PartOf,
-    console: Console,
-) -> None:
-    """Train on Ray Train workers. Raises RunFailed with the cause if retrying is useless."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.v2.api.config import LoggingConfig
-
-    from selfray.cluster.trainer import Trainer
-
-    if not local_ray.is_running():
-        keep_statistics_here()
-    resources = placement.resources(experiment)
-    launch_id = f"{time.time_ns()}"
-    workers: Any = experiment.max_workers
-    kind: Any = Trainer
-    if experiment.is_elastic:
-        from selfray.cluster import elastic
-
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", elastic.START_SECONDS)
-        workers = (experiment.min_workers, experiment.max_workers)
-        kind = partial(elastic.ElasticTrainer, sizes=experiment.world_sizes, run=run.uri)
-    trainer = kind(
-        train_worker,
-        train_loop_config={
-            "task": WorkerTask(
-                config.dumps(experiment),
-                data.train,
-                run.uri,
-                placement.cpus_per_worker,
-                placement.data_cpus / placement.workers,
-                events.checkpoints,
-                launch_id,
-                part.until_step,
-                part.stop_file,
-            )
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=placement.gpus_per_worker > 0,
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=runtime.CONSIDER_SECONDS,
-        ),
-        run_config=RunConfig(
-            # A new name for each start: selfray resumes from its own checkpoints, which survive
-            # a full disk and a crash between two polls of Ray's controller.
-            name=f"{run.name}-{launch_id}",
-            storage_path=ray_storage(run),
-            failure_config=FailureConfig(max_failures=experiment.max_failures),
-            logging_config=LoggingConfig("ERROR"),
-        ),
-    )
-    console.live("starting the train workers, which load torch")
-    try:
-        with waiting.reporting(resources, experiment.min_workers, console):
-            trainer.fit()
-    except TrainingFailedError as error:
-        log.exception("training failed")
-        # The worker that failed first recorded its cause; others may only report a lost peer.
-        raise RunFailed(recorded_failure(run / FAILURE, launch_id) or cause_of(error)) from error
-    failure = recorded_failure(run / FAILURE, launch_id)
-    if failure is not None:
-        raise RunFailed(failure)
-
-
 def _log_pictures(
     experiment: Experiment,
     run: Location,
@@ -371,11 +310,6 @@ def _log_pictures(
             tracker.log_picture(picture, f"pictures/{name}")
     seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
     console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
-
-
-def ray_storage(run: Location) -> str:
-    """The folder for Ray Train's own bookkeeping, beside the checkpoints."""
-    return (run / "ray").uri
 
 
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:

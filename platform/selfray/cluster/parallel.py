@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
+from selfray import signals
 from selfray.data.manifest import Shard, ShardRecord
 from selfray.storage import one_line
 
@@ -107,5 +108,7 @@ def in_parallel(
                 raise OSError(f"the worker of {name} died: {one_line(error)}") from None
             yield result
     finally:
-        for reference in running:
+        # After a signal this process ends, and its tasks with it. Ray 2.60 aborts if a task is
+        # cancelled that Ctrl-C ends in the same moment (task_manager.cc, "not pending").
+        for reference in running if not signals.were_received() else ():
             ray.cancel(reference)

@@ -34,6 +34,8 @@ ENVIRONMENT = {
     # The controller polls its workers this often; every start, end and restart waits for a poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Tune's own handler would take Ctrl-C for the end of the sweep and report it as done.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

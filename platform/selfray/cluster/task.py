@@ -20,9 +20,9 @@ class WorkerTask:
     """CPUs for the data tasks of each worker, so that an elastic run's total follows its size."""
     checkpoint_steps: frozenset[int]
     """Steps at whose end a checkpoint is written."""
-    launch: str
-    """Identifies this start of the command: recorded failures of earlier starts do not count."""
     until_step: int | None = None
     """The step at which the run pauses, with a checkpoint; None trains to the end."""
     stop_file: str | None = None
     """The run ends, with a checkpoint, soon after this file appears."""
+    launch: str = ""
+    """Identifies this start of the workers: recorded failures of earlier ones do not count."""

@@ -26,6 +26,7 @@ from selfray.commands.finetune_flags import (
 )
 from selfray.commands.flags import (
     DeviceGpusFlag,
+    GroupByFlag,
     ImageColumnFlag,
     JsonFlag,
     LabelColumnFlag,
@@ -141,6 +142,7 @@ class Evaluate:
     ] = None
     image_column: ImageColumnFlag = None
     label_column: LabelColumnFlag = None
+    group_by: GroupByFlag = None
     train_limit: Annotated[int | None, flag("Use at most this many train images.", "N", "all")] = (
         None
     )
@@ -271,6 +273,8 @@ class Evaluate:
             chosen = [replace(data, image_column=self.image_column) for data in chosen]
         if self.label_column is not None:
             chosen = [replace(data, label_column=self.label_column) for data in chosen]
+        if self.group_by is not None:
+            chosen = [replace(data, group_by=self.group_by) for data in chosen]
         return chosen
 
     def _open(

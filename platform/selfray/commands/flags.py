@@ -52,6 +52,16 @@ ImageColumnFlag = Annotated[
 LabelColumnFlag = Annotated[
     str | None, flag("Parquet column of the labels.", "NAME", "found by its name")
 ]
+GroupByFlag = Annotated[
+    str | None,
+    flag(
+        """Keep all images of a patient, slide or scene on one side of the held-out split: a Parquet
+        column that names it, or a regular expression with a group in parentheses that finds it in
+        the images' paths, such as '(patient[0-9]+)'.""",
+        "COLUMN|REGEX",
+        "images are held out one by one",
+    ),
+]
 DeviceGpusFlag = Annotated[
     float | None,
     flag(

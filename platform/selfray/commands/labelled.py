@@ -29,7 +29,9 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
     except (ValueError, OSError) as error:
         # Translate the names of pretrain's flags into those of this command.
         text = str(error).replace("data.test-path", "test").replace("data.path", "data")
-        raise type(error)(text.replace("data.label-column", "label-column")) from None
+        raise type(error)(
+            text.replace("data.label-column", "label-column").replace("data.group_by", "--group-by")
+        ) from None
     if not opened.can_probe:
         path = data.path if not opened.train.has_labels else data.test_path or data.path
         raise ValueError(

@@ -26,6 +26,7 @@ from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
 from selfray.commands.script import FAILED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
+from selfray.commands.shards_show import ShowShards
 from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import nearest
 from selfray.storage import last_line
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-SHARDS = """Build and check Parquet shards of images for training.
+SHARDS = """Build, look at and check Parquet shards of images for training.
 $ selfray shards build ~/scans s3://bucket/scans"""
 
 
@@ -55,7 +56,7 @@ COMMANDS: dict[str, Any] = {
     "pretrain": Elsewhere,
     "tokenizer": Elsewhere,
     "sweep": Elsewhere,
-    "shards": {"build": BuildShards, "check": CheckShards},
+    "shards": {"build": BuildShards, "check": CheckShards, "show": ShowShards},
     "evaluate": Evaluate,
     "embed": Embed,
     "export": Export,
@@ -110,8 +111,7 @@ def main() -> int:
     interrupted."""
     words = sys.argv[1:] or ["--help"]
     if words[0] in ("--version", "-V"):
-        print(f"selfray {__version__}")
-        return 0
+        return one_line_errors(_version)
     if words[0] == "pretrain":
         return pretrain(words[1:], prog="selfray pretrain")
     if words[0] == "tokenizer":
@@ -119,6 +119,11 @@ def main() -> int:
     if words[0] == "sweep" and len(words) > 1 and not words[1].startswith("-"):
         return one_line_errors(lambda: _sweep(words[1], words[2:]))
     return one_line_errors(lambda: _quietly(parse(plugins.take(words))))
+
+
+def _version() -> int:
+    print(f"selfray {__version__}")
+    return 0
 
 
 def _sweep(name: str, words: Sequence[str]) -> int:

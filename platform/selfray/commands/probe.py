@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 from selfray.commands.flags import (
     CheckpointArgument,
     DeviceGpusFlag,
+    GroupByFlag,
     ImageColumnFlag,
     JsonFlag,
     LabelColumnFlag,
@@ -66,6 +67,7 @@ class Probe:
     ] = None
     image_column: ImageColumnFlag = None
     label_column: LabelColumnFlag = None
+    group_by: GroupByFlag = None
     train_limit: Annotated[
         int | None, flag("Use at most this many train images.", "N", "the run's probe.train_limit")
     ] = None
@@ -117,7 +119,12 @@ class Probe:
         data = experiment.data
         if self.data is not None:
             data = replace(
-                data, path=self.data, test_path=self.test, image_column=None, label_column=None
+                data,
+                path=self.data,
+                test_path=self.test,
+                image_column=None,
+                label_column=None,
+                group_by=None,
             )
         if self.test is not None:
             data = replace(data, test_path=self.test)
@@ -125,6 +132,8 @@ class Probe:
             data = replace(data, image_column=self.image_column)
         if self.label_column is not None:
             data = replace(data, label_column=self.label_column)
+        if self.group_by is not None:
+            data = replace(data, group_by=self.group_by)
         return data
 
     def _limits(self, experiment: "Experiment") -> tuple[int, int]:

@@ -4,6 +4,7 @@ Exit code 0: done. 1: a run failed and its cause is shown. 2: bad input, nothing
 130: interrupted, the same command continues.
 """
 
+import errno
 import logging
 import sys
 import time
@@ -19,7 +20,7 @@ from selfray.commands.config_file import read_config
 from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
 from selfray.commands.words import nearest
-from selfray.console import Console, LogFormatter, printable, quiet_console
+from selfray.console import Console, LogFormatter, discard, printable, quiet_console
 from selfray.recipes import NAMES, every
 from selfray.storage import Location
 
@@ -201,27 +202,42 @@ def with_console(folder: Path, body: Callable[[Console], int]) -> int:
             f"--output: {folder} cannot be made ({error.strerror}): give --output another folder"
         ) from None
     with quiet_console(folder / name) as console:
-        handler = logging.StreamHandler()
-        handler.setFormatter(LogFormatter())
-        logging.basicConfig(level=logging.INFO, handlers=[handler])
-        signals.catch()
-        try:
-            return body(console)
-        except KeyboardInterrupt:
-            console.say("interrupted: the same command continues from the last checkpoint")
-            return signals.exit_code()
-        except RuntimeError as error:
-            from selfray.cluster.endings import RunFailed
+        code = _run(body, console)
+    if console.failure is not None and not isinstance(console.failure, BrokenPipeError):
+        print(_unwritten(console.failure, console.log), file=sys.stderr)
+        return code or FAILED
+    return code
 
-            if not isinstance(error, RunFailed):
-                raise
-            console.say(f"error: {error}")
-            console.say(f"the full log: {console.log}")
-            return 1
-        except (ValueError, OSError) as error:
-            log.exception("bad input")
-            console.say(f"error: {error}")
-            return BAD_INPUT
+
+def _run(body: Callable[[Console], int], console: Console) -> int:
+    """The exit code of `body`, with one line for every failure that a user can act on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    signals.catch()
+    try:
+        return body(console)
+    except KeyboardInterrupt:
+        console.say("interrupted: the same command continues from the last checkpoint")
+        return signals.exit_code()
+    except RuntimeError as error:
+        from selfray.cluster.endings import RunFailed
+
+        if not isinstance(error, RunFailed):
+            raise
+        console.say(f"error: {error}")
+        console.say(f"the full log: {console.log}")
+        return 1
+    except (ValueError, OSError) as error:
+        log.exception("bad input")
+        console.say(f"error: {error}")
+        return BAD_INPUT
+
+
+def _unwritten(error: OSError, lines_are_in: Path | None = None) -> str:
+    """The line for a standard output that cannot be written."""
+    text = f"error: standard output cannot be written: {error.strerror}"
+    return text if lines_are_in is None else f"{text}; its lines are in {lines_are_in}"
 
 
 def _leave() -> None:
@@ -242,13 +258,21 @@ def one_line_errors(main: Callable[[], int]) -> int:
         code = main()
         if signals.were_received():
             _leave()
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         if not signals.were_received():
             raise
-        print("interrupted: nothing was started yet", file=sys.stderr)
+        print("interrupted: nothing was started yet; the same command starts it", file=sys.stderr)
         _leave()
         raise
+    except BrokenPipeError:  # as in `selfray pretrain --help | head`: its reader has seen enough
+        discard(sys.stdout)
+        return 0
     except (BadSetting, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            print(_unwritten(error), file=sys.stderr)
+            discard(sys.stdout)
+            return FAILED
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -1,8 +1,6 @@
 """`selfray shards`: converts images to Parquet shards and checks shards for damage."""
 
-import shlex
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -12,13 +10,13 @@ from tyro.conf import Positional
 from selfray.check import require
 from selfray.commands.flags import flag
 from selfray.commands.script import FAILED
+from selfray.commands.shards_text import summary
 from selfray.commands.words import clock, size
 from selfray.storage import Location
 
 if TYPE_CHECKING:
-    from selfray.cluster.build import Manifest, Progress
+    from selfray.cluster.build import Progress
     from selfray.console import Console
-    from selfray.data.measured import Statistics
 
 
 LINES_WITHOUT_TERMINAL = 10
@@ -159,7 +157,7 @@ class BuildShards:
             console.live(f"listing {self.source}")
             manifest = build.build(self.source, self.destination, options, on_progress)
         destination = Location.of(self.destination)
-        for text in _summary(manifest, destination, time.monotonic() - started):
+        for text in summary(manifest, destination, time.monotonic() - started):
             console.say(text)
         return 0
 
@@ -243,61 +241,3 @@ class BuildLine:
             left /= now.shards_done - first.shards_done
             parts += [f"{images:,.0f} images/s", f"{size / 1e6:,.1f} MB/s", f"{clock(left)} left"]
         return "  ".join([*parts, f"{now.quarantined:,} quarantined"])
-
-
-def _summary(manifest: "Manifest", destination: Location, seconds: float) -> Iterator[str]:
-    """Lines with the size, labels and broken images of a build, and the command that uses it."""
-    from selfray.cluster.build import QUARANTINE
-
-    yield (
-        f"{destination}: {manifest.images:,} images in {len(manifest.shards):,} shards, "
-        f"{size(manifest.bytes)}, {seconds:.0f} s"
-    )
-    width, height = manifest.image_width, manifest.image_height
-    yield (
-        f"pixels (min / median / max): width {width.min} / {width.median} / {width.max}, "
-        f"height {height.min} / {height.median} / {height.max}"
-    )
-    if manifest.statistics is not None:
-        yield from statistics_lines(manifest.statistics)
-    if manifest.labels is None:
-        yield "labels: none, so the encoder cannot be probed on these images"
-    else:
-        counts = sorted(manifest.labels.counts.values())
-        unlabelled = manifest.labels.unlabelled
-        sizes = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if counts[0] < counts[-1] else "")
-        yield f"labels: {len(counts):,} classes of {sizes} images" + (
-            f"; {unlabelled:,} images without" if unlabelled else ""
-        )
-    quarantined = manifest.quarantined
-    if quarantined.count:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in quarantined.reasons.items())
-        yield f"quarantined: {reasons}; see {destination / QUARANTINE}"
-    else:
-        yield "quarantined: none"
-    kind = manifest.statistics.kind if manifest.statistics is not None else 3
-    flags = "" if kind == 3 else f" --data.channels {kind} --encoder.in-channels {kind}"
-    yield (f"next: selfray pretrain mae-imagenet --data.path {shlex.quote(destination.uri)}{flags}")
-
-
-def statistics_lines(found: "Statistics") -> Iterator[str]:
-    """What was measured of the images, for a person."""
-    kind = found.kind
-    words = {1: "1 (gray)", 3: "3 (RGB)"}.get(kind, str(kind))
-    gray = found.channels.get("1", 0)
-    some = f", {gray:,} images of them gray" if kind == 3 and gray else ""
-    normalization = found.normalization(kind)
-    if normalization is not None:
-        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in normalization)
-        yield f"channels: {words}{some}; mean {mean}, std {std} (of 0..1)"
-    least, median, most = found.aspect_ratio
-    yield f"aspect ratio (min / median / max): {least:g} / {median:g} / {most:g}"
-    for done, count in found.converted.items():
-        yield f"converted: {count:,} images, {done}"
-    if found.duplicates:
-        across = (
-            f", {found.of_test:,} train images among them are in the test" if found.of_test else ""
-        )
-        yield f"duplicates: {found.duplicates:,} images have the pixels of another{across}"
-    else:
-        yield "duplicates: none"

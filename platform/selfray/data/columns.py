@@ -50,6 +50,12 @@ def _holds_images(kind: pa.DataType) -> bool:
     return _holds_bytes(kind)
 
 
+def _is_list_of_images(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ) and _holds_images(kind.value_type)
+
+
 def described(schema: pa.Schema) -> str:
     """Names and types of the first ten columns, for a message."""
     shown = [f"{f.name}: {f.type}" for f in list(schema)[:10]]
@@ -64,6 +70,13 @@ def image_column(schema: pa.Schema, file: object, wanted: str | None) -> str:
     if wanted is not None and schema.names.count(wanted) != 1:
         what = "is not in" if wanted not in schema.names else "is the name of several columns of"
         raise ValueError(f"--data.image-column {wanted} {what} {file}, which has {columns}")
+    lists = [f for f in schema if _is_list_of_images(f.type)]
+    several = [f for f in lists if f.name == wanted or (wanted is None and not candidates)]
+    if several:
+        raise ValueError(
+            f"{file}: its column {several[0].name} holds several images in a row "
+            f"({several[0].type}): write one row for each image, as explode of pandas does"
+        )
     if wanted is not None:
         if wanted not in candidates and not _holds_paths(schema.field(wanted).type):
             raise ValueError(f"--data.image-column {wanted} holds no images in {file}: {columns}")

@@ -4,18 +4,20 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from selfray.data import summary
 from selfray.data.embedded import EMBEDDED, write_embedded
 from selfray.data.files import Listing, list_matching, list_source, select
+from selfray.data.groups import Grouped, divided, shared_groups
 from selfray.data.layout import TRAIN, UNLABELED, Understood, understand
 from selfray.data.listing import says_more
 from selfray.data.manifest import MANIFEST, Manifest, statistics_in
 from selfray.data.measured import PICTURES, Statistics, are_alike
 from selfray.data.options import BuildOptions
-from selfray.data.reader import sample_rows
+from selfray.data.reader import placed, sample_rows
 from selfray.data.shard_set import (
     ShardFile,
     ShardSet,
@@ -53,8 +55,14 @@ class DataSets:
     """Number of files at the end of `train` that come from a split of unlabelled images."""
     channels: int = 3
     """data.channels."""
+    joined: tuple[str, ...] = ()
+    """Folders that each hold a whole data set; see Understood."""
     statistics: Statistics | None = None
     """Statistics of the train images, measured by `selfray shards build`; None without."""
+    grouped: Grouped | None = field(default=None, compare=False)
+    """How data.group_by divides the images; None without, or with test images of their own."""
+    group_notes: tuple[str, ...] = ()
+    """What was understood of data.group_by, for the user."""
 
     @property
     def unlabeled(self) -> int:
@@ -66,17 +74,27 @@ class DataSets:
     def can_probe(self) -> bool:
         return self.train.has_labels and (self.test is None or self.test.has_labels)
 
+    @property
+    def judged(self) -> ShardSet:
+        """The train images that probes may use."""
+        return self.train.labelled if self.can_probe else self.train
+
     def samples(self, size: int, train_limit: int, test_limit: int) -> tuple[Sample, Sample]:
         """(train, test) samples for the probes, disjoint and the same in every call.
 
         Without test images, a fifth of the train images is held out: the encoder has seen them
-        without labels, the probe has not.
+        without labels, the probe has not. With data.group_by, whole groups are held out.
         """
-        shards = self.train.labelled if self.can_probe else self.train
+        shards = self.judged
         if self.test is not None:
             own = self.test.labelled if self.can_probe else self.test
             train = self._sample(shards, *sample_rows(shards, train_limit), size)
             return train, self._sample(own, *sample_rows(own, test_limit), size)
+        if self.grouped is not None:
+            order, is_test = self.grouped.order, self.grouped.is_test
+            sides = order[~is_test][:train_limit], order[is_test][:test_limit]
+            train, test = (self._sample(shards, *placed(shards, s), size) for s in sides)
+            return train, test
         groups, rows = sample_rows(shards, train_limit + test_limit)
         test_rows = min(test_limit, max(1, int(len(rows) * HELD_OUT)))
         test = self._sample(shards, groups[:test_rows], rows[:test_rows], size)
@@ -88,8 +106,8 @@ class DataSets:
     def described(self) -> list[str]:
         """What was understood of the data, in one line, and what is odd about it."""
         train, test = summary.part_of(self.train), self.test and summary.part_of(self.test)
-        line = summary.line(train, test, self.origin, self.unlabeled, self.left_out)
-        notes = list(self.train.notes)
+        line = summary.line(train, test, self.origin, self.unlabeled, self.left_out, self.joined)
+        notes = [*self.group_notes, *self.train.notes]
         if self.test is not None and self.test.has_labels:
             notes += self.test.notes
         return [line, *dict.fromkeys(notes), *self._files_without(), *summary.odd(train, test)]
@@ -133,10 +151,20 @@ def open_data(
         )
     opened = replace(_open_data(data, _Opener(data, output, say, build)), channels=data.channels)
     _refuse_other_channels(data, opened.statistics)
+    if data.group_by is not None:
+        opened = _with_groups(opened, data.group_by)
     if describe:
         for line in opened.described():
             say(line)
     return opened
+
+
+def _with_groups(opened: DataSets, group_by: str) -> DataSets:
+    if opened.test is not None:
+        note = shared_groups(opened.train, opened.test, group_by)
+        return replace(opened, group_notes=(note,))
+    grouped = divided(opened.judged, group_by, HELD_OUT)
+    return replace(opened, grouped=grouped, group_notes=(grouped.described,))
 
 
 def _refuse_other_channels(data: DataConfig, found: Statistics | None) -> None:
@@ -171,20 +199,20 @@ def _open_data(data: DataConfig, opener: "_Opener") -> DataSets:
             "images itself to train on it"
         )
     train = opener.open(found, found.train)
-    known = found.statistics
+    more: dict[str, Any] = {"statistics": found.statistics, "joined": found.joined}
     if not data.test_path:
         if not found.test:
-            return DataSets(train, None, "", found.left_out, found.unlabeled, statistics=known)
+            return DataSets(train, None, "", found.left_out, found.unlabeled, **more)
         test = _with_labels_first(opener.open(found, found.test), opener.say)
         both = with_common_classes(train, test)
-        return DataSets(*both, found.origin, found.left_out, found.unlabeled, statistics=known)
+        return DataSets(*both, found.origin, found.left_out, found.unlabeled, **more)
     own = opener.find(data.test_path, "data.test_path")
     test = opener.open(own, own.test or own.train)
     left_out = dict(found.left_out)
     if found.test:
         left_out[found.origin] = rows_of(found.test)
     both = with_common_classes(train, test)
-    return DataSets(*both, data.test_path, left_out, found.unlabeled, statistics=known)
+    return DataSets(*both, data.test_path, left_out, found.unlabeled, **more)
 
 
 def _with_labels_first(test: ShardSet, say: Say) -> ShardSet:
@@ -211,6 +239,7 @@ class _Found:
     unlabeled: int = 0
     """Number of files at the end of `train` that come from a split of unlabelled images."""
     statistics: Statistics | None = None
+    joined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -304,7 +333,8 @@ class _Opener:
         files = train + unlabeled
         # Unlabelled images are only additional if there are train images.
         count = len(unlabeled) if train else 0
-        return _Found(uri, files, test, labels, origin, left_out, count)
+        joined = understood.joined
+        return _Found(uri, files, test, labels, origin, left_out, count, joined=joined)
 
     def _converted(self, source: Location, more: bool) -> tuple[Location, Manifest]:
         """Shards of a folder of images, built under `output` on first use."""

@@ -112,6 +112,8 @@ def refuse_other_plan(destination: Location, state: State, plan: Plan) -> None:
             changes = ["files of the source have changed"]
     elif not changes and then.get("understood") != now.get("understood"):
         changes.append("its folders were understood differently: as classes, splits or neither")
+    elif state.manifest is None and then.get("class_order") != now.get("class_order"):
+        changes.append("classes that are numbers were in another order")
     what = "a complete" if state.manifest else "an unfinished"
     require(
         not changes,

@@ -74,12 +74,16 @@ class Understood:
     """split -> its name in the data set, such as `val2017/`."""
     left_out: Mapping[str, int]
     """Files outside of the splits, if there are splits: top folder or file -> number of files."""
+    joined: tuple[str, ...] = ()
+    """Folders side by side that each hold a whole data set of Parquet files, such as the
+    configs of a Hugging Face data set; empty if there are not several."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The classes in the order of their labels; None if no folder is a class."""
+        """The classes in the order of their labels, numbers by value; None if no folder is a
+        class."""
         found = {label for label in self.labels if label is not None}
-        return tuple(sorted(found)) if found else None
+        return tuple(sorted(found, key=natural)) if found else None
 
 
 def understand(
@@ -131,7 +135,21 @@ def understand(
     origins: dict[str, str] = {}
     for split, mark in sorted({(s, m) for s, m in zip(splits, marks, strict=True) if s and m}):
         origins[split] = f"{origins[split]}, {mark}" if split in origins else mark
-    return Understood(tuple(splits), tuple(labels), has_splits, origins, dict(left_out))
+    joined = _joined(names, folders, splits) if kind == "parquet" else ()
+    return Understood(tuple(splits), tuple(labels), has_splits, origins, dict(left_out), joined)
+
+
+def _joined(
+    names: Sequence[str], folders: "_Folders", splits: Sequence[str | None]
+) -> tuple[str, ...]:
+    """Understood.joined: the folders above a split that several folders have."""
+    above: dict[str, set[str]] = collections.defaultdict(set)
+    for name, split in zip(names, splits, strict=True):
+        outer, inner = folders.parts(posixpath.dirname(name))
+        path = outer or inner
+        if split is not None and not any("=" in p or _is_numbered_part(p) for p in path):
+            above[split].add("/".join(path) + "/")
+    return tuple(sorted(set().union(*(found for found in above.values() if len(found) > 1))))
 
 
 def _masks(names: Sequence[str]) -> dict[str, str]:
@@ -172,6 +190,7 @@ def _without_masks(
         rest.has_splits,
         rest.origins,
         {**rest.left_out, **counts},
+        rest.joined,
     )
 
 
@@ -243,24 +262,44 @@ class _Folders:
     def split_of(self, folder: str) -> tuple[str | None, str]:
         """(split, name of the split's folder with a /) of the files in a folder."""
         if folder not in self._known:
-            above = ""
+            parts = folder.split("/") if folder else []
+            found = self._place_of_split(parts)
             self._known[folder] = (None, "")
-            for part in folder.split("/") if folder else ():
-                split = self._splits_in(above).get(part)
-                if split is not None:
-                    self._known[folder] = (split, part + "/")
-                    break
-                above = f"{above}/{part}" if above else part
+            if found is not None:
+                first, last, split = found
+                self._known[folder] = (split, "/".join(parts[first : last + 1]) + "/")
         return self._known[folder]
+
+    def _place_of_split(self, parts: Sequence[str]) -> tuple[int, int, str] | None:
+        """(index of the split's folder, the same or that of a split nested in it, the split) of the
+        folders that lead to a file; None without a split."""
+        for index, part in enumerate(parts):
+            split = self._splits_in("/".join(parts[:index])).get(part)
+            if split is None:
+                continue
+            nested = self._nested_in(parts[: index + 1]) if split == TRAIN else {}
+            below = parts[index + 1] if len(parts) > index + 1 else ""
+            return (index, index + 1, nested[below]) if below in nested else (index, index, split)
+        return None
+
+    def _nested_in(self, train: Sequence[str]) -> Mapping[str, str]:
+        """The folders in a train folder that are splits of their own: `train/val`, which is not
+        trained on. It is a class if the test folder has a class of that name, too."""
+        above = "/".join(train[:-1])
+        tests = [p for p, s in self._splits_in(above).items() if s in (VALIDATION, TEST)]
+        classes = set().union(*(self._inside[f"{above}/{p}".lstrip("/")] for p in tests))
+        inside = self._inside.get("/".join(train), set())
+        found = {part: _parsed(part) for part in inside - classes}
+        splits = {part: split for part, (split, rest) in found.items() if split and not rest}
+        if not set(splits.values()) & {VALIDATION, TEST}:  # `train/train` is a class of trains
+            return {}
+        return splits
 
     def parts(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(folders above the split's folder, folders below it); without a split, all are below."""
-        above, parts = "", tuple(folder.split("/")) if folder else ()
-        for index, part in enumerate(parts):
-            if part in self._splits_in(above):
-                return parts[:index], parts[index + 1 :]
-            above = f"{above}/{part}" if above else part
-        return (), parts
+        parts = tuple(folder.split("/")) if folder else ()
+        found = self._place_of_split(parts)
+        return ((), parts) if found is None else (parts[: found[0]], parts[found[1] + 1 :])
 
     def _splits_in(self, above: str) -> dict[str, str]:
         """The folders in a folder that are splits."""

@@ -83,10 +83,17 @@ class Plan:
     files `left_out`, whether there are `tables`, whether classes lie `deeper`."""
     notes: tuple[str, ...] = ()
     """Notes for the user, one line each."""
+    class_order: str = ""
+    """"numbers" if the classes are in another order than that of their names as text, which
+    earlier versions took."""
 
     def identity(self) -> dict[str, Any]:
         """The values that identify a build: two builds with equal values are the same."""
-        understood = {"understood": dict(self.understood)} if self.understood else {}
+        understood: dict[str, Any] = (
+            {"understood": dict(self.understood)} if self.understood else {}
+        )
+        if self.class_order:
+            understood["class_order"] = self.class_order
         return {
             "source": self.source_uri,
             "options": self.options.to_json(),
@@ -151,7 +158,12 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
         understood=_understood(names, understood, kind, bool(tables), options.labels)
         | ({"inside": True} if has_folders else {}),
         notes=(said[0], *notes, *said[1:]),
+        class_order=_class_order(understood.classes or ()),
     )
+
+
+def _class_order(classes: Sequence[str]) -> str:
+    return "" if list(classes) == sorted(classes) else "numbers"
 
 
 def _below(listing: Listing, names: Sequence[str], top: str) -> list[str]:
@@ -169,7 +181,9 @@ def _said(counted: Callable[[Sequence[str]], summary.Part], understood: Understo
     origin = " and ".join(filter(None, (understood.origins.get(s) for s in (VALIDATION, TEST))))
     has_test = test.images is None or test.images > 0
     of_test = test if has_test else None
-    line = summary.line(train, of_test, origin, unlabeled or 0, understood.left_out)
+    line = summary.line(
+        train, of_test, origin, unlabeled or 0, understood.left_out, understood.joined
+    )
     return [line, *summary.odd(train, of_test)]
 
 

@@ -82,7 +82,11 @@ def _group_index(shards: ShardSet) -> list[tuple[ShardFile, int]]:
 
 def sample_rows(shards: ShardSet, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(groups, rows), int64 [count] each, of a random sample of rows that follows from the seed."""
+    return placed(shards, np.random.default_rng(seed).permutation(shards.rows)[:count])
+
+
+def placed(shards: ShardSet, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(groups, rows), int64 [n] each, of rows int64 [n] that are counted over the data set."""
     starts = np.concatenate([[0], np.cumsum(shards.group_rows)])
-    chosen = np.random.default_rng(seed).permutation(shards.rows)[:count]
     groups = np.searchsorted(starts, chosen, side="right") - 1
     return groups.astype(np.int64), (chosen - starts[groups]).astype(np.int64)

@@ -34,6 +34,7 @@ def line(
     origin: str = "",
     unlabeled: int = 0,
     left_out: Mapping[str, int] | None = None,
+    joined: Sequence[str] = (),
 ) -> str:
     """Such as `60 train images of 3 classes (a, b, c), 30 test images from val/, 2 left out: x/`.
 
@@ -41,6 +42,7 @@ def line(
         origin: the folder or file of the test images.
         unlabeled: number of train images from a split of unlabelled images.
         left_out: folders or files in neither set, with their numbers of images.
+        joined: folders that each hold a whole data set; all are taken together.
     """
     parts = [_train_words(train)]
     if unlabeled:
@@ -53,6 +55,8 @@ def line(
         names = list(left_out)
         more = f" and {len(names) - 3} more" if names[3:] else ""
         parts.append(f"{sum(left_out.values()):,} left out: {', '.join(names[:3])}{more}")
+    if joined:
+        parts.append(f"of {len(joined):,} data sets side by side ({shown(joined)}) taken as one")
     return ", ".join(parts)
 
 

@@ -16,8 +16,11 @@ from selfray.data.columns import LABEL_COLUMNS
 from selfray.data.files import File
 from selfray.storage import Location, one_line
 
-NAME_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image")
-"""Possible names of the column of image paths, which are relative to the table's folder."""
+NAME_COLUMNS = (
+    "file_name", "filename", "file", "path", "image_path", "image", "file_names", "images",
+)  # fmt: skip
+"""Possible names of the column of image paths, which are relative to the table's folder. An entry
+may be a list: all of its images have the row's label."""
 
 
 def labels_in_tables(
@@ -33,14 +36,15 @@ def labels_in_tables(
         folder = posixpath.dirname(table.name)
         try:
             for row in _rows(root / table.name):
-                name = _value(row, NAME_COLUMNS)
                 label = _value(row, (label_column,) if label_column else LABEL_COLUMNS)
                 if label_column is not None and label_column not in row:
                     raise ValueError(
                         f"--data.label-column {label_column} is not in {root / table.name}, which "
                         f"has {', '.join(map(str, list(row)[:10]))}"
                     )
-                if name and label and not label.startswith("-"):
+                if not label or label.startswith("-"):
+                    continue
+                for name in _values(row, NAME_COLUMNS):
                     labels[posixpath.normpath(posixpath.join(folder, name))] = label
                     if "\\" in name:  # as Windows writes paths
                         other = name.replace("\\", "/")
@@ -84,11 +88,24 @@ def _encoding(location: Location) -> str:
 
 def _value(row: dict[str, Any], columns: Sequence[str]) -> str:
     """A row's entry, as text, in the first of the columns that has one; empty if none has."""
+    return next(iter(_values(row, columns)), "")
+
+
+def _values(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """A row's entries, as text, in the first of the columns that has any: several of a list, of
+    Hugging Face's images their paths."""
     lower = {str(key).lower(): value for key, value in row.items()}
     for column in columns:
         value = row.get(column, lower.get(column.lower()))
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, str | int) and str(value).strip():
-            return str(value).strip()
-    return ""
+        entries = [_text(entry) for entry in (value if isinstance(value, list) else [value])]
+        if found := list(filter(None, entries)):
+            return found
+    return []
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, str | int) else ""

@@ -36,7 +36,7 @@ def as_json(
 def thumbnails(images: np.ndarray) -> Image.Image:
     """Images uint8 [n, C, H, W] on one square sheet, row by row; of more than three channels, the
     first three."""
-    from selfray.report.sheets import as_rgb  # imports matplotlib
+    from selfray.report.tiles import as_rgb  # imports matplotlib
 
     images = as_rgb(images)
     across = _across(len(images))

@@ -3,12 +3,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from selfray.check import require
@@ -16,28 +15,19 @@ from selfray.models.decoder import patchify, unpatchify
 from selfray.models.encoder import normalize
 from selfray.report.style import (
     AGREES,
-    CAPTION,
     DIFFERS,
-    FAINT,
     INK,
-    LABEL,
-    MARGIN,
     MUTED,
-    TITLE,
     UNKNOWN,
-    WIDTH,
-    fitted,
-    font,
     label_name,
     percent,
     plural,
     require_labels,
 )
+from selfray.report.tiles import Tile, as_rgb, sheet
 
 HIDDEN = (146, 153, 165)
 """The slate grey of a hidden patch: not a neutral grey, so digits and scans cannot contain it."""
-HEADINGS = 100
-"""Height in pixels of a sheet's title, subtitle and column headers."""
 
 
 def views_grid(
@@ -63,11 +53,11 @@ def views_grid(
         views = hide(views, mask)
     share = "" if mask is None else f"; grey patches are hidden ({percent(mask.mean())})"
     count = views.shape[1]
-    return _sheet(
+    return sheet(
         f"Augmented views that {method} sees",
         f"{plural(count, 'view')} of each image{share}",
         ["original", *(f"view {view + 1}" for view in range(count))],
-        [[_Tile(image), *map(_Tile, drawn)] for image, drawn in zip(images, views, strict=True)],
+        [[Tile(image), *map(Tile, drawn)] for image, drawn in zip(images, views, strict=True)],
         size=views.shape[-1],
     )
 
@@ -93,11 +83,11 @@ def reconstructions(
         f"rebuilt must have the shape of originals {originals.shape}, got {rebuilt.shape}",
     )
     masked = hide(originals, mask)
-    return _sheet(
+    return sheet(
         f"What {method} reconstructs",
         f"{percent(mask.mean())} of the patches are hidden from the encoder",
         ["original", "masked", "rebuilt"],
-        [[_Tile(image) for image in row] for row in zip(originals, masked, rebuilt, strict=True)],
+        [[Tile(image) for image in row] for row in zip(originals, masked, rebuilt, strict=True)],
         size=originals.shape[-1],
     )
 
@@ -129,12 +119,12 @@ def tokens(
     palette = hsv_to_rgb(np.stack([hues, np.full(codes, 0.65), values], axis=-1))  # [codes, 3]
     maps = (palette[tokens] * 255).round().astype(np.uint8).reshape(-1, grid, grid, 3)
     used = len(np.unique(tokens))
-    return _sheet(
+    return sheet(
         "What the tokenizer keeps",
         f"each patch is one of {codes:,} codes, {used:,} of which occur here",
         ["original", "tokens", "rebuilt"],
         [
-            [_Tile(image), _Tile(codes_map.transpose(2, 0, 1)), _Tile(again)]
+            [Tile(image), Tile(codes_map.transpose(2, 0, 1)), Tile(again)]
             for image, codes_map, again in zip(originals, maps, rebuilt, strict=True)
         ],
         size=originals.shape[-1],
@@ -162,12 +152,12 @@ def segmentation(
     )
     maps = np.repeat((attention[:, None] * 255).round().astype(np.uint8), 3, axis=1)
     rows = zip(originals, maps, colours, strict=True)
-    return _sheet(
+    return sheet(
         title,
         "attention of the class token in the best head; patch tokens coloured by their first three "
         "principal components",
         ["original", "attention", "patches"],
-        [[_Tile(image) for image in row] for row in rows],
+        [[Tile(image) for image in row] for row in rows],
         size=originals.shape[-1],
     )
 
@@ -206,12 +196,12 @@ def neighbours(
     for query, label, near, near_labels in zip(
         queries, query_labels, neighbours, neighbour_labels, strict=True
     ):
-        block = [_Tile(query, caption=caption(label), colour=INK)]
+        block = [Tile(query, caption=caption(label), colour=INK)]
         for image, other in zip(near, near_labels, strict=True):
             known = label >= 0 and other >= 0
             frame = UNKNOWN if not known else AGREES if other == label else DIFFERS
             colour = DIFFERS if frame == DIFFERS else MUTED
-            block.append(_Tile(image, frame, caption(other), colour))
+            block.append(Tile(image, frame, caption(other), colour))
         blocks.append(block)
     known = (query_labels[:, None] >= 0) & (neighbour_labels >= 0)  # [m, k]
     agree = int(((query_labels[:, None] == neighbour_labels) & known).sum())
@@ -219,19 +209,7 @@ def neighbours(
     if not known.all():
         key.append((UNKNOWN, f"no label ({(~known).sum()})"))
     header = ["test image", "nearest train image" if k == 1 else "nearest train images"]
-    return _sheet(title, key, header + [""] * (k - 1), blocks, size=neighbours.shape[-1])
-
-
-def as_rgb(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [..., C, H, W] as RGB [..., 3, H, W], for display.
-
-    Gray is repeated in all channels; multispectral images show their first three channels (with two
-    channels, the first as gray).
-    """
-    channels = images.shape[-3]
-    if channels >= 3:
-        return images[..., :3, :, :]
-    return np.repeat(images[..., :1, :, :], 3, axis=-3)
+    return sheet(title, key, header + [""] * (k - 1), blocks, size=neighbours.shape[-1])
 
 
 def hide(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -306,131 +284,6 @@ def rebuild(
     images = ((images * scale + shift) * 255).round().clip(0, 255).astype(np.uint8)
     hidden = unpatchify(torch.tensor(mask)[:, :, None].expand_as(pixels), patch).numpy()
     return np.where(hidden, images, originals)
-
-
-_GAP = 8
-_FRAMED_GAP = 12
-_LEAD_GAP = 20
-_BLOCK_GAP = 40
-_FRAME = 4
-_LARGEST_CELL = 240
-_SHRUNK_CELLS = (80, 96, 112, 128, 160, 192, 224)
-_WIDEST = 1400
-
-
-@dataclass(frozen=True)
-class _Tile:
-    pixels: np.ndarray
-    """uint8 [3, h, w]."""
-    frame: str | None = None
-    caption: str = ""
-    colour: str = MUTED
-
-
-def _sheet(
-    title: str,
-    subtitle: str | Sequence[tuple[str, str]],
-    header: Sequence[str],
-    blocks: Sequence[Sequence[_Tile]],
-    size: int,
-) -> Image.Image:
-    """Draw blocks of tiles under a title; a block is a row of one image and its related tiles.
-
-    `subtitle` is a line of text, or a key of (colour, text). `header` names a block's columns; an
-    empty name leaves its space to the previous one. `size` is the side of most tiles in pixels.
-    """
-    columns = len(header)
-    caption = 28 if any(tile.caption for block in blocks for tile in block) else 0
-    gap = _FRAMED_GAP if any(tile.frame for block in blocks for tile in block) else _GAP
-    cell, across = _layout(len(blocks), columns, size, gap)
-    offsets = [0] + [cell + _LEAD_GAP + i * (cell + gap) for i in range(columns - 1)]
-    block_width, row_height = offsets[-1] + cell, cell + caption + _LEAD_GAP
-    down = math.ceil(len(blocks) / across)
-    used = across * (block_width + _BLOCK_GAP) - _BLOCK_GAP
-    # Even a single narrow block must be wide enough for the title.
-    width = 2 * MARGIN + max(used, math.ceil(font(TITLE, bold=True).getlength(title)))
-    top = MARGIN + HEADINGS
-    sheet = Image.new("RGB", (width, top + down * row_height - _LEAD_GAP + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True), anchor="lt")
-    _draw_subtitle(draw, subtitle, MARGIN + 50)
-    for index, block in enumerate(blocks):
-        left = MARGIN + index % across * (block_width + _BLOCK_GAP)
-        y = top + index // across * row_height
-        for column, (tile, offset) in enumerate(zip(block, offsets, strict=True)):
-            x = left + offset
-            if index < across and header[column]:
-                end = next((c for c in range(column + 1, columns) if header[c]), columns)
-                room = (offsets[end] - 6 if end < columns else block_width) - offset
-                text = fitted(header[column], room, LABEL)
-                draw.text((x, top - 12), text, MUTED, font(LABEL), anchor="ls")
-            picture = _enlarged(tile.pixels, cell)
-            at_x, at_y = x + (cell - picture.width) // 2, y + (cell - picture.height) // 2
-            # At least a hairline, so that photographs with a white background have an edge.
-            edge = _FRAME if tile.frame else 1
-            outline = (at_x - edge, at_y - edge, at_x + picture.width + edge - 1)
-            draw.rectangle((*outline, at_y + picture.height + edge - 1), tile.frame or FAINT)
-            sheet.paste(picture, (at_x, at_y))
-            if tile.caption:
-                text = fitted(tile.caption, cell + gap // 2, CAPTION)
-                draw.text((x + cell / 2, y + cell + 21), text, tile.colour, font(CAPTION), "ms")
-    return sheet
-
-
-def _layout(blocks: int, columns: int, size: int, gap: int) -> tuple[int, int]:
-    """(side of a cell, blocks across): the sheet is near WIDTH and wider than tall; cells are
-    preferably multiples of `size`."""
-
-    def extent(cell: int, across: int) -> tuple[int, int]:
-        block = columns * cell + (columns - 1) * gap + _LEAD_GAP - gap
-        rows = math.ceil(blocks / across)
-        return 2 * MARGIN + across * (block + _BLOCK_GAP) - _BLOCK_GAP, rows * (cell + _LEAD_GAP)
-
-    def cost(choice: tuple[int, int]) -> float:
-        cell, across = choice
-        width, height = extent(cell, across)
-        slots = math.ceil(blocks / across) * across
-        shape = math.log(height / width / 0.5)
-        return (
-            abs(math.log(width / WIDTH))
-            + (2 * shape if shape > 0 else -0.4 * shape)  # too tall is worse than too wide
-            + 4 * (slots - blocks) / slots
-            + (2 if cell < 72 else 0)
-        )
-
-    cells = list(range(size, _LARGEST_CELL + 1, size))
-    cells += [cell for cell in _SHRUNK_CELLS if cell < size]
-    choices = [
-        (cell, across)
-        for cell in cells
-        for across in range(1, blocks + 1)
-        if extent(cell, across)[0] <= _WIDEST
-    ]
-    if not choices:
-        return max(8, (_WIDEST - 2 * MARGIN) // columns - gap), 1
-    return min(choices, key=cost)
-
-
-def _enlarged(pixels: np.ndarray, side: int) -> Image.Image:
-    """An image uint8 [3, h, w], resized to fit a square: nearest-neighbour up, Lanczos down."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    factor = side / max(picture.size)
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-    return picture.resize(size, resample)
-
-
-def _draw_subtitle(
-    draw: ImageDraw.ImageDraw, subtitle: str | Sequence[tuple[str, str]], baseline: int
-) -> None:
-    if isinstance(subtitle, str):
-        draw.text((MARGIN, baseline), subtitle, MUTED, font(LABEL), anchor="ls")
-        return
-    x = MARGIN
-    for colour, text in subtitle:
-        draw.rectangle((x, baseline - 13, x + 13, baseline), None, colour, 4)
-        draw.text((x + 22, baseline), text, MUTED, font(LABEL), anchor="ls")
-        x += 22 + int(font(LABEL).getlength(text)) + 32
 
 
 def _require_images(name: str, images: np.ndarray, shape: str, **sizes: int) -> None:

@@ -15,6 +15,7 @@ from selfray.metrics import PROBES
 from selfray.report import sweep_charts
 from selfray.report.page import write_page
 from selfray.runs.folder import OUTCOMES
+from selfray.runs.reading import trials
 from selfray.storage import Location
 from selfray.sweeps.question import (
     Score,
@@ -158,7 +159,8 @@ def report(result: SweepResult, plan: SweepPlan, tracker: Tracker, console: Cons
         figure = sweep_charts.sweep_curves(curves, judge.name, title, judge.is_accuracy)
         tracker.log_picture(figure, "curves.png")
         console.say(f"curves    {result.folder}/artifacts/curves.png")
-    if folder.is_local:
+    # If the processes of all runs died, there is nothing to compare.
+    if folder.is_local and trials(folder, ""):
         page = Path(folder.path) / "comparison.html"
         page.write_text(write_page(read_runs([result.folder], say=console.say), title))
         tracker.log_artifact(page)
