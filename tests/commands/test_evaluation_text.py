@@ -1,6 +1,7 @@
 """The words of `selfray evaluate`: names of data sets and encoders, tables and logged names."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 
 from helpers import experiment, start
 from selfray.cluster.evaluation import Judged, Labelled, Subject
+from selfray.cluster.finetuning import Labels
 from selfray.commands.evaluation_text import metrics_of, report, tags_of
+from selfray.commands.finetune_flags import FineTuneFlags, with_finetuning
 from selfray.commands.labelled import data_name, data_names
 from selfray.commands.subjects import open_subjects
 from selfray.console import Console
@@ -48,7 +51,7 @@ def accuracy(key: str, protocol: str = "v1", **more: float) -> Judgement:
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        ("s3://bucket/nuclei/images", "nuclei"),
+        ("/data/nuclei/images", "nuclei"),
         ("flowers.parquet", "flowers"),
         ("/data/cifar10/test-00000-of-00001.parquet", "cifar10"),
         ("embedded:digits", "digits"),
@@ -110,6 +113,43 @@ def test_from_scratch_is_logged_beside_the_encoder():
     tags = tags_of(tuned, scratch)
     assert tags["eval.flowers.finetune-from-scratch.protocol"] == "v2"
     assert tags["eval.flowers.finetune.protocol"] == "v1"
+
+
+def test_encoders_of_one_network_share_a_row_from_scratch_and_untrained_ones_are_not_fine_tuned(
+    tmp_path, monkeypatch
+):
+    asked = []
+    for name, encoder in (("vit", VIT), ("twin", VIT), ("resnet", RESNET)):
+        wanted = experiment(encoder=encoder)
+        checkpoint.save(start(wanted, steps=2), wanted, Location.of(tmp_path / name), loss=1.0)
+        asked.append(str(tmp_path / name))
+    subjects = [n.subject for n in open_subjects([*asked, "untrained"], None, None, NOWHERE)]
+    pixels = Subject("pixels", None, HERE, 16)
+    results = [[replace(judged(s.title), subject=s)] for s in [*subjects, pixels]]
+
+    def fine_tuned(judged, encoder, protocol, labels, how):
+        return accuracy(labels.key, f"from_scratch {protocol.from_scratch}")
+
+    monkeypatch.setattr("selfray.cluster.finetuning.fine_tuned", fine_tuned)
+    found = with_finetuning(results, FineTuneFlags(), [Labels()], None)  # type: ignore[arg-type]
+    protocols = {
+        row[0].subject.title: [j.protocol for j in row[0].judgements] for row in found.results
+    }
+    assert protocols == {
+        **{key: ["from_scratch False"] for key in ("vit", "twin", "resnet")},
+        "untrained": [],
+        "untrained, as resnet": [],
+        "pixels": [],
+        **{key: ["from_scratch True"] for key in ("from scratch", "from scratch, as resnet")},
+    }
+    rows = [None if row is None else row[0].subject.title for row in found.scratch]
+    first, second = "from scratch", "from scratch, as resnet"
+    assert rows == [first, first, second, first, second, None]
+
+    alone = with_finetuning(results, FineTuneFlags(no_scratch=True), [Labels()], None)  # type: ignore[arg-type]
+    assert len(alone.results) == len(results)
+    assert alone.scratch == [None] * len(results)
+    assert [j.protocol for j in alone.results[3][0].judgements] == ["from_scratch False"]
 
 
 def test_a_wide_table_is_printed_in_blocks_that_leave_out_empty_rows():
