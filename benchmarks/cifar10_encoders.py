@@ -4,8 +4,9 @@
 
 The seed chooses 5,000 train and 2,000 test images of CIFAR-10 (a folder with train-*.parquet and
 test-*.parquet). SimCLR, MAE and DINO are pretrained on the train images without labels, each for
-about four minutes of one core. Then one table compares them with their untrained and
-from-scratch networks. The commands are printed; run again, they go on where they stopped.
+a few minutes of one core. A table for each compares it with its untrained network and with the
+same network from scratch, and a curve shows accuracies by the number of labels. The commands are
+printed; run again, they go on where they stopped.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--images", required=True, help="folder of CIFAR-10's Parquet files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--labels", default="100 500 2000", help="of the label-efficiency curve")
     parser.add_argument("--output", default="runs/cifar10-encoders")
     settings = parser.parse_args()
     output = Path(settings.output).absolute() / f"seed-{settings.seed}"
@@ -51,11 +53,15 @@ def main() -> int:
             f"pretrain {method}-cifar10 --data.path {data} --output {output / method} "
             f"--seed {settings.seed} {OFTEN} {METHODS[method]}"
         )
-    for method in settings.methods:
-        (folder,) = (output / method).glob(f"{method}-cifar10-*/run.json")
+        (record,) = (output / method).glob(f"{method}-cifar10-*/run.json")
+        shared = f"--data {data} --pictures {output / 'pictures'}"
         run(
-            f"evaluate {folder.parent} untrained --by knn linear logistic low-shot finetune "
-            f"--data {data} --json {output / method}.json --pictures {output / 'pictures'}"
+            f"evaluate {record.parent} untrained --by knn linear logistic low-shot finetune "
+            f"--finetune.epochs 8 --json {output / method}.json {shared}"
+        )
+        run(
+            f"evaluate {record.parent} --by logistic --labels {settings.labels} --subsets 1 "
+            f"--low-shot-by logistic finetune --json {output / method}-labels.json {shared}"
         )
     return 0
 

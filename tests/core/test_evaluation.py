@@ -302,14 +302,16 @@ def test_what_spoils_a_number_is_said():
 # What is larger than the memory
 
 
-@pytest.mark.parametrize("name", ["linear", "retrieval"])
+@pytest.mark.parametrize("name", ["knn", "linear", "logistic", "retrieval"])
 def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkeypatch):
     train, test = gallery(100, 0, 4.0), gallery(30, 1, 4.0)
     protocol = getattr(FAST, name)
+    monkeypatch.setattr("selfray.probes.logistic.FEW", 0)  # a tenth is held out, as of many images
     whole = judge(name, protocol, train, test)
-    for module in ("linear", "retrieval", "classifier"):
+    for module in ("knn", "linear", "logistic", "retrieval", "classifier"):
         monkeypatch.setattr(f"selfray.probes.{module}.CHUNK_ROWS", 7)
-        monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
+        if module != "knn":
+            monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
     parts = judge(name, protocol, train, test)
     assert np.allclose(parts.scores, whole.scores)
     assert dict(parts.chosen) == dict(whole.chosen)
