@@ -116,8 +116,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights_and_two_workers_have_th
         )
         images = DataConfig(str(tmp_path / "data" / "train"))
         place = Placing(str(tmp_path / name), workers)
-        start = str(run) if changes["drop_path"] else None
-        found = kind.experiment(VIT, images, (3, 7), 40, place, start)
+        found = kind.experiment(VIT, images, (3, 7), 40, place, None)
         return config.override(found, **{"checkpoint.times": 10})
 
     def ended(wanted: Experiment) -> tuple[dict[str, torch.Tensor], list[float]]:

@@ -113,7 +113,6 @@ def test_segmentation_prints_a_table_and_reuses_what_it_saw(tmp_path, ray_sessio
     first = Location.of(tmp_path / "found.json").read_json()
     assert list(first["encoders"]) == ["mae", "untrained"]
     assert first["encoders"]["mae"]["patches"]["value"] > 0.8
-    assert first["encoders"]["untrained"] != first["encoders"]["mae"]
     parts = sorted((tmp_path / "mae" / "features").glob("*/part-*"))
     times = [part.stat().st_mtime_ns for part in parts]
     assert len(parts) == 4

@@ -461,6 +461,7 @@ def test_an_export_for_hugging_face_has_a_model_card(typed, trained, tmp_path):
     assert "pretrained without labels by mae" in card
     assert f"| images | {trained}/data |" in card
     assert "AutoModel.from_pretrained" in said.text
+    assert "AutoModel.from_pretrained('PATH_OF_THIS_FOLDER')" in card
 
 
 @pytest.mark.parametrize("name", ["mae", "simclr"])

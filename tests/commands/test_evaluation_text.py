@@ -13,6 +13,7 @@ from selfray.cluster.finetuning import Labels
 from selfray.commands.evaluation_text import metrics_of, report, tags_of
 from selfray.commands.finetune_flags import FineTuneFlags, with_finetuning
 from selfray.commands.labelled import data_name, data_names
+from selfray.commands.model_card import model_card
 from selfray.commands.subjects import open_subjects
 from selfray.console import Console
 from selfray.contract import RESNET, VIT
@@ -20,6 +21,8 @@ from selfray.data.writer import write_arrays
 from selfray.probes.examine import examine
 from selfray.probes.judgement import Judgement
 from selfray.runs import checkpoint
+from selfray.runs.checkpoint import Checkpoint
+from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
 
 NOWHERE = Console(io.StringIO(), None)
@@ -169,3 +172,18 @@ def test_more_labels_than_there_are_is_said():
     found = judged("mae", accuracy("labels-10", labels=10), accuracy("labels-50", labels=20))
     lines = list(report([[found]], [found.data]))
     assert "--labels 50: only 20 train images have labels, and all were used" in lines
+
+
+def test_a_model_card_has_a_row_for_each_figure_and_the_line_that_a_small_stem_needs(tmp_path):
+    wanted = experiment(encoder=RESNET)
+    checkpoint.save(start(wanted, steps=2), wanted, Location.of(tmp_path / "run"), loss=1.0)
+    writer = SpoolWriter(Location.of(tmp_path / "run" / "spool"), "probe-1")
+    figures = {"": 0.931, "/low": 0.92, "/high": 0.95, "/balanced": 0.9}
+    writer.metrics(16, {f"eval/lungs/knn{end}": value for end, value in figures.items()})
+    writer.close()
+    card = model_card(Checkpoint.open(tmp_path / "run"), wanted)
+    assert "| lungs: kNN accuracy, k chosen | 93.1% [92.0, 95.0] |" in card
+    assert "balanced" not in card
+    assert RESNET.small_stem
+    for model in ("model", "model.timm_model"):
+        assert f"\n{model}.conv1.stride, {model}.maxpool = (1, 1), torch.nn.Identity()" in card
