@@ -1,4 +1,4 @@
-"""Methods, views and probes of a user's own package, which selfray imports by module name.
+"""Methods, encoders and protocols of a user's own package, which selfray imports by module name.
 
 A config's JSON names types, and reading it imports their modules. So only modules that the user
 named are allowed: by --plugin my_package.barlow, by SELFRAY_PLUGINS, or by installing a package
@@ -77,9 +77,23 @@ def load(module: str) -> ModuleType:
     return found
 
 
+def loaded() -> list[ModuleType]:
+    """All plugins, imported: what they register, such as encoders of timm, is known then."""
+    return [importlib.import_module(name) for name in dict.fromkeys((*named(), *installed()))]
+
+
 def recipes() -> dict:
     """Experiments by name, from the variable RECIPES of each plugin."""
+    return _variables("RECIPES")
+
+
+def protocols() -> dict:
+    """Protocols of `selfray evaluate` by name, from the variable PROTOCOLS of each plugin."""
+    return _variables("PROTOCOLS")
+
+
+def _variables(variable: str) -> dict:
     found: dict = {}
-    for module in dict.fromkeys((*named(), *installed())):
-        found |= getattr(importlib.import_module(module), "RECIPES", {})
+    for module in loaded():
+        found |= getattr(module, variable, {})
     return found

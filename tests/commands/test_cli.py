@@ -188,6 +188,7 @@ def test_making_shards_does_not_wait_for_torch(tmp_path):
         "shards build",
         "shards check",
         "shards show",
+        "shards dedup",
         "evaluate",
         "embed",
         "export",

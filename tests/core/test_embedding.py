@@ -9,7 +9,7 @@ from helpers import RESNET, VIT, experiment
 from selfray.data.shard_set import open_shards
 from selfray.data.writer import write_arrays
 from selfray.models.encoder import encode_uint8
-from selfray.pixels.codecs import encode_png
+from selfray.pixels.codecs import encode_channels, encode_png
 from selfray.probes.embedding import Contents, Embedding, Rows, embedded, part_name
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.feature_files import FeatureFiles
@@ -51,6 +51,19 @@ def test_features_labels_and_keys_come_back_in_the_order_of_the_rows(rows, tmp_p
     assert features.shape == (10, 64)
     kept = labels == 1
     torch.testing.assert_close(files.features(kept=kept), features[torch.from_numpy(kept)])
+
+
+def test_raw_pixels_of_multispectral_images_have_all_their_channels(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 13), np.uint8)
+    write_arrays(tmp_path / "bands", [encode_channels(image) for image in values])
+    files = [str(file) for file in (tmp_path / "bands").glob("*.parquet")]
+    rows = Rows.all_of(open_shards(files, str(tmp_path / "bands")))
+    job = Embedding(rows, None, 8, Contents(key=True), channels=13)
+    found = write(job, Location.of(tmp_path / "out")).features()
+    wanted = torch.from_numpy(values.transpose(0, 3, 1, 2).reshape(5, -1)).float() / 255
+    torch.testing.assert_close(found, wanted)
+    # Features of three channels that earlier versions wrote are still found.
+    assert "channels" not in Embedding(rows, None, 8, Contents()).plan()
 
 
 def test_features_larger_than_memory_are_mapped_from_a_file(rows, tmp_path, monkeypatch):

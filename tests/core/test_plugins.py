@@ -9,10 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from selfray import config, contract, plugins
 from selfray.commands.main import parse
+from selfray.models.encoder import Encoder, EncoderConfig
+from selfray.probes.classifier import Gallery
+from selfray.probes.suite import Suite, judge
 from selfray.runs.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +145,34 @@ def test_the_guides_method_is_certified_trained_through_ray_and_exported(package
     done = selfray(*export, SELFRAY_PLUGINS="my_package.barlow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verified" in done.stdout
+
+
+def test_an_encoder_of_a_plugin_is_known_in_each_process_that_has_its_name(package, monkeypatch):
+    page = (ROOT / "docs" / "your-method.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "my_net" in c)
+    (package / "my_package" / "nets.py").write_text(code)
+    sys.path.append(str(package))
+    with pytest.raises(ValueError, match="my_net"):
+        EncoderConfig("my_net", image_size=32)
+    # As in a worker, which has only the environment.
+    monkeypatch.setenv(plugins.VARIABLE, "my_package.nets")
+    encoder = Encoder(EncoderConfig("my_net", image_size=32))
+    assert encoder(torch.zeros(2, 3, 32, 32)).cls.shape == (2, 128)
+
+
+def test_a_protocol_of_a_plugin_is_chosen_by_its_name_and_judges(package, monkeypatch):
+    page = (ROOT / "docs" / "your-method.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "PROTOCOLS" in c)
+    (package / "my_package" / "centroids.py").write_text(code)
+    plugins.load("my_package.centroids")
+    own = plugins.protocols()
+    protocol = Suite(own=own).tasks(("knn", "centroids"))["centroids"]
+    assert str(protocol) == "centroids-v1 (normalize True)"
+    points = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]])
+    train = Gallery(points, torch.tensor([0, 0, 1, 1]), np.arange(4, dtype=np.uint64), 2)
+    found = judge("centroids", protocol, train, train)
+    assert found.scores.mean() == 1
+    with pytest.raises(ValueError, match="got centroid; did you mean centroids"):
+        parse(["evaluate", "run", "--by", "centroid"]).run(Said())
+    with pytest.raises(ValueError, match="PROTOCOLS of a plugin holds knn, which must be"):
+        Suite(own={"knn": own["centroids"]})

@@ -118,7 +118,7 @@ def build(
     tally.report(going_on)
     window = _window_of_all(destination, plan, tally)
     job = Job(plan.source, destination, plan.layout, options, window, options.channels)
-    records |= _build_missing(job, plan, set(records), tally)
+    records |= build_missing(job, plan, set(records), tally)
     records |= _without_other_channels(job, plan, records, tally)
     return finish(destination, plan, [records[number] for number in sorted(records)], window)
 
@@ -161,7 +161,7 @@ def _rebuild_missing(
         known and known.window,
         known and kind_of_most(known.channels),
     )
-    for number, record in _build_missing(job, plan, numbers - lost, tally).items():
+    for number, record in build_missing(job, plan, numbers - lost, tally).items():
         shards[number] = Shard(
             record.name, record.rows, record.bytes, record.sha256, record.row_groups
         )
@@ -191,7 +191,7 @@ def _window_of_all(destination: Location, plan: Plan, tally: Tally) -> tuple[flo
     job = ray.put(Job(plan.source, destination, plan.layout, plan.options))
     counts = ValueCounts()
     for codes, found in in_parallel(
-        values_of_item, [(_named(item), (job, item)) for item in plan.items]
+        values_of_item, [(named(item), (job, item)) for item in plan.items]
     ):
         counts.add_pairs(codes, found)
     window = counts.window(intake.shares)
@@ -225,17 +225,17 @@ def _without_other_channels(
     for number in mixed:
         tally.remove(records[number])
     job = dataclasses.replace(job, channels=most)
-    return _build_missing(job, plan, set(records) - mixed, tally)
+    return build_missing(job, plan, set(records) - mixed, tally)
 
 
-def _named(item: WorkItem) -> str:
+def named(item: WorkItem) -> str:
     return (
         f"{shard_name(item.first_shard, item.split)} "
         f"({item.inputs[0].name} to {item.inputs[-1].name})"
     )
 
 
-def _build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[int, ShardRecord]:
+def build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[int, ShardRecord]:
     """Build every shard that is not done, in parallel."""
     destination = job.destination
     items = [item for item in plan.items if not done.issuperset(item.shard_numbers)]
@@ -243,7 +243,7 @@ def _build_missing(job: Job, plan: Plan, done: set[int], tally: Tally) -> dict[i
         return {}
     shared = ray.put(job)
     work = [
-        (_named(item), (shared, item, frozenset(done & set(item.shard_numbers)))) for item in items
+        (named(item), (shared, item, frozenset(done & set(item.shard_numbers)))) for item in items
     ]
     built: dict[int, ShardRecord] = {}
     try:

@@ -29,6 +29,7 @@ from selfray.probes.labelfree import LabelFree
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE, Protocol
 from selfray.probes.suite import judge
 from selfray.storage import Location
+from selfray.views import RGB
 
 FEATURES, EVALUATIONS = "features", "evaluations"
 
@@ -45,11 +46,13 @@ class Subject:
     """The folder for its features and numbers: its run's folder, if it has one."""
     size: int
     """Side in pixels to which images are resized."""
+    channels: int = RGB
+    """Channels of raw pixels; an encoder reads its own."""
 
     @classmethod
-    def pixels(cls, home: Location, size: int) -> "Subject":
+    def pixels(cls, home: Location, size: int, channels: int = RGB) -> "Subject":
         small = min(size, PIXEL_BASELINE_SIZE)
-        return cls(f"raw pixels at {small} x {small}", None, home, small)
+        return cls(f"raw pixels at {small} x {small}", None, home, small, channels)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def compute_features(
     found = []
     for part, rows in (("train", data.train), ("test", data.test)):
         contents = _contents(more, subject, part)
-        job = Embedding(rows, subject.encoder, subject.size, contents)
+        channels = subject.channels
+        job = Embedding(rows, subject.encoder, subject.size, contents, channels=channels)
         key = Embedding.key(job.plan())
         folder = subject.home / FEATURES / key
         title = f"{subject.title}: features of {data.name}, {part}"

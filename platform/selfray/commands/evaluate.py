@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from selfray import plugins
 from selfray.check import require
 from selfray.commands.evaluation_text import (
     as_json,
@@ -43,6 +44,7 @@ from selfray.commands.labelled import (
     slug,
 )
 from selfray.commands.subjects import Named, open_subjects
+from selfray.commands.words import nearest
 from selfray.storage import Location
 
 if TYPE_CHECKING:
@@ -52,9 +54,9 @@ if TYPE_CHECKING:
     from selfray.experiment import DataConfig
     from selfray.probes.suite import Suite
 
-By = Literal[
+PROTOCOLS = (
     "knn", "linear", "logistic", "retrieval", "low-shot", "linear-paper", "finetune", "segmentation"
-]
+)  # fmt: skip
 Few = Literal["logistic", "finetune"]
 
 
@@ -110,10 +112,10 @@ class Evaluate:
         ),
     ] = None
     by: Annotated[
-        tuple[By, ...],
+        tuple[str, ...],
         flag(
             """Protocols: knn, linear, logistic, retrieval, low-shot, linear-paper, finetune, or
-            segmentation alone (docs/evaluation.md).""",
+            segmentation alone (docs/evaluation.md); or of a plugin (docs/your-method.md).""",
             "PROTOCOL",
         ),
     ] = (
@@ -228,6 +230,12 @@ class Evaluate:
     def _check(self) -> None:
         require(len(self.encoders) > 0, "nothing to evaluate: give a run, or timm:NAME")
         require(len(self.by) + len(self.labels) > 0, "--by is empty: give a protocol, such as knn")
+        known = (*PROTOCOLS, *plugins.protocols())
+        for name in self.by:
+            require(
+                name in known,
+                f"--by must be one of {', '.join(known)}, got {name}{nearest(name, known)}",
+            )
         require(
             len(self.low_shot_by) > 0, "--low-shot-by is empty: give logistic, finetune or both"
         )
@@ -252,6 +260,7 @@ class Evaluate:
             labels=self.labels,
             subsets=self.subsets,
             logistic_of_few="logistic" in self.low_shot_by,
+            own=plugins.protocols(),
         )
 
     def _data(self, named: Sequence[Named]) -> "list[DataConfig]":
@@ -296,7 +305,9 @@ class Evaluate:
         devices = devices_of(self.device_gpus)
         subjects = [n.subject for n in named]
         if self.pixels:
-            subjects.append(Subject.pixels(named[0].output, named[0].subject.size))
+            first = named[0].subject
+            channels = 3 if first.encoder is None else first.encoder.encoder_config.in_channels
+            subjects.append(Subject.pixels(named[0].output, first.size, channels))
         protocols = suite.tasks(self.by)
         results = [
             [evaluated(subject, data, protocols, console, devices, Contents()) for data in sets]

@@ -26,6 +26,7 @@ from selfray.commands.pretrain import pretrain, train_tokenizer
 from selfray.commands.probe import Probe
 from selfray.commands.script import FAILED, one_line_errors, with_console
 from selfray.commands.shards import BuildShards, CheckShards
+from selfray.commands.shards_dedup import DedupShards
 from selfray.commands.shards_show import ShowShards
 from selfray.commands.sweeps import SWEEPS, run
 from selfray.commands.words import nearest
@@ -56,7 +57,12 @@ COMMANDS: dict[str, Any] = {
     "pretrain": Elsewhere,
     "tokenizer": Elsewhere,
     "sweep": Elsewhere,
-    "shards": {"build": BuildShards, "check": CheckShards, "show": ShowShards},
+    "shards": {
+        "build": BuildShards,
+        "check": CheckShards,
+        "show": ShowShards,
+        "dedup": DedupShards,
+    },
     "evaluate": Evaluate,
     "embed": Embed,
     "export": Export,

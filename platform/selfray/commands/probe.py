@@ -161,7 +161,7 @@ class Probe:
         if not self.no_baselines:
             untrained = EncoderRef.untrained(experiment)
             todo["untrained"] = Subject("untrained encoder", untrained, home, side)
-            todo["pixels"] = Subject.pixels(home, side)
+            todo["pixels"] = Subject.pixels(home, side, experiment.encoder.in_channels)
         results = []
         for key, subject in todo.items():
             started = time.monotonic()

@@ -3,7 +3,7 @@
 import collections
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfray.commands.words import size
 from selfray.data.layout import SPLITS, TRAIN
@@ -62,6 +62,8 @@ def known(manifest: "Manifest", destination: Location) -> Iterator[str]:
         else:
             yield f"  from {counts[0][0]} {counts[0][1]:,} to {counts[-1][0]} {counts[-1][1]:,}"
     yield _quarantine_line(manifest, destination)
+    if manifest.dedup is not None:
+        yield from removed_lines(manifest.dedup, destination)
 
 
 def _measured_lines(manifest: "Manifest") -> Iterator[str]:
@@ -131,3 +133,30 @@ def statistics_lines(found: "Statistics") -> Iterator[str]:
         yield f"duplicates: {found.duplicates:,} images have the pixels of another{across}"
     else:
         yield "duplicates: none"
+
+
+def removed_lines(done: dict[str, Any], folder: Location) -> Iterator[str]:
+    """What was removed as a duplicate, for a person."""
+    from selfray.data.destination import DUPLICATES, PAIRS
+
+    if not done["removed"]:
+        yield f"duplicates: none among {done['images_before']:,} images"
+    else:
+        words = {"bytes": "copies of the file", "pixels": "with equal pixels", "near": "near"}
+        kinds = ", ".join(f"{n:,} {words[kind]}" for kind, n in done["removed_by"].items())
+        yield (
+            f"removed: {done['removed']:,} of {done['images_before']:,} images ({kinds}), named in "
+            f"{folder / DUPLICATES} and shown in {folder / PAIRS}"
+        )
+    if done["removed_as_alike_to_test"]:
+        yield (
+            f"{done['removed_as_alike_to_test']:,} of them were train images alike to a test "
+            "image: numbers from before were too good"
+        )
+    if done["test_images_alike_to_test"]:
+        yield f"{done['test_images_alike_to_test']:,} test images are alike to another, and stay"
+    if done["groups_of_several_classes"]:
+        yield (
+            f"{done['groups_of_several_classes']:,} groups of alike images hold several classes: "
+            "look at their labels"
+        )

@@ -4,7 +4,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,9 +24,12 @@ from selfray.data.manifest import (
 from selfray.storage import Location, one_line
 
 QUARANTINE = "quarantine.jsonl"
+DUPLICATES, PAIRS = "duplicates.jsonl", "duplicates.html"
+"""Files in which `selfray shards dedup` names the images that it removed, and shows some."""
 
 _OF_A_BUILD = re.compile(
-    rf"(manifest\.json|quarantine\.jsonl|{SHARD_NAME})(\.\d+\.tmp)?|{BUILD_FOLDER}"
+    rf"(manifest\.json|quarantine\.jsonl|duplicates\.(jsonl|html)|{SHARD_NAME})(\.\d+\.tmp)?"
+    rf"|{BUILD_FOLDER}"
 )
 
 
@@ -172,7 +175,9 @@ def finish(
     plan: Plan,
     records: Sequence[ShardRecord],
     window: tuple[float, float] | None = None,
+    amended: Callable[[Manifest], Manifest] = lambda manifest: manifest,
 ) -> Manifest:
+    """Write the manifest, changed by `amended`, which ends the build."""
     quarantined = [*plan.quarantined, *(entry for r in records for entry in r.quarantined)]
     if not any(record.rows for record in records):
         (destination / BUILD_FOLDER).delete_folder()
@@ -181,7 +186,7 @@ def finish(
             f"{plan.source_uri} holds no readable image: all {len(quarantined)} files were refused "
             f"({examples}); give a folder that holds images"
         )
-    manifest = manifest_of(plan, records, quarantined, window)
+    manifest = amended(manifest_of(plan, records, quarantined, window))
     lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in quarantined)
     (destination / QUARANTINE).write_bytes(lines.encode())
     delete_temporary_files(destination)

@@ -33,6 +33,7 @@ from selfray.data.layout import (
     LabelRule,
     SourceKind,
     Understood,
+    extension,
     pictures,
     understand,
 )
@@ -41,6 +42,7 @@ from selfray.data.rows import Input, Layout, raise_if_outage
 from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards, rows_of
 from selfray.data.tables import labels_in_tables
 from selfray.data.tar_listing import plan_tars
+from selfray.pixels.foreign import ENVI_DATA
 from selfray.storage import Location, one_line
 
 
@@ -127,6 +129,8 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
     shards: ShardSet | None = None
     if kind == "images":
         inputs, layout, notes = _plan_images(listing, files, tables, understood, options)
+        inputs, refused = _without_envi_data(inputs, names)
+        quarantined += refused
         images_total = len(inputs)
     elif kind == "tar":
         rule, column = options.labels, options.label_column
@@ -164,6 +168,26 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
 
 def _class_order(classes: Sequence[str]) -> str:
     return "" if list(classes) == sorted(classes) else "numbers"
+
+
+def _without_envi_data(
+    inputs: list[Input], names: Sequence[str]
+) -> tuple[list[Input], list[Quarantined]]:
+    """The inputs without files of bare values, which only a header beside them describes."""
+    headers = {name[:-4] for name in names if name.endswith(".hdr")}
+    bare = {
+        entry.name: stem
+        for entry in inputs
+        if extension(entry.name) in ENVI_DATA and (stem := entry.name.rpartition(".")[0]) in headers
+    }
+    return [entry for entry in inputs if entry.name not in bare], [
+        Quarantined(
+            name,
+            "unsupported",
+            f"the values of an ENVI image, described by {stem}.hdr: convert it to TIFF",
+        )
+        for name, stem in bare.items()
+    ]
 
 
 def _below(listing: Listing, names: Sequence[str], top: str) -> list[str]:

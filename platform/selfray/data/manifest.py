@@ -19,7 +19,9 @@ from selfray.storage import Location, one_line
 MANIFEST = "manifest.json"
 BUILD_FOLDER = "_build"  # readers of Parquet folders skip names that start with _
 PLAN = "plan.json"
-_STATISTICS = "statistics"
+_STATISTICS, _DEDUP = "statistics", "dedup"
+_ADDED = (_STATISTICS, _DEDUP)
+"""Fields that manifests of earlier versions lack."""
 SHARD_NAME = rf"(({'|'.join(SPLITS)})-)?shard-\d{{5,}}\.parquet"
 
 
@@ -84,14 +86,18 @@ class Manifest:
     """Number of files, bytes and fingerprint of the source's listing, which identify the build."""
     statistics: Statistics | None = None
     """What the build measured of the images; None in manifests of earlier versions."""
+    dedup: dict[str, Any] | None = None
+    """What `selfray shards dedup` removed, and how the shards that it read were built; None for
+    other shards."""
 
     FORMAT = "selfray-shards"
     VERSION = 1
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        if self.statistics is None:
-            del values["statistics"]
+        for name in _ADDED:
+            if values[name] is None:
+                del values[name]
         return {"format": self.FORMAT, "version": self.VERSION, **values}
 
     @classmethod
@@ -106,9 +112,11 @@ class Manifest:
             f"the manifest has version {value.get('version')}, this selfray reads version "
             f"{cls.VERSION}: use the selfray that built the shards, or build them again",
         )
-        fields = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name != _STATISTICS}
+        fields = {f.name: value[f.name] for f in dataclasses.fields(cls) if f.name not in _ADDED}
         if value.get(_STATISTICS) is not None:
             fields[_STATISTICS] = Statistics.from_json(value[_STATISTICS])
+        if value.get(_DEDUP) is not None:
+            fields[_DEDUP] = dict(value[_DEDUP])
         if (labels := fields["labels"]) is not None:
             names = None if labels["names"] is None else tuple(labels["names"])
             fields["labels"] = Labels(names, labels["counts"], labels["unlabelled"])

@@ -239,6 +239,8 @@ class Job:
     """The values that become black and white, where percentiles of all images gave them."""
     channels: int | None = None
     """Images of others are quarantined; None where it is not known what most images have."""
+    left_out: frozenset[str] = frozenset()
+    """Names of rows that are not written."""
 
 
 def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[ShardRecord]:
@@ -259,7 +261,8 @@ def build_item(job: Job, item: WorkItem, finished: frozenset[int]) -> list[Shard
         shuffle_seed = None if job.layout.kind == "images" else f"{job.options.seed} shard {number}"
         builder = ShardBuilder(job.layout, job.options, shuffle_seed, job.window, job.channels)
         for _, row in rows:
-            builder.add(row)
+            if not (isinstance(row, Sample) and row.name in job.left_out):
+                builder.add(row)
         records.append(builder.write(job.destination, number, item.split))
     for number in set(item.shard_numbers) - finished - {record.number for record in records}:
         empty = ShardBuilder(job.layout, job.options)

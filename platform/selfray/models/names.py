@@ -7,6 +7,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from selfray import plugins
+
 _REGISTERED = re.compile(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 
 
@@ -27,6 +29,7 @@ def is_model(name: str) -> bool:
         return True
     import timm  # deprecated names, and models that the user registered
 
+    plugins.loaded()
     return timm.is_model(name)
 
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from selfray.pixels.foreign import foreign_format
 from selfray.pixels.headers import MIRRORED, TRANSPOSED, TURNS, UPSIDE_DOWN, webp_size
 from selfray.pixels.limits import (
     CMYK_JPEG_MEMORY,
@@ -48,6 +49,10 @@ def open_with_pillow(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        found = foreign_format(data)
+        if found is not None:
+            detail = f"{found}, which is not read: convert it to TIFF or PNG"
+            raise BrokenImage("unsupported", detail) from None
         detail = f"{len(data)} bytes that start with {data[:8]!r}"
         raise BrokenImage("not an image", detail) from None
     except Exception as error:  # Pillow's readers raise many types on hostile bytes.

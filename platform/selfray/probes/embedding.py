@@ -24,6 +24,7 @@ from selfray.probes.features import pixels
 from selfray.probes.labelfree import LabelFree
 from selfray.probes.subsets import image_digest
 from selfray.storage import Location
+from selfray.views import RGB
 
 VERSION = 1
 """Changes whenever the same settings would give different files."""
@@ -104,6 +105,14 @@ class Embedding:
     contents: Contents
     block_rows: int = 512
     """Images per file."""
+    channels: int = RGB
+    """Channels of raw pixels; an encoder reads its own."""
+
+    @property
+    def reads(self) -> int:
+        """The number of channels with which images are read."""
+        encoder = self.encoder
+        return self.channels if encoder is None else encoder.encoder_config.in_channels
 
     @property
     def blocks(self) -> int:
@@ -115,6 +124,8 @@ class Embedding:
         if self.encoder is not None:
             mean, std = self.encoder.normalization
             encoder = {"digest": self.encoder.digest, "mean": list(mean), "std": list(std)}
+        # Left out at its default, so that features of earlier versions are found.
+        channels = {"channels": self.channels} if self.reads != RGB and encoder is None else {}
         return {
             "format": "selfray-embeddings",
             "version": VERSION,
@@ -124,6 +135,7 @@ class Embedding:
             "size": self.size,
             "block_rows": self.block_rows,
             "contents": asdict(self.contents),
+            **channels,
         }
 
     @staticmethod
@@ -142,8 +154,7 @@ class Embedding:
         chosen = slice(block * self.block_rows, (block + 1) * self.block_rows)
         groups, rows = self.rows.groups[chosen], self.rows.rows[chosen]
         images, labels = read_rows(self.rows.shards, groups, rows)
-        channels = 3 if self.encoder is None else self.encoder.encoder_config.in_channels
-        views, readable = evaluation_views(images, self.size, channels)
+        views, readable = evaluation_views(images, self.size, self.reads)
         kept = np.flatnonzero(readable)
         columns: dict[str, pa.Array] = {}
         if self.contents.path:

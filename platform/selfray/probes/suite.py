@@ -1,6 +1,6 @@
 """The protocols of `selfray evaluate` that need only features, by the names that a user types."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -82,6 +82,8 @@ class Suite:
     logistic_of_few: bool = True
     """Whether logistic regression judges subsets of labels; fine-tuning is not among these
     tasks."""
+    own: Mapping[str, Classifier] = field(default_factory=dict)
+    """Protocols of plugins by name."""
 
     def __post_init__(self) -> None:
         require(
@@ -92,6 +94,12 @@ class Suite:
             all(count > 0 for count in self.labels),
             f"--labels must be positive, got {', '.join(map(str, self.labels))}",
         )
+        for name, protocol in self.own.items():
+            require(
+                isinstance(protocol, Classifier) and name not in OF_FEATURES,
+                f"PROTOCOLS of a plugin holds {name}, which must be a selfray.probes.classifier."
+                "Classifier with a name of its own",
+            )
         require(self.subsets > 0, f"--subsets must be at least 1, got {self.subsets}")
 
     def few(self) -> Iterator[FewLabels]:
@@ -110,6 +118,8 @@ class Suite:
                 found |= {few.key: few for few in self.few()}
             elif name in OF_FEATURES and name != LOW_SHOT:
                 found[name] = getattr(self, name)
+            elif name in self.own:
+                found[name] = self.own[name]
         return found | ({few.key: few for few in self.curve()} if self.logistic_of_few else {})
 
 
