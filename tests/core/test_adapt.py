@@ -19,7 +19,7 @@ from selfray.methods.dino import DINOConfig
 from selfray.methods.mae import MAEConfig
 from selfray.models.encoder import Encoder
 from selfray.probes.features import ProbeResult
-from selfray.probes.verdict import verdict, without_labels
+from selfray.probes.verdict import surely_worse, verdict, without_labels
 from selfray.recipes import every
 from selfray.runs import checkpoint, starting
 from selfray.runs.checkpoint import Checkpoint
@@ -214,5 +214,12 @@ def test_weights_of_another_encoder_are_refused_before_any_worker_starts(shards,
 
 
 def test_the_guard_counts_probes_that_are_surely_worse():
+    start, worse, same = result(300), result(200, seed=1), result(296, seed=2)
+    assert surely_worse({0: start, 10: worse, 20: worse}, "knn", 2)
+    assert surely_worse({0: start, 10: same, 20: worse, 30: worse}, "linear", 2)
+    assert not surely_worse({0: start, 10: worse, 20: same, 30: worse}, "knn", 2)
+    assert not surely_worse({0: start, 10: worse}, "knn", 2)  # one bad probe is no trend
+    assert not surely_worse({10: start, 20: worse, 30: worse}, "knn", 2)
+    assert not surely_worse({0: start, 10: worse, 20: worse}, "knn", 0)  # switched off
     with pytest.raises(ValueError, match=r"guard.worse_than_start must be at least 0, got -1"):
         GuardConfig(worse_than_start=-1)

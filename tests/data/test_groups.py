@@ -6,8 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_data_layouts import build_here
 
+from helpers import write
+from selfray.cluster.checking import _check_shard
 from selfray.data.data_sets import DataSets, open_data
+from selfray.data.listing import make_plan
+from selfray.data.options import BuildOptions
 from selfray.data.source import Sample
 from selfray.experiment import DataConfig
 from selfray.pixels.codecs import encode_png
@@ -122,3 +127,31 @@ def test_a_group_by_that_cannot_be_meant_is_refused_by_name(tmp_path, group_by, 
     )
     with pytest.raises(ValueError, match=f"data.group_by.*{error}"):
         opened(folder, group_by)
+
+
+@pytest.mark.parametrize("kind", ["table", "parquet"])
+def test_a_build_keeps_the_column_of_groups_which_then_splits(tmp_path, kind):
+    source = tmp_path / "in"
+    if kind == "parquet":
+        scans(source, {"a.parquet": list(range(len(ROWS)))})
+    else:
+        lines = ["file_name,label,patient"]
+        for row, (path, patient_of_row) in enumerate(ROWS):
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            (source / path).write_bytes(picture(row))
+            lines.append(f"{path},{row % 2},{patient_of_row}")
+        (source / "metadata.csv").write_text("\n".join(lines))
+    built = Location.of(tmp_path / "shards")
+    manifest = build_here(Location.of(source), built, BuildOptions(group_column="patient"))
+    assert [_check_shard(built, shard, True, None)[1] for shard in manifest.shards] == [[]]
+    train, test = sides(tmp_path / "shards", "group")
+    assert sorted(train + test) == sorted(path for path, _ in ROWS)
+    assert sides(tmp_path / "shards", r"/(p\d+)") == [train, test]
+    with pytest.raises(ValueError, match=r"--group-column who is not in .* has .*patient"):
+        make_plan(Location.of(source), BuildOptions(group_column="who"))
+
+
+def test_a_column_of_groups_needs_columns(tmp_path):
+    write(tmp_path, {"in/a.png": picture(0)})
+    with pytest.raises(ValueError, match=r"--group-column who: .* has no table of columns"):
+        make_plan(Location.of(tmp_path / "in"), BuildOptions(group_column="who"))

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -30,6 +31,8 @@ from helpers import (
     weights,
 )
 from selfray import config
+from selfray.commands.export import _best_of
+from selfray.console import Console
 from selfray.experiment import Experiment
 from selfray.optim import OptimizerConfig
 from selfray.runs import checkpoint
@@ -38,6 +41,7 @@ from selfray.runs.checkpoint import (
     Checkpoint,
     all_of,
     latest,
+    mark_best,
     retain,
 )
 from selfray.runs.folder import CHECKPOINTS
@@ -438,6 +442,20 @@ def test_the_last_few_the_best_and_the_needed_ones_stay(trained, run):
     assert sorted(os.listdir(f"{run.path}/{CHECKPOINTS}")) == [
         f"step-{s:08d}" for s in (1, 3, 6, 7)
     ]
+
+
+def test_the_best_one_is_exported_unless_another_is_named(trained, run):
+    for step in (1, 2, 3):
+        save(trained, run, step)
+    stream = io.StringIO()
+    console = Console(stream, None)
+    newest = Checkpoint.open(run)
+    assert _best_of(newest, run.uri, console) is newest  # none is marked
+    mark_best(run, 2)
+    assert _best_of(newest, run.uri, console).step == 2
+    said = stream.getvalue()
+    assert said.startswith("taking step 2, which has the best probe; to export the last one, give")
+    assert _best_of(newest, newest.location.uri, console).step == 3
 
 
 def test_without_a_best_one_the_last_few_stay(trained, run):

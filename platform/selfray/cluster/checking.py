@@ -13,7 +13,7 @@ from pyarrow import fs
 from selfray.cluster.parallel import Progress, Tally, in_parallel
 from selfray.data.destination import QUARANTINE
 from selfray.data.manifest import BUILD_FOLDER, MANIFEST, PLAN, Manifest, Shard
-from selfray.data.rows import MIB, Layout
+from selfray.data.rows import GROUP, MIB, Layout
 from selfray.data.writer import schema_of
 from selfray.pixels import codecs
 from selfray.storage import Location, one_line
@@ -140,7 +140,8 @@ def _check_structure(
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     if groups != shard.row_groups or sum(groups) != shard.rows:
         return [f"{path}: row groups of {groups} rows instead of {shard.row_groups}; {_WAY_OUT}"]
-    schema = schema_of(Layout("images", has_labels))
+    group = GROUP if GROUP in parquet.schema_arrow.names else None
+    schema = schema_of(Layout("images", has_labels, group_column=group))
     if not parquet.schema_arrow.equals(schema):
         found = ", ".join(f"{f.name}: {f.type}" for f in parquet.schema_arrow)
         return [f"{path}: its columns are {found}; {_WAY_OUT}"]

@@ -56,7 +56,7 @@ from selfray.data.layout import TEST, VALIDATION
 from selfray.data.listing import Plan, WorkItem, make_plan
 from selfray.data.manifest import BUILD_FOLDER, Manifest
 from selfray.data.options import BuildOptions
-from selfray.data.rows import Sample
+from selfray.data.rows import GROUP, Sample
 from selfray.data.samples import read_samples
 from selfray.data.writer import Job
 from selfray.pixels.codecs import BrokenImage, checked
@@ -116,7 +116,8 @@ def dedup(
     state = open_destination(destination)
     # A source may have been built with a higher limit.
     most_pixels = before.options.get("max_pixels", BuildOptions().max_pixels)
-    plan = make_plan(source, BuildOptions(max_pixels=most_pixels))
+    group = None if before.options.get("group_column") is None else GROUP
+    plan = make_plan(source, BuildOptions(max_pixels=most_pixels, group_column=group))
     how: dict[str, Any] = {"similarity": similarity}
     if by is not None:
         encoder = by.subject.encoder

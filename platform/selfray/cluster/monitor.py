@@ -21,7 +21,7 @@ from selfray.experiment import Experiment
 from selfray.pace import clock
 from selfray.probes.encoders import EncoderRef
 from selfray.probes.features import ProbeResult
-from selfray.probes.verdict import gain_over, verdict, without_labels
+from selfray.probes.verdict import surely_worse, verdict, without_labels
 from selfray.runs import checkpoint
 from selfray.runs.bottleneck import bottleneck
 from selfray.runs.checkpoint import Checkpoint
@@ -323,12 +323,8 @@ class Monitor:
     def _end_where_worse(self) -> None:
         """Write the stop file if the last probes are all significantly worse than the start's."""
         patience = self.experiment.guard.worse_than_start
-        later = sorted(step for step in self.probes if step > 0)[-patience:]
-        if not patience or self._stop_file is None or 0 not in self.probes or len(later) < patience:
-            return
         by = self.experiment.method.judged_by
-        gains = [gain_over(self.probes[0], self.probes[step], by) for step in later]
-        if all(gain is not None and gain.high < 0 for gain in gains):
+        if self._stop_file is not None and surely_worse(self.probes, by, patience):
             reason = (
                 f"{patience} successive probes are worse than that of the starting weights: "
                 "give a lower --optimizer.base-learning-rate or a longer --warm-up-head"

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfray.cluster.loops import run_to_its_end
+
 if TYPE_CHECKING:
     from ray._private.state import state as cluster_state
     from ray.data._internal.execution.backpressure_policy import (
@@ -261,7 +263,6 @@ def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
     its ranks open their own streams, and placement groups of this process end with its job. The
     cleaner also needs the dashboard, which a local Ray does not have.
     """
-    import asyncio
     from unittest import mock
 
     import ray
@@ -310,7 +311,7 @@ def train_here(trainer: Any, settings: dict[str, Any], is_alone: bool) -> Any:
     ):
         controller = Controller(**settings)
         try:
-            asyncio.run(controller.run())
+            run_to_its_end(controller.run())
         except BaseException:
             if controller._worker_group is not None:
                 controller._worker_group.abort()

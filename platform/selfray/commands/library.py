@@ -28,7 +28,8 @@ def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "Run
 
     Args:
         experiment: what to run, such as `selfray.recipes.every()["mae-digits"]`.
-        console: where progress is shown; None shows it on standard output.
+        console: where progress is shown; None shows it on standard output, or in a notebook in the
+            cell's output, with the run's pictures at the end.
 
     Raises:
         ValueError, OSError: bad input, before any worker is started.
@@ -36,11 +37,16 @@ def pretrain(experiment: "Experiment", console: "Console | None" = None) -> "Run
     """
     from selfray.cluster import runtime
     from selfray.cluster.launch import launch
+    from selfray.commands import notebook
     from selfray.models import on_meta
+    from selfray.storage import Location
 
     on_meta.require_encoder_of(experiment)  # before Ray starts
     with runtime.session():
-        return launch(experiment, console or _screen())
+        result = launch(experiment, console or _screen())
+    if console is None and notebook.is_notebook():
+        notebook.show_pictures(Location.of(result.folder))
+    return result
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,10 @@ def evaluate(*encoders: str, data: str | None = None, **options: Any) -> dict[st
 
 
 def _screen() -> "Console":
+    from selfray.commands import notebook
     from selfray.console import Console
 
-    return Console(sys.stdout, None)
+    return notebook.NotebookConsole() if notebook.is_notebook() else Console(sys.stdout, None)
 
 
 def _bytes_of(image: Any) -> bytes:

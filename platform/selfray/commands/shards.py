@@ -123,6 +123,17 @@ class BuildShards:
         ),
     ] = None
 
+    group_column: Annotated[
+        str | None,
+        flag(
+            """Column that names each image's patient, slide or scene, in Parquet or in a metadata
+            table beside the images. Shards keep it as the column `group`, for --data.group-by
+            group.""",
+            "NAME",
+            "no groups are kept",
+        ),
+    ] = None
+
     def run(self, console: "Console") -> int:
         from selfray.cluster import build, runtime
 
@@ -139,6 +150,7 @@ class BuildShards:
             keep_depth=self.keep_depth,
             page=self.page,
             channels=self.channels,
+            group_column=self.group_column,
         )
         if self.max_pixels is not None:
             options = replace(options, max_pixels=self.max_pixels)

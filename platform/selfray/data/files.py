@@ -21,6 +21,7 @@ from selfray.data.layout import (
     extension,
     understand,
 )
+from selfray.pixels.foreign import ENVI_DATA
 from selfray.storage import Location, one_line
 
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
@@ -285,6 +286,21 @@ def is_ignored(name: str) -> bool:
         part in IGNORED_NAMES or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
     )
+
+
+def bare_values(names: Sequence[str]) -> list[Quarantined]:
+    """Files that hold the bare values of an ENVI image, which a header beside them describes."""
+    headers = {name[:-4] for name in names if name.endswith(".hdr")}
+    parts = ((name, *posixpath.splitext(name)) for name in names)
+    return [
+        Quarantined(
+            name,
+            "unsupported",
+            f"the values of an ENVI image, described by {stem}.hdr: convert it to TIFF",
+        )
+        for name, stem, extension in parts
+        if extension[1:].lower() in ENVI_DATA and stem in headers
+    ]
 
 
 def split_files(uris: Sequence[str], folder: str | Location) -> tuple[list[str], list[str]]:

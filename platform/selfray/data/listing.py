@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from selfray.check import require
 from selfray.data import columns, summary
 from selfray.data.checksums import footer_is_checked
-from selfray.data.files import File, Listing, Quarantined, list_source, select
+from selfray.data.files import File, Listing, Quarantined, bare_values, list_source, select
 from selfray.data.layout import (
     SPLITS,
     TEST,
@@ -33,7 +33,6 @@ from selfray.data.layout import (
     LabelRule,
     SourceKind,
     Understood,
-    extension,
     pictures,
     understand,
 )
@@ -42,8 +41,9 @@ from selfray.data.rows import Input, Layout, raise_if_outage
 from selfray.data.shard_set import NO_LABEL, ShardFile, ShardSet, open_shards, rows_of
 from selfray.data.tables import labels_in_tables
 from selfray.data.tar_listing import plan_tars
-from selfray.pixels.foreign import ENVI_DATA
 from selfray.storage import Location, one_line
+
+_GROUP_COLUMN = "--group-column"
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,15 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
     shards: ShardSet | None = None
     if kind == "images":
         inputs, layout, notes = _plan_images(listing, files, tables, understood, options)
-        inputs, refused = _without_envi_data(inputs, names)
-        quarantined += refused
+        quarantined += bare_values(names)
+        inputs = [entry for entry in inputs if entry.name not in {q.file for q in quarantined}]
         images_total = len(inputs)
     elif kind == "tar":
+        require(
+            options.group_column is None,
+            f"{_GROUP_COLUMN} {options.group_column}: tars have no columns; --group-by of a run "
+            "takes a regular expression for the paths",
+        )
         rule, column = options.labels, options.label_column
         tars = plan_tars(listing.root, files, understood, rule, column)
         inputs, layout, understood = tars.inputs, tars.layout, tars.understood
@@ -168,26 +173,6 @@ def make_plan(source: Location, options: BuildOptions) -> Plan:
 
 def _class_order(classes: Sequence[str]) -> str:
     return "" if list(classes) == sorted(classes) else "numbers"
-
-
-def _without_envi_data(
-    inputs: list[Input], names: Sequence[str]
-) -> tuple[list[Input], list[Quarantined]]:
-    """The inputs without files of bare values, which only a header beside them describes."""
-    headers = {name[:-4] for name in names if name.endswith(".hdr")}
-    bare = {
-        entry.name: stem
-        for entry in inputs
-        if extension(entry.name) in ENVI_DATA and (stem := entry.name.rpartition(".")[0]) in headers
-    }
-    return [entry for entry in inputs if entry.name not in bare], [
-        Quarantined(
-            name,
-            "unsupported",
-            f"the values of an ENVI image, described by {stem}.hdr: convert it to TIFF",
-        )
-        for name, stem in bare.items()
-    ]
 
 
 def _below(listing: Listing, names: Sequence[str], top: str) -> list[str]:
@@ -339,12 +324,28 @@ def _plan_images(
     elif options.label_column is not None:
         notes = [f"--data.label-column {options.label_column}: a folder of images has no columns"]
     place = {name: index for index, name in enumerate(names or ())}
+    groups: dict[str, str] = {}
+    if options.group_column is not None:
+        require(
+            bool(tables),
+            f"{_GROUP_COLUMN} {options.group_column}: {listing.root} has no table of columns, such "
+            "as metadata.csv; --group-by of a run takes a regular expression for the paths",
+        )
+        column = options.group_column
+        groups, more = labels_in_tables(listing.root, tables, column, _GROUP_COLUMN)
+        notes += [note for note in more if note not in notes]
     inputs = [
-        Input(file.name, file.bytes, label=NO_LABEL if label is None else place[label])
+        Input(
+            file.name,
+            file.bytes,
+            label=NO_LABEL if label is None else place[label],
+            group=groups.get(file.name),
+        )
         for file, label, split in zip(files, labels, understood.splits, strict=True)
         if split is not None
     ]
-    return inputs, Layout("images", names is not None, names), notes
+    layout = Layout("images", names is not None, names, group_column=options.group_column)
+    return inputs, layout, notes
 
 
 def _plan_parquet(
@@ -384,6 +385,13 @@ def _plan_parquet(
     )
     first, _, schema = next((entry for entry in sound if entry[1].num_rows), sound[0])
     image = columns.image_column(schema, listing.uri(first.name), options.image_column)
+    group = options.group_column
+    for file, _, found in sound:
+        require(
+            group is None or group in found.names,
+            f"{_GROUP_COLUMN} {group} is not in {listing.uri(file.name)}, which has "
+            f"{', '.join(found.names)}",
+        )
     lacking = {file.name for file, _, found in sound if found.names.count(image) != 1}
     broken += [
         Quarantined(name, "unreadable", f"the file lacks the column {image}")
@@ -413,6 +421,7 @@ def _plan_parquet(
         None if counted and not _names_are_given(shards, sound[0][2]) else names,
         image,
         shards.label_column if names is not None else None,
+        options.group_column,
     )
     return inputs, layout, broken, shards if names is not None else shards.without_labels
 

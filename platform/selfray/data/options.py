@@ -41,6 +41,9 @@ class BuildOptions:
     channels: int | None = None
     """Quarantine images of any other number of channels; None keeps the number that most images
     have. Gray and colour images count as the same."""
+    group_column: str | None = None
+    """The column of Parquet files, or of a metadata table beside images, that names the patient,
+    slide or scene of each image. Shards keep it as the column `group`, for data.group_by."""
 
     def __post_init__(self) -> None:
         require(
@@ -66,7 +69,8 @@ class BuildOptions:
     def to_json(self) -> dict[str, Any]:
         """The JSON stored in manifests; a field added later is left out at its default."""
         values = dataclasses.asdict(self)
-        for name in ("label_column", "window", "window_of", "keep_depth", "page", "channels"):
+        later = ("label_column", "window", "window_of", "keep_depth", "page", "channels")
+        for name in (*later, "group_column"):
             if values[name] is None or values[name] is False:
                 del values[name]
         if self.window is not None:

@@ -10,6 +10,8 @@ from selfray.data.layout import SourceKind
 from selfray.storage import Location, is_about_the_file
 
 MIB = 2**20
+GROUP = "group"
+"""The column of shards that names each image's patient, slide or scene."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Layout:
     label_names: tuple[str, ...] | None = None
     image_column: str = "image"
     label_column: str | None = None
+    group_column: str | None = None
+    """The source's column of groups; shards keep it as GROUP."""
 
 
 class Input(NamedTuple):
@@ -40,6 +44,8 @@ class Input(NamedTuple):
     """Of a tar that holds several; None where the file is of one."""
     folders: tuple[tuple[str, int], ...] | None = None
     """Of a tar: the folders in it that are read, each with the label of its images."""
+    group: str | None = None
+    """The group of an image, if a table beside it gives one."""
 
 
 class Sample(NamedTuple):
@@ -50,6 +56,8 @@ class Sample(NamedTuple):
     """The row's `path`, if it differs from the name."""
     text: str | None = None
     """The label as text, from a tar."""
+    group: str | None = None
+    """The patient, slide or scene."""
 
 
 Row = Sample | Quarantined

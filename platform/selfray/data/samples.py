@@ -31,7 +31,7 @@ def _read_files(root: Location, inputs: Iterable[Input]) -> Iterator[Row]:
         except OSError as error:
             raise_if_outage(error, root)
             return Quarantined(name, "unreadable", one_line(error))
-        return Sample(name, data, entry.label)
+        return Sample(name, data, entry.label, group=entry.group)
 
     # Read ahead: object stores and network disks are slow per request, but serve many in parallel.
     ahead: collections.deque[tuple[int, Future[Row]]] = collections.deque()
@@ -53,6 +53,8 @@ def _read_row_groups(root: Location, layout: Layout, inputs: Iterable[Input]) ->
         columns = [layout.image_column]
         if layout.label_column and entry.classes is not None:
             columns.append(layout.label_column)
+        if layout.group_column is not None:
+            columns.append(layout.group_column)
         location = root / entry.name
         row = entry.first_row
         try:
@@ -68,8 +70,14 @@ def _read_row_groups(root: Location, layout: Layout, inputs: Iterable[Input]) ->
                         labels = labels_of(
                             batch.column(layout.label_column), entry.classes
                         ).tolist()
-                    for picture, label in zip(pictures, labels, strict=True):
-                        yield _row_of(location, f"{entry.name}#row {row}", picture, label)
+                    groups: list[Any] = [None] * len(pictures)
+                    if layout.group_column is not None:
+                        groups = batch.column(layout.group_column).to_pylist()
+                    for picture, label, group in zip(pictures, labels, groups, strict=True):
+                        found = _row_of(location, f"{entry.name}#row {row}", picture, label)
+                        if isinstance(found, Sample) and group is not None:
+                            found = found._replace(group=str(group))
+                        yield found
                         row += 1
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise_if_outage(error, root)

@@ -24,11 +24,14 @@ may be a list: all of its images have the row's label."""
 
 
 def labels_in_tables(
-    root: Location, tables: Sequence[File], label_column: str | None
+    root: Location,
+    tables: Sequence[File],
+    label_column: str | None,
+    flag: str = "--data.label-column",
 ) -> tuple[dict[str, str], list[str]]:
     """(label by the image's name in the data set, notes for the user).
 
-    Raises ValueError if a table lacks the requested `label_column`.
+    Raises ValueError, which names the flag, if a table lacks the requested `label_column`.
     """
     labels: dict[str, str] = {}
     notes: list[str] = []
@@ -39,7 +42,7 @@ def labels_in_tables(
                 label = _value(row, (label_column,) if label_column else LABEL_COLUMNS)
                 if label_column is not None and label_column not in row:
                     raise ValueError(
-                        f"--data.label-column {label_column} is not in {root / table.name}, which "
+                        f"{flag} {label_column} is not in {root / table.name}, which "
                         f"has {', '.join(map(str, list(row)[:10]))}"
                     )
                 if not label or label.startswith("-"):

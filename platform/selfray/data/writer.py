@@ -29,7 +29,7 @@ from selfray.data.listing import Plan, WorkItem
 from selfray.data.manifest import BUILD_FOLDER, PLAN, Manifest, ShardRecord, shard_name
 from selfray.data.measured import Measuring, are_alike, channels_of
 from selfray.data.options import BuildOptions
-from selfray.data.rows import MIB, Layout, Row, Sample
+from selfray.data.rows import GROUP, MIB, Layout, Row, Sample
 from selfray.data.samples import read_samples
 from selfray.data.shard_set import NO_LABEL
 from selfray.pixels import codecs
@@ -51,6 +51,9 @@ def schema_of(layout: Layout) -> pa.Schema:
         features["label"] = {"dtype": "int64", "_type": "Value"}
         if layout.label_names is not None:
             features["label"] = {"names": list(layout.label_names), "_type": "ClassLabel"}
+    if layout.group_column is not None:
+        fields.append(pa.field(GROUP, pa.string()))
+        features[GROUP] = {"dtype": "string", "_type": "Value"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pa.schema(fields, metadata=metadata)
 
@@ -96,6 +99,8 @@ class _ParquetShard:
         if self._labels is not None:
             self._labels.update(row.label for row in rows)
             columns.append(pa.array([row.label for row in rows], pa.int64()))
+        if GROUP in self._schema.names:
+            columns.append(pa.array([row.group for row in rows], pa.string()))
         self._parquet.write_table(pa.table(columns, schema=self._schema))
         self._checksums += [checksum(row.data) for row in rows]
         self.row_groups.append(len(rows))

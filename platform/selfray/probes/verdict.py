@@ -69,6 +69,16 @@ def gain_over(start: ProbeResult, other: ProbeResult, by: str) -> Interval | Non
     return difference(ours, theirs)
 
 
+def surely_worse(probes: Mapping[int, ProbeResult], by: str, patience: int) -> bool:
+    """Whether the last `patience` probes are all significantly worse than that of the start; False
+    for a patience of 0, with fewer probes, and without a probe of the start."""
+    later = sorted(step for step in probes if step > 0)[-patience:]
+    if not patience or 0 not in probes or len(later) < patience:
+        return False
+    gains = [gain_over(probes[0], probes[step], by) for step in later]
+    return all(gain is not None and gain.high < 0 for gain in gains)
+
+
 def without_labels(probes: Mapping[int, ProbeResult]) -> str | None:
     """A sentence for runs without labels; None if there is no probe to compare."""
     later = [step for step in probes if step > 0]

@@ -145,7 +145,7 @@ def read_run(folder: Location) -> ComparedRun:
         },
         curves=curves,
         protocols=protocols,
-        pictures=_pictures(folder),
+        pictures=pictures_of(folder),
         images_per_second=statistics.median(rates) if rates else None,
         given=frozenset(name for name in _list(record.get("given")) if isinstance(name, str)),
         started=times[0] if times else None,
@@ -244,7 +244,8 @@ def protocols_in(tags: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _pictures(folder: Location) -> dict[str, Location]:
+def pictures_of(folder: Location) -> dict[str, Location]:
+    """Name -> file of each picture in a run's folder."""
     place = folder / ARTIFACTS / PICTURES
     return {
         posixpath.splitext(info.base_name)[0]: place / info.base_name
