@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -110,7 +111,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights_and_two_workers_have_th
 ):
     """What only fine-tuning has: labels in the stream, mixing and dropped paths."""
 
-    def tuning(name: str, epochs: int, workers: int = 1, **changes: float) -> Experiment:
+    def tuning(name: str, epochs: int, workers: int, **changes: Any) -> Experiment:
         kind = FineTuning(
             epochs=epochs, batch_size=8, least_steps=1, base_learning_rate=0.02, **changes
         )
@@ -128,8 +129,8 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights_and_two_workers_have_th
                 found[record["images_seen"]] = record["values"]["loss"]
         return checkpoint.Checkpoint.open(folder).state()["method"], list(found.values())
 
-    mixed: dict[str, float] = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "erase": 0.25}
-    wanted = tuning("killed", 80, **mixed)
+    mixed = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "erase": 0.25}
+    wanted = tuning("killed", 80, 1, **mixed)
     (tmp_path / "experiment.json").write_text(config.dumps(wanted))
     environment = {k: v for k, v in os.environ.items() if "RAY" not in k}
     with (tmp_path / "said").open("w") as file:
@@ -149,7 +150,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights_and_two_workers_have_th
     assert reached is not None
     assert 0 < reached.step < 400
     resumed, losses = ended(wanted)
-    whole, unbroken = ended(tuning("whole", 80, **mixed))
+    whole, unbroken = ended(tuning("whole", 80, 1, **mixed))
     assert losses == unbroken
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name

@@ -155,12 +155,12 @@ def test_a_study_of_labels_has_one_parent_with_the_answer_in_mlflow(tmp_path, ra
     runs = client.search_runs([experiment.experiment_id])
     parents = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in runs}
     (study_run,) = (run for run in runs if parents[run.info.run_id] is None)
-    assert study_run.info.run_name.startswith("study-labels-")
+    assert str(study_run.info.run_name).startswith("study-labels-")
     assert study_run.info.status == "FINISHED"
     assert "fine-tuned: " in study_run.data.tags["sweep.answer"]
     assert study_run.data.tags["sweep.answer"] in said.getvalue()
     (pretraining,) = (run for run in runs if parents[run.info.run_id] == study_run.info.run_id)
-    assert pretraining.info.run_name.startswith("mae-digits-")
+    assert str(pretraining.info.run_name).startswith("mae-digits-")
     names = {name for name in pretraining.data.metrics if name.count("/") == 2}
     assert "eval/digits/labels-20-finetune-from-scratch" in names
     tuned = [run for run in runs if parents[run.info.run_id] == pretraining.info.run_id]

@@ -273,7 +273,7 @@ def _of_patches(subject: Subject, pairs: Sequence[tuple[str, str]], seen: Seen) 
     if known is not None:
         return known
     task: Any = ray.remote(num_cpus=1)(_classified)
-    judgement = ray.get(task.remote(seen, protocol, classifier))
+    judgement: Any = ray.get(task.remote(seen, protocol, classifier))
     keep(place, judgement)
     return judgement
 

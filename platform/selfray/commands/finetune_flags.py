@@ -166,8 +166,9 @@ def with_finetuning(
             [_with(judged, flags, which, how, from_scratch=False) for judged in of_encoder]
             for of_encoder in results
         ]
-        scratch = [None] * len(results) if flags.no_scratch else []
-        scratch = scratch or _from_scratch(results, flags, which, how)
+        scratch: list[list[Judged] | None] = [None] * len(results)
+        if not flags.no_scratch:
+            scratch = _from_scratch(results, flags, which, how)
     except RunFailed as error:
         raise RunFailed(f"fine-tuning: {error}") from error
     rows = {id(row): row for row in scratch if row is not None}

@@ -60,8 +60,9 @@ def _rows(numbers: "Mapping[str, float]") -> "Iterator[str]":
         if metric is None:
             continue
         low, high = numbers.get(name + LOW), numbers.get(name + HIGH)
-        known = low is not None and high is not None
-        interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if known else ""
+        interval = ""
+        if low is not None and high is not None:
+            interval = f" [{100 * low:.1f}, {100 * high:.1f}]"
         yield f"| {metric.title} | {metric.shown(value)}{interval} |"
 
 
