@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import safetensors
+import timm
 import torch
 from PIL import Image
 
@@ -31,6 +32,8 @@ from selfray.commands.flags import BadSetting
 from selfray.config import override
 from selfray.console import Console
 from selfray.data import writer
+from selfray.data.data_sets import remember
+from selfray.data.shard_set import open_shards
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
 from selfray.probes.features import ProbeResult, embed
@@ -452,6 +455,21 @@ def test_the_exported_weights_say_where_they_come_from(typed, trained, tmp_path)
     assert tuple(json.loads(header["mean"])) == wanted.data.mean
     assert tuple(json.loads(header["std"])) == wanted.data.std
     assert header["selfray_version"]
+
+
+def test_an_export_keeps_the_classes_of_the_run_s_images(typed, run_folder, tmp_path):
+    encoded, labels = labelled_pictures(4)
+    writer.write_arrays(tmp_path / "birds", encoded, labels, label_names=("owl", "tit"))
+    uri = str(next((tmp_path / "birds").glob("*.parquet")))
+    remember(open_shards([uri], uri), Location.of(run_folder))
+    said = typed("export", run_folder, "--to", "timm", "--output", "encoder")
+    assert said.code == 0, said.text
+    timms = json.loads((tmp_path / "encoder" / "config.json").read_text())["pretrained_cfg"]
+    assert timms["label_names"] == ["owl", "tit"]
+    with safetensors.safe_open(tmp_path / "encoder" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["label_names"]) == ["owl", "tit"]
+    model: Any = timm.create_model(f"local-dir:{tmp_path}/encoder", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["owl", "tit"]
 
 
 def test_an_export_for_hugging_face_has_a_model_card(typed, trained, tmp_path):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from selfray.cluster.mlflow_store import mlflow_tags, named_store
+from selfray.cluster.mlflow_store import experiment_name, mlflow_tags, named_store
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.metrics import evaluation
@@ -54,7 +54,7 @@ def log_to_run(
         console.say(f"not logged, but kept in {run / SPOOL}: {error}")
         return False
     shipped = read_object(run / SHIPPED)
-    tracker = Tracker(uri, "selfray", run.name, run, {}, {}, say=console.say)
+    tracker = Tracker(uri, experiment_name(), run.name, run, {}, {}, say=console.say)
     console.live("logging to MLflow")
     tracker.start()
     for path, picture in pictures.items():

@@ -17,6 +17,7 @@ from selfray.cluster.endings import (
 from selfray.cluster.fit import fit
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
+from selfray.cluster.pictures import log_pictures
 from selfray.cluster.placement import PROBE_CPUS, Placement, place
 from selfray.cluster.preflight import check_init_from, check_output, checkpoint_bytes, located
 from selfray.cluster.probe_tasks import ProbeJob
@@ -25,12 +26,12 @@ from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.data.data_sets import DataSets, as_started, open_data, remember
 from selfray.data.plan import ReadPlan
-from selfray.data.source import Source, source_of
+from selfray.data.source import source_of
 from selfray.experiment import Experiment
 from selfray.probes.features import ProbeResult
 from selfray.probes.protocol import PIXEL_BASELINE_SIZE
 from selfray.runs import checkpoint, record, starting
-from selfray.runs.folder import ARTIFACTS, STOP
+from selfray.runs.folder import STOP
 from selfray.runs.history import History
 from selfray.runs.milestones import milestones
 from selfray.storage import Location
@@ -236,7 +237,7 @@ def _carry_out(
         is_whole = reached.step == plan.total_steps
         stopped = None if is_whole else part.stop_reason()
         if is_whole and not part.brief:
-            _log_pictures(experiment, run, data, plan, monitor, tracker, console)
+            log_pictures(experiment, run, data, plan, monitor.history, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
         tracker.describe_run(description(experiment, plan, outcome(monitor)))
@@ -274,42 +275,6 @@ def _carry_out(
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
     return result
-
-
-def _log_pictures(
-    experiment: Experiment,
-    run: Location,
-    data: DataSets,
-    plan: ReadPlan,
-    monitor: Monitor,
-    tracker: Tracker,
-    console: Console,
-) -> None:
-    """Make the run's pictures and log them. A failure is reported and does not fail the run."""
-    from selfray.report import live_map, run_pictures  # matplotlib takes a second
-
-    newest = checkpoint.latest(run)
-    assert newest is not None
-    console.live("drawing pictures")
-    try:
-        train, test = data.samples(experiment.encoder.image_size, 5_000, 1_000)
-        source = Source(data.train, plan, experiment.views, channels=data.channels)
-        names = data.train.label_names
-        made = run_pictures.run_pictures(experiment, newest, source, train, test, names)
-        made["curves.png"] = run_pictures.curves(
-            {run_pictures.title_of(experiment): monitor.history}
-        )
-    except Exception as error:
-        log.exception("the pictures failed")
-        console.say(f"the pictures could not be made ({error}): the run itself is not affected")
-        return
-    for name, picture in made.items():
-        if isinstance(picture, dict):
-            tracker.log_json(picture, f"pictures/{name}")
-        else:
-            tracker.log_picture(picture, f"pictures/{name}")
-    seen = [name for name in made if name not in (live_map.POINTS, live_map.THUMBNAILS)]
-    console.say(f"pictures: {run / ARTIFACTS / 'pictures'}: {', '.join(seen)}")
 
 
 def _finished_result(run: Location, part: PartOf) -> RunResult | None:

@@ -1,6 +1,7 @@
 """An encoder in a form that plain timm opens: architecture name, arguments and weights."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,13 @@ class Portable:
         encoder: Encoder,
         normalization: tuple[tuple[float, ...], tuple[float, ...]],
         metadata: dict[str, str],
+        label_names: Sequence[str] = (),
     ) -> None:
-        """Write both files into an existing folder."""
+        """Write both files into an existing folder. `label_names` are the classes of the images,
+        for whoever trains a classifier on the encoder."""
         config = self.config(encoder, *normalization)
+        if label_names:
+            config["pretrained_cfg"]["label_names"] = list(label_names)
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         safetensors.torch.save_file(self.weights, folder / WEIGHTS, metadata)
 
