@@ -480,6 +480,7 @@ def test_an_export_for_hugging_face_has_a_model_card(typed, trained, tmp_path):
     assert "pretrained without labels by mae" in card
     assert f"| images | {trained}/data |" in card
     assert "AutoModel.from_pretrained" in said.text
+    assert "AutoModel.from_pretrained('PATH_OF_THIS_FOLDER')" in card
 
 
 @pytest.mark.parametrize("name", ["mae", "simclr"])
@@ -822,12 +823,14 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     command = (*command, "--labels", 4, "--json", "e.json", "--pictures", "shown")
     said = typed(*command, "--tracking", uri)
     assert said.code == 0, said.text
-    assert "data: 40 train and 20 test images, 2 classes" in said.lines
-    heads = next(line.split() for line in said.lines if line.lstrip().startswith("knn"))
+    name = trained.parent.name
+    assert f"{name}: 40 train and 20 test images, 2 classes" in said.lines
+    # A wide table is printed in blocks.
+    heads = [head for line in said.lines if line.startswith("  ") for head in line.split()]
     assert heads == ["knn", "linear", "logistic", "retrieval", "mAP", "labels-4", "seconds"]
     written = json.loads((tmp_path / "e.json").read_text())["data"][0]
     assert written["classes"] == ["0", "1"]
-    assert list(written["encoders"]) == ["mae-step-00000002", "untrained", "model.safetensors"]
+    assert list(written["encoders"]) == ["mae", "untrained", "model.safetensors"]
     for found in written["encoders"].values():
         knn = found["protocols"]["knn"]
         assert knn["low"] <= knn["value"] <= knn["high"]
@@ -835,10 +838,10 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     from mlflow import MlflowClient
 
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
-    value = written["encoders"]["mae-step-00000002"]["protocols"]["logistic"]["value"]
-    assert run.data.metrics["eval/data/logistic"] == pytest.approx(value)
-    assert "eval/data/retrieval/recall_at_5" in run.data.metrics
-    assert run.data.tags["eval.data.knn.protocol"].startswith("knn-v2 (")
+    value = written["encoders"]["mae"]["protocols"]["logistic"]["value"]
+    assert run.data.metrics[f"eval/{name}/logistic"] == pytest.approx(value)
+    assert f"eval/{name}/retrieval/recall_at_5" in run.data.metrics
+    assert run.data.tags[f"eval.{name}.knn.protocol"].startswith("knn-v2 (")
 
     features = sorted((trained / "mae" / "features").glob("*/part-*"))
     times = [file.stat().st_mtime_ns for file in features]

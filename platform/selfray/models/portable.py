@@ -145,17 +145,18 @@ def opening_lines(config: EncoderConfig, folder: str, to: str = "timm") -> str:
     if config.small_stem:
         lines[0] = "import timm, torch"
     lines.append(f'model = timm.create_model("local-dir:{folder}", pretrained=True)')
+    stem = "{0}.conv1.stride, {0}.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
     if config.small_stem:
-        lines.append(
-            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
-        )
+        lines.append(stem.format("model"))
     lines.append("model.eval()")
-    if to == "huggingface" and not config.small_stem:
+    if to == "huggingface":
         lines += [
             "",
             "import transformers",
             f"model = transformers.AutoModel.from_pretrained({folder!r})",
         ]
+        if config.small_stem:
+            lines.append(stem.format("model.timm_model"))
     return "\n".join(lines)
 
 
