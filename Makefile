@@ -22,7 +22,7 @@ help:
 	@echo "make drills       faults and clusters: killed workers, lost nodes, full disks, dead servers"
 	@echo "make test-bench   the tests of the benchmarks"
 	@echo "make test-all     all three"
-	@echo "make fuzz         100,000 damaged files of each kind, about an hour"
+	@echo "make fuzz         100,000 damaged files, configs, flags and names of each kind, hours"
 	@echo "make flags        rewrite the table of flags that detects typos, after a change of a config"
 	@echo "make map          print the package's files by floors, from their imports, and update docs"
 	@echo "make lint         ruff and pyright"

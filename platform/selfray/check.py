@@ -36,12 +36,20 @@ def require_number(
     low = f"({above:g}" if above is not None else f"[{least:g}" if least > -math.inf else "(-inf"
     high = f"{below:g})" if below is not None else f"{most:g}]" if most < math.inf else "inf)"
     inside = (
-        math.isfinite(value)
+        is_finite(value)
         and least <= value <= most
         and (above is None or value > above)
         and (below is None or value < below)
     )
     require(inside, f"{name} must be a number in {low}, {high}, got {value}")
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite and within the range of floats."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int of hundreds of digits
+        return False
 
 
 def named_amounts(field_name: str, text: str) -> dict[str, float]:

@@ -3,8 +3,11 @@
 import dataclasses
 import importlib
 import json
+import textwrap
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from selfray import plugins
 
@@ -104,8 +107,69 @@ def from_json(value: Any) -> Any:
             f"{kind.__name__} lacks {', '.join(sorted(missing))}: "
             "the file was written by another version of selfray"
         )
+    for name, item in fields.items():
+        require_type(kind, name, item)
     before = {f.name: f.metadata[_ADDED] for f in dataclasses.fields(kind) if _ADDED in f.metadata}
     return kind(**before | fields)
+
+
+def require_type(kind: type, name: str, value: Any) -> None:
+    """Raise ValueError unless a value is of the type of a config's field."""
+    hint = _hints(kind).get(name, Any)
+    if not _fits(value, hint):
+        shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+        raise ValueError(f"{kind.__name__}: {name} must be {_named(hint)}, got {shown}")
+
+
+@lru_cache(maxsize=256)
+def _hints(kind: type) -> Mapping[str, Any]:
+    """The types of a config's fields; empty if a plugin's hints cannot be resolved here."""
+    try:
+        return get_type_hints(kind)
+    except (NameError, TypeError):
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type. A type that is not known here fits anything."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is Literal:
+        return value in inside
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inside[1:] == (...,):
+            return all(_fits(item, inside[0]) for item in value)
+        return len(value) == len(inside) and all(map(_fits, value, inside))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str) or dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return True
+
+
+def _named(hint: Any) -> str:
+    """A field's type for a message."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_named, inside))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inside))
+    known = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    if hint in (None, type(None)):
+        return "null"
+    if origin is tuple:
+        count = "" if inside[1:] == (...,) else f"{len(inside)} "
+        return f"a list of {count}values"
+    return known.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
 def config_type(name: object) -> type:

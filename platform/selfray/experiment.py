@@ -82,6 +82,13 @@ class DataConfig:
             f"data.max_broken_fraction must lie in [0, 1], got {self.max_broken_fraction}",
         )
 
+    def opens_as(self, other: "DataConfig") -> bool:
+        """Whether both name the same data, read in the same way."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("path", "test_path", "image_column", "label_column", "channels")
+        )
+
     @property
     def normalization(self) -> Normalization:
         """(mean, std) of each channel in 0..1, as a run uses them. ValueError where there are none

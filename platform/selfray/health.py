@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfray import imports
 from selfray.check import require
 from selfray.config import added
 from selfray.models.encoder import Encoder
@@ -29,7 +30,7 @@ def feature_health(encoder: Encoder, images: Tensor) -> dict[str, float]:
     was_training = encoder.training
     encoder.eval()
     # Eager: a compiled encoder would be compiled again for this batch size.
-    with torch.compiler.set_stance("force_eager"):
+    with imports.uncompiled():
         features = encoder(images[:256]).cls.float()  # [b, D]
     encoder.train(was_training)
     return {

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from selfray.check import require, require_number
+from selfray.check import is_finite, require, require_number
 
 
 class Bounds(NamedTuple):
@@ -84,7 +84,7 @@ def require_possible(experiment: Any) -> None:
     for name, own, value in numbers(experiment):
         bounds = LIMITS.get(own)
         if bounds is None:
-            require(math.isfinite(value), f"{name} must be a finite number, got {value}")
+            require(is_finite(value), f"{name} must be a finite number, got {value}")
         else:
             require_number(name, value, **bounds._asdict())
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,7 +17,12 @@ from PIL import Image
 from pyarrow import fs
 
 from helpers import wait_for
-from selfray.cluster.mlflow_store import DataSetInput, tracking_uri
+from selfray.cluster.mlflow_store import (
+    DataSetInput,
+    database_file,
+    experiment_name,
+    tracking_uri,
+)
 from selfray.cluster.tracking import Tracker
 from selfray.runs import environment
 from selfray.runs.environment import environment_tags
@@ -76,13 +82,17 @@ def start_driver(uri: str, folder: Path, points: int) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("output")
+    """A folder whose name means something in URIs, so that each test shows that it does not
+    matter."""
+    output = tmp_path_factory.mktemp("output") / "a b%20?#'x"
+    output.mkdir()
+    return output
 
 
 @pytest.fixture(scope="module")
 def uri(output: Path) -> str:
     """One store for all tests here: making a fresh one takes seconds."""
-    return tracking_uri(str(output), f"sqlite:///{output}/mlflow.db")
+    return tracking_uri(str(output))
 
 
 @pytest.fixture(scope="module")
@@ -365,9 +375,8 @@ def test_files_and_probes_arrive_with_their_names_made_acceptable(
     run = run_of(tracker, uri)
     assert run.data.metrics == {"probe/knn": 0.75, "odd_name": 1.0, "x": 2.0}
     assert run.data.tags["probe.knn.version"] == "1"
-    assert run.info.artifact_uri is not None
-    assert run.info.artifact_uri.startswith(str(output / "mlartifacts"))
-    assert (Path(run.info.artifact_uri) / "tables/table.txt").read_text() == "hello"
+    sent = output / "mlartifacts" / tracker.run_id / "artifacts" / "tables" / "table.txt"
+    assert sent.read_text() == "hello"
     assert (output / tracker.run_name / "artifacts/tables/table.txt").read_text() == "hello"
     assert len(said) == 1
     assert "absent.txt" in said[0]
@@ -440,6 +449,33 @@ def test_the_tracking_uri_is_the_explicit_one_or_the_environment_s_or_a_local_fi
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri("out") == "http://tracking:5000"
     assert tracking_uri("out", "http://other") == "http://other"
+
+
+def test_a_folder_s_name_stays_as_it_is_in_mlflow(
+    make: Callable[..., Tracker], uri: str, output: Path
+) -> None:
+    tracker = make()
+    tracker.log_json({"a": 1}, "b%20?#.json")
+    assert tracker.finish("FINISHED")
+    assert database_file(uri) == str(output / "mlflow.db")
+    assert database_file(tracking_uri("elsewhere", uri)) == str(output / "mlflow.db")
+    assert list((output / "mlartifacts").rglob("b%20?#.json"))
+    # Nothing lies in a folder of another name, which MLflow creates.
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert f"--backend-store-uri {shlex.quote(uri)}`" in tracker.describe()
+
+
+def test_the_experiment_is_the_environment_s_and_that_of_a_sweep_for_its_runs(
+    make: Callable[..., Tracker], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert experiment_name() == "selfray"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "birds")
+    assert experiment_name() == "birds"
+    elsewhere = client(uri).create_experiment("of the sweep")
+    parent = client(uri).create_run(elsewhere)
+    child = make(parent_run_id=parent.info.run_id)
+    assert child.finish("FINISHED")
+    assert client(uri).get_run(str(child.run_id)).info.experiment_id == elsewhere
 
 
 def test_passwords_in_a_uri_are_not_shown(make: Callable[..., Tracker], said: list[str]) -> None:

@@ -70,6 +70,16 @@ def test_what_may_be_meant_passes(words):
     early.refuse(words.split(), NAMES, "pretrain")
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("MLFLOW_RUN_ID", "unset it"), ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")],
+)
+def test_an_id_of_mlflow_is_refused_with_the_way_out(monkeypatch, capsys, name, remedy):
+    monkeypatch.setenv(name, "12")
+    assert script.run_pretrain(["mae-digits"], "", "pretrain", 0.0) == 2
+    assert remedy in capsys.readouterr().err
+
+
 def test_a_typo_costs_no_import_of_torch_or_ray():
     code = (
         "import sys; sys.argv = ['selfray', 'pretrain', 'mae-imagnet']\n"

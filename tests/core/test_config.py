@@ -152,3 +152,16 @@ def test_a_field_that_came_later_is_what_it_was_before_where_a_file_lacks_it(mon
     assert config.to_json(Grown())["changed"] is False
     assert config.from_json({"type": "selfray.x:Grown"}) == Grown(1, True)
     assert config.loads(config.dumps(Grown(2, False))) == Grown(2, False)
+
+
+def test_a_value_of_another_type_is_refused_by_the_field_s_name() -> None:
+    written = config.to_json(experiment())
+    for field, value, kind in (
+        ("epochs", "many", "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("worker_resources", 1, "text"),
+        ("data", {"path": "x"}, "a DataConfig"),
+        ("precision", "float1", "one of float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"Experiment: {field} must be {kind}.*, got "):
+            config.from_json(written | {field: value})

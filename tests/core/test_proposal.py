@@ -1,10 +1,13 @@
 """What `selfray pretrain auto` proposes: commands that are understood, for any facts."""
 
 import itertools
+from typing import Any
 
 import pytest
 
 from selfray.commands import early, script
+from selfray.commands.auto import Opened
+from selfray.experiment import DataConfig
 from selfray.recipes import NAMES, every
 from selfray.recipes.proposal import Facts, propose
 
@@ -44,3 +47,12 @@ def test_flags_that_the_user_gives_are_not_proposed():
     assert "--epochs" not in words
     assert "--encoder.layers" not in words
     assert "--batch-size" in words
+
+
+def test_the_proposed_run_takes_the_data_that_is_open_unless_its_flags_read_it_otherwise():
+    sets: Any = object()
+    opened = Opened(DataConfig("embedded:digits", label_column="label"), sets)
+    words = [*propose(Facts(1_200, 8, 2, gpus=0)).words, "--data.path", "embedded:digits"]
+    labelled = [*words, "--data.label-column", "label"]
+    assert opened.for_run(script.parse(RECIPES, labelled, "", "pretrain")) is sets
+    assert opened.for_run(script.parse(RECIPES, words, "", "pretrain")) is None

@@ -5,13 +5,15 @@ import fcntl
 import json
 import logging
 import os
+import posixpath
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from selfray.cluster.runtime import NO_TELEMETRY
 from selfray.masking import masked, masked_json
@@ -42,10 +44,15 @@ def tracking_uri(output: Location | str, explicit: str | None = None) -> str:
     if not uri:
         place = Location.of(output)
         folder = place.path if place.is_local else local_runs()
-        return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+        return sqlite_uri(os.path.join(folder, "mlflow.db"))
     database = database_file(uri)
     # Absolute, because other processes with other working directories read the recorded URI.
-    return uri if database is None else f"sqlite:///{os.path.abspath(database)}"
+    return uri if database is None else sqlite_uri(os.path.abspath(database))
+
+
+def experiment_name() -> str:
+    """The MLflow experiment of runs: MLFLOW_EXPERIMENT_NAME, else selfray."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "selfray"
 
 
 def named_store(
@@ -150,7 +157,39 @@ def locked(database: str | None) -> Iterator[None]:
 def database_file(uri: str) -> str | None:
     """The file of a sqlite URI; None for any other."""
     match = re.fullmatch(r"sqlite:///([^?]+?)(\?.*)?", uri)
-    return None if match is None or match[1] == ":memory:" else match[1]
+    return None if match is None or match[1] == ":memory:" else unquote(match[1])
+
+
+def sqlite_uri(path: str) -> str:
+    """The URI of a SQLite file, with the characters encoded that mean something in URIs."""
+    return "sqlite:///" + re.sub("[%?#]", lambda match: quote(match[0]), path)
+
+
+def remove_stray_folder(uri: str) -> None:
+    """Remove the empty folder that MLflow 3.17 creates under the encoded name of a SQLite file's
+    folder."""
+    path = uri.removeprefix("sqlite:///")
+    if database_file(uri) not in (None, path):
+        with suppress(OSError):  # it is not there, or not empty
+            os.removedirs(os.path.dirname(path))
+
+
+def artifact_root(uri: str, run: str) -> str | None:
+    """The folder for MLflow's files; None for a server, which decides itself. For a database,
+    MLflow would use ./mlruns.
+
+    Args:
+        uri: the MLflow store.
+        run: the folder of a run.
+    """
+    if not uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
+        return None
+    database = database_file(uri)
+    folder = posixpath.dirname(run) if database is None else os.path.dirname(database)
+    root = posixpath.join(folder, "mlartifacts")
+    # MLflow decodes plain paths as well.
+    is_odd = "://" not in root and re.search("[%?#]", root)
+    return Path(root).absolute().as_uri() if is_odd else root
 
 
 def local_runs() -> str:

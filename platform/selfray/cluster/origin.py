@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from selfray import config, recipes
-from selfray.cluster.mlflow_store import DataSetInput, tracking_uri
+from selfray.cluster.mlflow_store import DataSetInput, experiment_name, tracking_uri
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
@@ -32,7 +32,7 @@ def tracker_of(
     params = {k: v for k, v in config.flatten(config.to_json(experiment)).items() if v is not None}
     return Tracker(
         tracking_uri(Location.of(experiment.output), tracking),
-        "selfray",
+        experiment_name(),
         part.title or run.name,
         run,
         params | dict(part.params),

@@ -23,10 +23,12 @@ from selfray.check import require
 from selfray.cluster.mlflow_store import (
     QUIET_AND_QUICK,
     DataSetInput,
+    artifact_root,
     as_input,
     database_file,
     locked,
     quiet_logs,
+    remove_stray_folder,
 )
 from selfray.masking import masked
 from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL, read_object
@@ -181,6 +183,7 @@ class Shipper:
         with locked(database_file(self.tracked.uri)):
             client = MlflowClient(tracking_uri=self.tracked.uri)
             client.get_experiment_by_name(self.tracked.experiment_name)
+            remove_stray_folder(self.tracked.uri)
 
         self._shipped = read_object(self.tracked.run_folder / SHIPPED)
         if "key" not in self._shipped:
@@ -260,6 +263,8 @@ class Shipper:
     def _find_or_create_experiment(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
 
+        if self.tracked.parent_run_id is not None:
+            return client.get_run(self.tracked.parent_run_id).info.experiment_id
         # Not mlflow.set_experiment: if another process creates it first, that picks "Default".
         experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         if experiment is not None:
@@ -267,7 +272,7 @@ class Shipper:
         try:
             return client.create_experiment(
                 self.tracked.experiment_name,
-                artifact_location=self._artifact_root(),
+                artifact_location=artifact_root(self.tracked.uri, self.tracked.run_folder.uri),
                 # Without it, MLflow shows a language-model page where the runs are not visible.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
@@ -277,19 +282,6 @@ class Shipper:
         experiment = client.get_experiment_by_name(self.tracked.experiment_name)
         assert experiment is not None
         return experiment.experiment_id
-
-    def _artifact_root(self) -> str | None:
-        """The folder for MLflow's files; None for a server, which decides itself. For a database,
-        MLflow would use ./mlruns."""
-        if self.tracked.uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-            database = database_file(self.tracked.uri)
-            output = (
-                posixpath.dirname(self.tracked.run_folder.uri)
-                if database is None
-                else (os.path.dirname(database))
-            )
-            return posixpath.join(output, "mlartifacts")
-        return None
 
     def _ship_records(self, client: "MlflowClient") -> bool:
         """Send the next piece of the spool; returns whether there was one."""

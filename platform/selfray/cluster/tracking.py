@@ -8,6 +8,7 @@ import io
 import json
 import os
 import posixpath
+import shlex
 import shutil
 import time
 import uuid
@@ -132,7 +133,8 @@ class Tracker(Tracked):
             return f"MLflow: {where}: {self.run_url or self._shipper.shown_uri}"
         if database == os.path.join(local_runs(), "mlflow.db"):
             return f"MLflow: {where}: look at it with `make ui`"
-        return f"MLflow: {where}: look at it with `mlflow ui --backend-store-uri {self.uri}`"
+        command = f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+        return f"MLflow: {where}: look at it with `{command}`"
 
     def finish(self, status: Status, seconds: float = 30.0) -> bool:
         """Send the rest and close the MLflow run within `seconds`; returns whether all was sent.

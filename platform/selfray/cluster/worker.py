@@ -13,6 +13,7 @@ import ray
 
 from selfray.cluster.endings import FAILURE, recorded_failure, root_cause, would_repeat
 from selfray.cluster.task import WorkerTask
+from selfray.imports import uncollected
 from selfray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     if recorded_failure(record, task.launch) is not None:
         return
     ray.remote(num_cpus=min(1.0, task.data_cpus))(_load_data_libraries).remote()
-    from selfray.cluster.training import run
+    with uncollected():
+        from selfray.cluster.training import run
 
     try:
         run(task)
@@ -47,4 +49,5 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
 def _load_data_libraries() -> None:
     """Import the data libraries in a new process, before its first data task arrives."""
-    import selfray.data.source  # noqa: F401
+    with uncollected():
+        import selfray.data.source  # noqa: F401

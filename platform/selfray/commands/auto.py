@@ -3,9 +3,11 @@
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from selfray.check import require
 from selfray.cluster import runtime
 from selfray.commands import early
 from selfray.commands.script import log_folder, one_line_errors, run_pretrain, with_console
@@ -14,6 +16,7 @@ from selfray.recipes.proposal import Facts, Proposal, propose
 if TYPE_CHECKING:
     from selfray.console import Console
     from selfray.data.data_sets import DataSets
+    from selfray.experiment import DataConfig, Experiment
 
 AUTO = """Propose a recipe and its settings for these images and these machines.
 
@@ -36,14 +39,16 @@ def run(arguments: Sequence[str], prog: str) -> int:
     def main() -> int:
         words = [word for word in arguments if word != "--yes"]
         given = {flag: " ".join(values) for flag, values in early.given_flags(words)}
-        path, output = given.get("--data.path"), given.get("--output", "runs")
+        path, output = given.get("--data.path"), runtime.lasting(given.get("--output", "runs"))
         if not path:
             raise ValueError(f"{prog} auto needs --data.path, a folder of images or shards")
         early.check_path(path, "--data.path")
         proposed: list[str] = []
+        opened: list[Opened] = []
 
         def look(console: "Console") -> int:
-            found = proposal(path, given.get("--data.test-path"), output, console)
+            opened.append(Opened.of(given, output, console))
+            found = proposal(opened[0].sets, console)
             proposed.extend([*found.without(set(given)).words, *words])
             for reason in found.reasons:
                 console.say(f"  {reason}")
@@ -54,25 +59,52 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
         # The proposal and the run share one Ray session.
         with runtime.session():
-            code = with_console(log_folder(runtime.lasting(output)), look)
+            code = with_console(log_folder(output), look)
             if code or "--yes" not in arguments:
                 return code
-            return run_pretrain(proposed, AUTO, prog, started)
+            return run_pretrain(proposed, AUTO, prog, started, opened=opened[0].for_run)
 
     return one_line_errors(main)
 
 
-def proposal(path: str, test_path: str | None, output: str, console: "Console") -> Proposal:
-    """The proposal for the images at a path and the running Ray cluster. Prints the image size and
-    the CPUs and GPUs that it found."""
-    from selfray.cluster.build import build_told
-    from selfray.data.data_sets import open_data
-    from selfray.experiment import DataConfig
-    from selfray.storage import Location
+@dataclass(frozen=True)
+class Opened:
+    """The data that the proposal is for, so that the proposed run need not open it again."""
 
-    console.live("opening the data")
-    data = DataConfig(path=path, test_path=test_path)
-    opened = open_data(data, Location.of(output), console.say, build_told)
+    settings: "DataConfig"
+    sets: "DataSets"
+
+    @classmethod
+    def of(cls, given: Mapping[str, str], output: str, console: "Console") -> "Opened":
+        """Open the data that flags name, and print what was understood of it."""
+        from selfray.cluster.build import build_told
+        from selfray.data.data_sets import open_data
+        from selfray.experiment import DataConfig
+        from selfray.runs import record
+        from selfray.storage import Location
+
+        channels = given.get("--data.channels", f"{DataConfig.channels}")
+        require(channels.isdigit(), f"--data.channels takes a whole number, got {channels}")
+        settings = DataConfig(
+            given["--data.path"],
+            given.get("--data.test-path"),
+            given.get("--data.image-column"),
+            label_column=given.get("--data.label-column"),
+            channels=int(channels),
+        )
+        console.live("opening the data")
+        folder = Location.of(output)
+        with record.exclusive(folder, console.say):
+            return cls(settings, open_data(settings, folder, console.say, build_told))
+
+    def for_run(self, experiment: "Experiment") -> "DataSets | None":
+        """The data sets, if this is the data of an experiment."""
+        return self.sets if self.settings.opens_as(experiment.data) else None
+
+
+def proposal(opened: "DataSets", console: "Console") -> Proposal:
+    """The proposal for these images and the running Ray cluster. Prints the image size and the CPUs
+    and GPUs that it found."""
     cluster = runtime.cluster_resources()
     facts = Facts(opened.train.rows, _side(opened), int(cluster.cpus), int(cluster.gpus))
     console.say(

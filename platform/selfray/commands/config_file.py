@@ -77,6 +77,7 @@ def merged(base: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
             new[name] = merged(held, value, f"{prefix}{name}.")
         else:
             new[name] = _typed(f"{prefix}{name}", config.from_json(value), held)
+        config.require_type(type(base), name, new[name])
     return dataclasses.replace(base, **new)
 
 

@@ -206,11 +206,15 @@ def exposure(addresses: Collection[str], has_token: bool) -> Finding:
 
 
 def _mlflow(tracking: str | None) -> Finding:
-    from selfray.cluster.mlflow_store import count_mlflow_experiments, tracking_uri
+    from selfray.cluster.mlflow_store import (
+        count_mlflow_experiments,
+        database_file,
+        tracking_uri,
+    )
 
     uri = tracking_uri(Location.of("runs"), tracking)
-    database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).exists():
+    database = database_file(uri)
+    if database is not None and not Path(database).exists():
         return Finding("ok", f"{database} will be created by the first run")
     try:
         where, experiments = count_mlflow_experiments(uri)

@@ -56,6 +56,16 @@ def refuse(arguments: Sequence[str], recipes: Iterable[str], prog: str) -> None:
             check_path(values[0], flag)
 
 
+def refuse_mlflow_ids() -> None:
+    """Raise ValueError for variables by which MLflow's users name a run or an experiment by id. A
+    run of selfray has a run of its own, which it finds again by its folder."""
+    for name, instead in (
+        ("MLFLOW_RUN_ID", "each run of selfray has one of its own: unset it"),
+        ("MLFLOW_EXPERIMENT_ID", "name the experiment by MLFLOW_EXPERIMENT_NAME and unset it"),
+    ):
+        require(not os.environ.get(name), f"{name} is set, but {instead}")
+
+
 def flags_of(recipe: str) -> Mapping[str, str] | None:
     """A recipe's flags with the type of value each takes, such as FLOAT; None for an unknown
     recipe."""

@@ -21,11 +21,13 @@ from selfray.commands.flags import EXPERIMENT_FLAGS, BadSetting, read
 from selfray.commands.start_flags import with_encoder_of_start
 from selfray.commands.words import nearest
 from selfray.console import Console, LogFormatter, discard, printable, quiet_console
+from selfray.imports import uncollected
 from selfray.recipes import NAMES, every
 from selfray.storage import Location
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `selfray shards` needs none
     from selfray.cluster.launch import RunResult
+    from selfray.data.data_sets import DataSets
     from selfray.experiment import Experiment
 
 FAILED = 1
@@ -45,6 +47,7 @@ def run_pretrain(
     started: float,
     recipes: "Callable[[], Mapping[str, Experiment]]" = every,
     then: "Callable[[Experiment, RunResult, Console], None] | None" = None,
+    opened: "Callable[[Experiment], DataSets | None]" = lambda _: None,
 ) -> int:
     """Run a pretraining command: parse, launch, report, and call `then`. Returns the exit code.
 
@@ -55,6 +58,7 @@ def run_pretrain(
         started: time.time() at the command's start, from which the time to the first step counts.
         recipes: returns the recipes that the command accepts; called late, as it imports torch.
         then: called with the experiment and its result after the run has finished.
+        opened: returns the experiment's data sets if the caller has opened them, else None.
     """
 
     def main() -> int:
@@ -65,12 +69,14 @@ def run_pretrain(
         words = plugins.take(arguments)
         own = plugins.recipes()
         early.refuse(words, (*NAMES, *own), prog)
+        early.refuse_mlflow_ids()
         ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
-            experiment = parse({**recipes(), **own}, words, description, prog)
+            with uncollected():
+                experiment = parse({**recipes(), **own}, words, description, prog)
             return with_console(
                 log_folder(experiment.output),
-                lambda console: _launch(experiment, console, ray, started, then),
+                lambda console: _launch(experiment, console, ray, started, then, opened),
             )
         finally:
             ray.stop()
@@ -171,12 +177,14 @@ def _launch(
     ray: runtime.Starting,
     started: float,
     then: "Callable[[Experiment, RunResult, Console], None] | None",
+    opened: "Callable[[Experiment], DataSets | None]",
 ) -> int:
-    from selfray.cluster.launch import launch
+    with uncollected():
+        from selfray.cluster.launch import launch
 
     console.live("starting Ray")
     with ray.session(console.say):
-        result = launch(experiment, console, started=started)
+        result = launch(experiment, console, started=started, opened=opened(experiment))
     if experiment.log_model and then is None and result.stopped is None:
         from selfray.cluster.logged_model import log_encoder
 

@@ -11,6 +11,7 @@ from selfray.commands.flags import flag
 from selfray.commands.script import log_folder, with_console
 from selfray.commands.words import nearest
 from selfray.console import Console
+from selfray.imports import uncollected
 from selfray.metrics import ProbeName
 from selfray.recipes import NAMES
 from selfray.sweeps.searches import SEARCHES, SearchName
@@ -141,12 +142,14 @@ def run_sweep(flags: SweepFlags, ray: runtime.Starting) -> int:
     """Run the sweep that `flags` describe. Returns the exit code, 1 if any run failed."""
     from selfray.sweeps.possible import refuse_impossible
 
-    base = flags.base()
+    with uncollected():
+        base = flags.base()
     question = flags.question(base)
     refuse_impossible(base, question)  # before Ray is up
 
     def body(console: Console) -> int:
-        from selfray.cluster.sweep.run import sweep
+        with uncollected():
+            from selfray.cluster.sweep.run import sweep
 
         with ray.session(console.say):
             result = sweep(base, question, flags.asks, console, at_once=flags.at_once)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from selfray.cluster import runtime
+from selfray.commands import early
 from selfray.commands.flags import read
 from selfray.commands.script import one_line_errors
 from selfray.commands.sweep_flags import SweepFlags, run_sweep
@@ -160,6 +161,7 @@ def run(kind: type[SweepFlags], arguments: Sequence[str], description: str, prog
     def main() -> int:
         flags = read(kind, arguments, prog, description=description)
         flags.check_early()
+        early.refuse_mlflow_ids()
         ray = runtime.Starting()  # Ray's processes start while torch is imported
         try:
             return run_sweep(flags, ray)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from selfray import distributed
+from selfray import distributed, imports
 from selfray.check import require, require_one_of
 from selfray.config import added
 from selfray.models import names, resnet, vit
@@ -283,7 +283,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        import timm  # takes seconds, and most processes that read a config build no encoder
+        imports.postpone_compiler()
+        with imports.uncollected():
+            import timm  # takes seconds, and most processes that read a config build no encoder
 
         self.config = config
         try:

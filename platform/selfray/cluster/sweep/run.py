@@ -12,7 +12,7 @@ from typing import Any
 from selfray import config
 from selfray.cluster import runtime
 from selfray.cluster.build import build_told
-from selfray.cluster.mlflow_store import asking_mlflow, tracking_uri
+from selfray.cluster.mlflow_store import asking_mlflow, experiment_name, tracking_uri
 from selfray.cluster.shipping import Status
 from selfray.cluster.sweep.generations import evolve
 from selfray.cluster.sweep.plan import Asking, SweepPlan, asked, fitting, placed
@@ -231,7 +231,7 @@ def _parent(
         **{f"sweep.{axis.name}": axis.described for axis in question.axes},
     }
     tags = {**environment_tags(), "sweep.question": words, "run.folder": folder.uri}
-    return Tracker(uri, "selfray", folder.name, folder, params, tags, say=console.say)
+    return Tracker(uri, experiment_name(), folder.name, folder, params, tags, say=console.say)
 
 
 # While it runs

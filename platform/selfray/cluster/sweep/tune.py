@@ -155,7 +155,7 @@ def run_tasks(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=at_once,
-            reuse_actors=False,
+            reuse_actors=True,  # a new process would import torch, Ray Train and MLflow again
         ),
         run_config=tune.RunConfig(
             # A new name for each start; otherwise Tune would reuse the folder of an old one.
