@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from tyro.conf import Positional
 
 from selfray.report.canvas import new_axes, new_figure, put_text, render, x_label
 from selfray.report.style import CAPTION, INK, MARGIN, MUTED, PALETTE, WIDTH, paler
@@ -54,7 +55,7 @@ def draw(measured: dict[str, Any], title: str, path: Path) -> None:
     render(figure).save(path, optimize=True)
 
 
-def main(file: Path, case: str, picture: Path) -> None:
+def main(file: Positional[Path], case: Positional[str], picture: Positional[Path]) -> None:
     """Draw the last round of a case of `start.py --output FILE`."""
     draw(json.loads(file.read_text())[case][-1], f"Processes of {case}", picture)
 

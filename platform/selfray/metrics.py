@@ -56,6 +56,12 @@ comparable between temperatures or mask ratios."""
 EVALUATION = "eval/"
 """Before <data>/<protocol> in the metrics that `selfray evaluate` logs."""
 
+SCRATCH = "-from-scratch"
+"""After the protocol in the metrics of the same network trained from scratch, which are logged to
+the encoder's run."""
+LOW, HIGH = "/low", "/high"
+"""After the protocol in the ends of its 95 % interval."""
+
 _SHARES: dict[str, Any] = {"unit": "%", "sign": 1, "is_accuracy": True}
 EVALUATIONS = {
     "knn": Metric("kNN", "kNN accuracy, k chosen", **_SHARES),
@@ -104,6 +110,8 @@ def evaluation(name: str) -> Metric | None:
     if len(parts) != 3 or f"{parts[0]}/" != EVALUATION:
         return None
     _, data, key = parts
+    is_scratch = key.endswith(SCRATCH)
+    key = key.removesuffix(SCRATCH)
     known = max(
         (k for k in EVALUATIONS if key == k or key.startswith(f"{k}-")), key=len, default=""
     )
@@ -111,8 +119,14 @@ def evaluation(name: str) -> Metric | None:
         return None
     metric = EVALUATIONS[known]
     rest = key[len(known) + 1 :].replace("pct", " %").replace("-", ", ")
-    head = f"{metric.name} {rest}".strip()
-    return replace(metric, name=f"{data}: {head}", title=f"{data}: {metric.title} {rest}".strip())
+    end = f"{f' {rest}' if rest else ''}{', from scratch' if is_scratch else ''}"
+    return replace(metric, name=f"{data}: {metric.name}{end}", title=f"{data}: {metric.title}{end}")
+
+
+def is_end(name: str) -> bool:
+    """Whether a metric is an end of the interval of a figure that `evaluation` knows."""
+    figure = name.removesuffix(LOW).removesuffix(HIGH)
+    return figure != name and evaluation(figure) is not None
 
 
 def probe_name(probe: str) -> str:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import safetensors
+import timm
 import torch
 from PIL import Image
 
@@ -31,6 +32,8 @@ from selfray.commands.flags import BadSetting
 from selfray.config import override
 from selfray.console import Console
 from selfray.data import writer
+from selfray.data.data_sets import remember
+from selfray.data.shard_set import open_shards
 from selfray.experiment import DataConfig, ProbeConfig
 from selfray.pixels import codecs
 from selfray.probes.features import ProbeResult, embed
@@ -454,6 +457,21 @@ def test_the_exported_weights_say_where_they_come_from(typed, trained, tmp_path)
     assert header["selfray_version"]
 
 
+def test_an_export_keeps_the_classes_of_the_run_s_images(typed, run_folder, tmp_path):
+    encoded, labels = labelled_pictures(4)
+    writer.write_arrays(tmp_path / "birds", encoded, labels, label_names=("owl", "tit"))
+    uri = str(next((tmp_path / "birds").glob("*.parquet")))
+    remember(open_shards([uri], uri), Location.of(run_folder))
+    said = typed("export", run_folder, "--to", "timm", "--output", "encoder")
+    assert said.code == 0, said.text
+    timms = json.loads((tmp_path / "encoder" / "config.json").read_text())["pretrained_cfg"]
+    assert timms["label_names"] == ["owl", "tit"]
+    with safetensors.safe_open(tmp_path / "encoder" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["label_names"]) == ["owl", "tit"]
+    model: Any = timm.create_model(f"local-dir:{tmp_path}/encoder", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["owl", "tit"]
+
+
 def test_an_export_for_hugging_face_has_a_model_card(typed, trained, tmp_path):
     said = typed("export", trained / "mae", "--to", "huggingface", "--output", "encoder")
     assert said.code == 0, said.text
@@ -462,6 +480,7 @@ def test_an_export_for_hugging_face_has_a_model_card(typed, trained, tmp_path):
     assert "pretrained without labels by mae" in card
     assert f"| images | {trained}/data |" in card
     assert "AutoModel.from_pretrained" in said.text
+    assert "AutoModel.from_pretrained('PATH_OF_THIS_FOLDER')" in card
 
 
 @pytest.mark.parametrize("name", ["mae", "simclr"])
@@ -804,12 +823,14 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     command = (*command, "--labels", 4, "--json", "e.json", "--pictures", "shown")
     said = typed(*command, "--tracking", uri)
     assert said.code == 0, said.text
-    assert "data: 40 train and 20 test images, 2 classes" in said.lines
-    heads = next(line.split() for line in said.lines if line.lstrip().startswith("knn"))
+    name = trained.parent.name
+    assert f"{name}: 40 train and 20 test images, 2 classes" in said.lines
+    # A wide table is printed in blocks.
+    heads = [head for line in said.lines if line.startswith("  ") for head in line.split()]
     assert heads == ["knn", "linear", "logistic", "retrieval", "mAP", "labels-4", "seconds"]
     written = json.loads((tmp_path / "e.json").read_text())["data"][0]
     assert written["classes"] == ["0", "1"]
-    assert list(written["encoders"]) == ["mae-step-00000002", "untrained", "model.safetensors"]
+    assert list(written["encoders"]) == ["mae", "untrained", "model.safetensors"]
     for found in written["encoders"].values():
         knn = found["protocols"]["knn"]
         assert knn["low"] <= knn["value"] <= knn["high"]
@@ -817,10 +838,10 @@ def test_an_evaluation_makes_one_table_of_several_encoders_and_repeats_nothing(
     from mlflow import MlflowClient
 
     run = MlflowClient(tracking_uri=uri).get_run(run_id)
-    value = written["encoders"]["mae-step-00000002"]["protocols"]["logistic"]["value"]
-    assert run.data.metrics["eval/data/logistic"] == pytest.approx(value)
-    assert "eval/data/retrieval/recall_at_5" in run.data.metrics
-    assert run.data.tags["eval.data.knn.protocol"].startswith("knn-v2 (")
+    value = written["encoders"]["mae"]["protocols"]["logistic"]["value"]
+    assert run.data.metrics[f"eval/{name}/logistic"] == pytest.approx(value)
+    assert f"eval/{name}/retrieval/recall_at_5" in run.data.metrics
+    assert run.data.tags[f"eval.{name}.knn.protocol"].startswith("knn-v2 (")
 
     features = sorted((trained / "mae" / "features").glob("*/part-*"))
     times = [file.stat().st_mtime_ns for file in features]

@@ -1,5 +1,6 @@
 """What the studies vary, without running them."""
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import MAE, VIT, experiment
-from selfray.commands.evaluation_text import _label_efficiency
+from selfray.commands.evaluation_text import label_efficiency_of
 from selfray.commands.studies import StudyBatch, StudyData, StudyLabels, _is_in
+from selfray.console import Console
 from selfray.data.data_sets import open_data
 from selfray.data.reader import read_rows
 from selfray.data.writer import write_arrays
@@ -130,11 +132,38 @@ class Found:
 def test_the_sentence_says_up_to_how_many_labels_pretraining_pays():
     tuned = Found("mae", {20: 0.8, 50: 0.9, 100: 0.95}, "finetune-v1 (epochs 1)")
     scratch = Found("s", {20: 0.4, 50: 0.7, 100: 0.99}, "finetune-v1 (from_scratch True)")
-    (line,) = _label_efficiency([tuned, scratch])  # type: ignore[list-item]
+    (line,) = label_efficiency_of([tuned, scratch])  # type: ignore[list-item]
     assert line.startswith(
         "mae, fine-tuned: pretraining pays up to 50 of the tried numbers of labels"
     )
     assert "there by 20.0 points [" in line
     assert line.endswith("; from scratch is better at 100")
-    (line,) = _label_efficiency([scratch, Found("mae", {20: 0.4}, "finetune-v1")])  # type: ignore[list-item]
+    (line,) = label_efficiency_of([scratch, Found("mae", {20: 0.4}, "finetune-v1")])  # type: ignore[list-item]
     assert "no gain of pretraining over training from scratch" in line
+
+
+@pytest.mark.long
+def test_a_study_of_labels_has_one_parent_with_the_answer_in_mlflow(tmp_path, ray_session):
+    from mlflow import MlflowClient
+
+    output = tmp_path / "runs"
+    study = StudyLabels(epochs=1, labels=(20, 40), subsets=1, finetune_epochs=2, output=str(output))
+    said = io.StringIO()
+    assert study.run(Console(said, None)) == 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{output}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "selfray")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in runs}
+    (study_run,) = (run for run in runs if parents[run.info.run_id] is None)
+    assert str(study_run.info.run_name).startswith("study-labels-")
+    assert study_run.info.status == "FINISHED"
+    assert "fine-tuned: " in study_run.data.tags["sweep.answer"]
+    assert study_run.data.tags["sweep.answer"] in said.getvalue()
+    (pretraining,) = (run for run in runs if parents[run.info.run_id] == study_run.info.run_id)
+    assert str(pretraining.info.run_name).startswith("mae-digits-")
+    names = {name for name in pretraining.data.metrics if name.count("/") == 2}
+    assert "eval/digits/labels-20-finetune-from-scratch" in names
+    tuned = [run for run in runs if parents[run.info.run_id] == pretraining.info.run_id]
+    assert len(tuned) == 4  # two numbers of labels, pretrained and from scratch
+    pictures = client.list_artifacts(study_run.info.run_id, "pictures")
+    assert [picture.path for picture in pictures] == ["pictures/labels.png"]

@@ -302,14 +302,16 @@ def test_what_spoils_a_number_is_said():
 # What is larger than the memory
 
 
-@pytest.mark.parametrize("name", ["linear", "retrieval"])
+@pytest.mark.parametrize("name", ["knn", "linear", "logistic", "retrieval"])
 def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkeypatch):
     train, test = gallery(100, 0, 4.0), gallery(30, 1, 4.0)
     protocol = getattr(FAST, name)
+    monkeypatch.setattr("selfray.probes.logistic.FEW", 0)  # a tenth is held out, as of many images
     whole = judge(name, protocol, train, test)
-    for module in ("linear", "retrieval", "classifier"):
+    for module in ("knn", "linear", "logistic", "retrieval", "classifier"):
         monkeypatch.setattr(f"selfray.probes.{module}.CHUNK_ROWS", 7)
-        monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
+        if module != "knn":
+            monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
     parts = judge(name, protocol, train, test)
     assert np.allclose(parts.scores, whole.scores)
     assert dict(parts.chosen) == dict(whole.chosen)
@@ -319,27 +321,40 @@ def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkey
 
 
 def test_numbers_of_an_evaluation_have_rows_of_their_own_and_their_intervals_none():
-    from selfray.metrics import evaluation
+    from selfray.metrics import evaluation, is_end
 
     found = evaluation("eval/digits/low-shot-10pct-finetune")
     assert found is not None
     assert found.name == "digits: low-shot 10 %, finetune"
     assert (found.unit, found.sign) == ("%", 1)
     assert evaluation("eval/digits/linear-paper").name == "digits: linear-paper"  # type: ignore[union-attr]
+    scratch = evaluation("eval/digits/labels-20-finetune-from-scratch")
+    assert scratch is not None
+    assert scratch.name == "digits: few labels 20, finetune, from scratch"
     for name in ("eval/digits/knn/low", "eval/digits/unknown", "probe/knn", "loss"):
         assert evaluation(name) is None
+    assert [
+        is_end(f"eval/digits/{name}") for name in ("knn/low", "knn/balanced", "x/low", "knn")
+    ] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_the_comparison_page_has_a_column_for_each_protocol_of_any_run():
     from selfray.report.page import write_page
     from selfray.runs.ranking import ComparedRun
 
-    curves = {"eval/digits/finetune": [(40, 0.975)], "eval/digits/finetune/low": [(40, 0.9)]}
+    ends = {"": 0.975, "/low": 0.9, "/high": 0.99, "-from-scratch": 0.6}
+    curves = {f"eval/digits/finetune{end}": [(40, value)] for end, value in ends.items()}
     runs = [
         ComparedRun("judged", "", "finished", curves=curves),
         ComparedRun("other", "", "finished"),
     ]
     page = write_page(runs, "t")
     assert page.count(">digits: fine-tuned</button>") == 1
-    assert "97.5%" in page
+    assert "97.5%<small>[90.0, 99.0]</small>" in page
+    assert page.count(">digits: fine-tuned, from scratch</button>") == 1
     assert "finetune/low" not in page.partition("<script")[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from selfray.cluster.mlflow_store import experiment_name, mlflow_tags, named_store
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
+from selfray.metrics import evaluation
 from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training, read_object
 from selfray.runs.spool import SpoolWriter
 from selfray.storage import Location
@@ -61,7 +62,8 @@ def log_to_run(
     # Logging a number does not change the status of the run.
     if not tracker.finish(shipped.get("status") or "KILLED"):
         return False
-    shown = list(values)[:MOST_NAMES]
+    main = [name for name in values if evaluation(name) is not None] or list(values)
+    shown = main[:MOST_NAMES]
     rest = len(values) - len(shown)
     console.say(f"logged as {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
     console.say(tracker.describe())

@@ -4,7 +4,7 @@ ones."""
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 import ray
@@ -14,6 +14,7 @@ from selfray.storage import Location
 
 WAITING = 3
 """Number of tasks per CPU that are submitted at a time."""
+Result = TypeVar("Result")
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -53,7 +54,7 @@ def write_embeddings(
     for block in sorted(known):
         on_block(_rows_asked(job, block))
     rows: dict[int, int] = {}
-    for block, count in _written(job, folder, missing, devices):
+    for block, count in in_blocks(_write_block, (job, folder.uri), missing, devices):
         rows[block] = count
         on_block(_rows_asked(job, block))
     for block in known:
@@ -62,27 +63,29 @@ def write_embeddings(
     return Written(images, len(job.rows) - images, len(missing))
 
 
-def _written(
-    job: Embedding, folder: Location, blocks: Sequence[int], devices: Devices
-) -> Iterator[tuple[int, int]]:
-    """Yield (block, images in its file) of each block when it is written. Only as many tasks are
-    submitted as keep all CPUs and GPUs busy, so the driver's memory does not grow with the data."""
+def in_blocks(
+    function: Callable[[Any, int], Result], given: object, blocks: Sequence[int], devices: Devices
+) -> Iterator[tuple[int, Result]]:
+    """Yield (block, function(given, block)) of each block when its task is done. Only as many tasks
+    are submitted as keep all CPUs and GPUs busy, so the driver's memory does not grow with the
+    data."""
     if not blocks:
         return
-    task: Any = ray.remote(num_cpus=devices.cpus, num_gpus=devices.gpus)(_write_block)
-    shared = ray.put(job)  # its rows are sent once, not with each task
+    task: Any = ray.remote(num_cpus=devices.cpus, num_gpus=devices.gpus)(function)
+    shared = ray.put(given)  # it is sent once, not with each task
     waiting = list(reversed(blocks))
     running: dict[Any, int] = {}
     most = WAITING * max(2, int(ray.cluster_resources().get("CPU", 1)))
     while waiting or running:
         while waiting and len(running) < most:
             block = waiting.pop()
-            running[task.remote(shared, block, folder.uri)] = block
+            running[task.remote(shared, block)] = block
         (done,), _ = ray.wait(list(running), num_returns=1)
         yield running.pop(done), ray.get(done)
 
 
-def _write_block(job: Embedding, block: int, folder: str) -> int:
+def _write_block(given: tuple[Embedding, str], block: int) -> int:
+    job, folder = given
     return job.write(block, Location.of(folder))
 
 

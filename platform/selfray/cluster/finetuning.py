@@ -130,7 +130,8 @@ def trained(
     except ValueError as error:
         how.console.say(f"{what} gets no parent in MLflow: {error}")
         uri, parent = tracking_uri(home), None
-    part = PartOf(parent, {}, f"{subject.title} on {judged.data.name}, {what}")
+    title = f"{subject.title} on {judged.data.name}, {what}"
+    part = PartOf(parent, {}, title, brief=True)
     launch(experiment, how.console, uri, None, part, data)
     found = latest(Location.of(experiment.output) / experiment.run_name)
     assert found is not None

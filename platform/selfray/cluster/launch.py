@@ -68,7 +68,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class PartOf:
-    """The sweep that a run belongs to."""
+    """The sweep or evaluation that a run belongs to."""
 
     parent_run_id: str | None
     """The sweep's MLflow run; None if the server was not reached."""
@@ -85,6 +85,13 @@ class PartOf:
     on_probe: Callable[[int, ProbeResult], None] | None = None
     """Called with (images seen, result) of every probe, in the probes' thread. On resume it is
     first called for the probes already recorded."""
+    brief: bool = False
+    """Whether the console shows only the run's title, its progress and what goes wrong, and no
+    pictures are drawn."""
+
+    def remark(self, console: Console) -> Callable[[str], None]:
+        """Where lines go that a person needs only for a run that was started by itself."""
+        return log.info if self.brief else console.say
 
     def stop_reason(self) -> str | None:
         """The reason in the stop file; None while there is no such file."""
@@ -125,7 +132,8 @@ def launch(
         part = replace(part, stop_file=(run / STOP).uri)
     check_init_from(experiment)
     check_output(run, checkpoint_bytes(experiment))
-    started_from = starting.keep(experiment, run, console.say)
+    remark = part.remark(console)
+    started_from = starting.keep(experiment, run, remark)
     if opened is None:
         console.live("opening the data")
         with record.exclusive(output, console.say):
@@ -137,11 +145,11 @@ def launch(
         data = replace(data, train=as_started(data.train, run, console.say))
     plan = source_of(experiment, data.train).plan
     placement = place(experiment, runtime.cluster_resources())
-    _say_plan(console, experiment, plan, data, run)
+    _say_plan(console, experiment, plan, data, run, part)
     with record.alone(run):
         finished = _finished_result(run, part)
         if finished is not None:
-            console.say(
+            remark(
                 f"this run is complete, nothing to do: {run}; change a setting, such as --seed "
                 f"{experiment.seed + 1}, for another"
             )
@@ -228,7 +236,7 @@ def _carry_out(
             raise RunFailed("the run ended before its first checkpoint")
         is_whole = reached.step == plan.total_steps
         stopped = None if is_whole else part.stop_reason()
-        if is_whole:
+        if is_whole and not part.brief:
             log_pictures(experiment, run, data, plan, monitor.history, tracker, console)
         if stopped is not None:
             tracker.set_tags({"stopped": stopped})
@@ -259,9 +267,10 @@ def _carry_out(
     )
     ended = "finished" if is_whole else "stopped" if stopped else "paused"
     record.write(run, experiment, ended, given=given_by_user(experiment), result=asdict(result))
-    console.say(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
-    console.say(tracker.describe())
-    console.say(f"again, with another seed: {_repeat_command(experiment, settings)}")
+    remark = part.remark(console)
+    remark(monitor.summary(placement.data_cpus, placement.gpus_per_worker > 0))
+    remark(tracker.describe())
+    remark(f"again, with another seed: {_repeat_command(experiment, settings)}")
     ending = stopped and f"stopped early: {stopped}"
     for line in filter(None, (ending, monitor.verdict())):
         console.say(line)
@@ -309,11 +318,17 @@ def _repeat_command(experiment: Experiment, settings: Location) -> str:
 
 
 def _say_plan(
-    console: Console, experiment: Experiment, plan: ReadPlan, data: DataSets, run: Location
+    console: Console,
+    experiment: Experiment,
+    plan: ReadPlan,
+    data: DataSets,
+    run: Location,
+    part: PartOf,
 ) -> None:
     tail = f" ({plan.tail:,} left over in each epoch)" if plan.tail else ""
+    name = part.title if part.brief and part.title else experiment.run_name
     console.say(
-        f"{experiment.run_name}: {plan.rows:,} images, {experiment.epochs:,} epochs of "
+        f"{name}: {plan.rows:,} images, {experiment.epochs:,} epochs of "
         f"{plan.steps_per_epoch:,} steps of {experiment.batch_size:,}{tail}, "
         f"{experiment.workers} worker{'s' if experiment.max_workers > 1 else ''}"
     )
@@ -322,4 +337,4 @@ def _say_plan(
             "the data has no labels: the encoder is judged by label-free figures, RankMe, "
             "alignment and uniformity"
         )
-    console.say(f"folder: {run}")
+    part.remark(console)(f"folder: {run}")

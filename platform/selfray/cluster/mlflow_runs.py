@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from selfray.check import require
 from selfray.cluster.mlflow_store import asking_mlflow, named_store, tracking_uri
-from selfray.metrics import RATE, SUMMARY, evaluation
+from selfray.metrics import RATE, SUMMARY, evaluation, is_end
 from selfray.report.page import PAGE
 from selfray.runs import reading
 from selfray.runs.folder import RUN_RECORD, read_object
@@ -238,7 +238,7 @@ def _without_folder(named: Named, tracking: str | None) -> ComparedRun:
     curves: dict[str, Points] = {}
     with asking_mlflow(tracking_uri(Location.of("runs"), tracking)) as (client, _):
         for metric in run.data.metrics:
-            if metric in SUMMARY or evaluation(metric) is not None:
+            if metric in SUMMARY or evaluation(metric) is not None or is_end(metric):
                 history = client.get_metric_history(run.info.run_id, metric)
                 curves[metric] = sorted({point.step: point.value for point in history}.items())
     rates = [value for _, value in curves.get(RATE, ())]

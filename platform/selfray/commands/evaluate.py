@@ -19,6 +19,7 @@ from selfray.commands.evaluation_text import (
     tags_of,
 )
 from selfray.commands.finetune_flags import (
+    FineTuned,
     FineTuneFlags,
     LinearPaperFlags,
     with_finetuning,
@@ -35,6 +36,7 @@ from selfray.commands.flags import (
     require_positive,
 )
 from selfray.commands.labelled import (
+    data_names,
     devices_of,
     evaluated,
     labelled_of,
@@ -75,9 +77,11 @@ class Evaluate:
         Positional[tuple[str, ...]],
         flag(
             """Run folder or checkpoint, local, s3:// or gs://; mlruns:/RUN_ID; a file or folder
-            that `selfray export` wrote; timm:NAME with its published weights; or untrained, the
-            first run's encoder before its first step. Several encoders share one table.""",
+            that `selfray export` wrote; timm:NAME with its published weights; or
+            untrained, the encoder of each of the runs before its first step. Several encoders share
+            one table.""",
             "ENCODER",
+            "",
         ),
     ]
     data: Annotated[
@@ -166,6 +170,12 @@ class Evaluate:
             from selfray.commands.segmentation import judge_segmentation
 
             return judge_segmentation(self, self.masks, console)
+        self.judge(console)
+        return 0
+
+    def judge(self, console: "Console") -> "list[list[Judged]]":
+        """Carry out all protocols but segmentation, print a table, write the files that the flags
+        ask for, and log to MLflow. Returns results [encoder][data set]."""
         from selfray.cluster import runtime
         from selfray.data.data_sets import needs_build
 
@@ -176,10 +186,14 @@ class Evaluate:
             if any(needs_build(p) for d in chosen for p in (d.path, d.test_path) if p):
                 console.live("starting Ray")
                 stack.enter_context(runtime.session())
-            sets = [self._open(data, named, console) for data in chosen]
+            names = data_names([data.test_path or data.path for data in chosen])
+            sets = [
+                self._open(data, name, named, console)
+                for data, name in zip(chosen, names, strict=True)
+            ]
             console.live("starting Ray")
             stack.enter_context(runtime.session())
-            results = self._judge(named, sets, suite, console)
+            results, scratch = self._judge(named, sets, suite, console)
         for line in report(results, sets):
             console.say(line)
         if self.json is not None:
@@ -187,8 +201,8 @@ class Evaluate:
             console.say(f"written to {Location.of(self.json)}")
         self._draw(named, results, console)
         if not self.no_track:
-            self._track(named, results, console)
-        return 0
+            self._track(named, results, scratch, console)
+        return results
 
     def _draw(
         self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"
@@ -272,9 +286,10 @@ class Evaluate:
             chosen = [replace(data, group_by=self.group_by) for data in chosen]
         return chosen
 
-    def _open(self, data: "DataConfig", named: Sequence[Named], console: "Console") -> "Labelled":
+    def _open(
+        self, data: "DataConfig", name: str, named: Sequence[Named], console: "Console"
+    ) -> "Labelled":
         opened = open_labelled(data, named[0].output, console)
-        name = slug(data.test_path or data.path)
         return labelled_of(opened, name, self.train_limit, self.test_limit)
 
     def _judge(
@@ -283,8 +298,7 @@ class Evaluate:
         sets: "Sequence[Labelled]",
         suite: "Suite",
         console: "Console",
-    ) -> "list[list[Judged]]":
-        """Results [encoder][data set]."""
+    ) -> "FineTuned":
         from selfray.cluster.evaluation import Subject
         from selfray.probes.embedding import Contents
 
@@ -301,7 +315,7 @@ class Evaluate:
         ]
         which = self._finetuned(suite)
         if not (which or "linear-paper" in self.by):
-            return results
+            return FineTuned(results, [None] * len(results))
         from selfray.cluster.finetuning import Carrying
 
         settings = self.finetune
@@ -309,7 +323,9 @@ class Evaluate:
         if "linear-paper" in self.by:
             alone = replace(how, workers=self.linear_paper.workers)
             results = with_linear_paper(results, self.linear_paper, alone)
-        return with_finetuning(results, settings, which, how) if which else results
+        if not which:
+            return FineTuned(results, [None] * len(results))
+        return with_finetuning(results, settings, which, how)
 
     def _finetuned(self, suite: "Suite") -> "list[Labels]":
         """The sets of labels on which encoders are fine-tuned; empty without fine-tuning."""
@@ -328,19 +344,24 @@ class Evaluate:
         return found
 
     def _track(
-        self, named: Sequence[Named], results: "list[list[Judged]]", console: "Console"
+        self,
+        named: Sequence[Named],
+        results: "list[list[Judged]]",
+        scratch: "list[list[Judged] | None]",
+        console: "Console",
     ) -> None:
         from selfray.cluster.after_run import log_to_run
 
-        for each, judged in zip(named, results, strict=False):
+        for each, judged, alone in zip(named, results, scratch, strict=False):
             if each.run is None or each.checkpoint is None:
                 continue
-            values = {name: v for found in judged for name, v in metrics_of(found).items()}
-            tags = {name: v for found in judged for name, v in tags_of(found).items()}
+            pairs = list(zip(judged, alone or [None] * len(judged), strict=True))
+            values = {name: v for pair in pairs for name, v in metrics_of(*pair).items()}
+            tags = {name: v for pair in pairs for name, v in tags_of(*pair).items()}
             seen = each.checkpoint.images_seen
             pictures = {
-                f"eval/{found.data.name}/{name}": picture
-                for found in judged
-                for name, picture in pictures_of(found).items()
+                f"eval/{pair[0].data.name}/{name}": picture
+                for pair in pairs
+                for name, picture in pictures_of(*pair).items()
             }
             log_to_run(each.run, seen, values, tags, self.tracking, console, pictures)

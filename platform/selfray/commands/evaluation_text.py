@@ -3,12 +3,18 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from selfray.metrics import EVALUATION, SCRATCH
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from selfray.cluster.evaluation import Judged, Labelled, Subject
     from selfray.experiment import DataConfig
     from selfray.probes.judgement import Judgement
+
+
+WIDEST = 110
+"""Characters of a table's widest line."""
 
 
 def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") -> Iterator[str]:
@@ -27,17 +33,34 @@ def report(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         if unreadable := column[0].unreadable:
             yield f"{unreadable:,} images could not be read and are left out"
         yield from map(sizes, (judged.subject for judged in column if judged.subject.encoder))
+        yield from _fewer_labels(column)
         yield ""
         yield from _table(column)
         yield ""
         found = {judged.subject.title: judged.judgements for judged in column}
         yield from verdicts(found, len(first.test))
-        yield from _label_efficiency(column)
+        yield from label_efficiency_of(column)
         yield ""
     if len(sets) > 1:
         yield from _ranks(results, sets)
         yield ""
     yield from _protocols(results)
+
+
+def _fewer_labels(column: "Sequence[Judged]") -> Iterator[str]:
+    """A line if a number of labels was asked for that the train images do not have."""
+    asked = {
+        int(judgement.key.split("-")[1]): judgement.more["labels"]
+        for judged in column
+        for judgement in judged.judgements
+        if judgement.key.startswith("labels-")
+    }
+    fewer = [count for count, used in sorted(asked.items()) if used < count]
+    if fewer:
+        yield (
+            f"--labels {' '.join(map(str, fewer))}: only {len(column[0].examined.train):,} train "
+            "images have labels, and all were used"
+        )
 
 
 def sizes(subject: "Subject") -> str:
@@ -82,18 +105,37 @@ def _table(column: "Sequence[Judged]") -> Iterator[str]:
     rows = [[*row, f"{judged.seconds:.1f}"] for row, judged in zip(rows, column, strict=True)]
     heads.append("seconds")
     titles = [judged.subject.title for judged in column]
-    first = max(map(len, titles))
-    widths = [
-        max(len(head), *(len(row[place]) for row in rows)) for place, head in enumerate(heads)
+    columns = [
+        [f"  {cell:>{max(map(len, cells))}}" for cell in cells]
+        for cells in ([head, *(row[place] for row in rows)] for place, head in enumerate(heads))
     ]
-    yield " " * first + "".join(f"  {h:>{w}}" for h, w in zip(heads, widths, strict=True))
-    for title, row in zip(titles, rows, strict=True):
-        cells = "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
-        yield f"{title:{first}}{cells}".rstrip()
-    yield "in %, with 95 % intervals over test images"
+    yield from _in_blocks(["", *titles], columns)
+    several = any(len(judgement.scores) > 1 for judgement in first_of.values())
+    yield (
+        "in %, with 95 % intervals over test images"
+        + (", and over subsets where the labels are few" if several else "")
+    )
 
 
-def _label_efficiency(column: "Sequence[Judged]") -> Iterator[str]:
+def _in_blocks(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table, one block of lines below the other where it is wider than WIDEST."""
+    first = max(map(len, titles))
+    blocks: list[list[Sequence[str]]] = [[]]
+    for column in columns:
+        width = first + sum(len(other[0]) for other in blocks[-1]) + len(column[0])
+        if blocks[-1] and width > WIDEST:
+            blocks.append([])
+        blocks[-1].append(column)
+    for block in blocks:
+        if block is not blocks[0]:
+            yield ""
+        for title, *cells in zip(titles, *block, strict=True):
+            line = f"{title:{first}}{''.join(cells)}".rstrip()
+            if "".join(cells).strip():  # an encoder may have no figure in a block
+                yield line
+
+
+def label_efficiency_of(column: "Sequence[Judged]") -> Iterator[str]:
     """A line for each fine-tuned encoder: the largest number of labels with which it beats the same
     network from scratch."""
     scratch = {j.key: j for judged in column for j in judged.judgements if _is_scratch(judged, j)}
@@ -153,27 +195,35 @@ def _ranks(results: "Sequence[Sequence[Judged]]", sets: "Sequence[Labelled]") ->
         yield f"{key}: " + ", ".join(f"{title} {rank:.1f}" for title, rank in ranks)
 
 
-def metrics_of(judged: "Judged") -> dict[str, float]:
-    """MLflow metric names -> values: eval/<data>/<protocol> is the protocol's main figure, and
-    eval/<data>/<protocol>/<name> its other figures."""
+def metrics_of(judged: "Judged", scratch: "Judged | None" = None) -> dict[str, float]:
+    """MLflow metric names -> values: eval/<data>/<protocol> is the protocol's main figure,
+    eval/<data>/<protocol>/<name> its other figures, and eval/<data>/<protocol>-from-scratch the
+    figure of `scratch`, the same network trained from scratch."""
     found = {}
-    for judgement in judged.judgements:
-        # MLflow takes no % in a name.
-        prefix = f"eval/{judged.data.name}/{judgement.key.replace('%', 'pct')}"
+    for key, judgement in _logged(judged, scratch):
+        prefix = f"{EVALUATION}{judged.data.name}/{key}"
         for name, value in judgement.numbers().items():
             found[f"{prefix}/{name}" if name else prefix] = value
     return found
 
 
-def tags_of(judged: "Judged") -> dict[str, str]:
+def tags_of(judged: "Judged", scratch: "Judged | None" = None) -> dict[str, str]:
     """MLflow tags: each protocol's version, its settings and the hyper-parameters that were chosen
     on held-out images."""
     return {
-        f"eval.{judged.data.name}.{judgement.key.replace('%', 'pct')}.protocol": (
+        f"eval.{judged.data.name}.{key}.protocol": (
             judgement.protocol + (f"; chosen: {dict(judgement.chosen)}" if judgement.chosen else "")
         )
-        for judgement in judged.judgements
+        for key, judgement in _logged(judged, scratch)
     }
+
+
+def _logged(judged: "Judged", scratch: "Judged | None") -> "Iterator[tuple[str, Judgement]]":
+    """(protocol, as a metric's name may hold it; its judgement)"""
+    for each, end in ((judged, ""), (scratch, SCRATCH)):
+        for judgement in each.judgements if each is not None else ():
+            # MLflow takes no % in a name.
+            yield judgement.key.replace("%", "pct") + end, judgement
 
 
 def as_json(
@@ -228,9 +278,9 @@ def _encoder_json(judged: "Judged") -> dict[str, Any]:
     return {"seconds": judged.seconds, "image_size": judged.subject.size, "protocols": found}
 
 
-def pictures_of(judged: "Judged") -> "dict[str, Image]":
+def pictures_of(judged: "Judged", scratch: "Judged | None" = None) -> "dict[str, Image]":
     """File name -> picture: the confusion matrix of the best classifier and the label-efficiency
-    curve, each if there is one."""
+    curve, each if there is one. The curve has also that of `scratch`, if given."""
     from selfray.probes.judgement import confusion
     from selfray.report.evaluation_charts import confusion_matrix
 
@@ -243,7 +293,7 @@ def pictures_of(judged: "Judged") -> "dict[str, Image]":
         counts = confusion(best.predicted, examined.test, examined.classes)
         title = f"{judged.subject.title} on {judged.data.name}, {best.key}"
         found["confusion.png"] = confusion_matrix(counts, examined.names, title)
-    return found | label_curves([judged])
+    return found | label_curves([judged] if scratch is None else [judged, scratch])
 
 
 def label_curves(column: "Sequence[Judged]") -> "dict[str, Image]":

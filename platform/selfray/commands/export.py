@@ -152,12 +152,20 @@ def _require_onnx() -> None:
     )
 
 
+LABEL_NAMES = "label_names"
+"""Entry of the safetensors header, and timm's name for the classes of the images."""
+
+
 def metadata(checkpoint: "Checkpoint", experiment: "Experiment") -> dict[str, str]:
     """The header of the safetensors file: the weights' origin, with all values as text."""
     from selfray import config
+    from selfray.data.data_sets import classes_in
     from selfray.probes.encoders import ENCODER_CONFIG
 
-    return {
+    run = run_folder(checkpoint)
+    classes = classes_in(run) if run is not None else ()
+    known = {LABEL_NAMES: json.dumps(classes)} if classes else {}
+    return known | {
         "format": "pt",  # transformers requires it
         "selfray_version": __version__,
         "method": experiment.method.name,
@@ -189,7 +197,8 @@ def _write_folder(
         scratch.mkdir(parents=True)
         portable = Portable.of(encoder)
         header = metadata(checkpoint, experiment)
-        portable.write(scratch, encoder, _normalization(experiment), header)
+        names = json.loads(header.get(LABEL_NAMES, "[]"))
+        portable.write(scratch, encoder, _normalization(experiment), header, names)
         if to == "huggingface":
             (scratch / "README.md").write_text(model_card(checkpoint, experiment))
         return verify(scratch, encoder)

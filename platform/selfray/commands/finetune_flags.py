@@ -1,8 +1,8 @@
 """Training on labels in `selfray evaluate`: the flags, and adding its figures to other results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from selfray.commands.flags import flag, require_positive
 
@@ -142,13 +142,23 @@ def _pretraining_flip(encoder: "EncoderRef") -> float | None:
     return next(iter(experiment.views.values()))[0].flip
 
 
+class FineTuned(NamedTuple):
+    """Results [encoder][data set] with fine-tuning's figures."""
+
+    results: "list[list[Judged]]"
+    """Those of the encoders, then a row for each network from scratch."""
+    scratch: "list[list[Judged] | None]"
+    """For each encoder the row of its network from scratch; None if there is none."""
+
+
 def with_finetuning(
     results: "Sequence[Sequence[Judged]]",
     flags: FineTuneFlags,
     which: "Sequence[Labels]",
     how: "Carrying",
-) -> "list[list[Judged]]":
-    """The results with fine-tuning's figures added, and a row for each network from scratch."""
+) -> FineTuned:
+    """Add fine-tuning's figures, and those of the same networks from scratch. Untrained encoders
+    are not fine-tuned if there are these, which are the same."""
     from selfray.cluster.endings import RunFailed
 
     try:
@@ -156,10 +166,13 @@ def with_finetuning(
             [_with(judged, flags, which, how, from_scratch=False) for judged in of_encoder]
             for of_encoder in results
         ]
-        rows = list(_from_scratch(results, flags, which, how)) if not flags.no_scratch else []
+        scratch: list[list[Judged] | None] = [None] * len(results)
+        if not flags.no_scratch:
+            scratch = _from_scratch(results, flags, which, how)
     except RunFailed as error:
         raise RunFailed(f"fine-tuning: {error}") from error
-    return found + rows
+    rows = {id(row): row for row in scratch if row is not None}
+    return FineTuned(found + list(rows.values()), scratch)
 
 
 def _with(
@@ -174,6 +187,8 @@ def _with(
     encoder = judged.subject.encoder
     if encoder is None:  # raw pixels
         return judged
+    if encoder.is_untrained and not (from_scratch or flags.no_scratch):
+        return judged
     protocol = flags.settings(encoder, len(judged.examined.train))
     if from_scratch:
         protocol = protocol.as_baseline()
@@ -187,29 +202,34 @@ def _from_scratch(
     flags: FineTuneFlags,
     which: "Sequence[Labels]",
     how: "Carrying",
-) -> "Iterator[list[Judged]]":
-    """A row for each architecture, trained with the same settings from random weights."""
+) -> "list[list[Judged] | None]":
+    """For each encoder the row of its network, trained with the same settings from random weights;
+    encoders of one network have one row."""
     from selfray import config
 
-    done: set[str] = set()
+    rows: dict[str, list[Judged]] = {}
+    found: list[list[Judged] | None] = []
     for of_encoder in results:
         subject = of_encoder[0].subject
         if subject.encoder is None:
+            found.append(None)
             continue
         settings = [flags.settings(subject.encoder, len(j.examined.train)) for j in of_encoder]
         network = config.dumps(subject.encoder.encoder_config)
         kind = f"{network} {subject.size} {settings} {subject.encoder.normalization}"
-        if kind in done:
-            continue
-        done.add(kind)
-        title = "from scratch" if len(done) == 1 else f"from scratch, as {subject.title}"
-        yield [
-            _with(
-                replace(judged, subject=replace(subject, title=title), judgements=(), seconds=0.0),
-                flags,
-                which,
-                how,
-                from_scratch=True,
-            )
-            for judged in of_encoder
-        ]
+        if kind not in rows:
+            title = "from scratch" if not rows else f"from scratch, as {subject.title}"
+            rows[kind] = [
+                _with(
+                    replace(
+                        judged, subject=replace(subject, title=title), judgements=(), seconds=0.0
+                    ),
+                    flags,
+                    which,
+                    how,
+                    from_scratch=True,
+                )
+                for judged in of_encoder
+            ]
+        found.append(rows[kind])
+    return found

@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from selfray.check import require
@@ -36,7 +36,7 @@ def open_labelled(data: "DataConfig", output: Location, console: "Console") -> "
         path = data.path if not opened.train.has_labels else data.test_path or data.path
         raise ValueError(
             f"{path} has no labels, and a probe needs them: give labelled images with --data, as "
-            "class folders, .cls members of tars or a Parquet column named label"
+            "two or more class folders, .cls members of tars or a Parquet column named label"
         )
     if opened.test is not None and not opened.common_classes:
         raise ValueError(
@@ -52,6 +52,55 @@ def slug(path: str) -> str:
     """The last part of a path, reduced to the characters that a metric's name may have."""
     name = posixpath.basename(path.rstrip("/"))
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
+
+
+_PART = r"(train|training|test|val|valid|validation|eval)"
+_ANY_NAME = re.compile(
+    rf"(data|dataset|images?|imgs?|pictures|photos|shards?|parquet|default|masks?|runs|output|{_PART})"
+    r"([-_]?\d+)?([-_]of[-_]\d+)?",
+    re.IGNORECASE,
+)
+"""Names of files and folders that say nothing about the data set in them."""
+_SUFFIX = re.compile(r"\.(parquet|tar|tgz|tar\.gz|csv|jsonl)$", re.IGNORECASE)
+
+
+def data_name(path: str) -> str:
+    """The name of a data set in tables and metrics: the last part of its path that tells it from
+    others, such as `nuclei` for s3://bucket/nuclei/images. The path from which shards were built
+    names them if their own folder does not."""
+    *above, last = _parts(path) or ["data"]
+    source = "" if _tells(last) else _built_from(path)
+    telling = [part for part in [*above, *_parts(source), last] if _tells(part)]
+    return telling[-1] if telling else last
+
+
+def data_names(paths: Sequence[str]) -> list[str]:
+    """A name for each data set; equal ones are numbered, since metrics are logged by name."""
+    names: list[str] = []
+    for name in map(data_name, paths):
+        again = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{again + 1}" if name in names else name)
+    return names
+
+
+def _parts(path: str) -> list[str]:
+    parts = re.split(r"[/:]+", path)
+    return [slug(_SUFFIX.sub("", part)) for part in parts if part.strip(".")]
+
+
+def _tells(part: str) -> bool:
+    return _ANY_NAME.fullmatch(part) is None
+
+
+def _built_from(path: str) -> str:
+    """The source of the shards in a folder; empty if it is no path, or unknown."""
+    from selfray.data.manifest import Manifest
+
+    try:
+        source = Manifest.load(path).source
+    except (ValueError, OSError):
+        return ""
+    return source if "/" in source else ""
 
 
 def labelled_of(

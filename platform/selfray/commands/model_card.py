@@ -3,14 +3,19 @@
 from typing import TYPE_CHECKING
 
 from selfray.commands.reference import run_folder
+from selfray.metrics import HIGH, LOW, METRICS, evaluation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from selfray.experiment import Experiment
     from selfray.runs.checkpoint import Checkpoint
 
 
 def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
     """The card as Markdown with Hugging Face's header; the protocol of each figure is given."""
+    from selfray.models.portable import opening_lines
+
     encoder, data = experiment.encoder, experiment.data
     lines = [
         "---",
@@ -40,20 +45,25 @@ def model_card(checkpoint: "Checkpoint", experiment: "Experiment") -> str:
     ]
     numbers, protocols = _known(checkpoint)
     if numbers:
-        lines += ["## Evaluation", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in sorted(numbers.items())]
+        lines += ["## Evaluation", "", "| metric | value, with its 95 % interval |", "|---|---|"]
+        lines += _rows(numbers)
         lines += ["", *(f"- {name}: {text}" for name, text in sorted(protocols.items())), ""]
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "import timm",
-        "",
-        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',
-        "```",
-        "",
-    ]
+    use = opening_lines(encoder, "PATH_OF_THIS_FOLDER", "huggingface")
+    lines += ["## Use", "", "```python", use, "```", ""]
     return "\n".join(lines)
+
+
+def _rows(numbers: "Mapping[str, float]") -> "Iterator[str]":
+    """A row for the main figure of each protocol and for each probe."""
+    for name, value in sorted(numbers.items()):
+        metric = METRICS.get(name) or evaluation(name)
+        if metric is None:
+            continue
+        low, high = numbers.get(name + LOW), numbers.get(name + HIGH)
+        interval = ""
+        if low is not None and high is not None:
+            interval = f" [{100 * low:.1f}, {100 * high:.1f}]"
+        yield f"| {metric.title} | {metric.shown(value)}{interval} |"
 
 
 def _known(checkpoint: "Checkpoint") -> tuple[dict[str, float], dict[str, str]]:

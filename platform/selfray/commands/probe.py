@@ -18,11 +18,11 @@ from selfray.commands.flags import (
     require_positive,
 )
 from selfray.commands.labelled import (
+    data_name,
     devices_of,
     evaluated,
     labelled_of,
     open_labelled,
-    slug,
 )
 from selfray.commands.reference import described, name_of, open_checkpoint, output_of, run_folder
 from selfray.metrics import ACCURACIES, probe_name
@@ -110,7 +110,7 @@ class Probe:
                 experiment.probe.test_limit,
             )
             # The accuracy on another data set must not continue the curve of the run's own data.
-            prefix = "probe/" if own else f"probe/{slug(chosen.test_path or chosen.path)}/"
+            prefix = "probe/" if own else f"probe/{data_name(chosen.test_path or chosen.path)}/"
             _track(results, prefix, checkpoint, self.tracking, console)
         return 0
 

@@ -4,6 +4,7 @@ import posixpath
 from typing import TYPE_CHECKING
 
 from selfray.check import require
+from selfray.commands.words import nearest
 from selfray.runs.folder import CHECKPOINTS
 from selfray.storage import Location
 
@@ -29,7 +30,7 @@ def open_checkpoint(reference: str, tracking: str | None, console: "Console") ->
         found = Checkpoint.open(path)
     except FileNotFoundError as error:
         if path == reference:
-            raise
+            raise FileNotFoundError(f"{error}{nearest(*_siblings(path))}") from None
         raise FileNotFoundError(
             f"according to MLflow, {reference} is in {path}, which this machine cannot see: "
             "give the folder's path on this machine"
@@ -38,6 +39,15 @@ def open_checkpoint(reference: str, tracking: str | None, console: "Console") ->
     if newest and newest[0].step > found.step:
         console.say(f"{newest[0].location} is damaged: using an earlier one, step {found.step:,}")
     return found
+
+
+def _siblings(path: str) -> tuple[str, list[str]]:
+    """(name, names of what lies in the same folder) of a path."""
+    place = Location.of(path)
+    try:
+        return place.name, [info.base_name for info in place.parent.list()]
+    except OSError:
+        return place.name, []
 
 
 def _folder_of_run(run_id: str, tracking: str | None) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from selfray.commands.evaluation_text import sizes
-from selfray.commands.labelled import devices_of, slug
+from selfray.commands.labelled import data_name, devices_of, slug
 from selfray.commands.subjects import open_subjects
 from selfray.storage import Location
 
@@ -38,7 +38,7 @@ def judge_segmentation(command: "Evaluate", masks: str, console: "Console") -> i
             found = [segmented(each.subject, pairs, console, devices) for each in named]
         except Exception as error:
             raise root_cause(error) from error
-    name = slug(command.data[0])
+    name = data_name(command.data[0])
     for line in _report(found, name):
         console.say(line)
     if command.json is not None:

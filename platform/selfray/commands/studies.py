@@ -1,6 +1,7 @@
 """The three studies of experiments/: how labels, data and batch size matter for a set of images."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +21,8 @@ from selfray.storage import Location
 if TYPE_CHECKING:  # torch takes seconds to import
     import numpy as np
 
+    from selfray.cluster.shipping import Status
+    from selfray.cluster.tracking import Tracker
     from selfray.data.shard_set import ShardSet
     from selfray.experiment import Experiment
     from selfray.sweeps.question import Axis, Range
@@ -194,9 +197,6 @@ class StudyLabels:
         require(len(self.labels) > 0, "--labels is empty: give numbers of labels")
 
     def run(self, console: Console) -> int:
-        from selfray.cluster.launch import launch
-        from selfray.commands.evaluate import Evaluate
-        from selfray.commands.finetune_flags import FineTuneFlags
         from selfray.recipes import every
 
         given = {
@@ -207,8 +207,26 @@ class StudyLabels:
         changes = {path: value for path, value in given.items() if value is not None}
         experiment = config.override(every()[self.recipe], **changes)
         with runtime.session():
-            result = launch(experiment, console)
-            return Evaluate(
+            self._carry_out(experiment, console)
+        return 0
+
+    def _carry_out(self, experiment: "Experiment", console: Console) -> None:
+        """Pretrain and fine-tune below one parent in MLflow, which also gets the answer."""
+        from selfray.cluster.launch import PartOf, launch
+        from selfray.commands.evaluate import Evaluate
+        from selfray.commands.evaluation_text import (
+            label_curves,
+            label_efficiency_of,
+            report,
+        )
+        from selfray.commands.finetune_flags import FineTuneFlags
+
+        tracker = self._parent(experiment, console)
+        status: Status = "FAILED"
+        try:
+            tracker.start()
+            result = launch(experiment, console, part_of=PartOf(tracker.wait_for_run(30), {}))
+            judged = Evaluate(
                 (result.folder,),
                 () if self.labelled is None else (self.labelled,),
                 by=(),
@@ -217,7 +235,39 @@ class StudyLabels:
                 low_shot_by=("logistic", "finetune"),
                 finetune=FineTuneFlags(epochs=self.finetune_epochs),
                 json=(Location.of(result.folder) / "study-labels.json").uri,
-            ).run(console)
+            ).judge(console)
+            column = [of_encoder[0] for of_encoder in judged]
+            answer = " ".join(label_efficiency_of(column))
+            tracker.set_tags({"sweep.answer": answer})
+            tracker.describe_run("\n".join(["```", *report(judged, [column[0].data]), "```"]))
+            for name, picture in label_curves(column).items():
+                tracker.log_picture(picture, f"pictures/{name}")
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
+
+    def _parent(self, experiment: "Experiment", console: Console) -> "Tracker":
+        from selfray.cluster.mlflow_store import tracking_uri
+        from selfray.cluster.tracking import Tracker
+        from selfray.runs.environment import environment_tags
+
+        output = Location.of(experiment.output)
+        asked = config.to_json(self) | {"pretraining": experiment.run_name}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        folder = output / "studies" / f"study-labels-{digest}"
+        folder.make_folder()
+        params = {
+            "recipe": experiment.name,
+            "labels": " ".join(map(str, self.labels)),
+            "subsets": self.subsets,
+        }
+        words = "Up to how many labels does pretraining pay?"
+        tags = {**environment_tags(), "sweep.question": words, "run.folder": folder.uri}
+        uri = tracking_uri(output, None)
+        return Tracker(uri, "selfray", folder.name, folder, params, tags, say=console.say)
 
 
 def run_labels(arguments: Sequence[str], description: str) -> int:

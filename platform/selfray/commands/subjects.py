@@ -1,11 +1,12 @@
 """Opens the encoders that a user names, in a form that Ray tasks can load."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from selfray.check import require
 from selfray.commands.reference import MLRUNS, name_of, open_checkpoint, output_of, run_folder
+from selfray.commands.words import nearest
 from selfray.storage import Location
 
 if TYPE_CHECKING:
@@ -32,36 +33,48 @@ def open_subjects(
 ) -> list[Named]:
     """All encoders, in the order of `references`. ValueError and OSError name an encoder that
     cannot be opened, or that cannot take images of `size`."""
-    from selfray.probes.encoders import UNTRAINED, EncoderRef
+    from selfray.probes.encoders import UNTRAINED
 
     named = [
         None if reference == UNTRAINED else _open(reference, size, tracking, console)
         for reference in references
     ]
-    first = next((n for n in named if n is not None and n.checkpoint is not None), None)
+    runs = [n for n in named if n is not None and n.checkpoint is not None]
     if None in named:
         require(
-            first is not None,
+            len(runs) > 0,
             f"{UNTRAINED} stands for a run's encoder before its first step: name a run as well",
         )
     found = []
     for each in named:
-        if each is None:
-            assert first is not None
-            assert first.checkpoint is not None
-            ref = EncoderRef.untrained(first.checkpoint.experiment())
-            home = first.run or first.output
-            each = Named(_subject(UNTRAINED, ref, home, size), first.output)
-        found.append(each)
+        found += [each] if each is not None else _untrained(runs, size)
     titles = [n.subject.title for n in found]
     twice = next((title for title in titles if titles.count(title) > 1), None)
     require(twice is None, f"{twice} is named twice: name each encoder once")
     return found
 
 
+def _untrained(runs: Sequence[Named], size: int | None) -> Iterator[Named]:
+    """The encoder of each network before its first step, by the first run that has the network."""
+    from selfray import config
+    from selfray.probes.encoders import UNTRAINED, EncoderRef
+
+    done: set[str] = set()
+    for each in runs:
+        assert each.checkpoint is not None
+        experiment = each.checkpoint.experiment()
+        network = config.dumps(experiment.encoder)
+        if network not in done:
+            title = UNTRAINED if not done else f"{UNTRAINED}, as {each.subject.title}"
+            done.add(network)
+            home = each.run or each.output
+            ref = EncoderRef.untrained(experiment)
+            yield Named(_subject(title, ref, home, size), each.output)
+
+
 def _open(reference: str, size: int | None, tracking: str | None, console: "Console") -> Named:
     from selfray.models.portable import WEIGHTS
-    from selfray.probes.encoders import TIMM, EncoderRef
+    from selfray.probes.encoders import TIMM, UNTRAINED, EncoderRef
 
     here = Location.of("runs")
     if reference.startswith(TIMM):
@@ -75,9 +88,17 @@ def _open(reference: str, size: int | None, tracking: str | None, console: "Cons
             require(place.exists(), f"there is no file {place}")
             ref = EncoderRef.of_file(reference)
             return Named(_subject(place.name, ref, here, size), here)
-    checkpoint = open_checkpoint(reference, tracking, console)
+    try:
+        checkpoint = open_checkpoint(reference, tracking, console)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{nearest(reference, [UNTRAINED])}") from None
     run, output = run_folder(checkpoint), output_of(checkpoint)
-    subject = _subject(name_of(checkpoint), EncoderRef.of(checkpoint), run or output, size)
+    # The newest checkpoint of a run goes by the run's name.
+    names_run = (
+        reference.startswith(MLRUNS) or Location.of(reference).name != checkpoint.location.name
+    )
+    title = run.name if run is not None and names_run else name_of(checkpoint)
+    subject = _subject(title, EncoderRef.of(checkpoint), run or output, size)
     return Named(subject, output, checkpoint, run)
 
 

@@ -28,6 +28,7 @@ from selfray.data.shard_set import (
 from selfray.data.source import Sample
 from selfray.data.tar_listing import have_folders
 from selfray.experiment import DataConfig
+from selfray.runs.folder import read_object
 from selfray.storage import Location, one_line
 
 DATA_FILE = "data.json"
@@ -421,9 +422,18 @@ def _started_files(record: Location) -> dict[str, list[int]]:
 
 
 def remember(shards: ShardSet, run: Location) -> None:
-    """Record the files of a data set in the run's folder, for `as_started`."""
+    """Record the files of a data set in the run's folder, for `as_started`, and its classes."""
     files = {_inner(file.uri, shards): file.group_rows for file in shards.files}
-    (run / DATA_FILE).write_json({"files": files})
+    classes = {"classes": shards.label_names} if shards.has_labels else {}
+    (run / DATA_FILE).write_json({"files": files, **classes})
+
+
+def classes_in(run: Location) -> tuple[str, ...]:
+    """The classes of a run's data set in the order of their labels; empty if they are not
+    known."""
+    found = read_object(run / DATA_FILE).get("classes")
+    is_sound = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if is_sound else ()
 
 
 def _inner(uri: str, shards: ShardSet) -> str:

@@ -1,6 +1,7 @@
 """An encoder in a form that plain timm opens: architecture name, arguments and weights."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,13 @@ class Portable:
         encoder: Encoder,
         normalization: tuple[tuple[float, ...], tuple[float, ...]],
         metadata: dict[str, str],
+        label_names: Sequence[str] = (),
     ) -> None:
-        """Write both files into an existing folder."""
+        """Write both files into an existing folder. `label_names` are the classes of the images,
+        for whoever trains a classifier on the encoder."""
         config = self.config(encoder, *normalization)
+        if label_names:
+            config["pretrained_cfg"]["label_names"] = list(label_names)
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         safetensors.torch.save_file(self.weights, folder / WEIGHTS, metadata)
 
@@ -140,17 +145,18 @@ def opening_lines(config: EncoderConfig, folder: str, to: str = "timm") -> str:
     if config.small_stem:
         lines[0] = "import timm, torch"
     lines.append(f'model = timm.create_model("local-dir:{folder}", pretrained=True)')
+    stem = "{0}.conv1.stride, {0}.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
     if config.small_stem:
-        lines.append(
-            "model.conv1.stride, model.maxpool = (1, 1), torch.nn.Identity()  # small-image stem"
-        )
+        lines.append(stem.format("model"))
     lines.append("model.eval()")
-    if to == "huggingface" and not config.small_stem:
+    if to == "huggingface":
         lines += [
             "",
             "import transformers",
             f"model = transformers.AutoModel.from_pretrained({folder!r})",
         ]
+        if config.small_stem:
+            lines.append(stem.format("model.timm_model"))
     return "\n".join(lines)
 
 

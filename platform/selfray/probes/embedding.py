@@ -145,9 +145,7 @@ class Embedding:
     def write(self, block: int, folder: Location) -> int:
         """Write one block's file atomically. Returns the number of readable images."""
         table = self.table(block)
-        data = io.BytesIO()
-        pq.write_table(table, data, compression="zstd", use_dictionary=False)
-        (folder / part_name(block)).write_bytes(data.getvalue())
+        write_part(table, folder / part_name(block))
         return table.num_rows
 
     def table(self, block: int) -> pa.Table:
@@ -167,7 +165,7 @@ class Embedding:
             keys = np.array([image_digest(images[i]) for i in kept], np.uint64)
             columns[KEY] = pa.array(keys, pa.uint64())
         for name, values in self._embedded(views[kept]).items():
-            columns[name] = _fixed_lists(values)
+            columns[name] = fixed_lists(values)
         return pa.table(columns)
 
     def _embedded(self, views: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,6 +183,13 @@ class Embedding:
 
 def part_name(block: int) -> str:
     return f"part-{block:06d}.parquet"
+
+
+def write_part(table: pa.Table, place: Location) -> None:
+    """Write a block's file atomically."""
+    data = io.BytesIO()
+    pq.write_table(table, data, compression="zstd", use_dictionary=False)
+    place.write_bytes(data.getvalue())
 
 
 @lru_cache(maxsize=2)
@@ -260,7 +265,8 @@ def earlier_layers(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([prefix[:, 0] for _, prefix in found[:-1]], dim=1)
 
 
-def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
+def fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
+    """A matrix [n, width] as a column."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 

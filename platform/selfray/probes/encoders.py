@@ -74,6 +74,11 @@ class EncoderRef:
         return ref
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether it is a run's encoder before its first step."""
+        return self.experiment is not None and self.checkpoint is None
+
+    @property
     def width(self) -> int:
         """D, the width of the class token."""
         with torch.device("meta"):
@@ -156,7 +161,10 @@ class EncoderRef:
     @cached_property
     def _timm(self) -> dict[str, Any]:
         assert self.timm_name is not None
-        require(names.is_model(self.timm_name), f"timm has no model {self.timm_name}")
+        if not names.is_model(self.timm_name):
+            similar = " or ".join(names.similar(self.timm_name))
+            hint = f"; did you mean {similar}?" if similar else ""
+            raise ValueError(f"timm has no model {self.timm_name}{hint}")
         import timm
 
         found = timm.models.get_pretrained_cfg(self.timm_name)

@@ -48,15 +48,11 @@ class FeatureFiles:
         wanted = [name for name in columns if name in first.names]
         width = sum(first.field(name).type.list_size for name in wanted)
         rows = int(kept.sum()) if kept is not None else self._count()
-        if rows * width * 4 <= IN_MEMORY:
-            found = np.empty((rows, width), np.float32)
-        else:
-            with tempfile.TemporaryFile() as scratch:
-                found = np.memmap(scratch, np.float32, "w+", shape=(rows, width))
+        found = scratch(rows, width)
         at = seen = 0
         for block in range(self.blocks):
             table = self._table(block, wanted)
-            parts = [_matrix(table[name].combine_chunks()) for name in wanted]
+            parts = [matrix(table[name].combine_chunks()) for name in wanted]
             values = np.concatenate(parts, axis=1)
             if kept is not None:
                 values = values[kept[seen : seen + len(values)]]
@@ -79,15 +75,30 @@ class FeatureFiles:
             return list(pool.map(lambda block: self._table(block, columns), range(self.blocks)))
 
     def _table(self, block: int, columns: list[str] | None, schema_only: bool = False) -> pa.Table:
-        place = self.folder / part_name(block)
-        with place.filesystem.open_input_file(place.path) as file:
-            parquet = pq.ParquetFile(file)
-            if schema_only:
-                return parquet.schema_arrow.empty_table()
-            return parquet.read(columns=columns)
+        return read_part(self.folder / part_name(block), columns, schema_only)
 
 
-def _matrix(values: pa.FixedSizeListArray | pa.ChunkedArray) -> np.ndarray:
+def read_part(
+    place: Location, columns: list[str] | None = None, schema_only: bool = False
+) -> pa.Table:
+    """A block's file, or some of its columns."""
+    with place.filesystem.open_input_file(place.path) as file:
+        parquet = pq.ParquetFile(file)
+        if schema_only:
+            return parquet.schema_arrow.empty_table()
+        return parquet.read(columns=columns)
+
+
+def scratch(rows: int, width: int) -> np.ndarray:
+    """An array float32 [rows, width] to be filled: in memory, or mapped from an unnamed temporary
+    file if it is larger than IN_MEMORY."""
+    if rows * width * 4 <= IN_MEMORY:
+        return np.empty((rows, width), np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=(rows, width))
+
+
+def matrix(values: pa.FixedSizeListArray | pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size lists as an array [n, width]."""
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks)

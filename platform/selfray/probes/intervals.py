@@ -10,7 +10,7 @@ from selfray.check import require
 
 DRAWS = 2_000
 """Number of resamples of the test images."""
-_CELLS = 2**24
+_CELLS = 2**22
 """Largest number of counts held at a time."""
 _INTERSECTION, _UNION = 0, 1
 """The last axis of overlaps."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,15 +64,9 @@ class ChosenKNN(Classifier):
         out = held_out(train.keys, train.labels.numpy(), self.held_out, self.seed)
         best = 0
         if out.any():
-            kept, chosen = train.rows(~out), train.rows(out)
-            found = votes(
-                kept.features[:, : train.cls_width],
-                kept.labels,
-                chosen.features[:, : train.cls_width],
-                self.ks,
-                self.temperature,
-            )
-            best = int((found == chosen.labels[:, None]).float().mean(0).argmax())
+            kept, chosen = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~out, out))
+            found = votes(cls, train.labels, cls, self.ks, self.temperature, kept, chosen)
+            best = int((found == train.labels[chosen][:, None]).float().mean(0).argmax())
         k = self.ks[best]
         predicted = votes(cls, train.labels, test[:, : train.cls_width], (k,), self.temperature)
         return Classified(predicted[:, 0], {"k": k})
@@ -79,21 +74,32 @@ class ChosenKNN(Classifier):
 
 @torch.no_grad()
 def votes(
-    train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], temperature: float
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    ks: Sequence[int],
+    temperature: float,
+    rows: Tensor | None = None,
+    asked: Tensor | None = None,
 ) -> Tensor:
     """The class that the k nearest train features vote for, for each k in one pass.
 
     Args:
         train: float [n, D]; labels: int64 [n]; test: float [m, D].
+        rows: int64, those of the train features that vote; None takes all.
+        asked: int64, those of the test features whose classes are asked; None takes all.
 
     Returns:
         int64 [m, len(ks)].
     """
     classes = int(labels.max()) + 1
-    most = min(max(ks), len(train))
+    most = min(max(ks), len(train if rows is None else rows))
     found = []
-    for chunk in test.split(1024):
-        similarity, index = _nearest(train, F.normalize(chunk.float(), dim=1), most)  # [c, most]
+    for first in range(0, len(test if asked is None else asked), 1024):
+        part = slice(first, first + 1024)
+        chunk = test[part if asked is None else asked[part]]
+        unit = F.normalize(chunk.float(), dim=1)
+        similarity, index = _nearest(train, unit, most, rows)  # [c, most]
         weight = (similarity / temperature).exp()
         of_neighbours = labels[index]
         for_each = []
@@ -111,14 +117,17 @@ def nearest(train: Tensor, test: Tensor, k: int) -> Tensor:
     return _nearest(train, F.normalize(test.float(), dim=1), min(k, len(train)))[1]
 
 
-def _nearest(train: Tensor, unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(similarities, indices) [c, k] of the train features nearest to unit vectors [c, D], nearest
-    first; train is read in chunks."""
+def _nearest(
+    train: Tensor, unit: Tensor, k: int, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(similarities, indices) [c, k] of the train features, or of those in the given rows, nearest
+    to unit vectors [c, D], nearest first; train is read in chunks, and never copied as a whole."""
     best: tuple[Tensor, Tensor] | None = None
-    for first in range(0, len(train), CHUNK_ROWS):
-        part = F.normalize(train[first : first + CHUNK_ROWS].float(), dim=1)
+    for first in range(0, len(train if rows is None else rows), CHUNK_ROWS):
+        chosen = slice(first, first + CHUNK_ROWS)
+        part = F.normalize(train[chosen if rows is None else rows[chosen]].float(), dim=1)
         similarity, index = (unit @ part.T).topk(min(k, len(part)), dim=1)
-        index = index + first
+        index = index + first if rows is None else rows[index + first]
         if best is not None:
             both = torch.cat([best[0], similarity], 1), torch.cat([best[1], index], 1)
             similarity, place = both[0].topk(min(k, both[0].shape[1]), dim=1)

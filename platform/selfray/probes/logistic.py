@@ -1,5 +1,6 @@
 """Logistic regression by L-BFGS, which suits few labels better than SGD."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Gallery, Moments
+from selfray.probes.classifier import (
+    CHUNK_ROWS,
+    WHOLE,
+    Classified,
+    Classifier,
+    Gallery,
+    Moments,
+)
 from selfray.probes.subsets import folds, held_out
 
 FEW = 1_000
@@ -53,13 +61,16 @@ class Logistic(Classifier):
             outs = [held_out(train.keys, labels, self.held_out, self.seed)]
         right = np.zeros(len(self.l2))
         for out in outs:
-            kept, chosen = train.rows(~out), train.rows(out)
-            moments = Moments.of(kept.features)
+            kept, chosen = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~out, out))
+            moments = Moments.of(train.features, kept)
+            # What is larger than the memory is never copied as a whole.
+            is_small = train.features.numel() <= WHOLE
+            learned, rows = (train.rows(kept), None) if is_small else (train, kept)
             weights = None
             for place, strength in enumerate(self.l2):
-                weights = _fit(kept, moments, strength, self.iterations, weights)
-                found = _predict(weights, moments, chosen.features)
-                right[place] += int((found == chosen.labels).sum())
+                weights = _fit(learned, moments, strength, self.iterations, weights, rows)
+                found = _predict(weights, moments, train.features, chosen)
+                right[place] += int((found == train.labels[chosen]).sum())
         # argmax takes the first of equal values, which is the strongest.
         return self.l2[int(right.argmax())]
 
@@ -70,10 +81,16 @@ def _smallest(train: Gallery) -> Tensor:
 
 
 def _fit(
-    train: Gallery, moments: Moments, l2: float, iterations: int, start: Tensor | None
+    train: Gallery,
+    moments: Moments,
+    l2: float,
+    iterations: int,
+    start: Tensor | None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Fit weights [D + 1, C], bias in the last row, starting from those of another strength."""
-    n, width = len(train.labels), train.features.shape[1]
+    """Fit weights [D + 1, C], bias in the last row, starting from those of another strength, to
+    all rows or to the given ones, int64 [k]."""
+    n, width = len(train.labels if rows is None else rows), train.features.shape[1]
     weights = torch.zeros(width + 1, train.classes) if start is None else start.clone()
     weights.requires_grad_(True)
     mean, std = moments.mean, moments.std
@@ -86,9 +103,9 @@ def _fit(
         # The gradient of softmax cross entropy in closed form: no autograd over chunks.
         gradient = torch.zeros_like(weights)
         total = torch.zeros(())
-        for first in range(0, n, CHUNK_ROWS):
-            x = (train.features[first : first + CHUNK_ROWS].float() - mean) / std
-            labels = train.labels[first : first + CHUNK_ROWS]
+        for part in _parts(n, rows):
+            x = (train.features[part].float() - mean) / std
+            labels = train.labels[part]
             logits = torch.addmm(weights[-1], x, weights[:-1])  # [c, C]
             total += F.cross_entropy(logits, labels, reduction="sum")
             error = logits.softmax(-1)
@@ -104,10 +121,19 @@ def _fit(
     return weights.detach()
 
 
+def _parts(count: int, rows: Tensor | None) -> Iterator[slice | Tensor]:
+    """Indices of chunks of all rows, or of the given ones."""
+    for first in range(0, count, CHUNK_ROWS):
+        part = slice(first, first + CHUNK_ROWS)
+        yield part if rows is None else rows[part]
+
+
 @torch.no_grad()
-def _predict(weights: Tensor, moments: Moments, features: Tensor) -> Tensor:
+def _predict(
+    weights: Tensor, moments: Moments, features: Tensor, rows: Tensor | None = None
+) -> Tensor:
     found = []
-    for chunk in features.split(CHUNK_ROWS):
-        x = (chunk.float() - moments.mean) / moments.std
+    for part in _parts(len(features if rows is None else rows), rows):
+        x = (features[part].float() - moments.mean) / moments.std
         found.append(torch.addmm(weights[-1], x, weights[:-1]).argmax(-1))
     return torch.cat(found)

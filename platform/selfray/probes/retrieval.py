@@ -10,7 +10,7 @@ from torch import Tensor
 from selfray.probes.classifier import CHUNK_ROWS, WHOLE, Gallery
 from selfray.probes.protocol import Protocol
 
-_CELLS = 2**24
+_CELLS = 2**22
 """Largest number of similarities held at a time."""
 
 

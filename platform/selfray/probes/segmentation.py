@@ -57,7 +57,8 @@ class Patches(Protocol):
 def pairs_of(images: Location, masks: Location) -> list[tuple[str, str]]:
     """(URI of an image, URI of its mask), sorted by name. A mask has its image's name, apart from
     the suffix. ValueError if there are no images or masks, or an image has no mask."""
-    found = {side: _by_stem(place) for side, place in (("--data", images), ("--masks", masks))}
+    sides = (("--data", images), ("--masks", masks))
+    found = {side: _by_stem(side, place) for side, place in sides}
     ours, theirs = found["--data"], found["--masks"]
     require(len(ours) > 0, f"--data {images} holds no images: give a folder of image files")
     require(len(theirs) > 0, f"--masks {masks} holds no masks: give a folder of PNG files")
@@ -70,9 +71,9 @@ def pairs_of(images: Location, masks: Location) -> list[tuple[str, str]]:
     return [(ours[stem], theirs[stem]) for stem in sorted(ours)]
 
 
-def _by_stem(place: Location) -> dict[str, str]:
+def _by_stem(flag: str, place: Location) -> dict[str, str]:
     if not place.exists():
-        raise FileNotFoundError(f"{place} does not exist: give a folder")
+        raise FileNotFoundError(f"{flag} {place} does not exist: give a folder")
     files = [info for info in place.list() if info.base_name.lower().endswith(IMAGES)]
     return {info.base_name.rpartition(".")[0]: (place / info.base_name).uri for info in files}
 

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from selfray import __version__
-from selfray.metrics import ACCURACIES, METRICS, Metric, evaluation, probe_name
+from selfray.metrics import ACCURACIES, HIGH, LOW, METRICS, Metric, evaluation, probe_name
 from selfray.report import live_map
 from selfray.runs.ranking import (
     ComparedRun,
@@ -206,6 +206,16 @@ def _figure(value: float | None, form: str, kind: str = "number") -> str:
     return _cell(number(value, form), value, kind)
 
 
+def _with_interval(run: ComparedRun, name: str) -> str:
+    """A cell with a share, and with its 95 % interval in points, as `selfray evaluate` prints
+    them."""
+    value, low, high = (run.last(name + end) for end in ("", LOW, HIGH))
+    if value is None or low is None or high is None:
+        return _figure(value, ".1%")
+    interval = f"<small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
+    return f'<td data-sort="{value}" class=number>{number(value, ".1%")}{interval}</td>'
+
+
 def _parameter(value: Scalar | None, is_number: bool) -> str:
     return _cell(shown(value), value, "number" if is_number else "")
 
@@ -289,7 +299,7 @@ def _html_table(runs: Sequence[ComparedRun], found: Differences) -> str:
         for probe in ACCURACIES:
             judges = " judges" if probe == run.judged_by and run.score is not None else ""
             cells.append(_figure(run.last(f"probe/{probe}"), ".1%", f"number{judges}"))
-        cells += [_figure(run.last(name), ".1%") for name in evaluated]
+        cells += [_with_interval(run, name) for name in evaluated]
         judged = f"probe/{run.judged_by}"
         now, before = run.score, run.untrained(judged)
         gain = None if now is None or before is None else 100 * (now - before)

@@ -71,8 +71,54 @@ function curve(index, metric) {
   return runs[index].curves[metric === JUDGE ? `probe/${runs[index].judge}` : metric];
 }
 
+// Figures of an evaluation are single values: bars from 0, with the ends of their intervals.
+const MOST_BARS = 40;
+
+function drawBars(metric) {
+  const last = (index, name) => runs[index].curves[name]?.[1].at(-1) ?? null;
+  const all = [...state.shown].filter((index) => last(index, metric) !== null);
+  const judged = all.sort((a, b) => last(b, metric) - last(a, metric)).slice(0, MOST_BARS);
+  const host = by("curves");
+  const row = 26, top = MARGIN.top, left = Math.min(260, host.clientWidth / 3);
+  const height = top + row * Math.max(1, judged.length) + MARGIN.bottom;
+  const [svg, width] = frame(host, height, `${labelled(metric)} of ${judged.length} runs`);
+  const factor = unit(metric)[2];
+  const most = Math.max(0, ...judged.flatMap((index) => [last(index, metric), last(index, `${metric}/high`) ?? 0]));
+  const x = scale([0, most], left, width - MARGIN.right - 52, false, 0);
+  const bottom = height - MARGIN.bottom;
+  for (const value of ticks(0, most, 6)) {
+    svg.append(make("line", { class: "rule", x1: x(value), x2: x(value), y1: top, y2: bottom }));
+    svg.append(make("text", { x: x(value), y: bottom + 19, "text-anchor": "middle" }, tickText(value, factor)));
+  }
+  const left_out = all.length > judged.length ? `, best ${judged.length} of ${all.length}` : "";
+  svg.append(make("text", { class: "name", x: (left + width - MARGIN.right) / 2, y: height - 8, "text-anchor": "middle" }, labelled(metric) + left_out));
+  const points = [];
+  judged.forEach((index, place) => {
+    const y = top + row * (place + 0.5);
+    const value = last(index, metric), low = last(index, `${metric}/low`), high = last(index, `${metric}/high`);
+    svg.append(make("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, cut(runs[index].title, Math.floor(left / 7))));
+    svg.append(make("rect", { x: x(0), y: y - 8, width: Math.max(0, x(value) - x(0)), height: 16, style: `fill:${colourOf(index)}`, class: emphasis(index).trim(), "data-run": index }));
+    if (low !== null && high !== null) {
+      svg.append(make("path", { class: "whisker", d: `M${x(low)} ${y}H${x(high)}M${x(low)} ${y - 4}v8M${x(high)} ${y - 4}v8` }));
+    }
+    svg.append(make("text", { x: x(Math.max(value, high ?? 0)) + 6, y: y + 4 }, withUnit(value, metric)));
+    points.push({ x: x(value), y, run: index, value, low, high });
+  });
+  if (!judged.length) svg.append(make("text", { class: "name", x: width / 2, y: top + 16, "text-anchor": "middle" }, "none of these runs has this metric"));
+  const said = (value) => withUnit(value, metric);
+  interactive(host, svg, points, (point) => [
+    `${point.run + 1}. ${runs[point.run].title}`,
+    said(point.value) + (point.low === null ? "" : `, 95 % interval ${said(point.low)} to ${said(point.high)}`),
+  ]);
+}
+
 function drawCurves() {
   const metric = by("metric").value;
+  if (metric.startsWith("eval/") && data.metrics[metric]) {
+    by("loss-note").textContent = "";
+    drawBars(metric);
+    return;
+  }
   const log = by("log").checked;
   by("loss-note").textContent = metric === "loss" ? data.loss : "";
   const usable = (value) => value !== null && (!log || value > 0);

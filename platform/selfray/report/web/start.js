@@ -8,7 +8,9 @@ function draw() {
 
 // Start
 
-const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].sort();
+// The ends of an interval are drawn with its figure.
+const is_end = (metric) => /\/(low|high)$/.test(metric) && data.metrics[metric.replace(/\/(low|high)$/, "")];
+const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((metric) => !is_end(metric)).sort();
 const judges = new Set(runs.filter((run) => run.score !== null).map((run) => run.judge));
 if (judges.size > 1) by("metric").append(option(JUDGE));
 const groups = new Map();
