@@ -57,7 +57,7 @@ def main() -> int:
         shared = f"--data {data} --pictures {output / 'pictures'}"
         run(
             f"evaluate {record.parent} untrained --by knn linear logistic low-shot finetune "
-            f"--finetune.epochs 8 --json {output / method}.json {shared}"
+            f"--finetune.epochs 4 --json {output / method}.json {shared}"
         )
         run(
             f"evaluate {record.parent} --by logistic --labels {settings.labels} --subsets 1 "

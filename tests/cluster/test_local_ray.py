@@ -73,6 +73,11 @@ def test_the_dashboard_and_what_serves_it_do_not_run(ray_session) -> None:
         assert not [command for command in commands if unneeded in command], unneeded
 
 
+def test_a_local_ray_keeps_idle_workers_while_no_cpu_is_free(ray_session) -> None:
+    # By default Ray ends them a second later, and the next probe waits for a new process.
+    assert int(os.environ[local_ray.IDLE_LIMIT]) >= local_ray.IDLE_WORKERS
+
+
 def test_a_sessions_folder_is_short_enough_whatever_the_temporary_folder_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

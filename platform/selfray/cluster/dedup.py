@@ -139,7 +139,7 @@ def dedup(
         start(destination, plan)
     tally.report("reading all images")
     job = Job(plan.source, destination, plan.layout, plan.options)
-    prints = _prints(job, plan)
+    prints = _prints(job, plan, tally)
     links = [equal_links(prints.of_bytes), equal_links(prints.of_pixels)]
     if by is None:
         tally.report("comparing hashes")
@@ -192,14 +192,18 @@ def _counts(
 # Prints -------------------------------------------------------------------------------------------
 
 
-def _prints(job: Job, plan: Plan) -> Prints:
+def _prints(job: Job, plan: Plan, tally: Tally) -> Prints:
     """The prints of all images; those of finished items are read from the destination."""
     folder = job.destination / BUILD_FOLDER
     known = {info.base_name for info in folder.list()}
     missing = [item for item in plan.items if _prints_name(item) not in known]
     shared = ray.put(job)
-    for _ in in_parallel(_write_prints, [(named(item), (shared, item)) for item in missing]):
-        pass
+    work = [(named(item), (shared, item)) for item in missing]
+    shown = 0
+    for done, _ in enumerate(in_parallel(_write_prints, work), 1):
+        if (tenth := 10 * done // len(work)) > shown:
+            shown = tenth
+            tally.report(f"read {done:,} of {len(work):,} parts of the images")
     return Prints.joined(
         [Prints.unpacked((folder / _prints_name(item)).read_bytes()) for item in plan.items]
     )

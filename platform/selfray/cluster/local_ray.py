@@ -43,6 +43,10 @@ SLOW_SECONDS = 10.0
 """After this time the console says that the start is slow."""
 
 MEMORY_LIMIT = "RAY_memory_usage_threshold"
+IDLE_LIMIT = "RAY_num_workers_soft_limit"
+IDLE_WORKERS = 4
+"""Ray keeps at least this many idle workers. By default it keeps as many as there are free CPUs,
+which are none while a run trains: each probe would start a process that imports torch again."""
 
 LAST_WORDS_SECONDS = 15.0
 """Time for a run whose Ray has ended to record the cause."""
@@ -100,6 +104,7 @@ def _start(options: Mapping[str, Any], say: Say) -> None:
             "RAY_worker_register_timeout_seconds": "180",
             # Ray kills workers if the machine's memory is nearly full, even due to other programs.
             MEMORY_LIMIT: os.environ.get(MEMORY_LIMIT, "0.98"),
+            IDLE_LIMIT: os.environ.get(IDLE_LIMIT, f"{max(IDLE_WORKERS, os.cpu_count() or 1)}"),
             "SELFRAY_LOCAL_RAY": "1",
         }
     )

@@ -155,8 +155,5 @@ def removed_lines(done: dict[str, Any], folder: Location) -> Iterator[str]:
         )
     if done["test_images_alike_to_test"]:
         yield f"{done['test_images_alike_to_test']:,} test images are alike to another, and stay"
-    if done["groups_of_several_classes"]:
-        yield (
-            f"{done['groups_of_several_classes']:,} groups of alike images hold several classes: "
-            "look at their labels"
-        )
+    if several := done["groups_of_several_classes"]:
+        yield f"groups of alike images that hold several classes: {several:,}; look at their labels"
