@@ -35,7 +35,7 @@ def catch() -> None:
 
 def are_caught() -> bool:
     """Whether `catch` has installed its handlers; not in a process that only imports selfray."""
-    return signal.getsignal(signal.SIGTERM) is _handle
+    return signal.getsignal(signal.SIGINT) is _handle  # ray.init replaces SIGTERM's
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
