@@ -151,7 +151,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str) or dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and (hint in (bool, str) or dataclasses.is_dataclass(hint)):
         return isinstance(value, hint)
     return True
 

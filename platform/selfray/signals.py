@@ -33,6 +33,11 @@ def catch() -> None:
             signal.signal(number, _handle)
 
 
+def are_caught() -> bool:
+    """Whether `catch` has installed its handlers; not in a process that only imports selfray."""
+    return signal.getsignal(signal.SIGINT) is _handle  # ray.init replaces SIGTERM's
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if len(_received) >= PATIENCE:

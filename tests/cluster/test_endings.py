@@ -26,8 +26,10 @@ FLAGS = ("mae-digits", "--epochs", "40", "--checkpoint.times", "40", "--probe.ti
 
 
 def _heed_interrupts() -> None:
-    """A shell starts what runs in its background with SIGINT ignored, and so would this test."""
+    """A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP, and so
+    would this test."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass
@@ -42,15 +44,7 @@ class Run:
         self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    COMMAND,
-                    "pretrain",
-                    *self.flags,
-                    "--output",
-                    str(self.output),
-                ],
+                [sys.executable, "-c", COMMAND, *self.words],
                 env=self.environment,
                 stdout=file,
                 stderr=file,
@@ -62,6 +56,10 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+
+    @property
+    def words(self) -> list[str]:
+        return ["pretrain", *self.flags, "--output", str(self.output)]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ Check this list with every new version of Ray: each entry says what to look at a
 imported on first use, since most processes need only one of them and each costs seconds.
 """
 
+import functools
 import importlib
 import os
 import socket
@@ -90,6 +91,8 @@ def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
     the autoscaler. The raylet waits 15 s for its dashboard agent to write its ports, and ends if
     that is late (ray#65983). That agent is not needed, so an idle process takes its place. The
     agent for runtime environments gets its port beforehand, so that nothing waits for it either.
+    Ray blocks only SIGINT in its processes; with a process group of their own, no signal to the
+    group of this command ends them before the command has said how to go on.
     """
     import ray
     from ray._private import node, ray_constants, services
@@ -119,7 +122,7 @@ def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
             finally:
                 services.start_ray_process = original
 
-    usual, ask = node.Node, services.get_node
+    usual, ask, run = node.Node, services.get_node, services.ConsolePopen
 
     def ask_patiently(*arguments: Any) -> Any:
         until = time.monotonic() + seconds
@@ -134,6 +137,7 @@ def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     node.Node = LoopbackNode
     services.get_node = ask_patiently
+    services.ConsolePopen = functools.partial(run, process_group=0)
     try:
         ray.init(
             address="local",
@@ -145,6 +149,7 @@ def start_on_loopback(folder: Path, seconds: float, **options: Any) -> None:
     finally:
         node.Node = usual
         services.get_node = ask
+        services.ConsolePopen = run
 
 
 def _other_agent(word: str) -> str:

@@ -191,6 +191,9 @@ def start(address: str | None = None, say: Callable[[str], None] = lambda _: Non
     joined = address is not None and _join(address, options, named is not None, say)
     if not joined:
         local_ray.start(options, say)
+    # Ray's core has its own handler of SIGTERM, which would abort a command.
+    if signals.are_caught():
+        signals.catch()
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return not joined

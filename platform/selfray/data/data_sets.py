@@ -432,8 +432,9 @@ def classes_in(run: Location) -> tuple[str, ...]:
     """The classes of a run's data set in the order of their labels; empty if they are not
     known."""
     found = read_object(run / DATA_FILE).get("classes")
-    is_sound = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return tuple(found) if is_sound else ()
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        return ()
+    return tuple(found)
 
 
 def _inner(uri: str, shards: ShardSet) -> str:
