@@ -385,8 +385,10 @@ def test_a_build_ends_with_a_summary_and_the_next_command(ray_address, tmp_path)
     assert (
         quarantined == f"quarantined: 1 empty, 1 not an image; see {tmp_path}/out/quarantine.jsonl"
     )
-    assert after.startswith("next: selfray pretrain ")
-    assert after.endswith(f"--data.path {tmp_path}/out")
+    out = f"{tmp_path}/out"
+    assert after == (
+        f"next: selfray shards show {out}, and selfray pretrain auto --data.path {out}"
+    )
 
 
 def test_a_finished_build_says_that_there_is_nothing_to_do(ray_address, typed, tmp_path):

@@ -30,8 +30,12 @@ def summary(manifest: "Manifest", destination: Location, seconds: float) -> Iter
         yield _labels_line(manifest.labels)
     yield _quarantine_line(manifest, destination)
     kind = manifest.statistics.kind if manifest.statistics is not None else 3
-    flags = "" if kind == 3 else f" --data.channels {kind} --encoder.in-channels {kind}"
-    yield f"next: selfray pretrain mae-imagenet --data.path {shlex.quote(destination.uri)}{flags}"
+    path = shlex.quote(destination.uri)
+    train = f"auto --data.path {path}"
+    if kind != 3:
+        flags = f"--data.channels {kind} --encoder.in-channels {kind}"
+        train = f"mae-imagenet --data.path {path} {flags}"
+    yield f"next: selfray shards show {path}, and selfray pretrain {train}"
 
 
 NO_LABELS = "labels: none, so the encoder cannot be probed on these images"
