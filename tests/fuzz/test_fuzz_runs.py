@@ -44,6 +44,7 @@ def is_sound(run: ComparedRun) -> None:
         assert all(isinstance(number, int | float) for point in points for number in point)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [RUN_FILE, SPOOLED, RUN_RECORD])
 def test_a_damaged_file_of_a_run_is_left_out(run: Path, name: str) -> None:
     content = (run / name).read_bytes()

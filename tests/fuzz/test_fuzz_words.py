@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from selfray import config
@@ -97,6 +98,7 @@ def recipes() -> dict[str, Any]:
     return dict(every())
 
 
+@pytest.mark.long
 def test_a_damaged_config_is_an_experiment_or_one_line(tmp_path: Path) -> None:
     names, file = sorted(recipes()), tmp_path / "config.json"
     written = [config.to_json(recipes()[name]) for name in names]
@@ -119,6 +121,7 @@ def test_a_damaged_config_is_an_experiment_or_one_line(tmp_path: Path) -> None:
     assert MUTATIONS // 5 < refused < MUTATIONS
 
 
+@pytest.mark.long
 def test_damaged_flags_are_accepted_or_one_line() -> None:
     refused = 0
     for number in range(MUTATIONS):
