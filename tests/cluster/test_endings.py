@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
@@ -40,7 +41,7 @@ class Run:
     flags: Sequence[str] = FLAGS
     family: set[psutil.Process] = field(default_factory=set)
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> Self:
         self.console = self.output.with_name(self.output.name + "-console")
         with self.console.open("w") as file:
             self.process = subprocess.Popen(
