@@ -248,3 +248,13 @@ class Location:
 
     def write_json(self, value: Any) -> None:
         self.write_bytes(json.dumps(masked_json(value), indent=1).encode())
+
+
+def read_object(file: Location) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged (not JSON, not UTF-8, not
+    an object, or nested too deeply)."""
+    try:
+        value = file.read_json()
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -26,9 +26,9 @@ from selfray.cluster.mlflow_store import (
 from selfray.cluster.tracking import Tracker
 from selfray.runs import environment
 from selfray.runs.environment import environment_tags
-from selfray.runs.folder import SHIPPED, SPOOL, read_object
+from selfray.runs.folder import SHIPPED, SPOOL
 from selfray.runs.spool import SpoolReader, SpoolWriter
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 PLATFORM = Path(__file__).parents[2] / "platform"
 IN_TIME = 25.0

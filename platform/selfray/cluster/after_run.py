@@ -8,9 +8,9 @@ from selfray.cluster.mlflow_store import experiment_name, mlflow_tags, named_sto
 from selfray.cluster.tracking import Tracker
 from selfray.console import Console
 from selfray.metrics import evaluation
-from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training, read_object
+from selfray.runs.folder import RUN_RECORD, SHIPPED, SPOOL, is_training
 from selfray.runs.spool import SpoolWriter
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 if TYPE_CHECKING:
     from PIL.Image import Image

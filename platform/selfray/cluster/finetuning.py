@@ -32,8 +32,8 @@ from selfray.probes.finetuning import FineTuning, Placing
 from selfray.probes.judgement import Judgement, of_predictions
 from selfray.probes.subsets import balanced, image_digest
 from selfray.runs.checkpoint import Checkpoint, latest
-from selfray.runs.folder import RUN_RECORD, read_object
-from selfray.storage import Location
+from selfray.runs.folder import RUN_RECORD
+from selfray.storage import Location, read_object
 
 FOLDER = "finetune"
 """Folder of a subject's fine-tuning runs and their data, beside its features."""

@@ -19,8 +19,8 @@ from selfray.models.encoder import Encoder
 from selfray.probes.features import of_linear
 from selfray.runs import checkpoint
 from selfray.runs.checkpoint import Checkpoint
-from selfray.runs.folder import RUN_RECORD, read_object
-from selfray.storage import Location, last_line
+from selfray.runs.folder import RUN_RECORD
+from selfray.storage import Location, last_line, read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

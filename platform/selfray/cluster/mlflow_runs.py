@@ -15,10 +15,10 @@ from selfray.cluster.mlflow_store import asking_mlflow, named_store, tracking_ur
 from selfray.metrics import RATE, SUMMARY, evaluation, is_end
 from selfray.report.page import PAGE
 from selfray.runs import reading
-from selfray.runs.folder import RUN_RECORD, read_object
+from selfray.runs.folder import RUN_RECORD
 from selfray.runs.ranking import ComparedRun, Points, Scalar, Status, Tracked
 from selfray.runs.reading import READERS, Named, judge_of, protocols_in, read_run, trials
-from selfray.storage import Location, one_line
+from selfray.storage import Location, one_line, read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfray.cluster.loops import run_to_its_end
+from selfray.loops import run_to_its_end
 
 if TYPE_CHECKING:
     from ray._private.state import state as cluster_state

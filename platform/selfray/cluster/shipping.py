@@ -31,9 +31,9 @@ from selfray.cluster.mlflow_store import (
     remove_stray_folder,
 )
 from selfray.masking import masked
-from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL, read_object
+from selfray.runs.folder import ARTIFACTS, RUN_RECORD, SHIPPED, SPOOL
 from selfray.runs.spool import SpoolReader
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -28,8 +28,7 @@ from selfray.data.shard_set import (
 from selfray.data.source import Sample
 from selfray.data.tar_listing import have_folders
 from selfray.experiment import DataConfig
-from selfray.runs.folder import read_object
-from selfray.storage import Location, one_line
+from selfray.storage import Location, one_line, read_object
 
 DATA_FILE = "data.json"
 """File in a run's folder that lists the files and row groups of its data set."""

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from selfray.runs.folder import read_object
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 POINTS, THUMBNAILS = "embedding.json", "thumbnails.png"
 SIDE = 40

@@ -2,9 +2,8 @@
 
 import fcntl
 from pathlib import Path
-from typing import Any
 
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 RUN_FILE = "run.json"
 """A run's settings and status; launch.py writes it."""
@@ -47,13 +46,3 @@ def is_training(run: Location) -> bool:
     except FileNotFoundError:
         return False
     return False
-
-
-def read_object(file: Location) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or damaged (not JSON, not UTF-8, not
-    an object, or nested too deeply)."""
-    try:
-        value = file.read_json()
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -24,11 +24,10 @@ from selfray.runs.folder import (
     SPOOL,
     TRIALS,
     is_training,
-    read_object,
 )
 from selfray.runs.ranking import ComparedRun, Points, Scalar, Status, Tracked
 from selfray.runs.spool import SpoolReader
-from selfray.storage import Location
+from selfray.storage import Location, read_object
 
 READERS = 16
 """Folders read at a time: object stores are slow per request, but serve many in parallel."""

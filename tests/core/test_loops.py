@@ -5,7 +5,7 @@ import asyncio
 
 import pytest
 
-from selfray.cluster import loops
+from selfray import loops
 
 
 async def work(done: list[str]) -> None:
