@@ -138,12 +138,13 @@ class _Loaded(Loader):
     @classmethod
     def spec_of(cls, module: ModuleType) -> ModuleSpec:
         spec = ModuleSpec(module.__name__, cls(module))
-        # Python prefers the spec of a module that appeared during the search.
-        module.__spec__ = spec
+        # Python prefers the spec of a module that appeared during the search. Not by assignment:
+        # torch's modules of settings refuse names that are none.
+        vars(module)["__spec__"] = spec
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec
+        vars(module)["__spec__"] = self.spec

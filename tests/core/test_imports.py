@@ -74,6 +74,19 @@ def test_a_module_of_the_compiler_is_that_of_its_package(compiler: str) -> None:
     assert importlib.reload(utils) is utils  # its spec is the one that it was loaded by
 
 
+def test_a_module_that_refuses_attributes_is_imported_as_well(
+    compiler: str, tmp_path: Path
+) -> None:
+    (tmp_path / COMPILER / "utils.py").write_text(
+        "import sys, types\n"
+        "def once(): return 7\n"
+        "class Settings(types.ModuleType):  # as torch's modules of settings\n"
+        "    def __setattr__(self, name, value): raise AttributeError(name)\n"
+        "sys.modules[__name__].__class__ = Settings\n"
+    )
+    assert importlib.import_module(f"{compiler}.utils").once() == 7
+
+
 def test_an_error_in_the_compiler_is_raised_where_it_is_asked_for(
     compiler: str, tmp_path: Path
 ) -> None:
