@@ -188,8 +188,7 @@ def test_a_run_on_a_cluster_of_no_workers_gets_its_nodes_and_gives_them_back(
         wait_for("two nodes for trainers", lambda: trainer_nodes(cluster) == 2)
         cluster.note("two nodes for trainers")
         wait_for_event(cluster, "started", 1, world_size=2)
-        said = finish(process, cluster)
-        assert "waiting for nodes: 2 train workers of CPU 1, trainer 1 each" in said
+        finish(process, cluster)
         assert_every_image_counts_once(run_of(cluster), 10 * STEPS_PER_EPOCH)
         wait_for("the nodes to go", lambda: trainer_nodes(cluster) == 0)
         cluster.note("no node for trainers is left")
