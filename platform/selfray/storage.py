@@ -193,7 +193,14 @@ class Location:
     def list(self, recursive: bool = False) -> list[fs.FileInfo]:
         """The entries of this folder, sorted by path; empty if the folder does not exist."""
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        found = patiently(lambda: self.filesystem.get_file_info(selector), self)
+
+        def read() -> list[fs.FileInfo]:
+            return self.filesystem.get_file_info(selector)
+
+        try:
+            found = patiently(read, self)
+        except FileNotFoundError:  # pyarrow says so if the folder appears while it looks
+            found = patiently(read, self)
         return sorted(found, key=lambda info: info.path)
 
     def make_folder(self) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -113,3 +114,19 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path):
 def test_a_location_travels_between_processes(tmp_path):
     location = Location.of(tmp_path) / "x"
     assert pickle.loads(pickle.dumps(location)) == location
+
+
+def test_a_folder_that_appears_while_it_is_listed_is_listed(tmp_path):
+    class Late:
+        """As pyarrow if a folder is made between its two looks at it."""
+
+        def get_file_info(self, selector):
+            if not (tmp_path / "spool").exists():
+                (tmp_path / "spool").mkdir()
+                (tmp_path / "spool" / "a.jsonl").write_text("{}")
+                raise FileNotFoundError(2, "Cannot list directory")
+            return fs.LocalFileSystem().get_file_info(selector)
+
+    late: Any = Late()
+    folder = Location(late, str(tmp_path / "spool"), str(tmp_path / "spool"))
+    assert [info.base_name for info in folder.list()] == ["a.jsonl"]
