@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import signal
 
 import pytest
 
@@ -48,6 +49,11 @@ def test_an_interrupt_of_a_notebook_s_cell_cancels_the_coroutine():
         finally:
             ended.append("cancelled")
 
-    with pytest.raises(KeyboardInterrupt):
-        run_inside_a_loop(endless())
+    # As in a notebook's kernel; other tests leave handlers that raise nothing.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_inside_a_loop(endless())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == ["cancelled"]
