@@ -20,6 +20,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+AFTER_OPENING = frozenset(
+    ("mean", "std", "window_rows", "photometric", "max_broken_fraction", "statistics", "measured")
+)
+"""Fields of DataConfig that matter only when a data set is open: to its stream and views."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""
@@ -85,8 +91,9 @@ class DataConfig:
     def opens_as(self, other: "DataConfig") -> bool:
         """Whether both name the same data, read in the same way."""
         return all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("path", "test_path", "image_column", "label_column", "channels")
+            getattr(self, field.name) == getattr(other, field.name)
+            for field in fields(self)
+            if field.name not in AFTER_OPENING
         )
 
     @property

@@ -1,5 +1,6 @@
 """What `selfray pretrain auto` proposes: commands that are understood, for any facts."""
 
+import io
 import itertools
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from selfray.commands import early, script
 from selfray.commands.auto import Opened
+from selfray.console import Console
 from selfray.experiment import DataConfig
 from selfray.recipes import NAMES, every
 from selfray.recipes.proposal import Facts, propose
@@ -56,3 +58,13 @@ def test_the_proposed_run_takes_the_data_that_is_open_unless_its_flags_read_it_o
     labelled = [*words, "--data.label-column", "label"]
     assert opened.for_run(script.parse(RECIPES, labelled, "", "pretrain")) is sets
     assert opened.for_run(script.parse(RECIPES, words, "", "pretrain")) is None
+    grouped = [*labelled, "--data.group-by", "patient"]
+    assert opened.for_run(script.parse(RECIPES, grouped, "", "pretrain")) is None
+
+
+def test_groups_are_understood_before_the_proposal(tmp_path):
+    given = {"--data.path": "embedded:digits", "--data.group-by": "([0-9]+)"}
+    console = Console(io.StringIO(), None)
+    opened = Opened.of(given, str(tmp_path), console)
+    assert opened.settings.group_by == "([0-9]+)"
+    assert "groups" in opened.sets.group_notes[0]

@@ -91,6 +91,7 @@ class Opened:
             given.get("--data.image-column"),
             label_column=given.get("--data.label-column"),
             channels=int(channels),
+            group_by=given.get("--data.group-by"),
         )
         console.live("opening the data")
         folder = Location.of(output)
