@@ -1,5 +1,6 @@
 """`selfray shards show`: what is known of a set of images, and a picture of some of them."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -62,12 +63,9 @@ class ShowShards:
         console.live(f"reading {self.folder}")
         folder = Location.of(self.folder)
         found = choose(self.folder, IMAGES, self.seed)
-        if found.manifest is not None:
-            for line in known(found.manifest, folder):
-                console.say(line)
-        else:
-            for line in _seen(found, folder):
-                console.say(line)
+        manifest = found.manifest
+        for line in _seen(found, folder) if manifest is None else known(manifest, folder):
+            console.say(line)
         for line in found.broken[:3]:
             console.say(f"cannot be read: {line}")
         require(
@@ -174,8 +172,6 @@ def _views(found: "Chosen", recipe: "Experiment") -> "Image.Image":
 
 
 def _write(picture: "Image.Image", to: Location) -> None:
-    import io
-
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     try:
