@@ -87,7 +87,7 @@ def test_k_is_chosen_on_held_out_train_images():
 def test_nearest_neighbours_do_not_depend_on_how_train_is_read(monkeypatch):
     train, test = gallery(100, 0, 4.0), gallery(30, 1, 4.0)
     whole = FAST.knn.classify(train, test.features)
-    monkeypatch.setattr("selfray.probes.knn.CHUNK_ROWS", 7)
+    monkeypatch.setattr("selfray.probes.classifier.CHUNK_ROWS", 7)
     assert torch.equal(FAST.knn.classify(train, test.features).predicted, whole.predicted)
 
 
@@ -308,10 +308,10 @@ def test_large_features_are_read_in_parts_and_give_the_same_answers(name, monkey
     protocol = getattr(FAST, name)
     monkeypatch.setattr("selfray.probes.logistic.FEW", 0)  # a tenth is held out, as of many images
     whole = judge(name, protocol, train, test)
-    for module in ("knn", "linear", "logistic", "retrieval", "classifier"):
+    for module in ("linear", "retrieval", "classifier"):
         monkeypatch.setattr(f"selfray.probes.{module}.CHUNK_ROWS", 7)
-        if module != "knn":
-            monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
+    for module in ("linear", "logistic", "retrieval", "classifier"):
+        monkeypatch.setattr(f"selfray.probes.{module}.WHOLE", 10)
     parts = judge(name, protocol, train, test)
     assert np.allclose(parts.scores, whole.scores)
     assert dict(parts.chosen) == dict(whole.chosen)

@@ -1,6 +1,7 @@
 """The base of all protocols that predict classes: they never see a test label."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,17 @@ CHUNK_ROWS = 16_384
 
 WHOLE = 2**26
 """Largest gallery, in numbers, that is held in memory at once."""
+
+
+def parts(
+    features: Tensor, rows: Tensor | None = None, size: int | None = None
+) -> Iterator[slice | Tensor]:
+    """Indices of chunks of features [n, D], or of the given rows, int64 [k], of them: what is
+    larger than the memory is never copied as a whole. A chunk has CHUNK_ROWS rows by default."""
+    size = size or CHUNK_ROWS
+    for first in range(0, len(features if rows is None else rows), size):
+        part = slice(first, first + size)
+        yield part if rows is None else rows[part]
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,8 @@ class Moments:
         """The moments of features [n, D], or of the given rows, int64 [k], of them."""
         width = features.shape[1]
         found = cls(0, torch.zeros(width).double(), torch.zeros(width).double())
-        parts = range(0, len(features if rows is None else rows), CHUNK_ROWS)
-        for first in parts:
-            part = slice(first, first + CHUNK_ROWS)
-            values = features[part if rows is None else rows[part]].double()
+        for part in parts(features, rows):
+            values = features[part].double()
             found.count += len(values)
             found.total += values.sum(0)
             found.squares += values.square().sum(0)

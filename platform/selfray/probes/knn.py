@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfray.probes.classifier import CHUNK_ROWS, Classified, Classifier, Gallery
+from selfray.probes.classifier import Classified, Classifier, Gallery, parts
 from selfray.probes.subsets import held_out
 
 
@@ -95,9 +95,8 @@ def votes(
     classes = int(labels.max()) + 1
     most = min(max(ks), len(train if rows is None else rows))
     found = []
-    for first in range(0, len(test if asked is None else asked), 1024):
-        part = slice(first, first + 1024)
-        chunk = test[part if asked is None else asked[part]]
+    for part in parts(test, asked, 1024):
+        chunk = test[part]
         unit = F.normalize(chunk.float(), dim=1)
         similarity, index = _nearest(train, unit, most, rows)  # [c, most]
         weight = (similarity / temperature).exp()
@@ -123,11 +122,10 @@ def _nearest(
     """(similarities, indices) [c, k] of the train features, or of those in the given rows, nearest
     to unit vectors [c, D], nearest first; train is read in chunks, and never copied as a whole."""
     best: tuple[Tensor, Tensor] | None = None
-    for first in range(0, len(train if rows is None else rows), CHUNK_ROWS):
-        chosen = slice(first, first + CHUNK_ROWS)
-        part = F.normalize(train[chosen if rows is None else rows[chosen]].float(), dim=1)
+    for chosen in parts(train, rows):
+        part = F.normalize(train[chosen].float(), dim=1)
         similarity, index = (unit @ part.T).topk(min(k, len(part)), dim=1)
-        index = index + first if rows is None else rows[index + first]
+        index = index + chosen.start if isinstance(chosen, slice) else chosen[index]
         if best is not None:
             both = torch.cat([best[0], similarity], 1), torch.cat([best[1], index], 1)
             similarity, place = both[0].topk(min(k, both[0].shape[1]), dim=1)

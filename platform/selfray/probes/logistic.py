@@ -1,6 +1,5 @@
 """Logistic regression by L-BFGS, which suits few labels better than SGD."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfray.probes.classifier import (
-    CHUNK_ROWS,
     WHOLE,
     Classified,
     Classifier,
     Gallery,
     Moments,
+    parts,
 )
 from selfray.probes.subsets import folds, held_out
 
@@ -103,7 +102,7 @@ def _fit(
         # The gradient of softmax cross entropy in closed form: no autograd over chunks.
         gradient = torch.zeros_like(weights)
         total = torch.zeros(())
-        for part in _parts(n, rows):
+        for part in parts(train.features, rows):
             x = (train.features[part].float() - mean) / std
             labels = train.labels[part]
             logits = torch.addmm(weights[-1], x, weights[:-1])  # [c, C]
@@ -121,19 +120,11 @@ def _fit(
     return weights.detach()
 
 
-def _parts(count: int, rows: Tensor | None) -> Iterator[slice | Tensor]:
-    """Indices of chunks of all rows, or of the given ones."""
-    for first in range(0, count, CHUNK_ROWS):
-        part = slice(first, first + CHUNK_ROWS)
-        yield part if rows is None else rows[part]
-
-
-@torch.no_grad()
 def _predict(
     weights: Tensor, moments: Moments, features: Tensor, rows: Tensor | None = None
 ) -> Tensor:
     found = []
-    for part in _parts(len(features if rows is None else rows), rows):
+    for part in parts(features, rows):
         x = (features[part].float() - moments.mean) / moments.std
         found.append(torch.addmm(weights[-1], x, weights[:-1]).argmax(-1))
     return torch.cat(found)
