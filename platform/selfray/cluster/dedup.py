@@ -37,6 +37,7 @@ from selfray.data.destination import (
     start,
 )
 from selfray.data.duplicates import (
+    BITS,
     NO_LINKS,
     Decision,
     Links,
@@ -298,17 +299,11 @@ def _tile_links(
 
 def _features(folder: Location, blocks: range) -> np.ndarray:
     """float32 [n, D], of length 1."""
-    import pyarrow.parquet as pq
-
     from selfray.probes.embedding import EMBEDDING, part_name
+    from selfray.probes.feature_files import matrix, read_part
 
-    parts = []
-    for block in blocks:
-        place = folder / part_name(block)
-        with place.filesystem.open_input_file(place.path) as file:
-            values = pq.read_table(file, columns=[EMBEDDING])[EMBEDDING].combine_chunks()
-        parts.append(values.flatten().to_numpy().reshape(len(values), -1))
-    return np.concatenate(parts)
+    tables = (read_part(folder / part_name(block), [EMBEDDING]) for block in blocks)
+    return np.concatenate([matrix(table[EMBEDDING].combine_chunks()) for table in tables])
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -341,11 +336,11 @@ def _report(job: Job, plan: Plan, prints: Prints, decision: Decision) -> None:
 
 
 def _equal_bits(prints: Prints, removal: Removal) -> int | None:
-    """Of the two hashes' 64 bits; None if an image has no hash."""
+    """Of the two hashes' bits; None if an image has no hash."""
     rows = [removal.row, removal.stays]
     if not prints.hashed[rows].all():
         return None
-    return 64 - int(np.bitwise_count(np.bitwise_xor.reduce(prints.hashes[rows])))
+    return BITS - int(np.bitwise_count(np.bitwise_xor.reduce(prints.hashes[rows])))
 
 
 def _pairs_picture(job: Job, plan: Plan, prints: Prints, decision: Decision) -> Any:
@@ -365,7 +360,10 @@ def _pairs_picture(job: Job, plan: Plan, prints: Prints, decision: Decision) -> 
                 pixels[row.name] = checked(row.data, job.options.max_pixels)[1]
     pairs = [(pixels[prints.names[r.stays]], pixels[prints.names[r.row]]) for r in shown]
     captions = [
-        ("test" if prints.is_test[r.stays] else "train", f"{r.kind}, {_equal_bits(prints, r)}/64")
+        (
+            "test" if prints.is_test[r.stays] else "train",
+            f"{r.kind}, {_equal_bits(prints, r)}/{BITS}",
+        )
         for r in shown
     ]
     count = len(decision.removals)
@@ -373,5 +371,5 @@ def _pairs_picture(job: Job, plan: Plan, prints: Prints, decision: Decision) -> 
         pairs,
         captions,
         "Duplicates",
-        f"{len(shown)} of {count:,} removed images, the most doubtful first; equal bits of 64",
+        f"{len(shown)} of {count:,} removed images, the most doubtful first; equal bits of {BITS}",
     )

@@ -11,9 +11,7 @@ from typing import Any
 from selfray import config, plugins
 from selfray.cluster import local_ray, runtime
 from selfray.cluster.build import build_told
-from selfray.cluster.endings import (
-    RunFailed,
-)
+from selfray.cluster.endings import RunFailed
 from selfray.cluster.fit import fit
 from selfray.cluster.monitor import Monitor
 from selfray.cluster.origin import chosen, description, given_by_user, outcome, tracker_of
